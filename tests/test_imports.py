@@ -1,0 +1,34 @@
+"""Who imports whom: `import bilevel` stays light, and the import contracts of pyproject.toml hold."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXTRAS = {"torch", "jax", "sklearn", "matplotlib", "tqdm", "hypothesis", "pytest"}
+ROOT = Path(__file__).parents[1]
+
+
+def loaded_by(module):
+    """The top-level modules that a fresh interpreter has loaded after `import module`."""
+    code = f"import sys, {module}; print(*{{name.partition('.')[0] for name in sys.modules}})"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    return set(done.stdout.split())
+
+
+@pytest.mark.parametrize("module", ["bilevel", "bilevel_numpy"])
+def test_importing_the_core_loads_no_extra(module):
+    assert loaded_by(module).isdisjoint(EXTRAS)
+
+
+@pytest.mark.parametrize(("framework", "other"), [("torch", "jax"), ("jax", "torch")])
+def test_a_framework_backend_loads_no_other_framework(framework, other):
+    pytest.importorskip(framework)
+    assert other not in loaded_by(f"bilevel_{framework}")
+
+
+def test_import_contracts_hold():
+    lint = Path(sys.executable).with_name("lint-imports")
+    done = subprocess.run([lint, "--no-cache"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
