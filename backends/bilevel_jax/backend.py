@@ -1,0 +1,119 @@
+"""Derivatives by JAX transformations, compiled once per problem and solver."""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from bilevel.problem import Problem
+from bilevel.protocols import Backend, InnerDerivatives, OuterDerivatives, Point, Solver
+from bilevel.validation import check_scalar
+from bilevel_jax.dependence import depends
+from bilevel_jax.space import JaxSpace
+
+
+class JaxBackend(Backend):
+    """JAX arrays, under ``jit`` and ``vmap`` or not.
+
+    Products are forward over reverse, linearized once: the fastest in JAX. An eager call runs through a ``jit`` of
+    its own, cached by problem and solver: give it the same functions each time, not new lambdas.
+    """
+
+    name = "jax"
+    space = JaxSpace()
+
+    def owns(self, leaf: Any) -> bool:
+        return isinstance(leaf, jax.Array)
+
+    def leaves(self, tree: Any) -> list[tuple[str, Any]]:
+        return [(jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]]
+
+    def is_floating(self, leaf: Any) -> bool:
+        return jnp.issubdtype(leaf.dtype, jnp.floating)
+
+    def device(self, leaf: Any) -> str | None:
+        return None  # JAX itself refuses arrays on different devices, and knows of shardings
+
+    def devices(self) -> list[str]:
+        return [f"{d.platform}:{d.id} {d.device_kind}" for d in jax.devices()]
+
+    def to_host(self, scalar: Any) -> Any:
+        return None if isinstance(scalar, Tracer) else scalar.item()
+
+    def from_numpy(self, array: Any) -> Any:
+        return jnp.asarray(array)
+
+    def to_numpy(self, array: Any) -> Any:
+        return np.asarray(array)
+
+    def inner(self, problem: Problem, params: Any, hparams: Any, args: tuple[Any, ...]) -> InnerDerivatives:
+        def loss(w: Any, h: Any) -> Any:
+            return _scalar("inner", problem.inner(w, h, *args))
+
+        # Linearized here, outside the solver's loop: its body must not trace the loss again.
+        grad, hvp = jax.linearize(lambda w: jax.grad(loss)(w, hparams), params)
+
+        def cross_vjp(v: Any) -> Any:
+            if not influences:
+                return None
+            # In λ alone: one joint pull over (w, λ) costs several gradients.
+            return jax.grad(lambda h: jax.jvp(lambda w: loss(w, h), (params,), (v,))[1])(hparams)
+
+        influences = depends(lambda h: loss(params, h), hparams)
+        return InnerDerivatives(grad, hvp, cross_vjp)
+
+    def outer(self, problem: Problem, params: Any, hparams: Any, args: tuple[Any, ...]) -> OuterDerivatives:
+        def loss(w: Any, h: Any) -> Any:
+            return _scalar("outer", problem.outer(w, h, *args))
+
+        if not depends(lambda h: loss(params, h), hparams):
+            return OuterDerivatives(*jax.value_and_grad(loss)(params, hparams), None)
+        value, grads = jax.value_and_grad(loss, argnums=(0, 1))(params, hparams)
+        return OuterDerivatives(value, *grads)
+
+    def execute(self, function: Callable[..., Any], solver: Solver, problem: Problem, point: Point) -> Any:
+        leaves, structure = jax.tree.flatten(point)
+        if any(isinstance(leaf, Tracer) for leaf in leaves):
+            return function(self, solver, problem, point)
+        options, other_options = _split_options(solver)
+        arrays = [leaf if _is_number(leaf) else None for leaf in leaves]
+        constants = tuple(None if _is_number(leaf) else (type(leaf), leaf) for leaf in leaves)
+        static = (function, self, other_options, problem, structure, constants)
+        try:
+            hash(static)
+        except TypeError:  # an argument or option that jit cannot compare: run it as it is
+            return function(self, solver, problem, point)
+        return _compiled(static, options, arrays)
+
+
+@partial(jax.jit, static_argnums=0)
+def _compiled(static: Any, options: dict[str, Any], arrays: list[Any]) -> Any:
+    function, backend, (make, other_options), problem, structure, constants = static
+    solver = make(**dict(other_options), **options) if isinstance(make, type) else make
+    leaves = [array if constant is None else constant[1] for array, constant in zip(arrays, constants, strict=True)]
+    return function(backend, solver, problem, jax.tree.unflatten(structure, leaves))
+
+
+def _is_number(leaf: Any) -> bool:
+    """Tell what jit takes as an argument; integers, flags and strings stay what Python made them."""
+    return isinstance(leaf, jax.Array | np.ndarray | np.generic | float)
+
+
+def _split_options(solver: Any) -> tuple[dict[str, Any], tuple[Any, tuple[tuple[str, Any], ...]]]:
+    """Split a solver into the options that may change without compiling anew, and the rest of it."""
+    if not dataclasses.is_dataclass(solver):
+        return {}, (solver, ())
+    options = {field.name: getattr(solver, field.name) for field in dataclasses.fields(solver) if field.init}
+    # A zero stays constant: it often switches something off.
+    numbers = {k: v for k, v in options.items() if _is_number(v) and not (isinstance(v, float) and v == 0)}
+    return numbers, (type(solver), tuple((k, v) for k, v in options.items() if k not in numbers))
+
+
+def _scalar(role: str, value: Any) -> Any:
+    check_scalar(role, value)
+    return value

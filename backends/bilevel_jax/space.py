@@ -1,0 +1,86 @@
+"""Pytrees as vectors, and `jax.lax` loops, so that a whole hypergradient compiles."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.flatten_util import ravel_pytree
+
+
+class JaxSpace:
+    """See `bilevel.protocols.VectorSpace`."""
+
+    xp = jnp
+
+    def dot(self, x: Any, y: Any) -> jax.Array:
+        return jax.tree.reduce(jnp.add, jax.tree.map(_dot, x, y))
+
+    def axpy(self, alpha: Any, x: Any, y: Any) -> Any:
+        return jax.tree.map(lambda a, b: jnp.asarray(alpha, b.dtype) * a + b, x, y)
+
+    def scale(self, alpha: Any, x: Any) -> Any:
+        return jax.tree.map(lambda a: jnp.asarray(alpha, a.dtype) * a, x)
+
+    def zeros_like(self, x: Any) -> Any:
+        return jax.tree.map(jnp.zeros_like, x)
+
+    def select(self, flag: Any, x: Any, y: Any) -> Any:
+        return jax.tree.map(lambda a, b: jnp.where(flag, a, b), x, y)
+
+    def normal_like(self, x: Any, seed: int) -> Any:
+        leaves, structure = jax.tree.flatten(x)
+        keys = jax.random.split(jax.random.key(seed), len(leaves))
+        draws = [jax.random.normal(key, a.shape, a.dtype) for key, a in zip(keys, leaves, strict=True)]
+        return jax.tree.unflatten(structure, draws)
+
+    def isfinite(self, x: Any) -> jax.Array:
+        return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(x)]).all()
+
+    def eps(self, x: Any) -> float:
+        return max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(x))
+
+    def size(self, x: Any) -> int:
+        return sum(leaf.size for leaf in jax.tree.leaves(x))
+
+    def while_loop(self, live: Callable, body: Callable, state: Any, max_steps: int) -> Any:
+        def counted_live(carry: Any) -> Any:
+            return (carry[0] < max_steps) & live(carry[1])
+
+        def counted_body(carry: Any) -> Any:
+            return carry[0] + 1, body(carry[1])
+
+        return lax.while_loop(counted_live, counted_body, (0, state))[1]
+
+    def scan(self, body: Callable, state: Any, xs: Any, length: int, reverse: bool = False) -> tuple[Any, Any]:
+        return lax.scan(body, state, xs, length=length, reverse=reverse)
+
+    def cond(self, flag: Any, body: Callable, state: Any) -> Any:
+        return lax.cond(flag, body, lambda s: s, state)
+
+    def ravel(self, x: Any) -> jax.Array:
+        return ravel_pytree(x)[0]
+
+    def unravel(self, array: Any, like: Any) -> Any:
+        flat, unravel = ravel_pytree(like)
+        return unravel(array.astype(flat.dtype))
+
+    def dense(self, operator: Callable, like: Any) -> jax.Array:
+        flat, unravel = ravel_pytree(like)
+        rows = lax.map(lambda e: self.ravel(operator(unravel(e))), jnp.eye(flat.size, dtype=flat.dtype))
+        return rows.T
+
+    def on_host(self, function: Callable, *arrays: Any) -> jax.Array:
+        like = arrays[-1]
+
+        def call(*host: Any) -> np.ndarray:
+            return function(*(np.asarray(a, np.float64) for a in host)).astype(like.dtype)
+
+        return jax.pure_callback(call, jax.ShapeDtypeStruct(like.shape, like.dtype), *arrays, vmap_method="sequential")
+
+
+def _dot(a: Any, b: Any) -> jax.Array:
+    dtype = jnp.promote_types(jnp.promote_types(a.dtype, b.dtype), jnp.float32)
+    return jnp.vdot(a.astype(dtype), b.astype(dtype), precision=lax.Precision.HIGHEST)

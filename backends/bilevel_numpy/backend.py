@@ -1,0 +1,84 @@
+"""Derivatives that the problem itself brings, checked."""
+
+from typing import Any
+
+import numpy as np
+
+from bilevel.problem import Problem
+from bilevel.protocols import Backend, InnerDerivatives, OuterDerivatives
+from bilevel.tree import leaves_with_paths
+from bilevel.validation import check_like, check_scalar
+from bilevel_numpy.space import NumpySpace
+
+
+class NumpyBackend(Backend):
+    """NumPy arrays and objects with analytic ``grad``, ``hvp`` and ``cross_vjp``."""
+
+    name = "numpy"
+    space = NumpySpace()
+
+    def owns(self, leaf: Any) -> bool:
+        return isinstance(leaf, np.ndarray | np.generic)
+
+    def leaves(self, tree: Any) -> list[tuple[str, Any]]:
+        return list(leaves_with_paths(tree))
+
+    def is_floating(self, leaf: Any) -> bool:
+        return np.issubdtype(leaf.dtype, np.floating)
+
+    def device(self, leaf: Any) -> str | None:
+        return None
+
+    def devices(self) -> list[str]:
+        return ["cpu"]
+
+    def to_host(self, scalar: Any) -> Any:
+        return scalar.item()
+
+    def from_numpy(self, array: Any) -> Any:
+        return np.asarray(array)
+
+    def to_numpy(self, array: Any) -> Any:
+        return np.asarray(array)
+
+    def inner(self, problem: Problem, params: Any, hparams: Any, args: tuple[Any, ...]) -> InnerDerivatives:
+        objective: Any = problem.inner
+        for method in ("grad", "hvp", "cross_vjp"):
+            _require(objective, "inner", method)
+
+        def hvp(v: Any) -> Any:
+            product = objective.hvp(params, hparams, v, *args)
+            check_like(self, "the inner hvp", product, "params", params)
+            return product
+
+        def cross_vjp(v: Any) -> Any:
+            product = objective.cross_vjp(params, hparams, v, *args)
+            if product is not None:
+                check_like(self, "the inner cross_vjp", product, "hparams", hparams)
+            return product
+
+        grad = objective.grad(params, hparams, *args)
+        check_like(self, "the inner grad", grad, "params", params)
+        return InnerDerivatives(grad, hvp, cross_vjp)
+
+    def outer(self, problem: Problem, params: Any, hparams: Any, args: tuple[Any, ...]) -> OuterDerivatives:
+        objective: Any = problem.outer
+        _require(objective, "outer", "grad")
+        value = np.asarray(objective(params, hparams, *args))
+        check_scalar("outer", value)
+        grads = objective.grad(params, hparams, *args)
+        if not isinstance(grads, tuple) or len(grads) != 2:
+            raise TypeError("the outer grad: expected the pair (∂F/∂w, ∂F/∂λ), the second None for zero.")
+        check_like(self, "the outer grad[0]", grads[0], "params", params)
+        if grads[1] is not None:
+            check_like(self, "the outer grad[1]", grads[1], "hparams", hparams)
+        return OuterDerivatives(value[()], *grads)
+
+
+def _require(objective: Any, role: str, method: str) -> None:
+    if not hasattr(objective, method):
+        raise TypeError(
+            f"the {role} objective ({getattr(objective, '__name__', type(objective).__name__)}) has no method "
+            f"{method!r}. The numpy backend needs analytic derivatives: grad, hvp and cross_vjp of inner, grad of "
+            "outer (see bilevel.problems). The torch and jax backends derive them: pass torch or JAX arrays."
+        )

@@ -1,0 +1,98 @@
+"""Trees of tensors as vectors, without a host synchronisation per operation."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from bilevel import loops
+from bilevel.tree import leaves_with_paths, tree_map
+
+
+def leaves(tree: Any) -> list[torch.Tensor]:
+    """Return the tensors of a tree."""
+    return [leaf for _, leaf in leaves_with_paths(tree)]
+
+
+@dataclass(frozen=True)
+class TorchSpace:
+    """See `bilevel.protocols.VectorSpace`.
+
+    Args:
+        check_every: read a loop's flag, and so wait for the device, every so many steps; None: at each one
+            on the CPU, where reading is free, else at every eighth.
+    """
+
+    check_every: int | None = None
+    xp = torch
+
+    def dot(self, x: Any, y: Any) -> torch.Tensor:
+        dots = [_dot(a, b) for a, b in zip(leaves(x), leaves(y), strict=True)]
+        return sum(dots[1:], start=dots[0])
+
+    def axpy(self, alpha: Any, x: Any, y: Any) -> Any:
+        if isinstance(alpha, torch.Tensor):  # add(alpha=tensor) would synchronise
+            return tree_map(lambda a, b: torch.addcmul(b, a, alpha.to(b.dtype)), x, y)
+        return tree_map(lambda a, b: torch.add(b, a, alpha=alpha), x, y)
+
+    def scale(self, alpha: Any, x: Any) -> Any:
+        return tree_map(lambda a: a * alpha, x)
+
+    def zeros_like(self, x: Any) -> Any:
+        return tree_map(lambda a: torch.zeros_like(a, requires_grad=False), x)
+
+    def select(self, flag: torch.Tensor, x: Any, y: Any) -> Any:
+        return tree_map(lambda a, b: torch.where(flag, a, b), x, y)
+
+    def normal_like(self, x: Any, seed: int) -> Any:
+        """Draw on the CPU, so that every device sees the same numbers."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def draw(a: torch.Tensor) -> torch.Tensor:
+            return torch.randn(a.shape, generator=generator, dtype=torch.float32).to(a)
+
+        return tree_map(draw, x)
+
+    def isfinite(self, x: Any) -> torch.Tensor:
+        # A sum is finite only if each summand is; an overflow of finite ones is no result to trust either.
+        sums = [leaf.detach().abs().sum(dtype=torch.promote_types(leaf.dtype, torch.float32)) for leaf in leaves(x)]
+        return torch.isfinite(sum(sums[1:], start=sums[0]))
+
+    def eps(self, x: Any) -> float:
+        return max(torch.finfo(leaf.dtype).eps for leaf in leaves(x))
+
+    def size(self, x: Any) -> int:
+        return sum(leaf.numel() for leaf in leaves(x))
+
+    def while_loop(self, live: Callable, body: Callable, state: Any, max_steps: int) -> Any:
+        every = self.check_every or (1 if live(state).device.type == "cpu" else 8)
+        return loops.while_loop(live, body, state, max_steps, every)
+
+    def scan(self, body: Callable, state: Any, xs: Any, length: int, reverse: bool = False) -> tuple[Any, Any]:
+        return loops.scan(body, state, xs, length, reverse)
+
+    def cond(self, flag: torch.Tensor, body: Callable, state: Any) -> Any:
+        return body(state) if flag else state
+
+    def ravel(self, x: Any) -> torch.Tensor:
+        return torch.cat([leaf.reshape(-1) for leaf in leaves(x)])
+
+    def unravel(self, array: torch.Tensor, like: Any) -> Any:
+        parts = iter(array.split([leaf.numel() for leaf in leaves(like)]))
+        return tree_map(lambda a: next(parts).reshape(a.shape).to(a), like)
+
+    def dense(self, operator: Callable, like: Any) -> torch.Tensor:
+        flat = self.ravel(like)
+        basis = torch.eye(flat.numel(), dtype=flat.dtype, device=flat.device)
+        return torch.stack([self.ravel(operator(self.unravel(e, like))) for e in basis], dim=1)
+
+    def on_host(self, function: Callable, *arrays: torch.Tensor) -> torch.Tensor:
+        host = (a.detach().to("cpu", torch.float64).numpy() for a in arrays)
+        return torch.from_numpy(np.asarray(function(*host))).to(arrays[-1])
+
+
+def _dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+    return torch.dot(a.reshape(-1).to(dtype), b.reshape(-1).to(dtype))

@@ -1,0 +1,34 @@
+"""Bilevel optimization: hypergradients by implicit differentiation, in NumPy, PyTorch and JAX."""
+
+from bilevel import problems
+from bilevel.config import get_backend, get_solver, list_backends, list_solvers
+from bilevel.errors import SolverError, SolverWarning
+from bilevel.hypergradient import hypergradient, hypergradient_from
+from bilevel.minimize import minimize
+from bilevel.problem import Problem
+from bilevel.protocols import Linearization
+from bilevel.results import Hypergradient, SolverInfo, Status
+from bilevel.solvers import CG, Exact, Identity, Neumann, Unrolled
+
+__all__ = [
+    "CG",
+    "Exact",
+    "Hypergradient",
+    "Identity",
+    "Linearization",
+    "Neumann",
+    "Problem",
+    "SolverError",
+    "SolverInfo",
+    "SolverWarning",
+    "Status",
+    "Unrolled",
+    "get_backend",
+    "get_solver",
+    "hypergradient",
+    "hypergradient_from",
+    "list_backends",
+    "list_solvers",
+    "minimize",
+    "problems",
+]

@@ -1,0 +1,143 @@
+"""From a name, a mapping or a TOML file to a solver or backend; what is installed is found by entry points."""
+
+import dataclasses
+import difflib
+import importlib.util
+import sys
+import tomllib
+from collections.abc import Iterable, Mapping
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Any
+
+from bilevel.protocols import Backend, HypergradientMethod, IHVPSolver, Solver
+
+
+@cache
+def _plugins(group: str) -> dict[str, EntryPoint]:
+    return {entry.name: entry for entry in entry_points(group=group)}
+
+
+def list_solvers() -> list[str]:
+    """Return the names of the installed solvers.
+
+    >>> "cg" in list_solvers()
+    True
+    """
+    return sorted(_plugins("bilevel.solvers"))
+
+
+def list_backends() -> list[str]:
+    """Return the names of the backends whose framework is installed.
+
+    >>> "numpy" in list_backends()
+    True
+    """
+    return sorted(name for name in _plugins("bilevel.backends") if importlib.util.find_spec(name) is not None)
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """Return " Did you mean …?" and the list of what there is."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return (f" Did you mean {close[0]!r}?" if close else "") + f" There is: {', '.join(known) or 'none'}."
+
+
+def get_solver(spec: Any, **overrides: Any) -> Solver:
+    """Return a solver.
+
+    Args:
+        spec: a name (``"cg"``), a mapping (``{"name": "cg", "maxiter": 20}``), a ``pathlib.Path`` or string
+            ending in ``.toml`` to a file with a table ``[solver]``, or a solver itself.
+        **overrides: options that take precedence.
+
+    Raises:
+        ValueError: if the name is unknown or an option out of range.
+        TypeError: if an option is unknown or of a wrong type, or spec is none of the above.
+
+    >>> get_solver({"name": "cg", "maxiter": 20}, rtol=1e-8)
+    CG(maxiter=20, rtol=1e-08, atol=0.0, damping=0.0)
+    """
+    if isinstance(spec, Path) or (isinstance(spec, str) and spec.endswith(".toml")):
+        spec = _read_toml(Path(spec))
+    if isinstance(spec, str):
+        spec = {"name": spec}
+    if isinstance(spec, Mapping):
+        options = {**spec, **overrides}
+        name = options.pop("name", None)
+        if not isinstance(name, str):
+            raise ValueError(f"solver: the mapping {dict(spec)!r} has no name, as in {{'name': 'cg', 'maxiter': 20}}.")
+        if name not in _plugins("bilevel.solvers"):
+            raise ValueError(f"solver: there is no {name!r}." + suggest(name, list_solvers()))
+        make = _plugins("bilevel.solvers")[name].load()
+        _check_options(name, make, options)
+        return make(**options)
+    if isinstance(spec, type) or not isinstance(spec, IHVPSolver | HypergradientMethod):
+        raise TypeError(
+            "solver: expected a name, a mapping, a TOML file or an object with a method solve() or "
+            f"hypergradient(), got {spec!r}."
+        )
+    if overrides:
+        _check_options(type(spec).__name__, type(spec), overrides)
+        return dataclasses.replace(spec, **overrides)  # pyright: ignore[reportArgumentType, reportReturnType]
+    return spec
+
+
+def _read_toml(path: Path) -> Mapping[str, Any]:
+    with path.open("rb") as file:
+        try:
+            table = tomllib.load(file).get("solver")
+        except tomllib.TOMLDecodeError as error:
+            raise ValueError(f"{path}: this is no TOML: {error}.") from error
+    if not isinstance(table, dict):
+        raise ValueError(f"{path}: expected a table [solver] with a name and options.")
+    return table
+
+
+def solver_options(make: Any) -> dict[str, Any]:
+    """Return a solver's options with their defaults."""
+    return {field.name: field.default for field in dataclasses.fields(make)} if dataclasses.is_dataclass(make) else {}
+
+
+def _check_options(name: str, make: Any, options: Mapping[str, Any]) -> None:
+    if not dataclasses.is_dataclass(make):
+        return
+    known = solver_options(make)
+    for option in options:
+        if option not in known:
+            raise TypeError(f"solver {name!r} has no option {option!r}." + suggest(option, known))
+
+
+def get_backend(spec: Any) -> Backend:
+    """Return a backend by name, or the object itself.
+
+    Raises:
+        ValueError: if the name is unknown.
+        ImportError: if its framework is not installed, with the command that installs it.
+    """
+    if not isinstance(spec, str):
+        if not hasattr(spec, "linearize"):
+            raise TypeError(f"backend: expected a name or a backend, got {spec!r}.")
+        return spec
+    plugins = _plugins("bilevel.backends")
+    if spec not in plugins:
+        raise ValueError(f"backend: there is no {spec!r}." + suggest(spec, plugins))
+    return _load_backend(spec)
+
+
+@cache
+def _load_backend(name: str) -> Backend:
+    try:
+        return _plugins("bilevel.backends")[name].load()
+    except ModuleNotFoundError as error:
+        if error.name and error.name.partition(".")[0] != name:
+            raise
+        raise ImportError(
+            f'The {name} backend needs {name}, which is not installed: pip install "bilevel[{name}]".'
+        ) from error
+
+
+def imported_backends() -> list[Backend]:
+    """Return the backends whose framework this process has imported: arrays can come from no other."""
+    return [_load_backend(name) for name in _plugins("bilevel.backends") if name in sys.modules]

@@ -1,0 +1,85 @@
+"""What a failed solve says: what happened, why, and the way out."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, get_args
+
+from bilevel.errors import SolverError, SolverWarning
+from bilevel.results import SolverInfo, Status
+
+OnFailure = Literal["raise", "warn", "ignore"]
+
+
+def check_on_failure(on_failure: str) -> None:
+    """Raise a ValueError unless this is one of the three words."""
+    if on_failure not in get_args(OnFailure):
+        raise ValueError(f'on_failure: expected "raise", "warn" or "ignore", got {on_failure!r}.')
+
+
+def report(info: SolverInfo, solver: Any, on_failure: OnFailure, curvature: Callable[[], Sequence[float]]) -> None:
+    """Warn or raise if a solve failed; a result that is not finite raises even where a warning was asked for.
+
+    ``curvature`` returns the smallest and largest eigenvalue of the operator, about; only called if needed.
+    """
+    if on_failure == "ignore" or info.status == Status.CONVERGED:
+        return
+    message = f"{type(solver).__name__}: " + _MESSAGES[Status(info.status)](info, curvature)
+    if on_failure == "raise" or info.status == Status.NON_FINITE:
+        raise SolverError(message)
+    # Level 4 is the line that called bl.hypergradient, or another entry as deep.
+    warnings.warn(SolverWarning(message), stacklevel=4)
+
+
+def _residual(info: SolverInfo) -> str:
+    return f"residual {info.residual_norm:.2g} of a right-hand side of {info.rhs_norm:.2g}"
+
+
+def _maxiter(info: SolverInfo, curvature: Callable[[], Sequence[float]]) -> str:
+    del curvature
+    return (
+        f"stopped after {info.steps} steps above its tolerance, with a {_residual(info)}. "
+        "Raise maxiter, loosen rtol, or add damping (a singular or ill-conditioned Hessian, or the precision of "
+        "the dtype, can keep the tolerance out of reach)."
+    )
+
+
+def _negative_curvature(info: SolverInfo, curvature: Callable[[], Sequence[float]]) -> str:
+    smallest, largest = curvature()
+    return (
+        f"met non-positive curvature at step {info.steps} and stopped at the last good iterate, with a "
+        f"{_residual(info)}. The Hessian is not positive definite (eigenvalues from about {smallest:.2g} to "
+        f"{largest:.2g}): add damping above {max(-smallest, 0.0):.2g}, train the inner problem further, or use a "
+        "method for indefinite systems (MINRES, exact) or a Gauss-Newton product for hvp."
+    )
+
+
+def _diverged(info: SolverInfo, curvature: Callable[[], Sequence[float]]) -> str:
+    smallest, largest = curvature()
+    message = f"the series diverged at step {info.steps}; the sum before it is returned. "
+    if smallest < 0 and -smallest > 1e-6 * largest:
+        return message + (
+            f"The Hessian has a negative eigenvalue (about {smallest:.2g}), so that no step size holds: add "
+            f"damping above {-smallest:.2g}, or train the inner problem further."
+        )
+    return message + (
+        f"The largest eigenvalue of the Hessian is about {largest:.3g}: use step_size={1 / largest:.2g} "
+        f'(it must stay below {2 / largest:.2g}), or step_size="auto".'
+    )
+
+
+def _non_finite(info: SolverInfo, curvature: Callable[[], Sequence[float]]) -> str:
+    del curvature
+    return (
+        f"nan or inf in the losses, their gradients or a Hessian-vector product (found at step {info.steps}); no "
+        "hypergradient is returned. Look for overflow in the inner problem, hyperparameters that ran away (a "
+        "penalty exp(λ) with a large λ), or an inner training that diverged. "
+        'on_failure="ignore" returns the nan.'
+    )
+
+
+_MESSAGES = {
+    Status.MAXITER: _maxiter,
+    Status.NEGATIVE_CURVATURE: _negative_curvature,
+    Status.DIVERGED: _diverged,
+    Status.NON_FINITE: _non_finite,
+}

@@ -1,0 +1,181 @@
+"""Linearize, solve, combine."""
+
+from typing import Any
+
+from bilevel.config import get_solver
+from bilevel.failure import OnFailure, check_on_failure, report
+from bilevel.problem import Problem
+from bilevel.protocols import Backend, HypergradientMethod, Linearization, Point, Solver, Tree
+from bilevel.results import Hypergradient, SolverInfo, Status
+from bilevel.solvers.lanczos import spectrum
+from bilevel.solvers.operators import damped
+from bilevel.validation import check_like, check_point, find_backend
+
+
+def hypergradient(
+    problem: Problem,
+    params: Tree,
+    hparams: Tree,
+    *,
+    inner_args: tuple[Any, ...] = (),
+    outer_args: tuple[Any, ...] = (),
+    solver: Any = "cg",
+    adjoint0: Tree | None = None,
+    backend: Any = None,
+    on_failure: OnFailure = "warn",
+) -> Hypergradient:
+    """Return dF/dλ = ∂F/∂λ − (∂²L/∂λ∂w)ᵀ v, where (∂²L/∂w²) v = ∂F/∂w.
+
+    The implicit function theorem at ``params``, which should minimize the inner objective L for ``hparams``
+    (Lorraine, Vicol & Duvenaud, AISTATS 2020, theorem 1 and algorithm 2). Nothing that is passed in is changed.
+
+    Args:
+        problem: the inner objective L and the outer objective F.
+        params: w, a tree of floating-point arrays.
+        hparams: λ, likewise, of the same framework.
+        inner_args: further arguments of L, most often the training data.
+        outer_args: further arguments of F, most often the validation data.
+        solver: for v: a name, a mapping with ``name`` and options, a TOML file, or a solver object.
+        adjoint0: a warm start for v: the ``adjoint`` of an earlier call.
+        backend: a name or object; None: by the type of the arrays.
+        on_failure: what to do unless the solve converged. "warn" raises all the same where the result is not
+            finite. Under ``jit`` and ``vmap`` only ``info.status`` speaks.
+
+    Returns:
+        A `Hypergradient`: ``grad``, ``value``, ``adjoint``, ``params`` and ``info``.
+
+    Raises:
+        TypeError, ValueError: for input that does not fit; the message names the leaf.
+        SolverError: if the solve failed and ``on_failure`` says so.
+
+    >>> import numpy as np, bilevel as bl
+    >>> problem = bl.problems.quadratic(hessian=np.eye(2), coupling=np.eye(2), target=np.ones(2))
+    >>> bl.hypergradient(problem, np.zeros(2), np.zeros(2)).grad
+    array([-1., -1.])
+    """
+    check_on_failure(on_failure)
+    solver = get_solver(solver)
+    backend = find_backend(backend, params, hparams)
+    point = Point(params, hparams, inner_args, outer_args, adjoint0)
+    check_point(backend, point)
+    hg: Hypergradient = backend.execute(_hypergradient, solver, problem, point)
+    if hg.params is None:
+        hg = hg._replace(params=params)
+    return _conclude(hg, backend, solver, on_failure, lambda: backend.execute(_spectrum, solver, problem, point))
+
+
+def hypergradient_from(
+    linearization: Linearization,
+    *,
+    solver: Any = "cg",
+    adjoint0: Tree | None = None,
+    backend: Any = None,
+    on_failure: OnFailure = "warn",
+) -> Hypergradient:
+    """Return the hypergradient of a `Linearization` that was filled by hand.
+
+    For those whose derivatives come from elsewhere (SciPy, scikit-learn, a paper's formulas).
+
+    Args:
+        linearization: F, its gradients, and the two products, at one point.
+        solver: a linear solver: any but ``unrolled``, which needs the problem itself.
+        adjoint0: a warm start for v.
+        backend: a name or object; None: by the type of the arrays.
+        on_failure: as in `hypergradient`.
+
+    Returns:
+        A `Hypergradient`; its ``params`` is None.
+
+    Raises:
+        TypeError, ValueError: for input that does not fit.
+        SolverError: if the solve failed and ``on_failure`` says so.
+
+    >>> import numpy as np, bilevel as bl
+    >>> lin = bl.Linearization(
+    ...     value=0.5, grad_params=np.array([1.0]), grad_hparams=None,
+    ...     hvp=lambda v: 4.0 * v, cross_vjp=lambda v: 2.0 * v,
+    ... )
+    >>> bl.hypergradient_from(lin).grad
+    array([-0.5])
+    """
+    check_on_failure(on_failure)
+    solver = get_solver(solver)
+    if isinstance(solver, HypergradientMethod):
+        raise TypeError(f"{type(solver).__name__} needs the problem itself: use bl.hypergradient.")
+    rhs = linearization.grad_params
+    backend = find_backend(backend, rhs, linearization.grad_hparams)
+    check_point(
+        backend,
+        Point(rhs, rhs if linearization.grad_hparams is None else linearization.grad_hparams, adjoint0=adjoint0),
+    )
+    hvp = linearization.hvp
+
+    def checked_hvp(v: Tree) -> Tree:
+        product = hvp(v)
+        check_like(backend, "hvp(v)", product, "grad_params", rhs)
+        return product
+
+    linearization = linearization._replace(hvp=checked_hvp)
+    hg = implicit(backend, solver, linearization, adjoint0)
+    return _conclude(hg, backend, solver, on_failure, lambda: _ends(backend, solver, linearization))
+
+
+def implicit(backend: Backend, solver: Any, linearization: Linearization, adjoint0: Tree | None) -> Hypergradient:
+    """Solve for the adjoint and combine: where an `IHVPSolver` becomes a `HypergradientMethod`."""
+    space = backend.space
+    value, rhs, direct, hvp, cross_vjp = linearization
+    adjoint, info = solver.solve(hvp, rhs, adjoint0, space)
+    indirect = cross_vjp(adjoint)
+    grad = direct
+    if indirect is not None:
+        if direct is not None:
+            check_like(backend, "cross_vjp(v)", indirect, "grad_hparams", direct)
+        grad = space.scale(-1.0, indirect) if direct is None else space.axpy(-1.0, indirect, direct)
+    return Hypergradient(grad, value, adjoint, None, info)
+
+
+def _hypergradient(backend: Backend, solver: Solver, problem: Problem, point: Point) -> Hypergradient:
+    if isinstance(solver, HypergradientMethod):
+        hg = solver.hypergradient(backend, problem, point)
+    else:
+        linearization = backend.linearize(
+            problem, point.params, point.hparams, inner_args=point.inner_args, outer_args=point.outer_args
+        )
+        hg = implicit(backend, solver, linearization, point.adjoint0)
+    if hg.grad is None:
+        paths = ", ".join("hparams" + path for path, _ in backend.leaves(point.hparams))
+        raise ValueError(
+            f"Neither objective depends on {paths}. Use the hparams argument inside inner or outer: values that "
+            "are closed over, detached or converted to numbers cannot be differentiated."
+        )
+    return _flag_non_finite(hg, backend)
+
+
+def _flag_non_finite(hg: Hypergradient, backend: Backend) -> Hypergradient:
+    """Mark what is not finite: a nan can enter after the solve too, by the cross product or the direct gradient."""
+    xp = backend.space.xp
+    finite = backend.space.isfinite((hg.grad, hg.value))
+    return hg._replace(info=hg.info._replace(status=xp.where(finite, hg.info.status, int(Status.NON_FINITE))))
+
+
+def _spectrum(backend: Backend, solver: Solver, problem: Problem, point: Point) -> tuple[Any, Any]:
+    linearization = backend.linearize(
+        problem, point.params, point.hparams, inner_args=point.inner_args, outer_args=point.outer_args
+    )
+    return _ends(backend, solver, linearization)
+
+
+def _ends(backend: Backend, solver: Any, linearization: Linearization) -> tuple[Any, Any]:
+    A = damped(linearization.hvp, getattr(solver, "damping", 0.0), backend.space)
+    ends = spectrum(A, linearization.grad_params, backend.space)
+    return ends.smallest - ends.error, ends.largest + ends.error
+
+
+def _conclude(hg: Hypergradient, backend: Backend, solver: Any, on_failure: OnFailure, ends: Any) -> Hypergradient:
+    """Bring the info to the host, unless it is traced, and speak up about a failure."""
+    steps, residual_norm, rhs_norm, status = (backend.to_host(x) for x in hg.info)
+    if status is None:
+        return hg
+    info = SolverInfo(int(steps), residual_norm, rhs_norm, Status(int(status)))
+    report(info, solver, on_failure, lambda: [backend.to_host(end) for end in ends()])
+    return hg._replace(info=info)

@@ -1,0 +1,136 @@
+"""Linear models with an L2 penalty per weight, per feature, per group of features, or shared."""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from bilevel.problem import Problem
+from bilevel.problems.namespace import namespace
+
+
+class _DataFit(Protocol):
+    """The mean loss of a linear model; X has shape (n, d), dense or scipy.sparse."""
+
+    def __call__(self, w: Any, X: Any, y: Any) -> Any: ...
+    def grad(self, w: Any, X: Any, y: Any) -> Any: ...
+    def hvp(self, w: Any, v: Any, X: Any, y: Any) -> Any: ...
+
+
+@dataclass(frozen=True)
+class _LeastSquares:
+    def __call__(self, w: Any, X: Any, y: Any) -> Any:
+        return 0.5 * ((X @ w - y) ** 2).mean()
+
+    def grad(self, w: Any, X: Any, y: Any) -> Any:
+        return X.T @ (X @ w - y) / len(y)
+
+    def hvp(self, w: Any, v: Any, X: Any, y: Any) -> Any:
+        return X.T @ (X @ v) / len(y)
+
+
+@dataclass(frozen=True)
+class _CrossEntropy:
+    def __call__(self, w: Any, X: Any, y: Any) -> Any:
+        return cross_entropy(X @ w, y)
+
+    def grad(self, w: Any, X: Any, y: Any) -> Any:
+        errors = _softmax(X @ w)
+        errors[np.arange(len(y)), y] -= 1
+        return X.T @ errors / len(y)
+
+    def hvp(self, w: Any, v: Any, X: Any, y: Any) -> Any:
+        p, z = _softmax(X @ w), X @ v
+        return X.T @ (p * (z - (p * z).sum(1, keepdims=True))) / len(y)
+
+
+@dataclass(frozen=True)
+class _Penalized:
+    """Inner objective: fit(w) + ½ Σ exp(λ) w²."""
+
+    fit: _DataFit
+    groups: tuple[int, ...] | None
+
+    def __call__(self, params: Any, hparams: Any, X: Any, y: Any) -> Any:
+        return self.fit(params, X, y) + 0.5 * (self.penalties(params, hparams) * params**2).sum()
+
+    def grad(self, params: Any, hparams: Any, X: Any, y: Any) -> Any:
+        return self.fit.grad(params, X, y) + self.penalties(params, hparams) * params
+
+    def hvp(self, params: Any, hparams: Any, vector: Any, X: Any, y: Any) -> Any:
+        return self.fit.hvp(params, vector, X, y) + self.penalties(params, hparams) * vector
+
+    def cross_vjp(self, params: Any, hparams: Any, vector: Any, X: Any, y: Any) -> Any:
+        per_weight = self.penalties(params, hparams) * params * vector
+        if self.groups is not None:
+            per_feature = per_weight.sum(tuple(range(1, params.ndim)))
+            return np.bincount(self.groups, per_feature, len(hparams)).astype(hparams.dtype)
+        return np.asarray(per_weight.sum(tuple(range(hparams.ndim, params.ndim))))
+
+    def penalties(self, params: Any, hparams: Any) -> Any:
+        """Return exp(λ) in a shape that broadcasts to that of params."""
+        if self.groups is not None:
+            hparams = hparams[np.asarray(self.groups)]
+        if tuple(hparams.shape) != tuple(params.shape[: hparams.ndim]):
+            raise ValueError(
+                f"hparams: expected log penalties of shape () (shared), {tuple(params.shape[:1])} (per feature) or "
+                f"{tuple(params.shape)} (per weight), got {tuple(hparams.shape)}. Penalties per group need groups=."
+            )
+        return namespace(hparams).exp(hparams).reshape(tuple(hparams.shape) + (1,) * (params.ndim - hparams.ndim))
+
+
+@dataclass(frozen=True)
+class _Unpenalized:
+    """Outer objective: fit(w)."""
+
+    fit: _DataFit
+
+    def __call__(self, params: Any, hparams: Any, X: Any, y: Any) -> Any:
+        return self.fit(params, X, y)
+
+    def grad(self, params: Any, hparams: Any, X: Any, y: Any) -> tuple[Any, None]:
+        return self.fit.grad(params, X, y), None
+
+
+def ridge(groups: Any = None) -> Problem:
+    """Return ridge regression whose penalties are the hyperparameters.
+
+    L = ½ mean (Xw − y)² + ½ Σ exp(λ) w² and F = ½ mean (Xw − y)², each on its own data: ``inner_args=(X, y)`` and
+    ``outer_args=(X_val, y_val)``, with X of shape (n, d), dense or scipy.sparse. ``params`` has shape (d,), or (d, k)
+    for k targets. ``hparams`` are log penalties of shape () (shared), (d,) (per feature), that of params (per
+    weight), or with ``groups`` (number of groups,).
+
+    Args:
+        groups: for each of the d features the index of its group.
+    """
+    return _problem(_LeastSquares(), groups)
+
+
+def logistic_regression(groups: Any = None) -> Problem:
+    """Return multinomial logistic regression whose penalties are the hyperparameters.
+
+    As `ridge`, with the mean cross-entropy of softmax(Xw): ``params`` has shape (d, k) for k classes and y holds
+    class numbers, of shape (n,). For an intercept, append a column of ones to X.
+
+    Args:
+        groups: for each of the d features the index of its group.
+    """
+    return _problem(_CrossEntropy(), groups)
+
+
+def _problem(fit: _DataFit, groups: Any) -> Problem:
+    indices = None if groups is None else tuple(int(g) for g in groups)
+    return Problem(_Penalized(fit, indices), _Unpenalized(fit))
+
+
+def cross_entropy(logits: Any, y: Any) -> Any:
+    """Return the mean cross-entropy of logits of shape (n, k) and class numbers of shape (n,), in any framework."""
+    xp = namespace(logits)
+    top = xp.amax(logits, axis=1, keepdims=True)
+    log_total = xp.log(xp.exp(logits - top).sum(1)) + top[:, 0]
+    return (log_total - logits[np.arange(len(y)), y]).mean()
+
+
+def _softmax(logits: Any) -> Any:
+    p = np.exp(logits - logits.max(1, keepdims=True))
+    return p / p.sum(1, keepdims=True)

@@ -1,0 +1,266 @@
+"""What the parts of the house expect of each other. The waist is `Linearization`; see docs/architecture.md."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
+
+from bilevel.problem import Problem
+from bilevel.results import Hypergradient, SolverInfo
+
+Tree = Any  # nested dicts, lists, tuples of arrays, or whatever tree the backend knows
+Scalar = Any  # a zero-dimensional array of the framework
+Operator = Callable[[Tree], Tree]
+State = TypeVar("State")
+
+
+class Linearization(NamedTuple):
+    """A bilevel problem at one point (w, λ): all that implicit differentiation needs.
+
+    Attributes:
+        value: F(w, λ), a scalar.
+        grad_params: ∂F/∂w, the structure of params; the right-hand side of the linear system.
+        grad_hparams: ∂F/∂λ, the structure of hparams; ``None`` where F does not depend on λ.
+        hvp: v -> (∂²L/∂w²) v, from and to the structure of params.
+        cross_vjp: v -> (∂²L/∂λ∂w)ᵀ v, from the structure of params to that of hparams; returns ``None``
+            where ∂L/∂w does not depend on λ.
+    """
+
+    value: Scalar
+    grad_params: Tree
+    grad_hparams: Tree | None
+    hvp: Operator
+    cross_vjp: Callable[[Tree], Tree | None]
+
+
+class InnerDerivatives(NamedTuple):
+    """The inner objective at one point: its gradient, and products with its second derivatives."""
+
+    grad: Tree  # ∂L/∂w
+    hvp: Operator
+    cross_vjp: Callable[[Tree], Tree | None]
+
+
+class OuterDerivatives(NamedTuple):
+    """The outer objective at one point; ``grad_hparams`` is ``None`` where it does not depend on λ."""
+
+    value: Scalar
+    grad_params: Tree
+    grad_hparams: Tree | None
+
+
+class Point(NamedTuple):
+    """Where a problem is looked at."""
+
+    params: Tree
+    hparams: Tree
+    inner_args: tuple[Any, ...] = ()
+    outer_args: tuple[Any, ...] = ()
+    adjoint0: Tree | None = None
+
+
+class InnerProblem(Protocol):
+    """An inner objective with analytic derivatives, for the numpy backend.
+
+    ``vector`` has the structure of ``params``; so have the results of ``grad`` and ``hvp``, while that of
+    ``cross_vjp`` has the structure of ``hparams``.
+    """
+
+    def __call__(self, params: Tree, hparams: Tree, *args: Any) -> Scalar: ...
+    def grad(self, params: Tree, hparams: Tree, *args: Any) -> Tree: ...
+    def hvp(self, params: Tree, hparams: Tree, vector: Tree, *args: Any) -> Tree: ...
+    def cross_vjp(self, params: Tree, hparams: Tree, vector: Tree, *args: Any) -> Tree: ...
+
+
+class OuterObjective(Protocol):
+    """An outer objective with an analytic gradient, for the numpy backend.
+
+    ``grad`` returns the pair (∂F/∂w, ∂F/∂λ); the second may be ``None`` for zero.
+    """
+
+    def __call__(self, params: Tree, hparams: Tree, *args: Any) -> Scalar: ...
+    def grad(self, params: Tree, hparams: Tree, *args: Any) -> tuple[Tree, Tree | None]: ...
+
+
+class VectorSpace(Protocol):
+    """Trees of arrays as vectors, and loops: all that a solver may use.
+
+    Scalars are zero-dimensional arrays on the device of the data. Scalar multiples keep the dtypes of
+    the vector; dots accumulate in at least float32.
+    """
+
+    @property
+    def xp(self) -> Any:
+        """The framework's array namespace, for functions of scalars: ``where``, ``sqrt``, ``isfinite``."""
+        ...
+
+    def dot(self, x: Tree, y: Tree) -> Scalar: ...
+    def axpy(self, alpha: Scalar, x: Tree, y: Tree) -> Tree:
+        """Return alpha x + y."""
+        ...
+
+    def scale(self, alpha: Scalar, x: Tree) -> Tree: ...
+    def zeros_like(self, x: Tree) -> Tree: ...
+    def select(self, flag: Scalar, x: Tree, y: Tree) -> Tree:
+        """Return x where the scalar flag holds, else y; a nan in the one not chosen does no harm."""
+        ...
+
+    def normal_like(self, x: Tree, seed: int) -> Tree:
+        """Draw independent standard normal entries, the same for the same seed."""
+        ...
+
+    def isfinite(self, x: Tree) -> Scalar:
+        """Tell whether no entry is nan or infinite."""
+        ...
+
+    def eps(self, x: Tree) -> float:
+        """Return the machine epsilon of the coarsest dtype in the tree."""
+        ...
+
+    def size(self, x: Tree) -> int:
+        """Return the number of entries."""
+        ...
+
+    def while_loop(
+        self,
+        live: Callable[[State], Scalar],
+        body: Callable[[State], State],
+        state: State,
+        max_steps: int,
+    ) -> State:
+        """Repeat body while live(state), at most max_steps times.
+
+        The flag may be read only every few steps, to spare an accelerator the synchronisation: a body
+        must leave the state unchanged once live(state) is false.
+        """
+        ...
+
+    def scan(
+        self,
+        body: Callable[[State, Any], tuple[State, Any]],
+        state: State,
+        xs: Any | None,
+        length: int,
+        reverse: bool = False,
+    ) -> tuple[State, Any]:
+        """Thread a state through ``length`` steps; collect what each yields, for a later scan's ``xs``."""
+        ...
+
+    def cond(self, flag: Scalar, body: Callable[[State], State], state: State) -> State:
+        """Return body(state) where the flag holds, else the state."""
+        ...
+
+    def ravel(self, x: Tree) -> Any:
+        """Return the entries as one array of shape (n,)."""
+        ...
+
+    def unravel(self, array: Any, like: Tree) -> Tree:
+        """Give an array of shape (n,) the structure, shapes and dtypes of ``like``."""
+        ...
+
+    def dense(self, operator: Operator, like: Tree) -> Any:
+        """Return the matrix of a linear operator, of shape (n, n), from n products."""
+        ...
+
+    def on_host(self, function: Callable[..., Any], *arrays: Any) -> Any:
+        """Call a function of float64 NumPy arrays; return its result like the last argument."""
+        ...
+
+
+@runtime_checkable
+class IHVPSolver(Protocol):
+    """Solves A v = b for a symmetric operator A: an inverse-Hessian-vector product."""
+
+    def solve(self, operator: Operator, rhs: Tree, x0: Tree | None, space: VectorSpace) -> tuple[Tree, SolverInfo]:
+        """Return v and how it was found; ``x0`` is a warm start, which a direct method may ignore."""
+        ...
+
+
+@runtime_checkable
+class HypergradientMethod(Protocol):
+    """Turns a problem at a point into a hypergradient; what ``solver=`` means at its widest."""
+
+    def hypergradient(self, backend: Backend, problem: Problem, point: Point) -> Hypergradient: ...
+
+
+Solver = IHVPSolver | HypergradientMethod
+
+
+class Backend(Protocol):
+    """A framework: differentiates a problem, and knows its trees of arrays as vectors.
+
+    Subclass it for the two methods that have a body, or write all of them.
+    """
+
+    name: str
+    """Also the name of the framework's top-level module, by which its arrays are recognised."""
+    space: VectorSpace
+
+    @abstractmethod
+    def owns(self, leaf: Any) -> bool:
+        """Tell whether a leaf is an array of this framework."""
+        ...
+
+    @abstractmethod
+    def leaves(self, tree: Tree) -> Sequence[tuple[str, Any]]:
+        """Return the leaves with their paths, such as ``"['layer'][0]"``."""
+        ...
+
+    @abstractmethod
+    def is_floating(self, leaf: Any) -> bool:
+        """Tell whether an array holds real floating-point numbers."""
+        ...
+
+    @abstractmethod
+    def device(self, leaf: Any) -> str | None:
+        """Return where an array lives; ``None`` where the framework itself keeps arrays together."""
+        ...
+
+    @abstractmethod
+    def devices(self) -> list[str]:
+        """Return the devices that this framework can use here, for people to read."""
+        ...
+
+    @abstractmethod
+    def to_host(self, scalar: Scalar) -> Any:
+        """Return a scalar as a Python number; ``None`` while it is only traced."""
+        ...
+
+    @abstractmethod
+    def from_numpy(self, array: Any) -> Any:
+        """Return a NumPy array as an array of this framework, of the same dtype where it has it."""
+        ...
+
+    @abstractmethod
+    def to_numpy(self, array: Any) -> Any:
+        """Return an array as a NumPy array on the host."""
+        ...
+
+    @abstractmethod
+    def inner(self, problem: Problem, params: Tree, hparams: Tree, args: tuple[Any, ...]) -> InnerDerivatives:
+        """Differentiate the inner objective at a point."""
+        ...
+
+    @abstractmethod
+    def outer(self, problem: Problem, params: Tree, hparams: Tree, args: tuple[Any, ...]) -> OuterDerivatives:
+        """Differentiate the outer objective at a point."""
+        ...
+
+    def linearize(
+        self,
+        problem: Problem,
+        params: Tree,
+        hparams: Tree,
+        *,
+        inner_args: tuple[Any, ...] = (),
+        outer_args: tuple[Any, ...] = (),
+    ) -> Linearization:
+        """Return the problem at a point, ready for a solver."""
+        outer = self.outer(problem, params, hparams, outer_args)
+        inner = self.inner(problem, params, hparams, inner_args)
+        return Linearization(*outer, hvp=inner.hvp, cross_vjp=inner.cross_vjp)
+
+    def execute(self, function: Callable[..., Any], solver: Solver, problem: Problem, point: Point) -> Any:
+        """Call function(backend, solver, problem, point), compiled where the framework compiles."""
+        return function(self, solver, problem, point)

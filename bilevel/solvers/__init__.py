@@ -1,0 +1,9 @@
+"""Methods that turn a linearization into a hypergradient, one file each, each written once for all backends."""
+
+from bilevel.solvers.cg import CG
+from bilevel.solvers.exact import Exact
+from bilevel.solvers.identity import Identity
+from bilevel.solvers.neumann import Neumann
+from bilevel.solvers.unrolled import Unrolled
+
+__all__ = ["CG", "Exact", "Identity", "Neumann", "Unrolled"]

@@ -1,0 +1,37 @@
+"""The inverse Hessian replaced by a multiple of the identity."""
+
+from dataclasses import dataclass
+
+from bilevel.protocols import Operator, Tree, VectorSpace
+from bilevel.results import SolverInfo, Status
+from bilevel.solvers.operators import norm
+from bilevel.solvers.options import check_real
+
+
+@dataclass(frozen=True)
+class Identity:
+    """v = scale · b, without a Hessian-vector product.
+
+    T1-T2 of Luketina et al. (ICML 2016), the identity of Lorraine et al. (2020), section 5; JFB for fixed
+    points. A cheap direction, not a solve: ``residual_norm`` is nan, since it would take a product.
+
+    Args:
+        scale: stands for the inverse curvature; the inner learning rate is the usual choice. Only the
+            size of the hypergradient depends on it where F has no direct λ.
+    """
+
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_real(self, "scale", above=0)
+
+    def solve(self, operator: Operator, rhs: Tree, x0: Tree | None, space: VectorSpace) -> tuple[Tree, SolverInfo]:
+        del operator, x0
+        xp, rhs_norm = space.xp, norm(rhs, space)
+        zero = xp.zeros_like(rhs_norm, dtype=xp.int32)
+        return space.scale(self.scale, rhs), SolverInfo(
+            steps=zero,
+            residual_norm=xp.full_like(rhs_norm, float("nan")),
+            rhs_norm=rhs_norm,
+            status=xp.full_like(zero, int(Status.CONVERGED)),
+        )

@@ -1,0 +1,45 @@
+"""Trees of arrays for backends whose framework brings none: leaves in dicts, lists, tuples and named tuples.
+
+``None`` is a tree without leaves, as in JAX.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+
+def leaves_with_paths(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield each leaf with its path, in order.
+
+    >>> list(leaves_with_paths({"a": 1.0, "b": [2.0, 3.0]}))
+    [("['a']", 1.0), ("['b'][0]", 2.0), ("['b'][1]", 3.0)]
+    """
+    if isinstance(tree, dict):
+        for key, child in tree.items():
+            yield from leaves_with_paths(child, f"{path}[{key!r}]")
+    elif isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        for field, child in zip(tree._fields, tree, strict=True):  # pyright: ignore[reportAttributeAccessIssue]
+            yield from leaves_with_paths(child, f"{path}.{field}")
+    elif isinstance(tree, list | tuple):
+        for i, child in enumerate(tree):
+            yield from leaves_with_paths(child, f"{path}[{i}]")
+    elif tree is not None:
+        yield path, tree
+
+
+def tree_map(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+    """Apply a function to the leaves of trees of one structure; keep that structure.
+
+    >>> tree_map(lambda x, y: x + y, {"a": 1, "b": (2, 3)}, {"a": 10, "b": (20, 30)})
+    {'a': 11, 'b': (22, 33)}
+    """
+    if tree is None:
+        return None
+    if isinstance(tree, dict):
+        mapped = {key: tree_map(function, child, *(r[key] for r in rest)) for key, child in tree.items()}
+        return mapped if type(tree) is dict else type(tree)(mapped)
+    if isinstance(tree, list | tuple):
+        children = [tree_map(function, *group) for group in zip(tree, *rest, strict=True)]
+        if isinstance(tree, list):
+            return children
+        return type(tree)(*children) if hasattr(tree, "_fields") else tuple(children)
+    return function(tree, *rest)
