@@ -1,0 +1,55 @@
+"""The same systems and problems in every framework that is installed."""
+
+import importlib.util
+from typing import Any
+
+import numpy as np
+import pytest
+
+import bilevel as bl
+from bilevel.protocols import Point
+
+FRAMEWORKS = ["numpy", "torch", "jax"]
+DTYPES = [np.float32, np.float64]
+
+
+def framework(name: str) -> Any:
+    """Return a backend, or skip where its framework is not installed."""
+    if importlib.util.find_spec(name) is None:
+        pytest.skip(f"{name} is not installed")
+    return bl.get_backend(name)
+
+
+def tolerance(dtype: Any, condition: float = 1.0, factor: float = 100.0) -> float:
+    """Return the relative error that a backward stable computation stays below, in one place for all tests."""
+    return factor * float(np.finfo(dtype).eps) * condition
+
+
+def relative_error(x: Any, expected: Any) -> float:
+    """Return norm(x - expected) / norm(expected)."""
+    x, expected = np.asarray(x, np.float64), np.asarray(expected, np.float64)
+    return float(np.linalg.norm(x - expected) / max(np.linalg.norm(expected), np.finfo(np.float64).tiny))
+
+
+def symmetric(eigenvalues: Any, seed: int = 0) -> np.ndarray:
+    """Return a symmetric matrix with these eigenvalues and random eigenvectors."""
+    eigenvalues = np.asarray(eigenvalues, np.float64)
+    q, _ = np.linalg.qr(np.random.default_rng(seed).standard_normal((eigenvalues.size,) * 2))
+    matrix = q @ np.diag(eigenvalues) @ q.T
+    return (matrix + matrix.T) / 2
+
+
+def solve(
+    backend: Any, solver: Any, matrix: np.ndarray, rhs: np.ndarray, x0: Any = None
+) -> tuple[np.ndarray, bl.SolverInfo]:
+    """Run a linear solver on a dense system in a framework, compiled where it compiles; bring the answer back."""
+    x0 = None if x0 is None else backend.from_numpy(x0)
+    system = Point(backend.from_numpy(matrix), backend.from_numpy(rhs), adjoint0=x0)
+    with np.errstate(all="ignore"):  # NumPy would warn of the nan that some tests put in
+        x, info = backend.execute(_solve, solver, None, system)
+    steps, residual_norm, rhs_norm, status = (backend.to_host(i) for i in info)
+    return backend.to_numpy(x), bl.SolverInfo(int(steps), residual_norm, rhs_norm, bl.Status(int(status)))
+
+
+def _solve(backend: Any, solver: Any, problem: None, system: Point) -> Any:
+    return solver.solve(lambda v: system.params @ v, system.hparams, system.adjoint0, backend.space)

@@ -1,0 +1,458 @@
+"""Bad input and failed solves: what the user is told, and that nothing of theirs is touched."""
+
+import re
+import sys
+import warnings
+
+import numpy as np
+import pytest
+from frameworks import framework
+
+import bilevel as bl
+from bilevel import Status
+
+
+def half_square(target):
+    """L = ½ scale ‖w − λ‖², F = ½ ‖w − target‖², for torch and jax."""
+    return bl.Problem(
+        lambda w, h, scale=1.0: 0.5 * scale * ((w - h) ** 2).sum(),
+        lambda w, h: 0.5 * ((w - target) ** 2).sum(),
+    )
+
+
+@pytest.fixture(params=["torch", "jax"])
+def autodiff(request):
+    return framework(request.param)
+
+
+def array(backend, *values, dtype=np.float64):
+    return backend.from_numpy(np.array(values, dtype=dtype))
+
+
+class TestArguments:
+    def test_integer_params_name_the_leaf(self, backend):
+        with pytest.raises(
+            TypeError, match=r"params\['w'\]\[1\]: expected a floating-point leaf, got .*int64.*inner_args"
+        ):
+            bl.hypergradient(
+                half_square(0.0),
+                {"w": [array(backend, 1.0), array(backend, 1, dtype=np.int64)]},
+                array(backend, 1.0),
+            )
+
+    def test_integer_hparams_name_the_leaf(self, backend):
+        with pytest.raises(TypeError, match=r"hparams: expected a floating-point leaf"):
+            bl.hypergradient(half_square(0.0), array(backend, 1.0), array(backend, 1, dtype=np.int64))
+
+    def test_complex_leaves_are_refused(self, backend):
+        with pytest.raises(TypeError, match="hparams: expected a floating-point leaf"):
+            bl.hypergradient(half_square(0.0), array(backend, 1.0), array(backend, 1j, dtype=np.complex128))
+
+    def test_python_numbers_are_refused_by_name(self, backend):
+        with pytest.raises(TypeError, match=r"hparams\['reg'\]: expected an array of \w+, got float"):
+            bl.hypergradient(half_square(0.0), array(backend, 1.0), {"reg": 0.1})
+
+    def test_trees_without_arrays(self):
+        with pytest.raises(TypeError, match="expected trees of NumPy, torch or JAX arrays, got float and list"):
+            bl.hypergradient(half_square(0.0), 1.0, ["a"])
+
+    def test_empty_hparams(self, backend):
+        with pytest.raises(ValueError, match="hparams has no leaves"):
+            bl.hypergradient(half_square(0.0), array(backend, 1.0), {})
+
+    def test_mixed_frameworks(self, autodiff):
+        with pytest.raises(TypeError, match=r"params must|must be of one framework") as error:
+            bl.hypergradient(half_square(0.0), array(autodiff, 1.0), {"reg": np.ones(1)})
+        assert "hparams['reg']" in str(error.value)
+
+    def test_a_backend_by_name_refuses_other_arrays(self, autodiff):
+        with pytest.raises(TypeError, match=f"params: expected an array of {autodiff.name}, got ndarray"):
+            bl.hypergradient(half_square(0.0), np.ones(2), np.ones(2), backend=autodiff.name)
+
+    def test_an_adjoint_of_another_shape(self, backend):
+        problem = bl.problems.ridge()
+        X, y = array(backend, [1.0, 2.0], [3.0, 1.0]), array(backend, 1.0, 2.0)
+        with pytest.raises(
+            ValueError, match=r"adjoint0: expected the structure of params, where this leaf has shape \(2,\)"
+        ):
+            bl.hypergradient(
+                problem,
+                array(backend, 1.0, 1.0),
+                array(backend, 1.0, 1.0),
+                inner_args=(X, y),
+                outer_args=(X, y),
+                adjoint0=array(backend, 1.0),
+            )
+
+    def test_an_adjoint_of_another_structure(self, autodiff):
+        with pytest.raises(ValueError, match=r"adjoint0\['b'\].*is missing"):
+            bl.hypergradient(
+                half_square(0.0),
+                {"a": array(autodiff, 1.0), "b": array(autodiff, 1.0)},
+                array(autodiff, 1.0),
+                adjoint0={"a": array(autodiff, 1.0)},
+            )
+
+    def test_args_that_are_no_tuple(self, backend):
+        with pytest.raises(TypeError, match=r"inner_args: expected a tuple of arguments, as in inner_args=\(x, y\)"):
+            bl.hypergradient(half_square(0.0), array(backend, 1.0), array(backend, 1.0), inner_args=array(backend, 1.0))
+
+    def test_on_failure(self, backend):
+        with pytest.raises(ValueError, match='on_failure: expected "raise", "warn" or "ignore", got \'warning\''):
+            bl.hypergradient(half_square(0.0), array(backend, 1.0), array(backend, 1.0), on_failure="warning")
+
+    def test_a_problem_of_no_functions(self):
+        with pytest.raises(TypeError, match=r"Problem\.outer: expected a function"):
+            bl.Problem(lambda w, h: w, 3.0)
+
+    def test_different_devices(self):
+        torch = pytest.importorskip("torch")
+        with pytest.raises(ValueError, match=r"hparams\['b'\] is on meta, but params on cpu: move them together"):
+            bl.hypergradient(half_square(0.0), torch.ones(1), {"b": torch.ones(1, device="meta")})
+
+    def test_the_same_tensor_twice(self):
+        torch = pytest.importorskip("torch")
+        w = torch.ones(1)
+        with pytest.raises(ValueError, match=r"hparams\['h'\] is the same tensor as params\[0\]"):
+            bl.hypergradient(half_square(0.0), [w], {"h": w})
+
+
+class TestObjectives:
+    @pytest.mark.parametrize("role", ["inner", "outer"])
+    def test_a_loss_that_is_no_scalar(self, autodiff, role):
+        good, bad = lambda w, h: ((w - h) ** 2).sum(), lambda w, h: (w - h) ** 2
+        problem = bl.Problem(*((bad, good) if role == "inner" else (good, bad)))
+        with pytest.raises(ValueError, match=rf"{role}: expected a scalar, got an array of shape \(2,\).*mean or sum"):
+            bl.hypergradient(problem, array(autodiff, 1.0, 2.0), array(autodiff, 1.0, 2.0))
+
+    def test_a_loss_that_is_a_python_number(self, autodiff):
+        problem = bl.Problem(lambda w, h: ((w - h) ** 2).sum(), lambda w, h: 1.0)
+        with pytest.raises(TypeError, match="outer: expected a scalar"):
+            bl.hypergradient(problem, array(autodiff, 1.0), array(autodiff, 1.0))
+
+    def test_hparams_without_influence_are_named(self, autodiff):
+        closed_over = array(autodiff, 2.0)
+        problem = bl.Problem(lambda w, h: ((w - closed_over) ** 2).sum(), lambda w, h: (w**2).sum())
+        with pytest.raises(
+            ValueError, match=r"Neither objective depends on hparams\['a'\], hparams\['b'\]\. .*closed over"
+        ):
+            bl.hypergradient(problem, array(autodiff, 1.0), {"a": array(autodiff, 1.0), "b": array(autodiff, 1.0)})
+
+    @pytest.mark.parametrize("solver", ["cg", "unrolled"])
+    def test_a_leaf_of_hparams_without_influence_gets_zeros(self, autodiff, solver):
+        problem = bl.Problem(lambda w, h: ((w - h["a"]) ** 2).sum(), lambda w, h: (w**2).sum())
+        hparams = {"a": array(autodiff, 1.0), "b": array(autodiff, 1.0, 2.0)}
+        hg = bl.hypergradient(problem, array(autodiff, 1.0), hparams, solver=solver)
+        assert autodiff.to_numpy(hg.grad["b"]).tolist() == [0.0, 0.0]
+        assert autodiff.to_numpy(hg.grad["a"])[0] == pytest.approx(2.0)
+
+    def test_a_direct_term_alone_is_enough(self, autodiff):
+        problem = bl.Problem(lambda w, h: (w**2).sum(), lambda w, h: (w * h).sum())
+        hg = bl.hypergradient(problem, array(autodiff, 3.0), array(autodiff, 5.0))
+        assert autodiff.to_numpy(hg.grad).tolist() == [3.0]
+
+    def test_params_without_influence_get_zeros(self, autodiff):
+        problem = bl.Problem(
+            lambda w, h: ((w["a"] - h) ** 2).sum() + (w["b"] ** 2).sum(), lambda w, h: (w["a"] ** 2).sum()
+        )
+        params = {"a": array(autodiff, 1.0), "b": array(autodiff, 0.0, 0.0)}
+        hg = bl.hypergradient(problem, params, array(autodiff, 1.0))
+        assert autodiff.to_numpy(hg.adjoint["b"]).tolist() == [0.0, 0.0]
+        unused = bl.Problem(lambda w, h: ((w["a"] - h) ** 2).sum(), problem.outer)
+        hg = bl.hypergradient(unused, params, array(autodiff, 1.0))
+        assert autodiff.to_numpy(hg.adjoint["b"]).tolist() == [0.0, 0.0]
+
+    def test_an_outer_objective_without_params_gives_the_direct_term(self, autodiff):
+        problem = bl.Problem(lambda w, h: ((w - h) ** 2).sum(), lambda w, h: (h**2).sum())
+        hg = bl.hypergradient(problem, array(autodiff, 3.0), array(autodiff, 5.0))
+        assert autodiff.to_numpy(hg.grad).tolist() == [10.0]
+        assert hg.info.status is Status.CONVERGED
+
+    def test_analytic_methods_that_are_missing(self):
+        class NoHvp:
+            def __call__(self, params, hparams):
+                return 0.0
+
+            def grad(self, params, hparams):
+                return params
+
+        with pytest.raises(
+            TypeError, match=r"inner objective \(NoHvp\) has no method 'hvp'.*torch and jax backends derive"
+        ):
+            bl.hypergradient(
+                bl.Problem(NoHvp(), bl.problems.ridge().outer),
+                np.ones(1),
+                np.ones(1),
+                outer_args=(np.eye(1), np.ones(1)),
+            )
+
+    def test_plain_functions_on_numpy_arrays(self):
+        with pytest.raises(TypeError, match=r"has no method 'grad'"):
+            bl.hypergradient(half_square(0.0), np.ones(1), np.ones(1))
+
+    def test_an_analytic_product_of_the_wrong_shape(self):
+        ridge = bl.problems.ridge()
+
+        class Wrong:
+            __call__, grad, cross_vjp = ridge.inner.__call__, ridge.inner.grad, ridge.inner.cross_vjp
+
+            def hvp(self, params, hparams, vector, X, y):
+                return vector[:, None]
+
+        data = {"inner_args": (np.eye(2), np.ones(2)), "outer_args": (np.eye(2), np.zeros(2))}
+        with pytest.raises(
+            ValueError, match=r"the inner hvp: expected the structure of params.*\(2,\).*has shape \(2, 1\)"
+        ):
+            bl.hypergradient(bl.Problem(Wrong(), ridge.outer), np.ones(2), np.ones(2), **data)
+
+    def test_penalties_of_the_wrong_shape(self):
+        data = {"inner_args": (np.eye(2), np.ones(2)), "outer_args": (np.eye(2), np.ones(2))}
+        with pytest.raises(ValueError, match=r"log penalties of shape \(\) \(shared\), \(2,\) .*got \(3,\)"):
+            bl.hypergradient(bl.problems.ridge(), np.ones(2), np.ones(3), **data)
+
+    def test_a_hand_made_product_of_the_wrong_shape(self):
+        lin = bl.Linearization(0.0, np.ones(2), None, lambda v: np.outer(v, v), lambda v: v)
+        with pytest.raises(ValueError, match=r"hvp\(v\): expected the structure of grad_params.*has shape \(2, 2\)"):
+            bl.hypergradient_from(lin)
+
+    def test_unrolling_a_linearization(self):
+        lin = bl.Linearization(0.0, np.ones(2), None, lambda v: v, lambda v: v)
+        with pytest.raises(TypeError, match=r"Unrolled needs the problem itself: use bl\.hypergradient"):
+            bl.hypergradient_from(lin, solver="unrolled")
+
+
+def quadratic(backend, eigenvalues, **parts):
+    n = len(eigenvalues)
+    parts = {"hessian": np.diag(eigenvalues), "coupling": np.eye(n), "target": np.ones(n), **parts}
+    problem = bl.problems.quadratic(**{k: backend.from_numpy(np.asarray(v, np.float64)) for k, v in parts.items()})
+    return problem, backend.from_numpy(np.zeros(n)), backend.from_numpy(np.zeros(n))
+
+
+class TestFailedSolves:
+    def test_negative_curvature_names_the_cures(self, backend):
+        with pytest.warns(bl.SolverWarning, match="CG: met non-positive curvature at step 1") as caught:
+            hg = bl.hypergradient(*quadratic(backend, [-2.0, 1.0]))
+        text = str(caught[0].message)
+        damping = float(re.search(r"damping above ([0-9.e+-]+),", text)[1])
+        assert damping == pytest.approx(2.0, rel=0.01)
+        assert "MINRES" in text
+        assert "Gauss-Newton" in text
+        assert hg.info.status is Status.NEGATIVE_CURVATURE
+        assert backend.to_numpy(hg.grad).all()
+        again = bl.hypergradient(*quadratic(backend, [-2.0, 1.0]), solver=bl.CG(damping=1.5 * damping))
+        assert again.info.status is Status.CONVERGED
+
+    def test_the_warning_points_at_the_caller(self, backend):
+        with pytest.warns(bl.SolverWarning) as caught:
+            bl.hypergradient(*quadratic(backend, [-2.0, 1.0]))
+        assert caught[0].filename == __file__
+
+    def test_divergence_says_the_step_that_would_hold(self, backend):
+        case = quadratic(backend, [1.0, 10.0])
+        with pytest.warns(bl.SolverWarning, match="Neumann: the series diverged") as caught:
+            hg = bl.hypergradient(*case, solver=bl.Neumann(terms=100, step_size=0.3))
+        assert hg.info.status is Status.DIVERGED
+        step = float(re.search(r"use step_size=([0-9.e+-]+)", str(caught[0].message))[1])
+        assert step == pytest.approx(0.1, rel=0.05)
+        assert bl.hypergradient(*case, solver=bl.Neumann(terms=300, step_size=step)).info.status is Status.CONVERGED
+
+    def test_divergence_on_a_negative_eigenvalue_says_that_no_step_holds(self, backend):
+        with pytest.warns(
+            bl.SolverWarning,
+            match=r"negative eigenvalue \(about -1\), so that no step size holds: add damping above 1",
+        ):
+            bl.hypergradient(*quadratic(backend, [-1.0, 3.0]), solver="neumann")
+
+    def test_maxiter_says_the_residual(self, backend):
+        with pytest.warns(
+            bl.SolverWarning,
+            match=r"CG: stopped after 1 steps above its tolerance, with a residual .* Raise maxiter",
+        ):
+            bl.hypergradient(*quadratic(backend, [1.0, 10.0], target=[1.0, 2.0]), solver=bl.CG(maxiter=1))
+
+    def test_on_failure_raise(self, backend):
+        with pytest.raises(bl.SolverError, match="stopped after 1 steps"):
+            bl.hypergradient(
+                *quadratic(backend, [1.0, 10.0], target=[1.0, 2.0]),
+                solver=bl.CG(maxiter=1),
+                on_failure="raise",
+            )
+
+    def test_on_failure_ignore_is_silent_but_honest(self, backend):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            hg = bl.hypergradient(
+                *quadratic(backend, [1.0, 10.0], target=[1.0, 2.0]),
+                solver=bl.CG(maxiter=1),
+                on_failure="ignore",
+            )
+        assert hg.info.status is Status.MAXITER
+
+    @pytest.mark.parametrize("part", ["hessian", "coupling", "target"])
+    @pytest.mark.parametrize("bad", [np.nan, np.inf])
+    @pytest.mark.parametrize("solver", ["identity", "neumann", "cg", "exact", "unrolled"])
+    @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NumPy's own
+    def test_nan_and_inf_raise_by_default(self, backend, part, bad, solver):
+        if part == "hessian" and solver == "identity":
+            pytest.skip("the identity does not look at the Hessian")
+        values = np.diag([1.0, 2.0]) if part != "target" else np.ones(2)
+        values[0] = bad
+        case = quadratic(backend, [1.0, 2.0], **{part: values})
+        with pytest.raises(bl.SolverError, match="nan or inf in the losses"):
+            bl.hypergradient(*case, solver=solver)
+        ignored = bl.hypergradient(*case, solver=solver, on_failure="ignore")
+        assert ignored.info.status is Status.NON_FINITE
+
+    def test_the_exact_solver_says_what_it_would_take(self, backend):
+        n = 20_000
+        lin = bl.Linearization(
+            backend.from_numpy(np.array(0.0)), backend.from_numpy(np.ones(n)), None, lambda v: v, lambda v: v
+        )
+        with pytest.raises(ValueError, match=r'params has 20,000 entries.* 3\.0 GiB .*solver="cg"'):
+            bl.hypergradient_from(lin, solver="exact")
+
+
+class TestNothingOfTheUsersIsTouched:
+    def test_torch_params_hparams_and_their_grads(self):
+        torch = pytest.importorskip("torch")
+        w = torch.randn(3, dtype=torch.float64, requires_grad=True)
+        h = torch.randn(3, dtype=torch.float64, requires_grad=True)
+        plain = torch.randn(3, dtype=torch.float64)
+        w.grad, h.grad = torch.ones(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
+        before = [t.detach().clone() for t in (w, h, plain)]
+        problem = bl.Problem(
+            lambda p, h: ((p[0] - h) ** 2).sum() + ((p[1] - h) ** 2).sum(),
+            lambda p, h: (p[0] ** 2).sum() + (p[1] ** 2).sum(),
+        )
+        for solver in ("cg", "unrolled", bl.Neumann(step_size=5.0), "exact"):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", bl.SolverWarning)
+                hg = bl.hypergradient(problem, [w, plain], h, solver=solver)
+            assert not any(t.requires_grad for t in (hg.grad, hg.value, *hg.adjoint))
+        failing = bl.Problem(lambda p, h: (p[0].log() * h).sum() + (p[1] ** 2).sum(), problem.outer)
+        with pytest.raises(bl.SolverError):
+            bl.hypergradient(failing, [w, plain], h * float("nan"))
+        for tensor, old in zip((w, h, plain), before, strict=True):
+            assert torch.equal(tensor, old)
+        for tensor in (w, h):
+            assert torch.equal(tensor.grad, torch.ones(3, dtype=torch.float64))
+        assert (w.requires_grad, h.requires_grad, plain.requires_grad) == (True, True, False)
+
+    def test_numpy_arrays_are_not_written(self):
+        rng = np.random.default_rng(0)
+        X, y = rng.standard_normal((8, 3)), rng.standard_normal(8)
+        w, h = rng.standard_normal(3), rng.standard_normal(3)
+        for a in (X, y, w, h):
+            a.setflags(write=False)
+        for solver in ("cg", "neumann", "exact", "unrolled", "identity"):
+            bl.hypergradient(bl.problems.ridge(), w, h, inner_args=(X, y), outer_args=(X, y), solver=solver)
+
+    def test_torch_inference_mode_is_refused(self):
+        torch = pytest.importorskip("torch")
+        with torch.inference_mode(), pytest.raises(RuntimeError, match=r"inference_mode.*silent zero"):
+            bl.hypergradient(half_square(0.0), torch.ones(1), torch.ones(1))
+
+
+class TestNames:
+    def test_an_unknown_solver_suggests_the_nearest(self):
+        with pytest.raises(ValueError, match=r"there is no 'neuman'\. Did you mean 'neumann'\? There is: cg, exact"):
+            bl.get_solver("neuman")
+
+    def test_an_unknown_option_suggests_the_nearest(self):
+        with pytest.raises(
+            TypeError, match=r"solver 'cg' has no option 'max_iter'\. Did you mean 'maxiter'\? There is: atol"
+        ):
+            bl.get_solver({"name": "cg", "max_iter": 3})
+
+    def test_an_unknown_override_of_a_solver_object(self):
+        with pytest.raises(TypeError, match=r"solver 'CG' has no option 'terms'"):
+            bl.get_solver(bl.CG(), terms=3)
+
+    def test_an_unknown_backend_suggests_the_nearest(self):
+        with pytest.raises(ValueError, match=r"there is no 'pytorch'\. Did you mean 'torch'\?"):
+            bl.get_backend("pytorch")
+
+    def test_a_missing_framework_says_how_to_install_it(self, monkeypatch):
+        for name in [m for m in sys.modules if m.partition(".")[0] in ("jax", "bilevel_jax")]:
+            monkeypatch.delitem(sys.modules, name)
+        monkeypatch.setitem(sys.modules, "jax", None)  # what import then finds
+        from bilevel import config
+
+        config._load_backend.cache_clear()
+        with pytest.raises(ImportError, match=re.escape('pip install "bilevel[jax]"')):
+            bl.get_backend("jax")
+        config._load_backend.cache_clear()
+
+    @pytest.mark.parametrize(
+        ("spec", "error", "message"),
+        [
+            ({"maxiter": 3}, ValueError, "has no name"),
+            (3, TypeError, "expected a name, a mapping, a TOML file or an object"),
+            (bl.CG, TypeError, "expected a name, a mapping"),
+            ({"name": "cg", "maxiter": -1}, ValueError, r"CG\.maxiter: expected an integer >= 0, got -1"),
+            ({"name": "cg", "maxiter": 2.5}, TypeError, r"CG\.maxiter: expected an integer >= 0, got 2\.5"),
+            ({"name": "cg", "maxiter": True}, TypeError, r"CG\.maxiter: expected an integer"),
+            ({"name": "cg", "rtol": "a"}, TypeError, r"CG\.rtol: expected a finite number >= 0, got 'a'"),
+            (
+                {"name": "cg", "rtol": float("nan")},
+                ValueError,
+                r"CG\.rtol: expected a finite number >= 0, got nan",
+            ),
+            ({"name": "cg", "damping": -0.1}, ValueError, r"CG\.damping: expected a finite number >= 0"),
+            ({"name": "cg", "atol": None}, TypeError, r"CG\.atol: expected a finite number"),
+            (
+                {"name": "neumann", "step_size": 0},
+                ValueError,
+                r"Neumann\.step_size: expected a finite number > 0",
+            ),
+            (
+                {"name": "neumann", "step_size": "auot"},
+                ValueError,
+                r'Neumann\.step_size: expected a number > 0 or "auto"',
+            ),
+            ({"name": "neumann", "terms": -1}, ValueError, r"Neumann\.terms: expected an integer >= 0"),
+            (
+                {"name": "identity", "scale": float("inf")},
+                ValueError,
+                r"Identity\.scale: expected a finite number",
+            ),
+            ({"name": "unrolled", "steps": 0}, ValueError, r"Unrolled\.steps: expected an integer >= 1"),
+            (
+                {"name": "unrolled", "truncation": 0},
+                ValueError,
+                r"Unrolled\.truncation: expected an integer >= 1",
+            ),
+            ({"name": "exact", "damping": "x"}, TypeError, r"Exact\.damping: expected a finite number"),
+        ],
+        ids=str,
+    )
+    def test_options_are_checked_by_name_and_range(self, spec, error, message):
+        with pytest.raises(error, match=message):
+            bl.get_solver(spec)
+
+
+class TestConfig:
+    def test_a_toml_file(self, tmp_path):
+        file = tmp_path / "solver.toml"
+        file.write_text('[solver]\nname = "neumann"\nterms = 7\nstep_size = 1\n')
+        expected = bl.Neumann(terms=7, step_size=1)
+        assert bl.get_solver(file) == bl.get_solver(str(file)) == expected
+        assert bl.get_solver(file, terms=2) == bl.Neumann(terms=2, step_size=1)
+
+    def test_a_toml_file_without_the_table(self, tmp_path):
+        file = tmp_path / "solver.toml"
+        file.write_text("a = 1\n")
+        with pytest.raises(ValueError, match=r"solver\.toml: expected a table \[solver\]"):
+            bl.get_solver(file)
+        file.write_text("[solver\n")
+        with pytest.raises(ValueError, match=r"solver\.toml: this is no TOML"):
+            bl.get_solver(file)
+
+    def test_objects_pass_and_may_be_changed(self):
+        assert bl.get_solver(bl.CG(maxiter=3)) == bl.CG(maxiter=3)
+        assert bl.get_solver(bl.CG(maxiter=3), rtol=1e-3) == bl.CG(maxiter=3, rtol=1e-3)
+
+    def test_every_solver_is_reachable_by_its_name(self):
+        for name in ("identity", "neumann", "cg", "exact", "unrolled"):
+            assert name in bl.list_solvers()
+            assert type(bl.get_solver(name)).__name__.lower() == name

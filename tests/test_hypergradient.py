@@ -1,0 +1,291 @@
+"""The hypergradient against closed forms, on every backend."""
+
+import warnings
+
+import numpy as np
+import pytest
+from frameworks import DTYPES, FRAMEWORKS, framework, relative_error, symmetric, tolerance
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import linalg
+
+import bilevel as bl
+from bilevel import Status
+
+seeds = st.integers(0, 2**32 - 1)
+
+
+class Inner:
+    """L = ½ wᵀHw − wᵀ(Bλ + c), with its arrays as arguments so that JAX compiles once per shape."""
+
+    def __call__(self, w, h, H, B, c):
+        return w @ (0.5 * (H @ w) - B @ h - c)
+
+    def grad(self, w, h, H, B, c):
+        return H @ w - B @ h - c
+
+    def hvp(self, w, h, v, H, B, c):
+        return H @ v
+
+    def cross_vjp(self, w, h, v, H, B, c):
+        return -(B.T @ v)
+
+
+class Outer:
+    """F = ½‖w − t‖² + dᵀλ."""
+
+    def __call__(self, w, h, t, d):
+        return 0.5 * ((w - t) @ (w - t)) + d @ h
+
+    def grad(self, w, h, t, d):
+        return w - t, d
+
+
+QUADRATIC = bl.Problem(Inner(), Outer())
+
+
+class Case:
+    """A quadratic problem with its minimizer and hypergradient in closed form, moved to a framework."""
+
+    def __init__(self, backend, seed=0, weights=6, hypers=4, dtype=np.float64, at_minimum=True):
+        rng = np.random.default_rng(seed)
+        H = symmetric(np.linspace(1, 4, weights), seed)
+        B, t, c, d = (rng.standard_normal(shape) for shape in ((weights, hypers), weights, weights, hypers))
+        self.hparams_ = rng.standard_normal(hypers)
+        self.params_ = linalg.solve(H, B @ self.hparams_ + c) if at_minimum else rng.standard_normal(weights)
+        self.adjoint = linalg.solve(H, self.params_ - t)
+        self.expected = d + B.T @ self.adjoint
+        self.value = 0.5 * np.sum((self.params_ - t) ** 2) + d @ self.hparams_
+
+        def move(*arrays):
+            return tuple(backend.from_numpy(np.asarray(a, dtype)) for a in arrays)
+
+        self.params, self.hparams = move(self.params_, self.hparams_)
+        self.args = {"inner_args": move(H, B, c), "outer_args": move(t, d)}
+
+    def hypergradient(self, solver="cg", **options):
+        options = {"params": self.params, "hparams": self.hparams, "solver": solver, **self.args, **options}
+        return bl.hypergradient(QUADRATIC, **options)
+
+
+EXACT_SOLVERS = [
+    bl.CG(rtol=1e-12),
+    bl.Neumann(terms=400),
+    bl.Exact(),
+    bl.Unrolled(steps=400),
+    bl.Unrolled(steps=300, step_size=0.2, momentum=0.3),
+]
+
+
+@pytest.mark.parametrize("solver", EXACT_SOLVERS, ids=lambda s: f"{type(s).__name__}{getattr(s, 'momentum', '')}")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_solver_reaches_the_closed_form(backend, solver, dtype):
+    case = Case(backend, dtype=dtype)
+    if dtype == np.float32 and isinstance(solver, bl.CG):
+        solver = bl.CG(rtol=1e-6)
+    hg = case.hypergradient(solver)
+    assert relative_error(backend.to_numpy(hg.grad), case.expected) <= tolerance(dtype, condition=40)
+    assert relative_error(backend.to_numpy(hg.adjoint), case.adjoint) <= tolerance(dtype, condition=40)
+    assert relative_error(backend.to_host(hg.value), case.value) <= tolerance(dtype)
+    assert backend.to_numpy(hg.grad).dtype == dtype
+    assert hg.info.status is Status.CONVERGED
+
+
+@given(seed=seeds, weights=st.sampled_from([1, 3, 8]), hypers=st.sampled_from([1, 5]))
+def test_backends_agree_with_the_closed_form_anywhere(backend, seed, weights, hypers):
+    case = Case(backend, seed, weights, hypers, at_minimum=False)
+    hg = case.hypergradient({"name": "cg", "rtol": 1e-12})
+    assert relative_error(backend.to_numpy(hg.grad), case.expected) <= 1e-9
+
+
+@given(seed=seeds, terms=st.sampled_from([1, 2, 7]), share=st.floats(0.1, 1.9))
+def test_unrolled_steps_from_a_stationary_point_are_neumann_terms(backend, seed, terms, share):
+    """Theorem 2 of Lorraine et al. (2020): K steps sum the first K terms."""
+    case = Case(backend, seed)
+    series = bl.Neumann(terms=terms - 1, step_size=share / 4)
+    unrolled = bl.Unrolled(steps=terms, step_size=share / 4)
+    a, b = (case.hypergradient(s) for s in (series, unrolled))
+    for x, y in ((a.grad, b.grad), (a.adjoint, b.adjoint)):
+        assert relative_error(backend.to_numpy(x), backend.to_numpy(y)) <= 1e-11
+
+
+def test_unrolling_from_anywhere_differentiates_the_program(backend):
+    """Against central differences of the whole run: the derivative of the program, not of its limit."""
+    case = Case(backend, at_minimum=False)
+    solver = bl.Unrolled(steps=5, step_size=0.1, momentum=0.5)
+    hg = case.hypergradient(solver)
+    h = 1e-6
+    for i in range(4):
+        values = []
+        for sign in (1, -1):
+            moved = case.hparams_ + sign * h * np.eye(4)[i]
+            at = case.hypergradient(solver, hparams=backend.from_numpy(moved))
+            values.append(backend.to_host(at.value))
+        assert backend.to_numpy(hg.grad)[i] == pytest.approx((values[0] - values[1]) / (2 * h), rel=1e-7, abs=1e-7)
+
+
+def test_the_end_of_an_unroll_is_returned(backend):
+    case = Case(backend, at_minimum=False)
+    hg = case.hypergradient(bl.Unrolled(steps=300))
+    at_minimum = Case(backend).params_
+    assert relative_error(backend.to_numpy(hg.params), at_minimum) <= 1e-10
+    implicit = case.hypergradient()
+    assert implicit.params is case.params
+
+
+def test_truncation_drops_the_early_steps(backend):
+    case = Case(backend)
+    truncated = bl.Unrolled(steps=20, step_size=0.2, truncation=4)
+    short = bl.Unrolled(steps=4, step_size=0.2)
+    a, b = (case.hypergradient(s) for s in (truncated, short))
+    assert relative_error(backend.to_numpy(a.grad), backend.to_numpy(b.grad)) <= 1e-11  # stationary throughout
+
+
+def test_a_warm_start_saves_all_steps(backend):
+    case = Case(backend)
+    first = case.hypergradient({"name": "cg", "rtol": 1e-10})
+    again = case.hypergradient(adjoint0=first.adjoint)
+    assert first.info.steps > 0
+    assert again.info.steps == 0
+    assert relative_error(backend.to_numpy(again.grad), case.expected) <= 1e-9
+
+
+def test_eager_info_is_plain_python(backend):
+    case = Case(backend)
+    info = case.hypergradient().info
+    assert isinstance(info.steps, int)
+    assert isinstance(info.residual_norm, float)
+    assert isinstance(info.status, Status)
+
+
+def test_a_linearization_filled_by_hand_gives_the_same(backend):
+    case = Case(backend)
+    lin = backend.linearize(QUADRATIC, case.params, case.hparams, **case.args)
+    by_hand = bl.hypergradient_from(bl.Linearization(*lin), solver="exact")
+    assert relative_error(backend.to_numpy(by_hand.grad), case.expected) <= 1e-12
+    assert by_hand.params is None
+
+
+@pytest.mark.parametrize("name", ["torch", "jax"])
+def test_trees_of_params_and_hparams_are_nested_freely(name):
+    backend = framework(name)
+    rng = np.random.default_rng(0)
+    X, y = backend.from_numpy(rng.standard_normal((9, 3))), backend.from_numpy(rng.standard_normal(9))
+    params = {"layers": [backend.from_numpy(rng.standard_normal(3)), (backend.from_numpy(np.array(0.5)),)]}
+    hparams = ({"decay": backend.from_numpy(np.zeros(3))}, [backend.from_numpy(np.array(-1.0))])
+
+    def inner(p, h, X, y):
+        w, (bias,) = p["layers"]
+        decays, (bias_decay,) = h[0]["decay"], h[1]
+        penalty = ((w - 1) ** 2 * decays**2).sum() + (w**2).sum() + (1 + bias_decay**2) * bias**2
+        return ((X @ w + bias - y) ** 2).sum() + penalty
+
+    def outer(p, h, X, y):
+        return ((X @ p["layers"][0] + p["layers"][1][0] - 2 * y) ** 2).sum()
+
+    hg = bl.hypergradient(bl.Problem(inner, outer), params, hparams, inner_args=(X, y), outer_args=(X, y))
+    assert isinstance(hg.grad, tuple)
+    assert hg.grad[0]["decay"].shape == (3,)
+    assert hg.grad[1][0].shape == ()
+    assert hg.adjoint["layers"][1][0].shape == ()
+
+
+HPARAMS = {"shared": (), "feature": (5,), "weight": None, "groups": (2,)}
+
+
+class TestModels:
+    """The ready problems: analytic derivatives (numpy) against autodiff (torch, jax), and ridge in closed form."""
+
+    @staticmethod
+    def data(kind, seed=0):
+        rng = np.random.default_rng(seed)
+        X, Xv = rng.standard_normal((30, 5)), rng.standard_normal((20, 5))
+        if kind == "ridge":
+            return (X, rng.standard_normal(30)), (Xv, rng.standard_normal(20)), rng.standard_normal(5)
+        return (X, rng.integers(0, 3, 30)), (Xv, rng.integers(0, 3, 20)), rng.standard_normal((5, 3))
+
+    @pytest.mark.parametrize("kind", ["ridge", "logistic_regression"])
+    @pytest.mark.parametrize("penalty", HPARAMS)
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_analytic_and_automatic_derivatives_agree(self, kind, penalty, dtype):
+        train, val, w = self.data(kind)
+        shape = HPARAMS[penalty] if penalty != "weight" else w.shape
+        hparams = np.random.default_rng(1).standard_normal(shape)
+        problem = getattr(bl.problems, kind)(groups=[0, 1, 1, 0, 1] if penalty == "groups" else None)
+        grads = {}
+        for name in FRAMEWORKS:
+            try:
+                backend = framework(name)
+            except pytest.skip.Exception:
+                continue
+
+            def move(a, backend=backend):
+                return backend.from_numpy(a if a.dtype.kind == "i" else a.astype(dtype))
+
+            hg = bl.hypergradient(
+                problem,
+                move(w),
+                move(np.asarray(hparams)),
+                inner_args=tuple(map(move, train)),
+                outer_args=tuple(map(move, val)),
+                solver="exact",
+            )
+            grads[name] = backend.to_numpy(hg.grad)
+            assert grads[name].shape == shape
+        if len(grads) == 1:
+            pytest.skip("neither torch nor jax is installed")
+        for name in grads:
+            assert relative_error(grads[name], grads["numpy"]) <= tolerance(dtype, condition=20), name
+
+    @given(seed=seeds, hypers=st.sampled_from(["shared", "feature", "groups"]))
+    def test_ridge_matches_its_closed_form(self, seed, hypers):
+        (X, y), (Xv, yv), _ = self.data("ridge", seed)
+        groups = np.array([0, 1, 1, 0, 1])
+        lam = np.random.default_rng(seed).uniform(-3, 1, HPARAMS[hypers])
+        spread = {"shared": lambda a: np.full(5, a), "feature": lambda a: a, "groups": lambda a: a[groups]}[hypers]
+        penalties = np.exp(spread(lam))
+        H = X.T @ X / 30 + np.diag(penalties)
+        w = linalg.solve(H, X.T @ y / 30)
+        per_feature = -penalties * w * linalg.solve(H, Xv.T @ (Xv @ w - yv) / 20)
+        gathered = {
+            "shared": per_feature.sum(),
+            "feature": per_feature,
+            "groups": np.array([per_feature[groups == g].sum() for g in (0, 1)]),
+        }[hypers]
+        problem = bl.problems.ridge(groups=groups if hypers == "groups" else None)
+        hg = bl.hypergradient(
+            problem,
+            w,
+            np.asarray(lam),
+            inner_args=(X, y),
+            outer_args=(Xv, yv),
+            solver={"name": "cg", "rtol": 1e-12},
+        )
+        assert relative_error(hg.grad, gathered) <= 1e-9
+
+    def test_sparse_features_give_the_same(self):
+        from scipy import sparse
+
+        train, val, w = self.data("logistic_regression")
+        problem = bl.problems.logistic_regression()
+        dense, sparse_ = (
+            bl.hypergradient(
+                problem,
+                w,
+                np.zeros(5),
+                inner_args=(wrap(train[0]), train[1]),
+                outer_args=(wrap(val[0]), val[1]),
+            )
+            for wrap in (np.asarray, sparse.csr_array)
+        )
+        assert relative_error(sparse_.grad, dense.grad) <= 1e-12
+
+
+def test_float32_stays_float32_throughout(backend):
+    case = Case(backend, dtype=np.float32)
+    for solver in ("identity", "neumann", "cg", "exact", "unrolled"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", bl.SolverWarning)
+            hg = case.hypergradient(solver)
+        for tree in (hg.grad, hg.adjoint, hg.value, hg.params):
+            assert backend.to_numpy(tree).dtype == np.float32

@@ -1,0 +1,191 @@
+"""What JAX users rely on: jit, vmap, one trace, registered pytrees, float32 by default."""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from functools import partial
+
+import pytest
+from frameworks import relative_error
+
+import bilevel as bl
+from bilevel import Status
+
+jax = pytest.importorskip("jax")
+jnp = jax.numpy
+
+
+def inner(w, h, X, y):
+    return jnp.mean((X @ w - y) ** 2) + jnp.sum(jnp.exp(h) * w**2)
+
+
+def outer(w, h, X, y):
+    return jnp.mean((X @ w - y) ** 2)
+
+
+PROBLEM = bl.Problem(inner, outer)
+
+
+def case(seed=0):
+    keys = jax.random.split(jax.random.key(seed), 6)
+    X, Xv = (jax.random.normal(k, (12, 4)) for k in keys[:2])
+    y, yv = (jax.random.normal(k, (12,)) for k in keys[2:4])
+    w, h = (jax.random.normal(k, (4,)) for k in keys[4:])
+    return w, h, (X, y), (Xv, yv)
+
+
+SOLVERS = ["cg", "neumann", "identity", "exact", "unrolled"]
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_jit_gives_the_same_as_eager(solver):
+    w, h, train, val = case()
+    call = partial(bl.hypergradient, PROBLEM, solver=solver)
+    eager = call(w, h, inner_args=train, outer_args=val)
+    jitted = jax.jit(lambda w, h, train, val: call(w, h, inner_args=train, outer_args=val))(w, h, train, val)
+    assert relative_error(jitted.grad, eager.grad) <= 1e-12
+    assert isinstance(jitted.info.status, jax.Array)
+    assert int(jitted.info.status) == eager.info.status
+    assert int(jitted.info.steps) == eager.info.steps
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_vmap_gives_the_same_as_a_loop(solver):
+    cases = [case(seed) for seed in range(3)]
+    stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *cases)
+    call = partial(bl.hypergradient, PROBLEM, solver=solver)
+    mapped = jax.vmap(lambda w, h, train, val: call(w, h, inner_args=train, outer_args=val))(*stacked)
+    for i, (w, h, train, val) in enumerate(cases):
+        one = call(w, h, inner_args=train, outer_args=val)
+        assert relative_error(mapped.grad[i], one.grad) <= 1e-12
+        assert int(mapped.info.status[i]) == one.info.status
+        assert int(mapped.info.steps[i]) == one.info.steps
+
+
+def test_under_jit_a_failure_speaks_through_the_status_only():
+    w, h, train, val = case()
+
+    @jax.jit
+    def call(w, h):
+        solver = bl.Neumann(terms=50, step_size=10.0)
+        return bl.hypergradient(PROBLEM, w, h, inner_args=train, outer_args=val, solver=solver, on_failure="raise")
+
+    hg = call(w, h)
+    assert int(hg.info.status) == Status.DIVERGED
+    nan = call(w, h * jnp.nan)
+    assert int(nan.info.status) == Status.NON_FINITE
+    assert not jnp.isfinite(nan.grad).any()
+
+
+class TestTraces:
+    """An eager call compiles once per problem, solver and shapes, whatever the numbers."""
+
+    @pytest.fixture
+    def counted(self):
+        traces = []
+
+        def counted_inner(w, h, X, y):
+            traces.append(1)
+            return inner(w, h, X, y)
+
+        return bl.Problem(counted_inner, outer), traces
+
+    def test_new_numbers_do_not_trace_again(self, counted):
+        problem, traces = counted
+        for seed in range(3):
+            w, h, train, val = case(seed)
+            bl.hypergradient(problem, w, h, inner_args=train, outer_args=val)
+            if seed == 0:
+                first = len(traces)
+        assert len(traces) == first
+
+    def test_numeric_options_do_not_trace_again(self, counted):
+        problem, traces = counted
+        w, h, train, val = case()
+        counts = []
+        for rtol, damping in ((1e-3, 0.1), (1e-6, 0.2)):
+            solver = bl.CG(rtol=rtol, damping=damping)
+            hg = bl.hypergradient(problem, w, h, inner_args=train, outer_args=val, solver=solver)
+            counts.append(len(traces))
+        assert counts[0] == counts[1]
+        assert hg.info.residual_norm <= 1e-6 * hg.info.rhs_norm
+
+    def test_an_equal_problem_built_anew_does_not_trace_again(self, counted):
+        problem, traces = counted
+        w, h, train, val = case()
+        bl.hypergradient(problem, w, h, inner_args=train, outer_args=val)
+        first = len(traces)
+        bl.hypergradient(bl.Problem(problem.inner, problem.outer), w, h, inner_args=train, outer_args=val)
+        assert len(traces) == first
+
+    def test_python_arguments_stay_what_they_are(self):
+        w, h, _, _ = case()
+        problem = bl.Problem(
+            lambda w, h, power, mode: (
+                (w**2).sum() + sum(((w - h) ** 2).sum() for _ in range(power)) if mode == "sum" else (w**power).sum()
+            ),
+            lambda w, h: (w**2).sum(),
+        )
+        one = bl.hypergradient(problem, w, h, inner_args=(1, "sum"))
+        three = bl.hypergradient(problem, w, h, inner_args=(3, "sum"))
+        assert relative_error(three.grad, one.grad * (2 / 4) * 3 * (2 / 2) * (4 / 8) * 2) <= 1e-5
+        flag = bl.hypergradient(problem, w, h, inner_args=(True, "sum"))
+        assert relative_error(flag.grad, one.grad) <= 1e-12
+
+    def test_an_argument_that_jit_cannot_hold_still_works(self):
+        w, h, train, val = case()
+        problem = bl.Problem(lambda w, h, box: inner(w, h, *box.data), outer)
+
+        class Box:
+            __hash__ = None  # pyright: ignore
+
+            def __init__(self, data):
+                self.data = data
+
+        hg = bl.hypergradient(problem, w, h, inner_args=(Box(train),), outer_args=val)
+        plain = bl.hypergradient(PROBLEM, w, h, inner_args=train, outer_args=val)
+        assert relative_error(hg.grad, plain.grad) <= 1e-12
+
+
+def test_registered_pytrees_are_trees():
+    @jax.tree_util.register_dataclass
+    @dataclass
+    class Params:
+        w: jax.Array
+
+    w, h, train, val = case()
+    problem = bl.Problem(lambda p, h, X, y: inner(p.w, h, X, y), lambda p, h, X, y: outer(p.w, h, X, y))
+    hg = bl.hypergradient(problem, Params(w), h, inner_args=train, outer_args=val)
+    assert isinstance(hg.adjoint, Params)
+
+
+def test_closed_over_hparams_are_refused_under_jit_too():
+    w, h, train, val = case()
+    problem = bl.Problem(lambda w, _, X, y: inner(w, h, X, y), outer)
+    with pytest.raises(ValueError, match="Neither objective depends on hparams"):
+        jax.jit(lambda w, h: bl.hypergradient(problem, w, h, inner_args=train, outer_args=val))(w, h)
+
+
+def test_jitted_losses_hide_no_dependence():
+    w, h, train, val = case()
+    problem = bl.Problem(jax.jit(inner), jax.jit(outer))
+    hg = bl.hypergradient(problem, w, h, inner_args=train, outer_args=val)
+    plain = bl.hypergradient(PROBLEM, w, h, inner_args=train, outer_args=val)
+    assert relative_error(hg.grad, plain.grad) <= 1e-12
+
+
+def test_the_default_float32_is_right():
+    """Without JAX_ENABLE_X64, as users have it."""
+    code = """
+import jax.numpy as jnp, numpy as np, bilevel as bl
+H, B, t = np.diag([1.0, 2.0, 4.0]), np.arange(6.0).reshape(3, 2), np.ones(3)
+problem = bl.problems.quadratic(*map(jnp.asarray, (H, B, t)))
+w = np.linalg.solve(H, B @ np.ones(2))
+for solver in ("cg", bl.Neumann(terms=200), "exact", bl.Unrolled(steps=200)):
+    hg = bl.hypergradient(problem, jnp.asarray(w), jnp.ones(2), solver=solver)
+    assert hg.grad.dtype == jnp.float32, hg.grad.dtype
+    np.testing.assert_allclose(hg.grad, B.T @ np.linalg.solve(H, w - t), rtol=1e-5)
+"""
+    env = {**os.environ, "JAX_ENABLE_X64": "0"}
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, env=env)

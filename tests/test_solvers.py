@@ -1,0 +1,345 @@
+"""Each linear solver against SciPy, on what it promises and on what it does not."""
+
+import warnings
+
+import numpy as np
+import pytest
+from frameworks import DTYPES, FRAMEWORKS, framework, relative_error, solve, symmetric, tolerance
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from scipy import linalg
+
+import bilevel as bl
+from bilevel import Status
+from bilevel.protocols import Point
+from bilevel.solvers.lanczos import spectrum
+
+seeds = st.integers(0, 2**32 - 1)
+sizes = st.sampled_from([1, 2, 5, 12])  # few: JAX compiles for each
+spectra = sizes.flatmap(lambda n: st.lists(st.floats(0.2, 5.0), min_size=n, max_size=n))
+
+
+def rhs_of(size, seed=1, dtype=np.float64):
+    return np.random.default_rng(seed).standard_normal(size).astype(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(eigenvalues=spectra, seed=seeds, damping=st.sampled_from([0.0, 0.5]))
+def test_cg_matches_scipy_on_positive_definite_systems(backend, dtype, eigenvalues, seed, damping):
+    matrix, rhs = symmetric(eigenvalues, seed).astype(dtype), rhs_of(len(eigenvalues), seed, dtype)
+    rtol = tolerance(dtype, factor=50)
+    x, info = solve(backend, bl.CG(rtol=rtol, damping=damping), matrix, rhs)
+    exact = linalg.solve(matrix.astype(np.float64) + damping * np.eye(len(rhs)), rhs)
+    assert info.status == Status.CONVERGED
+    assert x.dtype == dtype
+    # norm(x - x*) <= κ rtol norm(x*) for a residual below rtol norm(b); and the matrix itself is rounded.
+    assert relative_error(x, exact) <= 200 * rtol
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(eigenvalues=spectra, seed=seeds)
+def test_exact_matches_scipy(backend, dtype, eigenvalues, seed):
+    signs = np.where(np.arange(len(eigenvalues)) % 2, -1, 1)  # indefinite is fine
+    matrix, rhs = symmetric(eigenvalues * signs, seed).astype(dtype), rhs_of(len(eigenvalues), seed, dtype)
+    x, info = solve(backend, bl.Exact(), matrix, rhs)
+    assert info.status == Status.CONVERGED
+    assert relative_error(x, linalg.solve(matrix.astype(np.float64), rhs)) <= tolerance(dtype, condition=100)
+
+
+@given(eigenvalues=spectra, seed=seeds, terms=st.integers(0, 30), share=st.floats(0.1, 1.9))
+def test_neumann_is_the_truncated_series(backend, eigenvalues, seed, terms, share):
+    matrix, rhs = symmetric(eigenvalues, seed), rhs_of(len(eigenvalues), seed)
+    step = share / max(eigenvalues)
+    x, info = solve(backend, bl.Neumann(terms=terms, step_size=step), matrix, rhs)
+    term, total = rhs, rhs
+    for _ in range(terms):
+        term = term - step * matrix @ term
+        total = total + term
+    assert relative_error(x, step * total) <= tolerance(np.float64)
+    assert info.steps == terms
+    assert info.status == Status.CONVERGED
+    assert info.residual_norm == pytest.approx(np.linalg.norm(term), rel=1e-9, abs=1e-15)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(eigenvalues=spectra, seed=seeds)
+def test_neumann_with_automatic_step_converges_to_the_solution(backend, dtype, eigenvalues, seed):
+    matrix, rhs = symmetric(eigenvalues, seed).astype(dtype), rhs_of(len(eigenvalues), seed, dtype)
+    x, info = solve(backend, bl.Neumann(terms=800), matrix, rhs)
+    assert info.status == Status.CONVERGED
+    assert relative_error(x, linalg.solve(matrix.astype(np.float64), rhs)) <= tolerance(dtype, condition=100)
+
+
+def test_identity_is_a_multiple_of_the_right_hand_side(backend):
+    rhs = rhs_of(3)
+    x, info = solve(backend, bl.Identity(scale=0.25), np.eye(3), rhs)
+    assert relative_error(x, 0.25 * rhs) <= tolerance(np.float64)
+    assert info.steps == 0
+    assert np.isnan(info.residual_norm)
+
+
+ITERATIVE = [bl.CG(), bl.Neumann(terms=50)]
+LINEAR = [*ITERATIVE, bl.Exact()]
+
+
+def name_of(solver):
+    return type(solver).__name__
+
+
+@pytest.mark.parametrize("solver", LINEAR, ids=name_of)
+class TestEachSolver:
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("size", [1, 2, 7])
+    def test_multiples_of_the_identity(self, backend, solver, dtype, size):
+        rhs = rhs_of(size, dtype=dtype)
+        x, info = solve(backend, solver, 2 * np.eye(size, dtype=dtype), rhs)
+        assert relative_error(x, rhs / 2) <= tolerance(dtype)
+        assert info.status == Status.CONVERGED
+
+    @pytest.mark.parametrize("warm", [False, True])
+    def test_a_zero_right_hand_side_gives_zero(self, backend, solver, warm):
+        x, info = solve(backend, solver, symmetric([1, 2, 3]), np.zeros(3), np.ones(3) if warm else None)
+        assert (x == 0).all()
+        assert info.status == Status.CONVERGED
+
+    @pytest.mark.parametrize("bad", [np.nan, np.inf])
+    def test_a_non_finite_operator_or_right_hand_side_is_flagged(self, backend, solver, bad):
+        matrix, rhs = symmetric([1, 2, 3]), rhs_of(3)
+        broken, bad_rhs = matrix.copy(), rhs.copy()
+        broken[1, 1], bad_rhs[1] = bad, bad
+        for m, b in ((broken, rhs), (matrix, bad_rhs)):
+            x, info = solve(backend, solver, m, b)
+            assert info.status == Status.NON_FINITE
+            assert not np.isfinite(x).all()
+
+    def test_the_reported_residual_is_true(self, backend, solver):
+        matrix, rhs = symmetric(np.geomspace(0.01, 1, 20)), rhs_of(20)
+        x, info = solve(backend, solver, matrix, rhs)
+        true = np.linalg.norm(rhs - matrix @ x)
+        if name_of(solver) == "Neumann":  # one term behind, a bound
+            assert 0.5 * info.residual_norm <= true <= info.residual_norm
+        else:
+            assert abs(info.residual_norm - true) <= 1e-10 * np.linalg.norm(rhs)
+        assert info.rhs_norm == pytest.approx(np.linalg.norm(rhs))
+
+    def test_trees_are_solved_like_one_vector(self, backend, solver):
+        matrix, rhs = symmetric(np.linspace(1, 2, 7)), rhs_of(7)
+        A = backend.from_numpy(matrix)
+
+        def tree(flat):
+            return {"a": flat[:3].reshape(3, 1), "b": [flat[3:6], (flat[6],)], "empty": flat[:0]}
+
+        def flat(t):
+            return backend.space.ravel(t)
+
+        b = backend.from_numpy(rhs)
+        x, _ = solver.solve(lambda v: tree(A @ flat(v)), tree(b), None, backend.space)
+        expected, _ = solve(backend, solver, matrix, rhs)
+        assert set(x) == {"a", "b", "empty"}
+        assert x["a"].shape == (3, 1)
+        assert relative_error(backend.to_numpy(flat(x)), expected) <= tolerance(np.float64, 100)
+
+
+def test_cg_takes_as_many_steps_as_there_are_distinct_eigenvalues(backend):
+    _, info = solve(backend, bl.CG(rtol=1e-10), symmetric([1, 1, 1, 5, 5, 9]), rhs_of(6))
+    assert info.steps == 3
+    assert info.status == Status.CONVERGED
+
+
+@pytest.mark.parametrize("maxiter", [0, 3])
+def test_cg_respects_maxiter_and_says_so(backend, maxiter):
+    matrix, rhs = symmetric(np.geomspace(1e-3, 1, 20)), rhs_of(20)
+    x, info = solve(backend, bl.CG(maxiter=maxiter), matrix, rhs)
+    assert (info.steps, info.status) == (maxiter, Status.MAXITER)
+    # The residual is recomputed here: it is not the recurrence's word alone.
+    assert info.residual_norm == pytest.approx(np.linalg.norm(rhs - matrix @ x), rel=1e-9)
+
+
+@pytest.mark.parametrize("maxiter", [1, 4, 8])
+def test_cg_minimizes_the_energy_norm_over_the_krylov_space(backend, maxiter):
+    matrix, rhs = symmetric(np.geomspace(1e-2, 1, 12)), rhs_of(12)
+    x, _ = solve(backend, bl.CG(maxiter=maxiter, rtol=0.0), matrix, rhs)
+    krylov = [rhs]
+    for _ in range(maxiter - 1):
+        krylov.append(matrix @ krylov[-1])
+    basis, _ = np.linalg.qr(np.stack(krylov, axis=1))
+    best = basis @ linalg.solve(basis.T @ matrix @ basis, basis.T @ rhs)
+    assert relative_error(x, best) <= 1e-8
+
+
+def test_cg_started_at_the_solution_stays(backend):
+    matrix, rhs = symmetric([1, 2, 3, 4]), rhs_of(4)
+    exact = linalg.solve(matrix, rhs)
+    x, info = solve(backend, bl.CG(rtol=1e-8), matrix, rhs, x0=exact)
+    assert (x == exact).all()
+    assert (info.steps, info.status) == (0, Status.CONVERGED)
+
+
+@pytest.mark.parametrize("solver", ITERATIVE, ids=name_of)
+def test_a_warm_start_nearby_leaves_less_error(backend, solver):
+    matrix, rhs = symmetric(np.geomspace(0.05, 1, 30)), rhs_of(30)
+    exact = linalg.solve(matrix, rhs)
+    near = exact + 1e-4 * rhs_of(30, seed=2)
+    few = {"maxiter": 5} if name_of(solver) == "CG" else {"terms": 5}
+    solver = bl.get_solver(solver, **few)
+    cold, warm = (solve(backend, solver, matrix, rhs, x0)[0] for x0 in (None, near))
+    assert relative_error(warm, exact) < 1e-2 * relative_error(cold, exact)
+
+
+class TestNegativeCurvature:
+    def test_cg_stops_at_the_last_good_iterate(self, backend):
+        # The negative direction is nearly orthogonal to b: the first steps are good ones.
+        matrix, rhs = np.diag([1.0, 2.0, 3.0, -1.0]), np.array([1.0, 1.0, 1.0, 1e-3])
+        x, info = solve(backend, bl.CG(), matrix, rhs)
+        assert info.status == Status.NEGATIVE_CURVATURE
+        assert info.steps > 1
+        assert np.linalg.norm(rhs - matrix @ x) < np.linalg.norm(rhs)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("size", [1, 5])
+    def test_at_the_first_step_it_is_never_a_quiet_zero(self, backend, dtype, size):
+        rhs = rhs_of(size, dtype=dtype)
+        x, info = solve(backend, bl.CG(), -4 * np.eye(size, dtype=dtype), rhs)
+        assert info.status == Status.NEGATIVE_CURVATURE
+        assert relative_error(x, rhs / 4) <= tolerance(dtype)
+        assert info.residual_norm == pytest.approx(2 * np.linalg.norm(rhs), rel=1e-5)
+
+    def test_a_zero_operator_is_no_curvature(self, backend):
+        x, info = solve(backend, bl.CG(), np.zeros((3, 3)), rhs_of(3))
+        assert info.status == Status.NEGATIVE_CURVATURE
+        assert np.isfinite(x).all()
+        assert x.any()
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @given(seed=seeds, null=st.sampled_from([1, 5]))
+    def test_a_singular_system_without_solution_does_not_converge(self, backend, dtype, seed, null):
+        eigenvalues = np.concatenate([np.zeros(null), np.linspace(1, 2, 15)])
+        matrix, rhs = symmetric(eigenvalues, seed).astype(dtype), rhs_of(15 + null, seed, dtype)
+        in_range = np.linalg.pinv(matrix, rcond=1e-3) @ matrix @ rhs
+        least = np.linalg.norm(rhs - in_range)
+        assume(least > 0.05 * np.linalg.norm(rhs))
+        for solver in (bl.CG(), bl.Exact()):
+            _, info = solve(backend, solver, matrix, rhs)
+            assert info.status in (Status.NEGATIVE_CURVATURE, Status.MAXITER)
+            assert info.residual_norm > 0.9 * least
+
+    def test_damping_cures_it(self, backend):
+        matrix, rhs = symmetric([-0.5, 1, 2]), rhs_of(3)
+        x, info = solve(backend, bl.CG(damping=1.0, rtol=1e-12), matrix, rhs)
+        assert info.status == Status.CONVERGED
+        assert relative_error(x, linalg.solve(matrix + np.eye(3), rhs)) <= 1e-10
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(data=st.data(), seed=seeds)
+def test_converged_is_never_a_lie(backend, dtype, data, seed):
+    size = data.draw(st.sampled_from([1, 3, 25]))
+    exponent = data.draw(st.floats(0, 10))
+    signs = data.draw(st.sampled_from(["definite", "indefinite", "singular"]))
+    eigenvalues = np.geomspace(1, 10.0**-exponent, size)
+    if signs == "indefinite":
+        eigenvalues[::3] *= -1
+    if signs == "singular":
+        eigenvalues[size // 2 :] = 0
+    scale = 10.0 ** data.draw(st.integers(-6, 6))
+    matrix, rhs = (scale * symmetric(eigenvalues, seed)).astype(dtype), rhs_of(size, seed, dtype)
+    rtol = data.draw(st.sampled_from([1e-3, 1e-6, 1e-9]))
+    x, info = solve(backend, bl.CG(rtol=rtol, maxiter=300), matrix, rhs)
+    true = np.linalg.norm(rhs - matrix.astype(np.float64) @ x)
+    if info.status == Status.CONVERGED:
+        assert true <= 10 * max(rtol, np.finfo(dtype).eps) * np.linalg.norm(rhs)
+    elif np.isfinite(true):
+        rounding = tolerance(dtype) * (scale * np.linalg.norm(x) + np.linalg.norm(rhs))
+        assert abs(info.residual_norm - true) <= 0.1 * true + rounding
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(eigenvalues=spectra, seed=seeds, share=st.floats(2.1, 4.0))
+def test_neumann_divergence_is_flagged(backend, dtype, eigenvalues, seed, share):
+    matrix, rhs = symmetric(eigenvalues, seed).astype(dtype), rhs_of(len(eigenvalues), seed, dtype)
+    x, info = solve(backend, bl.Neumann(terms=500, step_size=share / max(eigenvalues)), matrix, rhs)
+    assert info.status == Status.DIVERGED
+    assert np.linalg.norm(x) <= info.steps * share / max(eigenvalues) * np.linalg.norm(rhs) * (1 + 1e-5)
+
+
+@given(eigenvalues=spectra, seed=seeds)
+def test_neumann_diverges_on_a_negative_eigenvalue_whatever_the_step(backend, eigenvalues, seed):
+    matrix, rhs = symmetric([*eigenvalues, -0.1], seed), rhs_of(len(eigenvalues) + 1, seed)
+    _, info = solve(backend, bl.Neumann(terms=1000), matrix, rhs)
+    assert info.status == Status.DIVERGED
+
+
+def ends_of(backend, solver, problem, point):
+    return spectrum(lambda v: point.params @ v, point.hparams, backend.space)
+
+
+@given(
+    eigenvalues=st.sampled_from([1, 3, 40]).flatmap(
+        lambda n: st.lists(st.floats(-10, 10).map(lambda e: round(e, 3)), min_size=n, max_size=n)
+    ),
+    seed=seeds,
+)
+def test_lanczos_brackets_the_spectrum(backend, eigenvalues, seed):
+    point = Point(backend.from_numpy(symmetric(eigenvalues, seed)), backend.from_numpy(np.zeros(len(eigenvalues))))
+    smallest, largest, error = (backend.to_host(end) for end in backend.execute(ends_of, None, None, point))
+    width = max(map(abs, eigenvalues)) + 1e-300
+    assert min(eigenvalues) - 1e-9 * width <= smallest <= largest <= max(eigenvalues) + 1e-9 * width
+    # An unlucky start can miss the very end, but a step size of 1/(largest + error) must stay below 2/λmax.
+    assert largest + error >= max(eigenvalues) - 0.5 * width
+
+
+def test_lanczos_finds_the_ends_of_a_decaying_spectrum(backend):
+    eigenvalues = np.concatenate([np.geomspace(1e-4, 10, 60), [-2.0]])
+    point = Point(backend.from_numpy(symmetric(eigenvalues)), backend.from_numpy(np.zeros(61)))
+    smallest, largest, error = (backend.to_host(end) for end in backend.execute(ends_of, None, None, point))
+    assert largest == pytest.approx(10, rel=1e-3)
+    assert smallest == pytest.approx(-2, rel=1e-2)
+    assert largest + error >= 10 * (1 - 1e-6)
+
+
+@pytest.mark.parametrize("solver", ITERATIVE, ids=name_of)
+@pytest.mark.parametrize("signs", [1, -1])
+def test_reading_the_stop_flag_less_often_changes_no_bit(solver, signs):
+    backend = framework("torch")
+    from bilevel_torch import TorchBackend, TorchSpace
+
+    eigenvalues = np.linspace(1, 3, 9) * np.where(np.arange(9) > 6, signs, 1)
+    matrix, rhs = symmetric(eigenvalues), rhs_of(9)
+    expected = solve(backend, solver, matrix, rhs)
+    for check_every in (2, 7, 1000):
+        x, info = solve(TorchBackend(TorchSpace(check_every)), solver, matrix, rhs)
+        assert (x == expected[0]).all()
+        assert info == expected[1]
+
+
+def test_torch_reads_the_device_only_when_the_stop_flag_is_due():
+    torch = pytest.importorskip("torch")
+    from bilevel_torch import TorchSpace
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class CountReads(TorchDispatchMode):
+        reads = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.reads += function is torch.ops.aten._local_scalar_dense.default
+            return function(*args, **(kwargs or {}))
+
+    matrix = torch.tensor(symmetric(np.geomspace(1e-6, 1, 100)))
+    for solver in (bl.CG(maxiter=40), bl.Neumann(terms=40, step_size=0.5)):
+        with CountReads() as count:
+            solver.solve(lambda v: matrix @ v, torch.ones(100, dtype=torch.float64), None, TorchSpace(check_every=20))
+        # Steps 0 and 20 of the loop, and for CG its rounds and branches: none per step.
+        assert count.reads <= 12
+
+
+def test_solvers_agree_across_frameworks():
+    matrix, rhs = symmetric(np.geomspace(0.1, 1, 15)), rhs_of(15)
+    for solver in (bl.CG(rtol=1e-13), bl.Neumann(terms=500, step_size=1.0), bl.Exact()):
+        answers = []
+        for name in FRAMEWORKS:
+            try:
+                answers.append(solve(framework(name), solver, matrix, rhs)[0])
+            except pytest.skip.Exception as skipped:
+                warnings.warn(str(skipped), stacklevel=1)
+        for x in answers[1:]:
+            assert relative_error(x, answers[0]) <= 1e-11
