@@ -8,10 +8,11 @@ from bilevel.minimize import minimize
 from bilevel.problem import Problem
 from bilevel.protocols import Linearization
 from bilevel.results import Hypergradient, SolverInfo, Status
-from bilevel.solvers import CG, Exact, Identity, Neumann, Unrolled
+from bilevel.solvers import CG, MINRES, Exact, Identity, Neumann, Unrolled
 
 __all__ = [
     "CG",
+    "MINRES",
     "Exact",
     "Hypergradient",
     "Identity",

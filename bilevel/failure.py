@@ -48,8 +48,8 @@ def _negative_curvature(info: SolverInfo, curvature: Callable[[], Sequence[float
     return (
         f"met non-positive curvature at step {info.steps} and stopped at the last good iterate, with a "
         f"{_residual(info)}. The Hessian is not positive definite (eigenvalues from about {smallest:.2g} to "
-        f"{largest:.2g}): add damping above {max(-smallest, 0.0):.2g}, train the inner problem further, or use a "
-        "method for indefinite systems (MINRES, exact) or a Gauss-Newton product for hvp."
+        f"{largest:.2g}): add damping above {max(-smallest, 0.0):.2g}, train the inner problem further, use "
+        'solver="minres", which takes eigenvalues of either sign, or give a Gauss-Newton product for hvp.'
     )
 
 

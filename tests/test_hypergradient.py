@@ -70,6 +70,7 @@ class Case:
 
 EXACT_SOLVERS = [
     bl.CG(rtol=1e-12),
+    bl.MINRES(rtol=1e-12),
     bl.Neumann(terms=400),
     bl.Exact(),
     bl.Unrolled(steps=400),
@@ -81,8 +82,8 @@ EXACT_SOLVERS = [
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_solver_reaches_the_closed_form(backend, solver, dtype):
     case = Case(backend, dtype=dtype)
-    if dtype == np.float32 and isinstance(solver, bl.CG):
-        solver = bl.CG(rtol=1e-6)
+    if dtype == np.float32 and isinstance(solver, bl.CG | bl.MINRES):
+        solver = bl.get_solver(solver, rtol=1e-6)
     hg = case.hypergradient(solver)
     assert relative_error(backend.to_numpy(hg.grad), case.expected) <= tolerance(dtype, condition=40)
     assert relative_error(backend.to_numpy(hg.adjoint), case.adjoint) <= tolerance(dtype, condition=40)
@@ -283,7 +284,7 @@ class TestModels:
 
 def test_float32_stays_float32_throughout(backend):
     case = Case(backend, dtype=np.float32)
-    for solver in ("identity", "neumann", "cg", "exact", "unrolled"):
+    for solver in ("identity", "neumann", "cg", "minres", "exact", "unrolled"):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", bl.SolverWarning)
             hg = case.hypergradient(solver)

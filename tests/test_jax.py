@@ -35,7 +35,7 @@ def case(seed=0):
     return w, h, (X, y), (Xv, yv)
 
 
-SOLVERS = ["cg", "neumann", "identity", "exact", "unrolled"]
+SOLVERS = ["cg", "minres", "neumann", "identity", "exact", "unrolled"]
 
 
 @pytest.mark.parametrize("solver", SOLVERS)

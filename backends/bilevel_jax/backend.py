@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from typing_extensions import override
 
 from bilevel.problem import Problem
 from bilevel.protocols import Backend, InnerDerivatives, OuterDerivatives, Point, Solver
@@ -27,30 +28,39 @@ class JaxBackend(Backend):
     name = "jax"
     space = JaxSpace()
 
+    @override
     def owns(self, leaf: Any) -> bool:
         return isinstance(leaf, jax.Array)
 
+    @override
     def leaves(self, tree: Any) -> list[tuple[str, Any]]:
         return [(jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]]
 
+    @override
     def is_floating(self, leaf: Any) -> bool:
         return jnp.issubdtype(leaf.dtype, jnp.floating)
 
+    @override
     def device(self, leaf: Any) -> str | None:
         return None  # JAX itself refuses arrays on different devices, and knows of shardings
 
+    @override
     def devices(self) -> list[str]:
         return [f"{d.platform}:{d.id} {d.device_kind}" for d in jax.devices()]
 
+    @override
     def to_host(self, scalar: Any) -> Any:
         return None if isinstance(scalar, Tracer) else scalar.item()
 
+    @override
     def from_numpy(self, array: Any) -> Any:
         return jnp.asarray(array)
 
+    @override
     def to_numpy(self, array: Any) -> Any:
         return np.asarray(array)
 
+    @override
     def inner(self, problem: Problem, params: Any, hparams: Any, args: tuple[Any, ...]) -> InnerDerivatives:
         def loss(w: Any, h: Any) -> Any:
             return _scalar("inner", problem.inner(w, h, *args))
@@ -67,6 +77,7 @@ class JaxBackend(Backend):
         influences = depends(lambda h: loss(params, h), hparams)
         return InnerDerivatives(grad, hvp, cross_vjp)
 
+    @override
     def outer(self, problem: Problem, params: Any, hparams: Any, args: tuple[Any, ...]) -> OuterDerivatives:
         def loss(w: Any, h: Any) -> Any:
             return _scalar("outer", problem.outer(w, h, *args))
@@ -76,6 +87,7 @@ class JaxBackend(Backend):
         value, grads = jax.value_and_grad(loss, argnums=(0, 1))(params, hparams)
         return OuterDerivatives(value, *grads)
 
+    @override
     def execute(self, function: Callable[..., Any], solver: Solver, problem: Problem, point: Point) -> Any:
         leaves, structure = jax.tree.flatten(point)
         if any(isinstance(leaf, Tracer) for leaf in leaves):

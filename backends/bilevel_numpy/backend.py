@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+from typing_extensions import override
 
 from bilevel.problem import Problem
 from bilevel.protocols import Backend, InnerDerivatives, OuterDerivatives
@@ -17,30 +18,39 @@ class NumpyBackend(Backend):
     name = "numpy"
     space = NumpySpace()
 
+    @override
     def owns(self, leaf: Any) -> bool:
         return isinstance(leaf, np.ndarray | np.generic)
 
+    @override
     def leaves(self, tree: Any) -> list[tuple[str, Any]]:
         return list(leaves_with_paths(tree))
 
+    @override
     def is_floating(self, leaf: Any) -> bool:
         return np.issubdtype(leaf.dtype, np.floating)
 
+    @override
     def device(self, leaf: Any) -> str | None:
         return None
 
+    @override
     def devices(self) -> list[str]:
         return ["cpu"]
 
+    @override
     def to_host(self, scalar: Any) -> Any:
         return scalar.item()
 
+    @override
     def from_numpy(self, array: Any) -> Any:
         return np.asarray(array)
 
+    @override
     def to_numpy(self, array: Any) -> Any:
         return np.asarray(array)
 
+    @override
     def inner(self, problem: Problem, params: Any, hparams: Any, args: tuple[Any, ...]) -> InnerDerivatives:
         objective: Any = problem.inner
         for method in ("grad", "hvp", "cross_vjp"):
@@ -61,6 +71,7 @@ class NumpyBackend(Backend):
         check_like(self, "the inner grad", grad, "params", params)
         return InnerDerivatives(grad, hvp, cross_vjp)
 
+    @override
     def outer(self, problem: Problem, params: Any, hparams: Any, args: tuple[Any, ...]) -> OuterDerivatives:
         objective: Any = problem.outer
         _require(objective, "outer", "grad")

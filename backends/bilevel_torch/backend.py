@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from typing_extensions import override
 
 from bilevel.problem import Problem
 from bilevel.protocols import Backend, InnerDerivatives, OuterDerivatives, Point, Solver
@@ -24,31 +25,40 @@ class TorchBackend(Backend):
     def __init__(self, space: TorchSpace | None = None) -> None:
         self.space = space or TorchSpace()
 
+    @override
     def owns(self, leaf: Any) -> bool:
         return isinstance(leaf, torch.Tensor)
 
+    @override
     def leaves(self, tree: Any) -> list[tuple[str, Any]]:
         return list(leaves_with_paths(tree))
 
+    @override
     def is_floating(self, leaf: Any) -> bool:
         return leaf.is_floating_point()
 
+    @override
     def device(self, leaf: Any) -> str | None:
         return str(leaf.device)
 
+    @override
     def devices(self) -> list[str]:
         return ["cpu"] + [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
 
+    @override
     def to_host(self, scalar: Any) -> Any:
         return scalar.item()
 
+    @override
     def from_numpy(self, array: Any) -> Any:
         return torch.as_tensor(array)
 
+    @override
     def to_numpy(self, array: Any) -> Any:
         array = array.detach().cpu()
         return (array.float() if array.dtype == torch.bfloat16 else array).numpy()
 
+    @override
     def inner(self, problem: Problem, params: Any, hparams: Any, args: tuple[Any, ...]) -> InnerDerivatives:
         params, hparams = _variables(params, hparams)
         weights, hypers = leaves(params), leaves(hparams)
@@ -73,6 +83,7 @@ class TorchBackend(Backend):
 
         return InnerDerivatives(_fill([g if g is None else g.detach() for g in grads], params), hvp, cross_vjp)
 
+    @override
     def outer(self, problem: Problem, params: Any, hparams: Any, args: tuple[Any, ...]) -> OuterDerivatives:
         params, hparams = _variables(params, hparams)
         weights, hypers = leaves(params), leaves(hparams)
@@ -86,6 +97,7 @@ class TorchBackend(Backend):
             grad_hparams=None if all(g is None for g in direct) else _fill(direct, hparams),
         )
 
+    @override
     def execute(self, function: Any, solver: Solver, problem: Problem, point: Point) -> Any:
         if torch.is_inference_mode_enabled() or any(t.is_inference() for t in leaves((point.params, point.hparams))):
             raise RuntimeError(
@@ -102,6 +114,7 @@ def _variables(params: Any, hparams: Any) -> tuple[Any, Any]:
     The user's own, because a loss that runs a module uses the module's parameters, not what it is handed.
     """
 
+    @override
     def variable(t: torch.Tensor) -> torch.Tensor:
         return t if t.requires_grad and t.is_leaf else t.detach().requires_grad_()
 

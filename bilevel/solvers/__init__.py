@@ -3,7 +3,8 @@
 from bilevel.solvers.cg import CG
 from bilevel.solvers.exact import Exact
 from bilevel.solvers.identity import Identity
+from bilevel.solvers.minres import MINRES
 from bilevel.solvers.neumann import Neumann
 from bilevel.solvers.unrolled import Unrolled
 
-__all__ = ["CG", "Exact", "Identity", "Neumann", "Unrolled"]
+__all__ = ["CG", "MINRES", "Exact", "Identity", "Neumann", "Unrolled"]

@@ -2,6 +2,7 @@
 
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,8 +25,11 @@ def check_size(size: int, what: str = "the exact solver") -> None:
         )
 
 
-def solve_dense(matrix: Any, rhs: Any) -> Any:
-    """Solve a dense system by LAPACK; of a singular one, return the least-squares solution of least norm."""
+def solve_dense(matrix: Any, rhs: Any, eps: float = 0.0) -> Any:
+    """Solve a dense system by LAPACK; of a singular one, return the least-squares solution of least norm.
+
+    ``eps`` is the precision of the entries: a matrix that is singular to it counts as singular.
+    """
     from scipy import linalg
 
     if not (np.isfinite(matrix).all() and np.isfinite(rhs).all()):
@@ -33,9 +37,12 @@ def solve_dense(matrix: Any, rhs: Any) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("error", linalg.LinAlgWarning)
         try:
-            return linalg.solve(matrix, rhs)
+            x = linalg.solve(matrix, rhs)
+            if len(rhs) * eps * np.linalg.norm(matrix) * np.linalg.norm(x) <= np.linalg.norm(rhs):
+                return x
         except (linalg.LinAlgError, linalg.LinAlgWarning):
-            return np.asarray(linalg.lstsq(matrix, rhs)[0])  # pyright: ignore[reportOptionalSubscript]
+            pass
+        return np.asarray(linalg.lstsq(matrix, rhs, cond=len(rhs) * eps)[0])  # pyright: ignore[reportOptionalSubscript]
 
 
 @dataclass(frozen=True)
@@ -63,7 +70,8 @@ class Exact:
         xp, size = space.xp, space.size(rhs)
         check_size(size)
         A = damped(operator, self.damping, space)
-        x = space.unravel(space.on_host(solve_dense, space.dense(A, rhs), space.ravel(rhs)), rhs)
+        solve = partial(solve_dense, eps=space.eps(rhs))
+        x = space.unravel(space.on_host(solve, space.dense(A, rhs), space.ravel(rhs)), rhs)
         rhs_norm, left = norm(rhs, space), norm(residual(A, rhs, x, space), space)
         steps = xp.full_like(rhs_norm, size, dtype=xp.int32)
         met = left <= space.eps(rhs) ** 0.5 * rhs_norm
