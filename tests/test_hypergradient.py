@@ -238,6 +238,19 @@ class TestModels:
         for name in grads:
             assert relative_error(grads[name], grads["numpy"]) <= tolerance(dtype, condition=20), name
 
+    @given(seed=seeds, weights=st.sampled_from([1, 4]), hypers=st.sampled_from([1, 4]))
+    def test_the_quadratic_matches_its_closed_form(self, seed, weights, hypers):
+        """Square couplings too, where a transposed one would have the right shape."""
+        numpy = framework("numpy")
+        case = Case(numpy, seed, weights, hypers)
+        (H, B, c), (t, d) = case.args["inner_args"], case.args["outer_args"]
+        problem = bl.problems.quadratic(hessian=H, coupling=B, target=t, offset=c, direct=d)
+        hg = bl.hypergradient(problem, case.params, case.hparams, solver="exact")
+        assert relative_error(hg.grad, case.expected) <= 1e-10
+        assert relative_error(hg.value, case.value) <= 1e-12
+        w = problem.inner.grad(case.params, case.hparams)
+        assert np.linalg.norm(w) <= 1e-10
+
     @given(seed=seeds, hypers=st.sampled_from(["shared", "feature", "groups"]))
     def test_ridge_matches_its_closed_form(self, seed, hypers):
         (X, y), (Xv, yv), _ = self.data("ridge", seed)
