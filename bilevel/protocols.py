@@ -261,6 +261,6 @@ class Backend(Protocol):
         inner = self.inner(problem, params, hparams, inner_args)
         return Linearization(*outer, hvp=inner.hvp, cross_vjp=inner.cross_vjp)
 
-    def execute(self, function: Callable[..., Any], solver: Solver, problem: Problem, point: Point) -> Any:
+    def execute(self, function: Callable[..., Any], solver: Solver | None, problem: Problem, point: Point) -> Any:
         """Call function(backend, solver, problem, point), compiled where the framework compiles."""
         return function(self, solver, problem, point)

@@ -203,16 +203,18 @@ class TestModels:
         X, Xv = rng.standard_normal((30, 5)), rng.standard_normal((20, 5))
         if kind == "ridge":
             return (X, rng.standard_normal(30)), (Xv, rng.standard_normal(20)), rng.standard_normal(5)
+        if kind == "ridge with three targets":
+            return (X, rng.standard_normal((30, 3))), (Xv, rng.standard_normal((20, 3))), rng.standard_normal((5, 3))
         return (X, rng.integers(0, 3, 30)), (Xv, rng.integers(0, 3, 20)), rng.standard_normal((5, 3))
 
-    @pytest.mark.parametrize("kind", ["ridge", "logistic_regression"])
+    @pytest.mark.parametrize("kind", ["ridge", "ridge with three targets", "logistic_regression"])
     @pytest.mark.parametrize("penalty", HPARAMS)
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_analytic_and_automatic_derivatives_agree(self, kind, penalty, dtype):
         train, val, w = self.data(kind)
         shape = HPARAMS[penalty] if penalty != "weight" else w.shape
         hparams = np.random.default_rng(1).standard_normal(shape)
-        problem = getattr(bl.problems, kind)(groups=[0, 1, 1, 0, 1] if penalty == "groups" else None)
+        problem = getattr(bl.problems, kind.split()[0])(groups=[0, 1, 1, 0, 1] if penalty == "groups" else None)
         grads = {}
         for name in FRAMEWORKS:
             try:

@@ -88,7 +88,7 @@ class JaxBackend(Backend):
         return OuterDerivatives(value, *grads)
 
     @override
-    def execute(self, function: Callable[..., Any], solver: Solver, problem: Problem, point: Point) -> Any:
+    def execute(self, function: Callable[..., Any], solver: Solver | None, problem: Problem, point: Point) -> Any:
         leaves, structure = jax.tree.flatten(point)
         if any(isinstance(leaf, Tracer) for leaf in leaves):
             return function(self, solver, problem, point)

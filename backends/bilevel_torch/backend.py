@@ -98,7 +98,7 @@ class TorchBackend(Backend):
         )
 
     @override
-    def execute(self, function: Any, solver: Solver, problem: Problem, point: Point) -> Any:
+    def execute(self, function: Any, solver: Solver | None, problem: Problem, point: Point) -> Any:
         if torch.is_inference_mode_enabled() or any(t.is_inference() for t in leaves((point.params, point.hparams))):
             raise RuntimeError(
                 "torch.inference_mode() keeps autograd from recording, so a hypergradient would be a silent zero: "

@@ -20,7 +20,7 @@ class _DataFit(Protocol):
 @dataclass(frozen=True)
 class _LeastSquares:
     def __call__(self, w: Any, X: Any, y: Any) -> Any:
-        return 0.5 * ((X @ w - y) ** 2).mean()
+        return 0.5 * ((X @ w - y) ** 2).sum() / len(y)
 
     def grad(self, w: Any, X: Any, y: Any) -> Any:
         return X.T @ (X @ w - y) / len(y)
@@ -95,7 +95,7 @@ class _Unpenalized:
 def ridge(groups: Any = None) -> Problem:
     """Return ridge regression whose penalties are the hyperparameters.
 
-    L = ½ mean (Xw − y)² + ½ Σ exp(λ) w² and F = ½ mean (Xw − y)², each on its own data: ``inner_args=(X, y)`` and
+    L = ½ mean ‖Xw − y‖² + ½ Σ exp(λ) w² and F = ½ mean ‖Xw − y‖², each on its own data: ``inner_args=(X, y)`` and
     ``outer_args=(X_val, y_val)``, with X of shape (n, d), dense or scipy.sparse. ``params`` has shape (d,), or (d, k)
     for k targets. ``hparams`` are log penalties of shape () (shared), (d,) (per feature), that of params (per
     weight), or with ``groups`` (number of groups,).

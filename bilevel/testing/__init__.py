@@ -1,0 +1,12 @@
+"""Verify hypergradients, in your own tests.
+
+`check_hypergradient` compares with one of two references and raises an ``AssertionError`` with a table. The
+hypothesis strategies, problems with known answers, are imported explicitly: ``from bilevel.testing import
+strategies``.
+"""
+
+from bilevel.testing.check import check_hypergradient
+from bilevel.testing.differences import finite_difference_hypergradient
+from bilevel.testing.exact import exact_hypergradient
+
+__all__ = ["check_hypergradient", "exact_hypergradient", "finite_difference_hypergradient"]

@@ -1,0 +1,103 @@
+"""From numbers that disagree to a sentence that says how."""
+
+from collections.abc import Callable, Iterator, Sequence
+from textwrap import fill
+
+import numpy as np
+
+from bilevel.testing.differences import slope, step_scale
+from bilevel.testing.host import DERIVATIVES, HostProblem
+
+IMPLICIT = "The implicit term −(∂²L/∂λ∂w)ᵀ v"
+WIDTH = 100
+EXPLAINED = 0.02  # a relation holds if it leaves less than this of the difference
+
+
+def relation(
+    tested: np.ndarray, expected: np.ndarray, direct: np.ndarray, noise: np.ndarray | float = 0.0
+) -> str | None:
+    """Say in what simple way two hypergradients differ, if in any.
+
+    Args:
+        tested: entries of the one, or products with directions; of shape (k,).
+        expected: those of the reference.
+        direct: those of ∂F/∂λ.
+        noise: of ``expected``.
+
+    >>> relation(np.array([1.0, -2.0]), np.array([-1.0, 2.0]), np.zeros(2))
+    'They differ by the sign.'
+    >>> relation(np.array([1.0, -2.0]), np.array([0.5, -1.0]), np.zeros(2))
+    'They differ by a factor of 2.00 (hypergradient / reference).'
+    """
+    if not (np.isfinite(tested).all() and np.isfinite(expected).all()):
+        return None
+    implicit = expected - direct
+    c, k = _factor(tested, expected), _factor(tested - direct, implicit)
+    candidates = {
+        "The hypergradient is zero.": 0 * expected,
+        "They differ by the sign.": -expected,
+        "The direct term ∂F/∂λ is missing: the difference equals it.": implicit,
+        "The direct term ∂F/∂λ is counted twice: the difference equals it.": expected + direct,
+        "The direct term ∂F/∂λ has the wrong sign.": implicit - direct,
+        f"{IMPLICIT} is missing: there is ∂F/∂λ alone.": direct,
+        f"{IMPLICIT} has the wrong sign; ∂F/∂λ is right.": direct - implicit,
+        f"They differ by a factor of {c:.2f} (hypergradient / reference).": c * expected,
+        f"{IMPLICIT} is off by a factor of {k:.2f}; ∂F/∂λ is right.": direct + k * implicit,
+    }
+    left = {sentence: np.linalg.norm(tested - candidate) for sentence, candidate in candidates.items()}
+    noise_norm, least = np.linalg.norm(noise), min(left.values())
+    if least > EXPLAINED * np.linalg.norm(tested - expected) + noise_norm:
+        return None
+    # The first of those that fit about as well as the best: what is simple stands before what is fitted.
+    enough = 3 * (least + noise_norm) + 1e-6 * np.linalg.norm(expected)
+    return next(sentence for sentence, gap in left.items() if gap <= enough)
+
+
+def contradictions(host: HostProblem, seed: int, names: Sequence[str] = DERIVATIVES) -> Iterator[str]:
+    """Say which derivative contradicts differences of what it is derived from.
+
+    Looks along one random direction, at a random point near the caller's: in a minimum too much is zero.
+    """
+    rng = np.random.default_rng(seed)
+    w, lam = host.w, host.lam
+    u, v, d = rng.standard_normal(w.size), rng.standard_normal(w.size), rng.standard_normal(lam.size)
+    w = w + 0.1 * step_scale(w, u) * rng.standard_normal(w.size)
+    derived = host.derivatives(w, lam, v)
+    in_w, in_lam = step_scale(w, u), step_scale(lam, d)
+    sources: dict[str, tuple[str, np.ndarray, float, Callable[[float], float]]] = {
+        "inner grad": ("inner", u, in_w, lambda t: host.inner(w + t * u, lam)[0]),
+        "inner hvp": ("inner grad", u, in_w, lambda t: float(v @ host.inner(w + t * u, lam)[1])),
+        "inner cross_vjp": ("inner grad", d, in_lam, lambda t: float(v @ host.inner(w, lam + t * d)[1])),
+        "outer grad_params": ("outer", u, in_w, lambda t: host.outer(w + t * u, lam)),
+        "outer grad_hparams": ("outer", d, in_lam, lambda t: host.outer(w, lam + t * d)),
+    }
+    for name in names:
+        source, along, scale, function = sources[name]
+        claimed, (measured, noise) = float(along @ derived[name]), slope(function, scale, host.eps)
+        if not abs(claimed - measured) <= 0.01 * max(abs(claimed), abs(measured)) + 2 * noise:
+            yield (
+                f"{name} contradicts differences of {source} along a random direction: {claimed:.6g} against "
+                f"{measured:.6g} (noise {noise:.1g})."
+            )
+
+
+def paragraphs(*parts: str) -> str:
+    """Join texts and tables, the texts wrapped."""
+    return "\n\n".join(part if "\n" in part else fill(part, WIDTH) for part in parts)
+
+
+def table(titles: Sequence[str], rows: Sequence[tuple[bool, Sequence[str]]]) -> str:
+    """Return rows of text in columns, those that are flagged marked by a ">"."""
+    columns = zip(titles, *(cells for _, cells in rows), strict=True)
+    first, *others = (max(len(cell) for cell in column) for column in columns)
+
+    def line(mark: str, cells: Sequence[str]) -> str:
+        padded = (cell.rjust(width) for cell, width in zip(cells[1:], others, strict=True))
+        return "  ".join([f"{mark} {cells[0].ljust(first)}", *padded])
+
+    return "\n".join([line(" ", titles), *(line(">" if bad else " ", cells) for bad, cells in rows)])
+
+
+def _factor(a: np.ndarray, b: np.ndarray) -> float:
+    """Return the c for which c·b is nearest to a."""
+    return float(a @ b / (b @ b)) if b.any() else 0.0

@@ -1,0 +1,174 @@
+"""A bilevel problem as functions of flat float64 vectors on the host, for SciPy."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from bilevel.problem import Problem
+from bilevel.protocols import Backend, Linearization, Point, Tree
+from bilevel.solvers.exact import check_size
+from bilevel.validation import check_point, find_backend
+
+
+def prepare(
+    params: Tree, hparams: Tree, inner_args: Any, outer_args: Any, backend: Any, what: str
+) -> tuple[Backend, Point]:
+    """Return the backend and the point, checked, and small enough for a dense Hessian."""
+    found = find_backend(backend, params, hparams)
+    point = Point(params, hparams, inner_args, outer_args)
+    check_point(found, point)
+    check_size(found.space.size(params), what)
+    return found, point
+
+
+def evaluate(backend: Backend, function: Callable[..., Any], problem: Problem, point: Point) -> Any:
+    """Return function(backend, None, problem, point), compiled where the framework compiles.
+
+    The function is one of a module, not a closure, or it would be compiled again at each call.
+    """
+    return backend.execute(function, None, problem, point)
+
+
+def linearize(backend: Backend, problem: Problem, point: Point) -> Linearization:
+    """Return the linearization at a point."""
+    return backend.linearize(
+        problem, point.params, point.hparams, inner_args=point.inner_args, outer_args=point.outer_args
+    )
+
+
+def to_host(backend: Backend, tree: Tree) -> np.ndarray:
+    """Return the entries of a tree as a float64 array of shape (n,)."""
+    return np.asarray(backend.to_numpy(backend.space.ravel(tree)), dtype=np.float64)
+
+
+def from_host(backend: Backend, array: np.ndarray, like: Tree) -> Tree:
+    """Give a float64 array of shape (n,) the structure, shapes, dtypes and device of ``like``."""
+    dtype = backend.to_numpy(backend.space.ravel(like)).dtype
+    return backend.space.unravel(backend.from_numpy(array.astype(dtype)), like)
+
+
+DERIVATIVES = ("inner grad", "inner hvp", "inner cross_vjp", "outer grad_params", "outer grad_hparams")
+
+
+class HostProblem:
+    """A problem with its data: w of shape (n,) and λ of shape (m,) outside, the model's own dtype inside.
+
+    Nothing that the user passed is evaluated again after the start: the points are new arrays.
+
+    Raises:
+        ValueError: if the objectives do not follow such new arrays.
+    """
+
+    def __init__(self, backend: Backend, problem: Problem, point: Point) -> None:
+        self.backend, self.problem, self.point = backend, problem, point
+        self.w, self.lam = to_host(backend, point.params), to_host(backend, point.hparams)
+        trees = (point.params, point.hparams)
+        self.dtypes = [backend.to_numpy(backend.space.ravel(tree)).dtype for tree in trees]
+        self.eps = backend.space.eps(trees)
+        self._check_follows_arguments()
+
+    def at(self, w: np.ndarray, lam: np.ndarray) -> Point:
+        """Return the point (w, λ)."""
+        params, hparams = self.point.params, self.point.hparams
+        return self.point._replace(
+            params=from_host(self.backend, w, params), hparams=from_host(self.backend, lam, hparams)
+        )
+
+    def inner(self, w: np.ndarray, lam: np.ndarray) -> tuple[float, np.ndarray]:
+        """Return L and ∂L/∂w."""
+        value, grad = self._evaluate(_inner, w, lam)
+        return float(value), grad
+
+    def outer(self, w: np.ndarray, lam: np.ndarray) -> float:
+        """Return F."""
+        return float(self._evaluate(_outer, w, lam)[0])
+
+    def hessian(self, w: np.ndarray, lam: np.ndarray) -> np.ndarray:
+        """Return ∂²L/∂w² from n products, of shape (n, n)."""
+        return self._evaluate(_hessian, w, lam)[0]
+
+    def derivatives(self, w: np.ndarray, lam: np.ndarray, u: np.ndarray) -> dict[str, np.ndarray]:
+        """Return what the backend derives at (w, λ), with the products of u, of shape (n,)."""
+        return dict(zip(DERIVATIVES, self._evaluate(_derivatives_at, w, lam, u), strict=True))
+
+    def _evaluate(self, function: Callable[..., Any], *flat: np.ndarray) -> list[np.ndarray]:
+        """Call a function of a point whose trees are still flat: giving them structure compiles, too."""
+        arrays = [self.backend.from_numpy(x.astype(self.dtypes[i % 2])) for i, x in enumerate(flat)]
+        w, lam, u = [*arrays, None][:3]
+        point = self.point._replace(params=(w, self.point.params), hparams=(lam, self.point.hparams), adjoint0=u)
+        with np.errstate(all="ignore"):  # a trial step too far is no one's mistake
+            found = evaluate(self.backend, function, self.problem, point)
+        return [np.asarray(self.backend.to_numpy(array), dtype=np.float64) for array in found]
+
+    def _check_follows_arguments(self) -> None:
+        u = np.random.default_rng(0).standard_normal(self.w.size)
+        point = self.point._replace(adjoint0=from_host(self.backend, u, self.point.params))
+        given = evaluate(self.backend, _derivatives, self.problem, point)
+        copied = self.derivatives(self.w, self.lam, u)
+        for array, (name, copy) in zip(given, copied.items(), strict=True):
+            array = np.asarray(self.backend.to_numpy(array), dtype=np.float64)
+            if np.abs(array - copy).max(initial=0.0) > 10 * self.eps**0.5 * np.abs(array).max(initial=0.0):
+                raise ValueError(
+                    f"{name} changes when params and hparams are replaced by copies, so the inner problem "
+                    "cannot be solved again at other hyperparameters. The objectives must compute with the "
+                    "arguments that they are handed (in PyTorch by torch.func.functional_call), not with a "
+                    "module's own parameters or other arrays they close over, and without dropout."
+                )
+
+
+def _unflatten(backend: Backend, point: Point) -> Point:
+    (w, params), (lam, hparams), u = point.params, point.hparams, point.adjoint0
+    unravel = backend.space.unravel
+    return point._replace(
+        params=unravel(w, params),
+        hparams=unravel(lam, hparams),
+        adjoint0=None if u is None else unravel(u, params),
+    )
+
+
+@dataclass(frozen=True)
+class _AsOuter:
+    """The inner objective in the other role, where a backend gives value and gradient together."""
+
+    inner: Any
+
+    def __call__(self, params: Tree, hparams: Tree, *args: Any) -> Any:
+        return self.inner(params, hparams, *args)
+
+    def grad(self, params: Tree, hparams: Tree, *args: Any) -> tuple[Tree, None]:
+        return self.inner.grad(params, hparams, *args), None
+
+
+def _inner(backend: Backend, solver: None, problem: Problem, point: Point) -> tuple[Any, Any]:
+    point = _unflatten(backend, point)
+    both = Problem(problem.inner, _AsOuter(problem.inner))
+    outer = backend.outer(both, point.params, point.hparams, point.inner_args)
+    return outer.value, backend.space.ravel(outer.grad_params)
+
+
+def _outer(backend: Backend, solver: None, problem: Problem, point: Point) -> tuple[Any]:
+    point = _unflatten(backend, point)
+    return (backend.outer(problem, point.params, point.hparams, point.outer_args).value,)
+
+
+def _hessian(backend: Backend, solver: None, problem: Problem, point: Point) -> tuple[Any]:
+    point = _unflatten(backend, point)
+    inner = backend.inner(problem, point.params, point.hparams, point.inner_args)
+    return (backend.space.dense(inner.hvp, point.params),)
+
+
+def _derivatives_at(backend: Backend, solver: None, problem: Problem, point: Point) -> list[Any]:
+    return _derivatives(backend, solver, problem, _unflatten(backend, point))
+
+
+def _derivatives(backend: Backend, solver: None, problem: Problem, point: Point) -> list[Any]:
+    """Return the arrays that DERIVATIVES names."""
+    lin = linearize(backend, problem, point)
+    inner = backend.inner(problem, point.params, point.hparams, point.inner_args)
+    cross, direct = (
+        backend.space.zeros_like(point.hparams) if tree is None else tree
+        for tree in (lin.cross_vjp(point.adjoint0), lin.grad_hparams)
+    )
+    return [backend.space.ravel(tree) for tree in (inner.grad, lin.hvp(point.adjoint0), cross, lin.grad_params, direct)]

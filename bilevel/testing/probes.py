@@ -1,0 +1,45 @@
+"""Where to look at a hypergradient: its leaves, and directions to multiply it with."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from bilevel.protocols import Backend
+
+RANDOM, CHOSEN, LEAVES = 2, 3, 6  # directions over all of λ, coordinates, directions in one leaf at most
+
+
+def leaf_slices(backend: Backend, tree: Any) -> Iterator[tuple[str, tuple[int, ...], slice]]:
+    """Yield path, shape and place in the flat vector of each leaf of hparams."""
+    start = 0
+    for path, leaf in backend.leaves(tree):
+        shape = tuple(leaf.shape)
+        size = int(np.prod(shape))
+        yield f"hparams{path}", shape, slice(start, start + size)
+        start += size
+
+
+def index(i: int, shape: tuple[int, ...]) -> str:
+    """Return the i-th entry of an array as it is indexed; nothing for a scalar."""
+    return f"[{', '.join(str(k) for k in np.unravel_index(i, shape))}]" if shape else ""
+
+
+def directions(
+    backend: Backend, hparams: Any, grad: np.ndarray, rng: np.random.Generator
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield names and vectors of shape (m,), norm one: random ones, and coordinates of large entries."""
+    m = len(grad)
+    places = [(path, shape, part) for path, shape, part in leaf_slices(backend, hparams) if part.stop > part.start]
+    if m > RANDOM + CHOSEN:
+        supports = [(f"random over all, {k + 1}", slice(0, m)) for k in range(RANDOM)]
+        if len(places) > 1:
+            supports += [(f"random in {path}", part) for path, _, part in places[:LEAVES]]
+        for name, part in supports:
+            d = np.zeros(m)
+            d[part] = rng.standard_normal(part.stop - part.start)
+            yield name, d / np.linalg.norm(d)
+    chosen = np.argsort(-np.abs(grad))[: CHOSEN if m > RANDOM + CHOSEN else m]
+    for path, shape, part in places:
+        for i in chosen[(chosen >= part.start) & (chosen < part.stop)]:
+            yield path + index(int(i) - part.start, shape), np.eye(1, m, int(i))[0]
