@@ -2,15 +2,16 @@
 
 import dataclasses
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import optimize
 
 from bilevel.config import get_solver, suggest
-from bilevel.errors import SolverError
+from bilevel.errors import SolverError, SolverWarning
 from bilevel.failure import OnFailure
 from bilevel.hypergradient import hypergradient
 from bilevel.problem import Problem
@@ -19,14 +20,15 @@ from bilevel.results import Hypergradient, Status
 from bilevel.validation import find_backend
 
 LOOSEST_RTOL = 1e-2  # of the first linear solves: a line search still finds its way by such gradients
-TAKES_BOUNDS = {"L-BFGS-B": True, "trust-constr": True, "BFGS": False, "CG": False}
+TIGHTENING = 0.85  # per evaluation at least, so that errors add up to something finite
+TAKES_BOUNDS = {"L-BFGS-B": True, "BFGS": False, "CG": False}
 
 
 class Evaluation(NamedTuple):
     """One evaluation of F and its hypergradient, as `minimize` records it."""
 
     value: float
-    grad_norm: float  # of the part of the hypergradient that does not push against the bounds
+    grad_norm: float  # of the hypergradient, less what pushes against the bounds
     rtol: float | None  # asked of the linear solve; None for a solver without one
     steps: int
     status: Status
@@ -52,28 +54,30 @@ def minimize(
 ) -> optimize.OptimizeResult:
     """Minimize F(w*(λ), λ) over λ with `scipy.optimize.minimize`.
 
-    At each λ, ``fit`` and the linear solve start from the solution and the adjoint of the last accepted λ: all trials
-    of a line search start alike. The tolerance of a solver with an ``rtol`` follows the norm of the hypergradient
-    down, from 1e-2 to the solver's own (approximate gradients, as in HOAG: Pedregosa, ICML 2016).
+    At each λ, ``fit`` and the linear solve start from the solution and the adjoint at the last accepted λ, so that
+    all trials of a line search start alike. The tolerance of a solver with an ``rtol`` falls from 1e-2 to the solver's
+    own, with the norm of the hypergradient and at least by 15 % per evaluation (approximate gradients with summable
+    errors, as in HOAG: Pedregosa, ICML 2016).
+    SciPy is shown F over the norm of the first hypergradient: a first step is of length about 1, and the method's
+    ``gtol`` is relative.
 
     Args:
         problem: the inner objective L and the outer objective F.
-        hparams0: where to start: a tree of arrays of any backend.
+        hparams0: where to start: a tree of arrays of any backend, scaled so that a change by 1 is moderate.
         fit: ``fit(hparams, params0) -> params`` solves the inner problem from ``params0``; `bilevel.fit.scipy_fit`
-            makes one.
+            makes one. What it leaves unsolved is noise to the search, which ends where steps drown in it.
         params0: what the first fit starts from, if it needs that.
         inner_args: further arguments of L.
         outer_args: further arguments of F.
         solver: as in `hypergradient`.
-        method: of `scipy.optimize.minimize`: L-BFGS-B, trust-constr, BFGS or CG. All but the first two without
-            bounds, all but L-BFGS-B and CG for few hyperparameters only (they keep a matrix).
+        method: of `scipy.optimize.minimize`: L-BFGS-B; or, without bounds, CG or BFGS (which keeps a matrix).
         bounds: a pair (low, high) for all entries of λ, or SciPy's: a ``Bounds``, or a pair per entry.
         maxiter: most iterations of the method.
         callback: called after each iteration with an ``OptimizeResult`` (``x``, ``params``, ``fun``, ``jac``, ``nit``,
             ``nfev``); raise ``StopIteration`` to end the search.
         options: further options of the method.
         backend: as in `hypergradient`.
-        on_failure: as in `hypergradient`, for each of them.
+        on_failure: as in `hypergradient`, but "warn" warns of the first failure only; ``history`` has them all.
         progress: show a bar (tqdm, if installed); None: where stderr is a terminal.
 
     Returns:
@@ -91,69 +95,24 @@ def minimize(
     array([2., 2.])
     """
     method = _check_method(method, bounds)
-    backend_, solver = find_backend(backend, hparams0, hparams0), get_solver(solver)
-    x0 = _to_host(backend_, hparams0)
+    backend = find_backend(backend, hparams0, hparams0)
+    x0 = _to_host(backend, hparams0)
     box = _box(bounds, x0.size)
-    history: list[Evaluation] = []
-
-    def evaluate(x: np.ndarray) -> _Point:
-        hparams = backend_.space.unravel(backend_.from_numpy(x.copy()), hparams0)  # SciPy writes to its x
-        tightened, rtol = _tighten(solver, history)
-        try:
-            hg = hypergradient(
-                problem,
-                fit(hparams, accepted.hg.params if accepted else params0),
-                hparams,
-                inner_args=inner_args,
-                outer_args=outer_args,
-                solver=tightened,
-                adjoint0=accepted.hg.adjoint if accepted else None,
-                backend=backend_,
-                on_failure=on_failure,
-            )
-        except SolverError as error:
-            where = f"from {x.min():.3g} to {x.max():.3g}" if x.size > 1 else f"of {x[0]:.3g}"
-            raise SolverError(
-                f"{error} This was evaluation {len(history) + 1} of minimize, at hyperparameters {where}: "
-                "bounds=(low, high) keeps a search where the inner problem can be solved."
-            ) from error
-        value, grad = float(backend_.to_host(hg.value)), _to_host(backend_, hg.grad)  # pyright: ignore[reportArgumentType]
-        slope = float(np.linalg.norm(np.clip(x - grad, box.lb, box.ub) - x))
-        history.append(Evaluation(value, slope, rtol, hg.info.steps, hg.info.status))
-        return _Point(x.copy(), hparams, hg, value, grad)
-
-    def function(x: np.ndarray) -> tuple[float, np.ndarray]:
-        nonlocal accepted, last, scale
-        last = evaluate(x)
-        if accepted is None:
-            accepted, scale = last, 1.0 / (history[0].grad_norm or 1.0)
-        return scale * last.value, scale * last.grad
-
-    def accept(x: np.ndarray) -> dict[str, Any]:
-        nonlocal accepted
-        points = (p for p in (last, accepted) if p and np.array_equal(p.x, x))
-        accepted = next(points, None) or evaluate(x)
-        hg = accepted.hg
-        return {
-            "x": accepted.hparams,
-            "params": hg.params,
-            "fun": accepted.value,
-            "jac": hg.grad,
-            "nfev": len(history),
-        }
+    call = {"inner_args": inner_args, "outer_args": outer_args, "backend": backend, "on_failure": on_failure}
+    search = _Search(problem, fit, params0, get_solver(solver), backend, hparams0, box, call)
+    nit = 0
 
     def after_iteration(intermediate_result: optimize.OptimizeResult) -> None:
         nonlocal nit
         nit += 1
-        here = accept(intermediate_result.x)
+        here = search.accept(intermediate_result.x)
         advance(here["fun"])
         if callback is not None:
             callback(optimize.OptimizeResult(nit=nit, **here))
 
-    nit, accepted, last, scale = 0, None, None, 1.0
     with _progress_bar(maxiter, progress) as advance:
         found = optimize.minimize(
-            function,
+            search,
             x0,
             jac=True,
             method=method,
@@ -162,7 +121,7 @@ def minimize(
             options={"maxiter": maxiter, **(options or {})},
         )
     ended = {key: found[key] for key in ("nit", "success", "status", "message")}
-    return optimize.OptimizeResult(**accept(found.x), **ended, history=history)
+    return optimize.OptimizeResult(**search.accept(found.x), **ended, history=search.history)
 
 
 class _Point(NamedTuple):
@@ -173,17 +132,77 @@ class _Point(NamedTuple):
     grad: np.ndarray
 
 
+@dataclasses.dataclass
+class _Search:
+    """F and its hypergradient as SciPy calls them, and what they have seen."""
+
+    problem: Problem
+    fit: Callable[[Tree, Any], Tree]
+    params0: Tree | None
+    solver: Solver
+    backend: Backend
+    hparams0: Tree
+    box: optimize.Bounds
+    call: dict[str, Any]  # further arguments of each hypergradient
+    history: list[Evaluation] = dataclasses.field(default_factory=list)
+    accepted: _Point | None = None
+    last: _Point | None = None
+
+    def __call__(self, x: np.ndarray) -> tuple[float, np.ndarray]:
+        """Return F and its hypergradient, over the norm of the first one."""
+        self.last = self.evaluate(x)
+        self.accepted = self.accepted or self.last
+        scale = self.history[0].grad_norm or 1.0
+        return self.last.value / scale, self.last.grad / scale
+
+    def accept(self, x: np.ndarray) -> dict[str, Any]:
+        """Make x the point that warm starts come from, and return what is known of it."""
+        known = (point for point in (self.last, self.accepted) if point and np.array_equal(point.x, x))
+        self.accepted = here = next(known, None) or self.evaluate(x)
+        return {
+            "x": here.hparams,
+            "params": here.hg.params,
+            "fun": here.value,
+            "jac": here.hg.grad,
+            "nfev": len(self.history),
+        }
+
+    def evaluate(self, x: np.ndarray) -> _Point:
+        backend, warm = self.backend, self.accepted
+        x = x.copy()  # SciPy may go on to write to its own, and torch would share the memory
+        hparams = backend.space.unravel(backend.from_numpy(x), self.hparams0)
+        solver, rtol = self._tightened()
+        params = self.fit(hparams, warm.hg.params if warm else self.params0)
+        try:
+            with warnings.catch_warnings():
+                if any(evaluation.status != Status.CONVERGED for evaluation in self.history):
+                    warnings.simplefilter("ignore", SolverWarning)  # the first has said it
+                adjoint0 = warm.hg.adjoint if warm else None
+                hg = hypergradient(self.problem, params, hparams, solver=solver, adjoint0=adjoint0, **self.call)
+        except SolverError as error:
+            raise SolverError(
+                f"{error} This was evaluation {len(self.history) + 1} of minimize, at hyperparameters from "
+                f"{x.min():.3g} to {x.max():.3g}: bounds=(low, high) keeps a search where the inner problem can be "
+                "solved."
+            ) from error
+        value, grad = float(backend.to_host(hg.value)), _to_host(backend, hg.grad)  # pyright: ignore[reportArgumentType]
+        blocked = ((x <= self.box.lb) & (grad > 0)) | ((x >= self.box.ub) & (grad < 0))
+        grad_norm = float(np.linalg.norm(np.where(blocked, 0.0, grad)))
+        self.history.append(Evaluation(value, grad_norm, rtol, hg.info.steps, hg.info.status))
+        return _Point(x, hparams, hg, value, grad)
+
+    def _tightened(self) -> tuple[Solver, float | None]:
+        """Return the solver with the tolerance that the progress so far calls for, and that tolerance."""
+        if not (dataclasses.is_dataclass(self.solver) and hasattr(self.solver, "rtol")):
+            return self.solver, None
+        norms = [evaluation.grad_norm for evaluation in self.history] or [1.0]
+        progress = min(min(norms) / (norms[0] or 1.0), TIGHTENING ** len(self.history))
+        rtol = max(float(self.solver.rtol), LOOSEST_RTOL * progress)  # pyright: ignore[reportAttributeAccessIssue]
+        return dataclasses.replace(self.solver, rtol=rtol), rtol  # pyright: ignore[reportReturnType]
+
+
 def _to_host(backend: Backend, tree: Tree) -> np.ndarray:
     return backend.to_numpy(backend.space.ravel(tree)).astype(np.float64)
-
-
-def _tighten(solver: Solver, history: list[Evaluation]) -> tuple[Solver, float | None]:
-    """Return the solver with the tolerance that the progress so far calls for, and that tolerance."""
-    if not (dataclasses.is_dataclass(solver) and hasattr(solver, "rtol")):
-        return solver, None
-    progress = min(e.grad_norm for e in history) / (history[0].grad_norm or 1.0) if history else 1.0
-    rtol = max(float(solver.rtol), LOOSEST_RTOL * progress)  # pyright: ignore[reportAttributeAccessIssue]
-    return dataclasses.replace(solver, rtol=rtol), rtol  # pyright: ignore[reportReturnType]
 
 
 def _check_method(method: str, bounds: Any) -> str:
@@ -205,23 +224,24 @@ def _box(bounds: Any, size: int) -> optimize.Bounds:
         low, high = bounds
     else:
         low, high = zip(*bounds, strict=True)
-    return optimize.Bounds(*(np.broadcast_to(np.asarray(b, float), size) for b in (low, high)))
+    low, high = (np.broadcast_to(np.asarray(bound, float), size) for bound in (low, high))
+    return optimize.Bounds(low, high)  # pyright: ignore[reportArgumentType]
 
 
 @contextmanager
 def _progress_bar(total: int, show: bool | None) -> Iterator[Callable[[float], None]]:
     """Yield a function that advances a bar and shows the value, or does nothing."""
-    try:
-        if not (sys.stderr.isatty() if show is None else show):
-            raise ImportError
-        from tqdm.auto import tqdm
-    except ImportError:
-        yield lambda value: None
-        return
-    with tqdm(total=total, desc="minimize", unit="iteration") as bar:
+    bar = None
+    if sys.stderr.isatty() if show is None else show:
+        with suppress(ImportError):
+            from tqdm.auto import tqdm
+
+            bar = tqdm(total=total, desc="minimize", unit="iteration")
+    with bar or nullcontext():
 
         def advance(value: float) -> None:
-            bar.set_postfix(value=f"{value:.5g}", refresh=False)
-            bar.update()
+            if bar is not None:
+                bar.set_postfix(value=f"{value:.5g}", refresh=False)
+                bar.update()
 
         yield advance

@@ -1,6 +1,6 @@
 """Each linear solver against SciPy, on what it promises and on what it does not."""
 
-import warnings
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -364,13 +364,11 @@ def test_torch_reads_the_device_only_when_the_stop_flag_is_due():
 
 
 def test_solvers_agree_across_frameworks():
+    backends = [framework(name) for name in FRAMEWORKS if find_spec(name)]
+    if len(backends) == 1:
+        pytest.skip("neither torch nor jax is installed")
     matrix, rhs = symmetric(np.geomspace(0.1, 1, 15)), rhs_of(15)
     for solver in (bl.CG(rtol=1e-13), bl.MINRES(rtol=1e-13), bl.Neumann(terms=500, step_size=1.0), bl.Exact()):
-        answers = []
-        for name in FRAMEWORKS:
-            try:
-                answers.append(solve(framework(name), solver, matrix, rhs)[0])
-            except pytest.skip.Exception as skipped:
-                warnings.warn(str(skipped), stacklevel=1)
-        for x in answers[1:]:
-            assert relative_error(x, answers[0]) <= 1e-11
+        first, *others = (solve(backend, solver, matrix, rhs)[0] for backend in backends)
+        for x in others:
+            assert relative_error(x, first) <= 1e-11

@@ -1,0 +1,100 @@
+"""The two classifiers that the demo tunes, with a penalty for every weight."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from bilevel.problem import Problem
+from bilevel.problems import logistic_regression
+from bilevel.problems.linear import cross_entropy
+from bilevel.problems.namespace import namespace
+from bilevel.protocols import Tree
+from bilevel.solvers import CG
+
+CLASSES = 10
+
+
+@dataclass(frozen=True)
+class Model:
+    """A classifier, its bilevel problem, and how the demo tunes it.
+
+    ``hparams`` have the structure of ``params``: the logarithm of a penalty for each weight. Trees are of NumPy
+    arrays here, and of the backend's everywhere else.
+    """
+
+    name: str
+    problem: Problem
+    logits: Callable[[Tree, Any], Any]
+    params0: Callable[[np.random.Generator, int], Tree]  # for a number of pixels
+    features: Callable[[np.ndarray], np.ndarray]  # of images: what the inner problem takes as X
+    pixel_weights: Callable[[Tree], np.ndarray]  # the part of a tree that belongs to pixels, of shape (pixels, k)
+    solver: Any
+    grid: np.ndarray  # shared penalties to try
+    bounds: tuple[float, float]  # of the penalties, when they are tuned
+    start: float = 1e-2  # the penalty that tuning starts from
+    maxiter: int = 40
+    gtol: float = 1e-8  # of the fits
+    options: dict[str, Any] = field(default_factory=dict)  # of the search
+
+
+def softmax_regression() -> Model:
+    """Return softmax regression: convex, with derivatives written out, in float64."""
+    return Model(
+        name="softmax regression",
+        problem=logistic_regression(),
+        logits=lambda params, X: X @ params,
+        params0=lambda rng, pixels: np.zeros((pixels + 1, CLASSES)),
+        features=lambda images: np.column_stack([images, np.ones(len(images))]),
+        pixel_weights=lambda tree: tree[:-1],
+        solver=CG(maxiter=1000),
+        grid=np.logspace(-6, 0, 25),
+        bounds=(1e-4, 1.0),
+    )
+
+
+def mlp(hidden: int = 256) -> Model:
+    """Return a network with one hidden layer of tanh units, written once for torch and JAX, in float32.
+
+    Its Hessian need not be positive definite where the fit ends, so the linear solve is damped.
+    """
+    return Model(
+        name=f"a network with {hidden} tanh units",
+        problem=Problem(_penalized, _unpenalized),
+        logits=_logits,
+        params0=lambda rng, pixels: _random_params(rng, pixels, hidden),
+        features=lambda images: images.astype(np.float32),
+        pixel_weights=lambda tree: tree["W1"],
+        solver=CG(maxiter=300, rtol=1e-4, damping=3e-3),
+        grid=np.logspace(-5, -1, 13),
+        bounds=(5e-4, 1e-1),
+        maxiter=15,
+        gtol=1e-4,
+        options={"maxls": 8},  # a fit to 1e-4 leaves too much noise for more trials to help
+    )
+
+
+def _random_params(rng: np.random.Generator, pixels: int, hidden: int) -> dict[str, np.ndarray]:
+    params = {
+        "W1": rng.normal(size=(pixels, hidden)) / pixels**0.5,
+        "b1": np.zeros(hidden),
+        "W2": rng.normal(size=(hidden, CLASSES)) / hidden**0.5,
+        "b2": np.zeros(CLASSES),
+    }
+    return {name: array.astype(np.float32) for name, array in params.items()}
+
+
+def _logits(params: Tree, X: Any) -> Any:
+    hidden = namespace(X).tanh(X @ params["W1"] + params["b1"])
+    return hidden @ params["W2"] + params["b2"]
+
+
+def _unpenalized(params: Tree, hparams: Tree, X: Any, y: Any) -> Any:
+    return cross_entropy(_logits(params, X), y)
+
+
+def _penalized(params: Tree, hparams: Tree, X: Any, y: Any) -> Any:
+    exp = namespace(X).exp
+    penalty = sum((exp(hparams[name]) * params[name] ** 2).sum() for name in params)
+    return cross_entropy(_logits(params, X), y) + 0.5 * penalty

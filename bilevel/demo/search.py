@@ -1,0 +1,128 @@
+"""What the demo computes: a grid search for one penalty, the tuning of all, and a check of the hypergradient."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from bilevel.demo.data import Digits
+from bilevel.demo.models import Model
+from bilevel.fit import scipy_fit
+from bilevel.hypergradient import hypergradient
+from bilevel.minimize import minimize
+from bilevel.protocols import Backend, Solver, Tree
+from bilevel.results import Status
+from bilevel.solvers import Exact
+from bilevel.tree import tree_map
+
+
+class Score(NamedTuple):
+    """On the validation and the test images: mean cross-entropy, and the fraction of digits recognized."""
+
+    validation_loss: float
+    validation_accuracy: float
+    test_loss: float
+    test_accuracy: float
+
+
+class Outcome(NamedTuple):
+    """What a run found."""
+
+    scores: list[Score]  # of the tuning: at its start and after each iteration
+    shared: Score  # of the best shared penalty
+    shared_penalty: float
+    pixel_penalties: np.ndarray  # tuned, of shape (pixels, k)
+    hyperparameters: int
+    hypergradients: int
+    failures: int  # those that did not converge
+    steps: int  # of the solver, in all
+
+
+class Task:
+    """A model and its data on a backend."""
+
+    def __init__(self, model: Model, digits: Digits, backend: Backend, seed: int) -> None:
+        self.model, self.backend = model, backend
+        params0 = model.params0(np.random.default_rng(seed), digits.train.X.shape[1])
+        self.params0 = tree_map(backend.from_numpy, params0)
+        self.train, self.validation, self.test = (
+            (backend.from_numpy(model.features(part.X)), backend.from_numpy(part.y)) for part in digits
+        )
+        self.fit = scipy_fit(model.problem, inner_args=self.train, gtol=model.gtol, backend=backend)
+
+    @property
+    def size(self) -> int:
+        """Return the number of weights, which is that of hyperparameters too."""
+        return self.backend.space.size(self.params0)
+
+    def shared(self, penalty: float) -> Tree:
+        """Return hyperparameters with one penalty for all weights."""
+        ones = self.backend.space.xp.ones_like
+        return self.backend.space.scale(float(np.log(penalty)), tree_map(ones, self.params0))
+
+    def score(self, params: Tree) -> Score:
+        """Return losses and accuracies, without the penalty."""
+        scores = []
+        for X, y in (self.validation, self.test):
+            loss = self.backend.to_host(self.model.problem.outer(params, None, X, y))
+            guess = self.backend.to_numpy(self.model.logits(params, X)).argmax(1)
+            scores += [loss, float((guess == self.backend.to_numpy(y)).mean())]
+        return Score(*scores)
+
+    def tune(self, solver: Solver) -> Outcome:
+        """Search the grid for a shared penalty; then tune a penalty per weight from the same fixed start."""
+        model, backend = self.model, self.backend
+        grid = [(self.score(self.fit(self.shared(p), self.params0)), p) for p in model.grid]
+        shared, penalty = min(grid, key=lambda found: found[0].validation_loss)
+        start = self.shared(model.start)
+        params0 = self.fit(start, self.params0)
+        scores = [self.score(params0)]
+        found = minimize(
+            model.problem,
+            start,
+            fit=self.fit,
+            params0=params0,
+            inner_args=self.train,
+            outer_args=self.validation,
+            solver=solver,
+            bounds=tuple(np.log(model.bounds)),
+            maxiter=model.maxiter,
+            callback=lambda result: scores.append(self.score(result.params)),
+            options=model.options,
+            backend=backend,
+        )
+        return Outcome(
+            scores=scores,
+            shared=shared,
+            shared_penalty=penalty,
+            pixel_penalties=np.exp(model.pixel_weights(tree_map(backend.to_numpy, found.x))),
+            hyperparameters=self.size,
+            hypergradients=found.nfev,
+            failures=sum(evaluation.status != Status.CONVERGED for evaluation in found.history),
+            steps=sum(evaluation.steps for evaluation in found.history),
+        )
+
+    def errors(self, solver: Solver) -> list[float]:
+        """Compare the hypergradient at the start with that of the dense Hessian.
+
+        The Hessian is damped as the solver damps it; for a solver that does, a second error is that without damping.
+        """
+        hparams, space = self.shared(self.model.start), self.backend.space
+        params = self.fit(hparams, self.params0)
+
+        def grad(solver: Any) -> Tree:
+            return hypergradient(
+                self.model.problem,
+                params,
+                hparams,
+                inner_args=self.train,
+                outer_args=self.validation,
+                solver=solver,
+                backend=self.backend,
+            ).grad
+
+        def norm(tree: Tree) -> float:
+            return float(self.backend.to_host(space.dot(tree, tree))) ** 0.5  # pyright: ignore[reportArgumentType]
+
+        approximate, damping = grad(solver), getattr(solver, "damping", 0.0)
+        exact = [grad(Exact(damping=d)) for d in ([damping, 0.0] if damping else [0.0])]
+        return [norm(space.axpy(-1.0, e, approximate)) / norm(e) for e in exact]

@@ -1,0 +1,131 @@
+"""Solve the inner problem with SciPy, for those without a training loop."""
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy import optimize
+
+from bilevel.errors import SolverWarning
+from bilevel.problem import Problem
+from bilevel.protocols import Backend, Point, Solver, Tree
+from bilevel.validation import check_point, find_backend
+
+
+def scipy_fit(
+    problem: Problem,
+    *,
+    inner_args: tuple[Any, ...] = (),
+    method: str = "L-BFGS-B",
+    gtol: float = 1e-8,
+    maxiter: int = 2000,
+    options: Mapping[str, Any] | None = None,
+    backend: Any = None,
+) -> Callable[[Tree, Tree], Tree]:
+    """Return ``fit(hparams, params0) -> params``, which minimizes the inner objective from ``params0``.
+
+    The ``fit`` of `bilevel.minimize` for those without a training loop. It is a full-batch method: the backend
+    computes the loss and its gradient over all of ``inner_args``, in the dtype of ``params0``; SciPy keeps its
+    vectors on the host, in float64.
+
+    Args:
+        problem: the problem whose inner objective to minimize.
+        inner_args: further arguments of the inner objective.
+        method: of `scipy.optimize.minimize`: one with an option ``gtol``, such as L-BFGS-B, BFGS or CG.
+        gtol: stop once no entry of the gradient is larger, or once rounding keeps the loss from going lower.
+        maxiter: most iterations.
+        options: further options of the method.
+        backend: as in `bilevel.hypergradient`.
+
+    Returns:
+        The function. It warns (`SolverWarning`) if it ends above ``gtol``, since a hypergradient is only defined at a
+        minimum; but not if rounding has ended it with less to gain than eps^(3/4) of the loss, and not again
+        before it is ten times worse.
+
+    >>> import numpy as np, bilevel as bl
+    >>> problem = bl.problems.quadratic(hessian=2 * np.eye(2), coupling=np.eye(2), target=np.zeros(2))
+    >>> scipy_fit(problem)(np.array([2.0, 4.0]), np.zeros(2))
+    array([1., 2.])
+    """
+    first_order = Problem(problem.inner, _AsOuter(problem.inner))
+    worst = 0.0
+
+    def fit(hparams: Tree, params0: Tree) -> Tree:
+        nonlocal worst
+        if params0 is None:
+            raise ValueError("params0: the fit needs a start, as in bl.minimize(..., params0=np.zeros(10)).")
+        backend_ = find_backend(backend, params0, hparams)
+        check_point(backend_, Point(params0, hparams, inner_args))
+        space = backend_.space
+
+        def value_and_grad(x: np.ndarray) -> tuple[float, np.ndarray]:
+            point = Point(params0, hparams, inner_args, (backend_.from_numpy(x),))
+            value, grad = backend_.execute(_value_and_grad, _NO_SOLVER, first_order, point)
+            return float(backend_.to_host(value)), to_host(grad)  # pyright: ignore[reportArgumentType]
+
+        def to_host(array: Any) -> np.ndarray:
+            return backend_.to_numpy(array).astype(np.float64)
+
+        found = optimize.minimize(
+            value_and_grad,
+            to_host(space.ravel(params0)),
+            jac=True,
+            method=method,
+            options={"gtol": gtol, "maxiter": maxiter, **_OPTIONS.get(method.lower(), {}), **(options or {})},
+        )
+        slope = float(np.abs(found.jac).max())
+        ended_by_rounding = found.nit < maxiter and _left(found) <= space.eps(params0) ** 0.75 * abs(found.fun)
+        if not (slope <= max(gtol, 10 * worst) or ended_by_rounding):
+            worst = slope
+            _warn(found, slope, gtol)
+        return space.unravel(backend_.from_numpy(found.x), params0)
+
+    return fit
+
+
+_OPTIONS = {"l-bfgs-b": {"ftol": 0.0, "maxfun": 10**9}}  # the gradient decides when to stop, and maxiter
+_NO_SOLVER: Any = None
+
+
+@dataclass(frozen=True)
+class _AsOuter:
+    """An inner objective in the place of an outer one, of which backends take the value and first derivatives."""
+
+    inner: Any
+
+    def __call__(self, *args: Any) -> Any:
+        return self.inner(*args)
+
+    def grad(self, *args: Any) -> tuple[Tree, None]:
+        """Return the pair that the numpy backend expects; the other backends differentiate the call."""
+        if not hasattr(self.inner, "grad"):
+            raise TypeError(
+                f"the inner objective ({getattr(self.inner, '__name__', type(self.inner).__name__)}) has no method "
+                "'grad', which the numpy backend needs (see bilevel.problems). The torch and jax backends derive it."
+            )
+        return self.inner.grad(*args), None
+
+
+def _value_and_grad(backend: Backend, solver: Solver, problem: Problem, point: Point) -> tuple[Any, Any]:
+    """Return the inner objective and its gradient at flat parameters; JAX compiles this once for all fits."""
+    del solver
+    params = backend.space.unravel(point.outer_args[0], point.params)
+    value, grad, _ = backend.outer(problem, params, point.hparams, point.inner_args)
+    return value, backend.space.ravel(grad)
+
+
+def _left(found: optimize.OptimizeResult) -> float:
+    """Estimate how far the loss is above its minimum: ½ gᵀH⁻¹g, with the method's own H, or the identity."""
+    newton_step = found.hess_inv @ found.jac if "hess_inv" in found else found.jac
+    return 0.5 * float(found.jac @ newton_step)
+
+
+def _warn(found: optimize.OptimizeResult, slope: float, gtol: float) -> None:
+    message = (
+        f"scipy_fit stopped after {found.nit} iterations with a gradient entry of {slope:.2g} (gtol: {gtol:.2g}; "
+        f"SciPy: {str(found.message).rstrip(': ')}). A hypergradient is only as good as the minimum it is taken at: "
+        "raise maxiter or gtol, use float64, or keep the hyperparameters within bounds."
+    )
+    warnings.warn(SolverWarning(message), stacklevel=3)
