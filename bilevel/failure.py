@@ -45,11 +45,15 @@ def _maxiter(info: SolverInfo, curvature: Callable[[], Sequence[float]]) -> str:
 
 def _negative_curvature(info: SolverInfo, curvature: Callable[[], Sequence[float]]) -> str:
     smallest, largest = curvature()
+    if smallest < -1e-6 * largest:
+        spectrum, damping = f"eigenvalues from about {smallest:.2g} to {largest:.2g}", -smallest
+    else:  # too close to zero, or too rare, for a few products to tell
+        spectrum, damping = f"largest eigenvalue about {largest:.2g}, smallest one zero or just below", 1e-3 * largest
     return (
         f"met non-positive curvature at step {info.steps} and stopped at the last good iterate, with a "
-        f"{_residual(info)}. The Hessian is not positive definite (eigenvalues from about {smallest:.2g} to "
-        f"{largest:.2g}): add damping above {max(-smallest, 0.0):.2g}, train the inner problem further, use "
-        'solver="minres", which takes eigenvalues of either sign, or give a Gauss-Newton product for hvp.'
+        f"{_residual(info)}. The Hessian is not positive definite ({spectrum}): add damping above {damping:.2g}, "
+        'train the inner problem further, use solver="minres", which takes eigenvalues of either sign, or give a '
+        "Gauss-Newton product for hvp."
     )
 
 

@@ -242,6 +242,11 @@ class TestFailedSolves:
         again = bl.hypergradient(*quadratic(backend, [-2.0, 1.0]), solver=bl.CG(damping=1.5 * damping))
         assert again.info.status is Status.CONVERGED
 
+    def test_a_singular_hessian_is_told_from_a_negative_one(self, backend):
+        problem = quadratic(backend, [0.0, 1.0, 2.0])
+        with pytest.warns(bl.SolverWarning, match=r"smallest one zero or just below\): add damping above 0\.002"):
+            bl.hypergradient(*problem)
+
     def test_the_warning_points_at_the_caller(self, backend):
         with pytest.warns(bl.SolverWarning) as caught:
             bl.hypergradient(*quadratic(backend, [-2.0, 1.0]))
