@@ -10,7 +10,7 @@ from scipy import optimize
 
 from bilevel.errors import SolverWarning
 from bilevel.problem import Problem
-from bilevel.protocols import Backend, Point, Solver, Tree
+from bilevel.protocols import Backend, Point, Tree
 from bilevel.validation import check_point, find_backend
 
 
@@ -62,8 +62,8 @@ def scipy_fit(
 
         def value_and_grad(x: np.ndarray) -> tuple[float, np.ndarray]:
             point = Point(params0, hparams, inner_args, (backend_.from_numpy(x),))
-            value, grad = backend_.execute(_value_and_grad, _NO_SOLVER, first_order, point)
-            return float(backend_.to_host(value)), to_host(grad)  # pyright: ignore[reportArgumentType]
+            value, grad = backend_.execute(_value_and_grad, None, first_order, point)
+            return float(backend_.to_host(value)), to_host(grad)
 
         def to_host(array: Any) -> np.ndarray:
             return backend_.to_numpy(array).astype(np.float64)
@@ -86,7 +86,6 @@ def scipy_fit(
 
 
 _OPTIONS = {"l-bfgs-b": {"ftol": 0.0, "maxfun": 10**9}}  # the gradient decides when to stop, and maxiter
-_NO_SOLVER: Any = None
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,7 @@ class _AsOuter:
         return self.inner.grad(*args), None
 
 
-def _value_and_grad(backend: Backend, solver: Solver, problem: Problem, point: Point) -> tuple[Any, Any]:
+def _value_and_grad(backend: Backend, solver: None, problem: Problem, point: Point) -> tuple[Any, Any]:
     """Return the inner objective and its gradient at flat parameters; JAX compiles this once for all fits."""
     del solver
     params = backend.space.unravel(point.outer_args[0], point.params)

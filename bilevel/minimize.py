@@ -185,7 +185,7 @@ class _Search:
                 f"{x.min():.3g} to {x.max():.3g}: bounds=(low, high) keeps a search where the inner problem can be "
                 "solved."
             ) from error
-        value, grad = float(backend.to_host(hg.value)), _to_host(backend, hg.grad)  # pyright: ignore[reportArgumentType]
+        value, grad = float(backend.to_host(hg.value)), _to_host(backend, hg.grad)
         blocked = ((x <= self.box.lb) & (grad > 0)) | ((x >= self.box.ub) & (grad < 0))
         grad_norm = float(np.linalg.norm(np.where(blocked, 0.0, grad)))
         self.history.append(Evaluation(value, grad_norm, rtol, hg.info.steps, hg.info.status))
@@ -225,7 +225,7 @@ def _box(bounds: Any, size: int) -> optimize.Bounds:
     else:
         low, high = zip(*bounds, strict=True)
     low, high = (np.broadcast_to(np.asarray(bound, float), size) for bound in (low, high))
-    return optimize.Bounds(low, high)  # pyright: ignore[reportArgumentType]
+    return optimize.Bounds(low, high)
 
 
 @contextmanager

@@ -121,7 +121,7 @@ class Task:
             ).grad
 
         def norm(tree: Tree) -> float:
-            return float(self.backend.to_host(space.dot(tree, tree))) ** 0.5  # pyright: ignore[reportArgumentType]
+            return float(self.backend.to_host(space.dot(tree, tree))) ** 0.5
 
         approximate, damping = grad(solver), getattr(solver, "damping", 0.0)
         exact = [grad(Exact(damping=d)) for d in ([damping, 0.0] if damping else [0.0])]
