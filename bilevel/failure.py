@@ -19,11 +19,21 @@ def check_on_failure(on_failure: str) -> None:
 def report(info: SolverInfo, solver: Any, on_failure: OnFailure, curvature: Callable[[], Sequence[float]]) -> None:
     """Warn or raise if a solve failed; a result that is not finite raises even where a warning was asked for.
 
-    ``curvature`` returns the smallest and largest eigenvalue of the operator, about; only called if needed.
+    ``curvature`` returns the smallest and largest eigenvalue of the undamped Hessian, about; only called if needed.
     """
     if on_failure == "ignore" or info.status == Status.CONVERGED:
         return
-    message = f"{type(solver).__name__}: " + _MESSAGES[Status(info.status)](info, curvature)
+    if info.status == Status.MAXITER:
+        message = _maxiter(info, getattr(solver, "maxiter", None))
+    elif info.status == Status.NON_FINITE:
+        message = _non_finite(info)
+    else:
+        smallest, largest = curvature()
+        if info.status == Status.NEGATIVE_CURVATURE:
+            message = _negative_curvature(info, smallest, largest)
+        else:
+            message = _diverged(info, smallest, largest, getattr(solver, "damping", 0.0))
+    message = f"{type(solver).__name__}: {message}"
     if on_failure == "raise" or info.status == Status.NON_FINITE:
         raise SolverError(message)
     # Level 4 is the line that called bl.hypergradient, or another entry as deep.
@@ -34,56 +44,56 @@ def _residual(info: SolverInfo) -> str:
     return f"residual {info.residual_norm:.2g} of a right-hand side of {info.rhs_norm:.2g}"
 
 
-def _maxiter(info: SolverInfo, curvature: Callable[[], Sequence[float]]) -> str:
-    del curvature
+def _maxiter(info: SolverInfo, maxiter: int | None) -> str:
+    if maxiter is None:
+        return (
+            f"there is no solution, a {_residual(info)} is left: the Hessian is singular to the precision of the "
+            "dtype. Add damping."
+        )
+    if info.steps < maxiter:
+        return (
+            f"stagnated after {info.steps} steps above its tolerance, with a {_residual(info)}: a singular or "
+            "ill-conditioned Hessian, or the precision of the dtype, keeps it out of reach. Loosen rtol, add damping, "
+            "or use float64."
+        )
     return (
         f"stopped after {info.steps} steps above its tolerance, with a {_residual(info)}. "
-        "Raise maxiter, loosen rtol, or add damping (a singular or ill-conditioned Hessian, or the precision of "
-        "the dtype, can keep the tolerance out of reach)."
+        "Raise maxiter, loosen rtol, or add damping."
     )
 
 
-def _negative_curvature(info: SolverInfo, curvature: Callable[[], Sequence[float]]) -> str:
-    smallest, largest = curvature()
+def _negative_curvature(info: SolverInfo, smallest: float, largest: float) -> str:
     if smallest < -1e-6 * largest:
         spectrum, damping = f"eigenvalues from about {smallest:.2g} to {largest:.2g}", -smallest
     else:  # too close to zero, or too rare, for a few products to tell
         spectrum, damping = f"largest eigenvalue about {largest:.2g}, smallest one zero or just below", 1e-3 * largest
+    advice = f"add damping above {damping:.2g}, " if damping > 0 else ""
     return (
         f"met non-positive curvature at step {info.steps} and stopped at the last good iterate, with a "
-        f"{_residual(info)}. The Hessian is not positive definite ({spectrum}): add damping above {damping:.2g}, "
+        f"{_residual(info)}. The Hessian is not positive definite ({spectrum}): {advice}"
         'train the inner problem further, use solver="minres", which takes eigenvalues of either sign, or give a '
         "Gauss-Newton product for hvp."
     )
 
 
-def _diverged(info: SolverInfo, curvature: Callable[[], Sequence[float]]) -> str:
-    smallest, largest = curvature()
-    message = f"the series diverged at step {info.steps}; the sum before it is returned. "
-    if smallest < 0 and -smallest > 1e-6 * largest:
+def _diverged(info: SolverInfo, smallest: float, largest: float, damping: float) -> str:
+    message = f"diverged at step {info.steps}, with a {_residual(info)}. "
+    if smallest + damping < -1e-6 * abs(largest):
         return message + (
             f"The Hessian has a negative eigenvalue (about {smallest:.2g}), so that no step size holds: add "
             f"damping above {-smallest:.2g}, or train the inner problem further."
         )
+    top = largest + damping
     return message + (
-        f"The largest eigenvalue of the Hessian is about {largest:.3g}: use step_size={1 / largest:.2g} "
-        f'(it must stay below {2 / largest:.2g}), or step_size="auto".'
+        f"The largest eigenvalue of the Hessian{' with its damping' if damping else ''} is about {top:.3g}: use "
+        f'step_size={1 / top:.2g} (it must stay below {2 / top:.2g}), or step_size="auto".'
     )
 
 
-def _non_finite(info: SolverInfo, curvature: Callable[[], Sequence[float]]) -> str:
-    del curvature
+def _non_finite(info: SolverInfo) -> str:
     return (
         f"nan or inf in the losses, their gradients or a Hessian-vector product (found at step {info.steps}); no "
         "hypergradient is returned. Look for overflow in the inner problem, hyperparameters that ran away (a "
         "penalty exp(λ) with a large λ), or an inner training that diverged. "
         'on_failure="ignore" returns the nan.'
     )
-
-
-_MESSAGES = {
-    Status.MAXITER: _maxiter,
-    Status.NEGATIVE_CURVATURE: _negative_curvature,
-    Status.DIVERGED: _diverged,
-    Status.NON_FINITE: _non_finite,
-}

@@ -8,8 +8,7 @@ from bilevel.problem import Problem
 from bilevel.protocols import Backend, HypergradientMethod, Linearization, Point, Solver, Tree
 from bilevel.results import Hypergradient, SolverInfo, Status
 from bilevel.solvers.lanczos import spectrum
-from bilevel.solvers.operators import damped
-from bilevel.validation import check_like, check_point, find_backend
+from bilevel.validation import check_like, check_point, check_trees, find_backend
 
 
 def hypergradient(
@@ -27,7 +26,11 @@ def hypergradient(
     """Return dF/dλ = ∂F/∂λ − (∂²L/∂λ∂w)ᵀ v, where (∂²L/∂w²) v = ∂F/∂w.
 
     The implicit function theorem at ``params``, which should minimize the inner objective L for ``hparams``
-    (Lorraine, Vicol & Duvenaud, AISTATS 2020, theorem 1 and algorithm 2). Nothing that is passed in is changed.
+    (Lorraine, Vicol & Duvenaud, AISTATS 2020, theorem 1 and algorithm 2). Nothing that is passed in is changed, beyond
+    what the objectives themselves do when they are evaluated (BatchNorm's statistics in train mode, dropout's draws).
+
+    In JAX an eager call is compiled, and cached by the two functions and the solver: the objectives must be pure, and
+    what they read beside their arguments (globals, attributes of ``self``) stays as it was when they were first traced.
 
     Args:
         problem: the inner objective L and the outer objective F.
@@ -54,6 +57,8 @@ def hypergradient(
     array([-1., -1.])
     """
     check_on_failure(on_failure)
+    if not (hasattr(problem, "inner") and hasattr(problem, "outer")):
+        raise TypeError(f"problem: expected bl.Problem(inner, outer), got {type(problem).__name__}.")
     solver = get_solver(solver)
     backend = find_backend(backend, params, hparams)
     point = Point(params, hparams, inner_args, outer_args, adjoint0)
@@ -102,13 +107,11 @@ def hypergradient_from(
     solver = get_solver(solver)
     if isinstance(solver, HypergradientMethod):
         raise TypeError(f"{type(solver).__name__} needs the problem itself: use bl.hypergradient.")
-    rhs = linearization.grad_params
-    backend = find_backend(backend, rhs, linearization.grad_hparams)
-    check_point(
-        backend,
-        Point(rhs, rhs if linearization.grad_hparams is None else linearization.grad_hparams, adjoint0=adjoint0),
+    _, rhs, direct, hvp, _ = linearization
+    backend = find_backend(backend, rhs, direct, ("grad_params", "grad_hparams"))
+    check_trees(
+        backend, {"grad_params": rhs, "grad_hparams": direct, "adjoint0": adjoint0}, {"adjoint0": "grad_params"}
     )
-    hvp = linearization.hvp
 
     def checked_hvp(v: Tree) -> Tree:
         product = hvp(v)
@@ -116,8 +119,8 @@ def hypergradient_from(
         return product
 
     linearization = linearization._replace(hvp=checked_hvp)
-    hg = implicit(backend, solver, linearization, adjoint0)
-    return _conclude(hg, backend, solver, on_failure, lambda: _ends(backend, solver, linearization))
+    hg = _check_result(implicit(backend, solver, linearization, adjoint0), backend, direct)
+    return _conclude(hg, backend, solver, on_failure, lambda: _ends(backend, linearization))
 
 
 def implicit(backend: Backend, solver: Any, linearization: Linearization, adjoint0: Tree | None) -> Hypergradient:
@@ -142,17 +145,17 @@ def _hypergradient(backend: Backend, solver: Solver, problem: Problem, point: Po
             problem, point.params, point.hparams, inner_args=point.inner_args, outer_args=point.outer_args
         )
         hg = implicit(backend, solver, linearization, point.adjoint0)
+    return _check_result(hg, backend, point.hparams)
+
+
+def _check_result(hg: Hypergradient, backend: Backend, hparams: Tree) -> Hypergradient:
+    """Raise if λ has no influence; flag a nan, which can enter by the cross product or the direct gradient too."""
     if hg.grad is None:
-        paths = ", ".join("hparams" + path for path, _ in backend.leaves(point.hparams))
+        paths = ", ".join("hparams" + path for path, _ in backend.leaves(hparams)) or "hparams"
         raise ValueError(
-            f"Neither objective depends on {paths}. Use the hparams argument inside inner or outer: values that "
+            f"Neither F nor ∂L/∂w depends on {paths}. Use the hparams argument inside inner or outer: values that "
             "are closed over, detached or converted to numbers cannot be differentiated."
         )
-    return _flag_non_finite(hg, backend)
-
-
-def _flag_non_finite(hg: Hypergradient, backend: Backend) -> Hypergradient:
-    """Mark what is not finite: a nan can enter after the solve too, by the cross product or the direct gradient."""
     xp = backend.space.xp
     finite = backend.space.isfinite((hg.grad, hg.value))
     return hg._replace(info=hg.info._replace(status=xp.where(finite, hg.info.status, int(Status.NON_FINITE))))
@@ -162,12 +165,11 @@ def _spectrum(backend: Backend, solver: Solver, problem: Problem, point: Point) 
     linearization = backend.linearize(
         problem, point.params, point.hparams, inner_args=point.inner_args, outer_args=point.outer_args
     )
-    return _ends(backend, solver, linearization)
+    return _ends(backend, linearization)
 
 
-def _ends(backend: Backend, solver: Any, linearization: Linearization) -> tuple[Any, Any]:
-    A = damped(linearization.hvp, getattr(solver, "damping", 0.0), backend.space)
-    ends = spectrum(A, linearization.grad_params, backend.space)
+def _ends(backend: Backend, linearization: Linearization) -> tuple[Any, Any]:
+    ends = spectrum(linearization.hvp, linearization.grad_params, backend.space)
     return ends.smallest - ends.error, ends.largest + ends.error
 
 

@@ -110,6 +110,10 @@ class VectorSpace(Protocol):
         """Draw independent standard normal entries, the same for the same seed."""
         ...
 
+    def max_abs(self, x: Tree) -> Scalar:
+        """Return the largest absolute entry, in the dtype of a dot; nan if there is one, 0 if there is no entry."""
+        ...
+
     def isfinite(self, x: Tree) -> Scalar:
         """Tell whether no entry is nan or infinite."""
         ...

@@ -1,9 +1,10 @@
 """Trees of arrays for backends whose framework brings none: leaves in dicts, lists, tuples and named tuples.
 
-``None`` is a tree without leaves, as in JAX.
+``None`` is a tree without leaves, and dicts are read in the order of their sorted keys, both as in JAX.
 """
 
 from collections.abc import Callable, Iterator
+from copy import copy
 from typing import Any
 
 
@@ -14,8 +15,8 @@ def leaves_with_paths(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     [("['a']", 1.0), ("['b'][0]", 2.0), ("['b'][1]", 3.0)]
     """
     if isinstance(tree, dict):
-        for key, child in tree.items():
-            yield from leaves_with_paths(child, f"{path}[{key!r}]")
+        for key in _sorted(tree):
+            yield from leaves_with_paths(tree[key], f"{path}[{key!r}]")
     elif isinstance(tree, tuple) and hasattr(tree, "_fields"):
         for field, child in zip(tree._fields, tree, strict=True):  # pyright: ignore[reportAttributeAccessIssue]
             yield from leaves_with_paths(child, f"{path}.{field}")
@@ -35,11 +36,22 @@ def tree_map(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
     if tree is None:
         return None
     if isinstance(tree, dict):
-        mapped = {key: tree_map(function, child, *(r[key] for r in rest)) for key, child in tree.items()}
-        return mapped if type(tree) is dict else type(tree)(mapped)
+        mapped = {key: tree_map(function, tree[key], *(r[key] for r in rest)) for key in _sorted(tree)}
+        if type(tree) is dict:
+            return mapped
+        like = copy(tree)  # an OrderedDict, a defaultdict with its factory
+        like.update(mapped)
+        return like
     if isinstance(tree, list | tuple):
         children = [tree_map(function, *group) for group in zip(tree, *rest, strict=True)]
         if isinstance(tree, list):
             return children
         return type(tree)(*children) if hasattr(tree, "_fields") else tuple(children)
     return function(tree, *rest)
+
+
+def _sorted(tree: dict[Any, Any]) -> list[Any]:
+    try:
+        return sorted(tree)
+    except TypeError:  # keys of several types
+        return sorted(tree, key=lambda key: (type(key).__name__, repr(key)))

@@ -5,8 +5,13 @@ from typing import Any
 from bilevel.config import get_backend, imported_backends
 from bilevel.protocols import Backend, Point, Tree
 
+TREES = (
+    "A tree is made of dicts, lists and tuples of arrays, as in dict(module.named_parameters()); a number becomes an "
+    "array by np.array, torch.tensor or jnp.asarray."
+)
 
-def find_backend(spec: Any, params: Tree, hparams: Tree) -> Backend:
+
+def find_backend(spec: Any, params: Tree, hparams: Tree, names: tuple[str, str] = ("params", "hparams")) -> Backend:
     """Return the backend asked for, or the one that owns the arrays.
 
     Raises:
@@ -14,24 +19,23 @@ def find_backend(spec: Any, params: Tree, hparams: Tree) -> Backend:
     """
     if spec is not None:
         return get_backend(spec)
-    trees = (("params", params), ("hparams", hparams))
     owners = [
         (name + path, backend)
         for backend in imported_backends()
-        for name, tree in trees
+        for name, tree in zip(names, (params, hparams), strict=True)
         for path, leaf in backend.leaves(tree)
         if backend.owns(leaf)
     ]
     if not owners:
         raise TypeError(
-            f"params and hparams: expected trees of NumPy, torch or JAX arrays, got {type(params).__name__} and "
-            f"{type(hparams).__name__} without any. Convert them, or name the backend with backend=."
+            f"{names[0]} and {names[1]}: expected trees of NumPy, torch or JAX arrays, got {type(params).__name__} and "
+            f"{type(hparams).__name__} without any. {TREES}"
         )
     (first, found), (last, other) = owners[0], owners[-1]
     if found is not other:
         raise TypeError(
             f"{first} is an array of {found.name}, but {last} one of {other.name}: "
-            "params and hparams must be of one framework."
+            f"{names[0]} and {names[1]} must be of one framework."
         )
     return found
 
@@ -43,32 +47,42 @@ def check_point(backend: Backend, point: Point) -> None:
         TypeError: for leaves of another framework or that are not floating-point, or args that are no tuple.
         ValueError: for empty trees, different devices, or an adjoint0 unlike params.
     """
-    first: tuple[str, str] | None = None
-    for name in ("params", "hparams", "adjoint0"):
-        tree = getattr(point, name)
-        if tree is None and name == "adjoint0":
-            continue
-        leaves = backend.leaves(tree)
-        if not leaves:
-            raise ValueError(f"{name} has no leaves: there is nothing to differentiate.")
-        for path, leaf in leaves:
-            where = _check_leaf(backend, name + path, leaf)
-            if where is not None and first is not None and where != first[1]:
-                raise ValueError(f"{name}{path} is on {where}, but {first[0]} on {first[1]}: move them together.")
-            first = first or (where and (name + path, where)) or None
+    trees = {"params": point.params, "hparams": point.hparams, "adjoint0": point.adjoint0}
+    if point.params is None or point.hparams is None:
+        raise ValueError(f"{'params' if point.params is None else 'hparams'} is None.")
+    check_trees(backend, trees, {"adjoint0": "params"})
     for name in ("inner_args", "outer_args"):
         if not isinstance(getattr(point, name), tuple | list):
             raise TypeError(
                 f"{name}: expected a tuple of arguments, as in {name}=(x, y), "
                 f"got {type(getattr(point, name)).__name__}."
             )
-    if point.adjoint0 is not None:
-        check_like(backend, "adjoint0", point.adjoint0, "params", point.params)
+
+
+def check_trees(backend: Backend, trees: dict[str, Tree | None], like: dict[str, str]) -> None:
+    """Raise unless these are trees of floating-point arrays on one device; None stands for an absent one.
+
+    ``like`` says which tree must have the structure, shapes and dtypes of which other.
+    """
+    first: tuple[str, str] | None = None
+    for name, tree in trees.items():
+        leaves = [] if tree is None else backend.leaves(tree)
+        if tree is not None and not leaves:
+            raise ValueError(f"{name} has no leaves: there is nothing to differentiate.")
+        for path, leaf in leaves:
+            where = _check_leaf(backend, name + path, leaf)
+            if where is not None and first is not None and where != first[1]:
+                raise ValueError(f"{name}{path} is on {where}, but {first[0]} on {first[1]}: move them together.")
+            first = first or (where and (name + path, where)) or None
+    for name, other in like.items():
+        if trees[name] is not None:
+            check_like(backend, name, trees[name], other, trees[other])
+            _check_dtypes(backend, name, trees[name], other, trees[other])
 
 
 def _check_leaf(backend: Backend, path: str, leaf: Any) -> str | None:
     if not backend.owns(leaf):
-        raise TypeError(f"{path}: expected an array of {backend.name}, got {type(leaf).__name__}.")
+        raise TypeError(f"{path}: expected an array of {backend.name}, got {type(leaf).__name__}. {TREES}")
     if not backend.is_floating(leaf):
         raise TypeError(
             f"{path}: expected a floating-point leaf, got {leaf.dtype} of shape {tuple(leaf.shape)}. "
@@ -77,9 +91,19 @@ def _check_leaf(backend: Backend, path: str, leaf: Any) -> str | None:
     return backend.device(leaf)
 
 
+def _check_dtypes(backend: Backend, name: str, tree: Tree, other: str, reference: Tree) -> None:
+    for (path, leaf), (_, like) in zip(backend.leaves(tree), backend.leaves(reference), strict=True):
+        if leaf.dtype != like.dtype:
+            raise TypeError(f"{name}{path} is {leaf.dtype}, but {other}{path} {like.dtype}: convert one of them.")
+
+
 def check_like(backend: Backend, name: str, tree: Tree, other: str, reference: Tree) -> None:
-    """Raise a ValueError unless two trees have the same structure and shapes."""
-    shapes = {path: tuple(leaf.shape) for path, leaf in backend.leaves(tree)}
+    """Raise a ValueError unless two trees of arrays have the same structure and shapes."""
+    leaves = backend.leaves(tree)
+    for path, leaf in leaves:
+        if not backend.owns(leaf):
+            raise TypeError(f"{name}{path}: expected an array of {backend.name}, got {type(leaf).__name__}.")
+    shapes = {path: tuple(leaf.shape) for path, leaf in leaves}
     expected = {path: tuple(leaf.shape) for path, leaf in backend.leaves(reference)}
     for path in [*expected, *shapes]:
         if shapes.get(path) != expected.get(path):
@@ -99,6 +123,8 @@ def check_scalar(role: str, value: Any) -> None:
     """
     if not hasattr(value, "shape"):
         raise TypeError(f"{role}: expected a scalar array, got {type(value).__name__}.")
+    if not str(value.dtype).rpartition(".")[2].startswith(("float", "bfloat")):
+        raise TypeError(f"{role}: expected a floating-point scalar, got {value.dtype}: it has no derivative.")
     if tuple(value.shape) != ():
         raise ValueError(
             f"{role}: expected a scalar, got an array of shape {tuple(value.shape)}. Take its mean or sum."

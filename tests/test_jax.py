@@ -163,7 +163,7 @@ def test_registered_pytrees_are_trees():
 def test_closed_over_hparams_are_refused_under_jit_too():
     w, h, train, val = case()
     problem = bl.Problem(lambda w, _, X, y: inner(w, h, X, y), outer)
-    with pytest.raises(ValueError, match="Neither objective depends on hparams"):
+    with pytest.raises(ValueError, match="Neither F nor ∂L/∂w depends on hparams"):
         jax.jit(lambda w, h: bl.hypergradient(problem, w, h, inner_args=train, outer_args=val))(w, h)
 
 

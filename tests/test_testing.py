@@ -545,7 +545,7 @@ def test_objectives_that_ignore_their_arguments_are_an_error():
 
     problem = bl.Problem(inner, outer)
     check_hypergradient(problem, params, h)  # the torch backend follows the module's own parameters
-    with pytest.raises(ValueError, match=r"inner grad changes when .* copies.*functional_call"):
+    with pytest.raises(ValueError, match="functional_call"):
         check_hypergradient(problem, params, h, reference=DIFFERENCES)
 
 

@@ -127,7 +127,7 @@ def test_one_dropout_mask_serves_all_products(data):
 
 def test_no_tensor_is_left_behind(data):
     module = mlp()
-    problem, params, hparams = decay_problem(module), list(module.parameters()), decays(module)
+    problem, params, hparams = functional_problem(module), list(module.parameters()), decays(module)
 
     def live_tensors():
         gc.collect()

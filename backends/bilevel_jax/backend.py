@@ -1,8 +1,10 @@
 """Derivatives by JAX transformations, compiled once per problem and solver."""
 
-import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass
+from enum import Enum
 from functools import partial
+from types import FunctionType
 from typing import Any
 
 import jax
@@ -34,6 +36,8 @@ class JaxBackend(Backend):
 
     @override
     def leaves(self, tree: Any) -> list[tuple[str, Any]]:
+        if isinstance(tree, Iterator):  # module.parameters(), say: no tree, and JAX warns of it
+            return [("", tree)]
         return [(jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]]
 
     @override
@@ -68,13 +72,18 @@ class JaxBackend(Backend):
         # Linearized here, outside the solver's loop: its body must not trace the loss again.
         grad, hvp = jax.linearize(lambda w: jax.grad(loss)(w, hparams), params)
 
-        def cross_vjp(v: Any) -> Any:
-            if not influences:
-                return None
-            # In λ alone: one joint pull over (w, λ) costs several gradients.
-            return jax.grad(lambda h: jax.jvp(lambda w: loss(w, h), (params,), (v,))[1])(hparams)
+        def grad_of(h: Any) -> Any:
+            return jax.grad(loss)(params, h)
 
-        influences = depends(lambda h: loss(params, h), hparams)
+        def cross_vjp(v: Any) -> Any:
+            # In λ alone: one joint pull over (w, λ) costs several gradients.
+            return jax.vjp(grad_of, hparams)[1](v)[0] if influences else None
+
+        influences = depends(grad_of, hparams)
+        if not depends(lambda w: loss(w, hparams), params):
+            raise ValueError(
+                f"inner does not depend on {_names(self, 'params', params)}. Use the params argument inside it."
+            )
         return InnerDerivatives(grad, hvp, cross_vjp)
 
     @override
@@ -83,6 +92,9 @@ class JaxBackend(Backend):
             return _scalar("outer", problem.outer(w, h, *args))
 
         if not depends(lambda h: loss(params, h), hparams):
+            if not depends(lambda w: loss(w, hparams), params):
+                names = f"{_names(self, 'params', params)} nor {_names(self, 'hparams', hparams)}"
+                raise ValueError(f"outer depends on neither {names}: use the arguments inside it.")
             return OuterDerivatives(*jax.value_and_grad(loss)(params, hparams), None)
         value, grads = jax.value_and_grad(loss, argnums=(0, 1))(params, hparams)
         return OuterDerivatives(value, *grads)
@@ -92,38 +104,57 @@ class JaxBackend(Backend):
         leaves, structure = jax.tree.flatten(point)
         if any(isinstance(leaf, Tracer) for leaf in leaves):
             return function(self, solver, problem, point)
-        options, other_options = _split_options(solver)
         arrays = [leaf if _is_number(leaf) else None for leaf in leaves]
         constants = tuple(None if _is_number(leaf) else (type(leaf), leaf) for leaf in leaves)
-        static = (function, self, other_options, problem, structure, constants)
+        options, other_options = _split_options(solver)
+        static = (function, self, type(solver), other_options, problem, structure, constants)
+        if not all(c is None or isinstance(c[1], _CONSTANTS) for c in (*constants, *other_options)):
+            return function(self, solver, problem, point)  # nothing that jit could compare by its value
         try:
             hash(static)
-        except TypeError:  # an argument or option that jit cannot compare: run it as it is
+        except TypeError:
             return function(self, solver, problem, point)
         return _compiled(static, options, arrays)
 
 
+_CONSTANTS = (bool, int, float, str, bytes, type(None), Enum, FunctionType, type)
+
+
 @partial(jax.jit, static_argnums=0)
 def _compiled(static: Any, options: dict[str, Any], arrays: list[Any]) -> Any:
-    function, backend, (make, other_options), problem, structure, constants = static
-    solver = make(**dict(other_options), **options) if isinstance(make, type) else make
+    function, backend, make, other_options, problem, structure, constants = static
+    solver = None if make is type(None) else make(**{name: value for _, value, name in other_options}, **options)
     leaves = [array if constant is None else constant[1] for array, constant in zip(arrays, constants, strict=True)]
     return function(backend, solver, problem, jax.tree.unflatten(structure, leaves))
 
 
 def _is_number(leaf: Any) -> bool:
     """Tell what jit takes as an argument; integers, flags and strings stay what Python made them."""
-    return isinstance(leaf, jax.Array | np.ndarray | np.generic | float)
+    if isinstance(leaf, np.ndarray):
+        return leaf.dtype.kind in "biufcV"  # V: bfloat16 and its like
+    return isinstance(leaf, jax.Array | np.floating | float)
 
 
-def _split_options(solver: Any) -> tuple[dict[str, Any], tuple[Any, tuple[tuple[str, Any], ...]]]:
-    """Split a solver into the options that may change without compiling anew, and the rest of it."""
-    if not dataclasses.is_dataclass(solver):
-        return {}, (solver, ())
-    options = {field.name: getattr(solver, field.name) for field in dataclasses.fields(solver) if field.init}
+def _split_options(solver: Any) -> tuple[dict[str, Any], tuple[tuple[type, Any, str], ...]]:
+    """Split a solver into the options that may change without compiling anew, and (type, value, name) of the others.
+
+    Only what a frozen dataclass is made of is safe to rebuild and to compare; anything else is one incomparable value.
+    """
+    if solver is None:
+        return {}, ()
+    if not (is_dataclass(solver) and solver.__dataclass_params__.frozen):  # pyright: ignore[reportAttributeAccessIssue]
+        return {}, ((object, solver, ""),)
+    known = fields(solver)
+    if len(known) != len(solver.__dataclass_fields__) or not all(field.init for field in known):  # an InitVar, say
+        return {}, ((object, solver, ""),)
+    options = {field.name: getattr(solver, field.name) for field in known}
     # A zero stays constant: it often switches something off.
     numbers = {k: v for k, v in options.items() if _is_number(v) and not (isinstance(v, float) and v == 0)}
-    return numbers, (type(solver), tuple((k, v) for k, v in options.items() if k not in numbers))
+    return numbers, tuple((type(v), v, k) for k, v in options.items() if k not in numbers)
+
+
+def _names(backend: Backend, name: str, tree: Any) -> str:
+    return ", ".join(name + path for path, _ in backend.leaves(tree))
 
 
 def _scalar(role: str, value: Any) -> Any:

@@ -9,13 +9,28 @@ import jax
 def depends(function: Callable[[Any], Any], x: Any) -> bool:
     """Tell whether function(x) can depend on x.
 
-    Follows the data through the trace. A nested call (jit, scan, cond) counts as depending on all that enters
-    it: the answer errs towards True.
+    Follows the data through the trace, into jitted functions too. A loop or branch counts as depending on all that
+    enters it: the answer errs towards True.
     """
     jaxpr = jax.make_jaxpr(function)(x).jaxpr
-    reached = set(jaxpr.invars)
-    for equation in jaxpr.eqns:
+    return any(_reach(jaxpr, [True] * len(jaxpr.invars)))
+
+
+def _reach(jaxpr: Any, inputs: list[bool]) -> list[bool]:
+    """Tell which outputs can depend on the inputs that are marked."""
+    reached = {v for v, marked in zip(jaxpr.invars, inputs, strict=True) if marked}
+
+    def marked(variables: Any) -> list[bool]:
         # A literal has no identity to follow, and may not be hashable.
-        if any(not hasattr(v, "val") and v in reached for v in equation.invars):
-            reached.update(equation.outvars)
-    return any(not hasattr(v, "val") and v in reached for v in jaxpr.outvars)
+        return [not hasattr(v, "val") and v in reached for v in variables]
+
+    for equation in jaxpr.eqns:
+        into = marked(equation.invars)
+        if not any(into):
+            continue
+        if equation.primitive.name in ("jit", "pjit"):
+            out = _reach(equation.params["jaxpr"].jaxpr, into)
+        else:
+            out = [True] * len(equation.outvars)
+        reached.update(v for v, hit in zip(equation.outvars, out, strict=True) if hit)
+    return marked(jaxpr.outvars)

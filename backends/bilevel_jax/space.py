@@ -36,6 +36,10 @@ class JaxSpace:
         draws = [jax.random.normal(key, a.shape, a.dtype) for key, a in zip(keys, leaves, strict=True)]
         return jax.tree.unflatten(structure, draws)
 
+    def max_abs(self, x: Any) -> jax.Array:
+        parts = [jnp.max(jnp.abs(leaf), initial=0).astype(_accumulator(leaf, leaf)) for leaf in jax.tree.leaves(x)]
+        return jnp.stack(jnp.broadcast_arrays(*parts)).max()
+
     def isfinite(self, x: Any) -> jax.Array:
         return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(x)]).all()
 
@@ -81,6 +85,10 @@ class JaxSpace:
         return jax.pure_callback(call, jax.ShapeDtypeStruct(like.shape, like.dtype), *arrays, vmap_method="sequential")
 
 
+def _accumulator(a: Any, b: Any) -> Any:
+    return jnp.promote_types(jnp.promote_types(a.dtype, b.dtype), jnp.float32)
+
+
 def _dot(a: Any, b: Any) -> jax.Array:
-    dtype = jnp.promote_types(jnp.promote_types(a.dtype, b.dtype), jnp.float32)
+    dtype = _accumulator(a, b)
     return jnp.vdot(a.astype(dtype), b.astype(dtype), precision=lax.Precision.HIGHEST)

@@ -20,7 +20,8 @@ class NumpySpace:
     xp = np
 
     def dot(self, x: Any, y: Any) -> Any:
-        return sum(_dot(a, b) for a, b in zip(leaves(x), leaves(y), strict=True))
+        with np.errstate(all="ignore"):
+            return sum(_dot(a, b) for a, b in zip(leaves(x), leaves(y), strict=True))
 
     def axpy(self, alpha: Any, x: Any, y: Any) -> Any:
         return tree_map(lambda a, b: np.multiply(a, _cast(alpha, b)) + b, x, y)
@@ -37,6 +38,11 @@ class NumpySpace:
     def normal_like(self, x: Any, seed: int) -> Any:
         rng = np.random.default_rng(seed)
         return tree_map(lambda a: rng.standard_normal(np.shape(a)).astype(np.asarray(a).dtype), x)
+
+    def max_abs(self, x: Any) -> Any:
+        with np.errstate(divide="ignore"):
+            parts = [np.max(np.abs(leaf), initial=0.0).astype(_accumulator(leaf, leaf)) for leaf in leaves(x)]
+        return np.max(parts)
 
     def isfinite(self, x: Any) -> Any:
         return np.bool_(all(np.isfinite(leaf).all() for leaf in leaves(x)))
@@ -75,8 +81,12 @@ class NumpySpace:
 
 
 def _dot(a: np.ndarray, b: np.ndarray) -> Any:
-    dtype = np.promote_types(np.promote_types(a.dtype, b.dtype), np.float32)
+    dtype = _accumulator(a, b)
     return np.dot(a.ravel().astype(dtype, copy=False), b.ravel().astype(dtype, copy=False))
+
+
+def _accumulator(a: np.ndarray, b: np.ndarray) -> np.dtype:
+    return np.promote_types(np.promote_types(a.dtype, b.dtype), np.float32)
 
 
 def _cast(alpha: Any, like: Any) -> Any:

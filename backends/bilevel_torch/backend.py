@@ -65,6 +65,11 @@ class TorchBackend(Backend):
         with torch.enable_grad():
             value = _scalar("inner", problem.inner(params, hparams, *args))
             grads = _grad([value], weights, None, create_graph=True)
+        if all(g is None for g in grads):
+            raise ValueError(
+                f"inner does not depend on {_names('params', params)}. Use the params argument inside it, or hand over "
+                "the module's own parameters (not a state_dict() or detached copies, which the module does not use)."
+            )
         # Where ∇L is constant there is no second derivative, and autograd would refuse.
         varying = [i for i, g in enumerate(grads) if g is not None and g.requires_grad]
 
@@ -90,6 +95,12 @@ class TorchBackend(Backend):
         with torch.enable_grad():
             value = _scalar("outer", problem.outer(params, hparams, *args))
             grads = _grad([value], [*weights, *hypers], None)
+        if all(g is None for g in grads):
+            raise ValueError(
+                f"outer depends on neither {_names('params', params)} nor {_names('hparams', hparams)}: is it "
+                "detached, converted to a number, or computed by a module with other weights than params? "
+                "(torch.func.functional_call runs a module with the weights it is given.)"
+            )
         direct = grads[len(weights) :]
         return OuterDerivatives(
             value=value.detach(),
@@ -114,7 +125,6 @@ def _variables(params: Any, hparams: Any) -> tuple[Any, Any]:
     The user's own, because a loss that runs a module uses the module's parameters, not what it is handed.
     """
 
-    @override
     def variable(t: torch.Tensor) -> torch.Tensor:
         return t if t.requires_grad and t.is_leaf else t.detach().requires_grad_()
 
@@ -130,6 +140,10 @@ def _variables(params: Any, hparams: Any) -> tuple[Any, Any]:
     return tree_map(variable, params), tree_map(variable, hparams)
 
 
+def _names(name: str, tree: Any) -> str:
+    return ", ".join(path for path, _ in leaves_with_paths(tree, name))
+
+
 def _scalar(role: str, value: Any) -> torch.Tensor:
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{role}: expected a scalar tensor, got {type(value).__name__}: do not call .item() on it.")
@@ -143,7 +157,16 @@ def _grad(
     """Call autograd.grad; None where an output does not depend on an input."""
     if not any(output.requires_grad for output in outputs):
         return [None] * len(inputs)
-    return torch.autograd.grad(outputs, inputs, grad_outputs, allow_unused=True, **options)
+    try:
+        return torch.autograd.grad(outputs, inputs, grad_outputs, allow_unused=True, **options)
+    except RuntimeError as error:
+        if "double backward" in str(error) or "is not implemented" in str(error):
+            raise RuntimeError(
+                f"{error}\nA Hessian-vector product differentiates twice, which this operation does not support. Run "
+                "the module uncompiled, attention within torch.nn.attention.sdpa_kernel(SDPBackend.MATH), and "
+                "recurrent layers on CUDA within torch.backends.cudnn.flags(enabled=False)."
+            ) from error
+        raise
 
 
 def _fill(grads: Sequence[torch.Tensor | None], like: Any) -> Any:

@@ -38,6 +38,8 @@ class TorchSpace:
         return tree_map(lambda a, b: torch.add(b, a, alpha=alpha), x, y)
 
     def scale(self, alpha: Any, x: Any) -> Any:
+        if isinstance(alpha, torch.Tensor):  # two zero-dimensional tensors would promote
+            return tree_map(lambda a: a * alpha.to(a.dtype), x)
         return tree_map(lambda a: a * alpha, x)
 
     def zeros_like(self, x: Any) -> Any:
@@ -55,10 +57,12 @@ class TorchSpace:
 
         return tree_map(draw, x)
 
+    def max_abs(self, x: Any) -> torch.Tensor:
+        parts = [leaf.abs().amax().to(_accumulator(leaf, leaf)) for leaf in leaves(x) if leaf.numel()]
+        return torch.stack(parts).amax() if parts else self.dot(x, x)
+
     def isfinite(self, x: Any) -> torch.Tensor:
-        # A sum is finite only if each summand is; an overflow of finite ones is no result to trust either.
-        sums = [leaf.detach().abs().sum(dtype=torch.promote_types(leaf.dtype, torch.float32)) for leaf in leaves(x)]
-        return torch.isfinite(sum(sums[1:], start=sums[0]))
+        return torch.stack([torch.isfinite(leaf).all() for leaf in leaves(x)]).all()
 
     def eps(self, x: Any) -> float:
         return max(torch.finfo(leaf.dtype).eps for leaf in leaves(x))
@@ -93,6 +97,10 @@ class TorchSpace:
         return torch.from_numpy(np.asarray(function(*host))).to(arrays[-1])
 
 
+def _accumulator(a: torch.Tensor, b: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+
+
 def _dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+    dtype = _accumulator(a, b)
     return torch.dot(a.reshape(-1).to(dtype), b.reshape(-1).to(dtype))

@@ -6,10 +6,8 @@ from typing import Any, NamedTuple
 from bilevel.protocols import Operator, Tree, VectorSpace
 from bilevel.results import SolverInfo, Status
 from bilevel.solvers.confirm import Sweep, iterate
-from bilevel.solvers.operators import damped, norm, residual
+from bilevel.solvers.operators import damped, norm, residual, scale_free
 from bilevel.solvers.options import check_int, check_real
-
-GROWTH = 1e3  # of the residual; a definite operator stays far below, a singular one runs away
 
 
 class _State(NamedTuple):
@@ -71,8 +69,9 @@ class CG:
                 rr = space.dot(r, r)
                 finite = xp.isfinite(curvature)
                 # Relative to the largest curvature met, so free of scale. On a null direction it is rounding noise
-                # of either sign, and the residual runs away. Comparisons with nan are false.
-                positive = (curvature > eps * largest) & (rr < GROWTH**2 * start)
+                # of either sign, and the residual runs away: it grows by more than √κ, for all κ that the dtype
+                # can tell from singular. Comparisons with nan are false.
+                positive = (curvature > eps * largest) & (rr < start / eps)
                 ok = s.live & positive & finite
                 # 0 * nan is nan: a zero alpha would not protect x.
                 x = space.select(ok, space.axpy(alpha, s.p, s.x), s.x)
@@ -101,15 +100,15 @@ class CG:
             s = space.while_loop(lambda s: s.live, step, s, self.maxiter)
             return Sweep(s.x, xp.sqrt(s.rr), s.steps, s.status)
 
-        x, info = iterate(sweep, A, rhs, x0, space, rtol=self.rtol, atol=self.atol, maxiter=self.maxiter)
-        if x0 is not None:
-            return x, info
+        def solve(b: Tree, x0: Tree | None, scale: Any) -> tuple[Tree, SolverInfo]:
+            def stand_in(answer: tuple[Tree, SolverInfo]) -> tuple[Tree, SolverInfo]:
+                """Without an iterate to stand on: the scaled right-hand side, never a quiet zero."""
+                curvature = xp.abs(space.dot(b, A(b)) / space.dot(b, b))
+                x = space.scale(1.0 / xp.where(curvature > 0, curvature, 1.0), b)
+                return x, answer[1]._replace(residual_norm=norm(residual(A, b, x, space), space))
 
-        def stand_in(answer: tuple[Tree, SolverInfo]) -> tuple[Tree, SolverInfo]:
-            """Without an iterate to stand on: the scaled right-hand side, never a quiet zero."""
-            curvature = xp.abs(space.dot(rhs, A(rhs)) / space.dot(rhs, rhs))
-            x = space.scale(1.0 / xp.where(curvature > 0, curvature, 1.0), rhs)
-            return x, answer[1]._replace(residual_norm=norm(residual(A, rhs, x, space), space))
+            answer = iterate(sweep, A, b, x0, space, rtol=self.rtol, atol=self.atol / scale, maxiter=self.maxiter)
+            at_once = (answer[1].status == int(Status.NEGATIVE_CURVATURE)) & (answer[1].steps == 1)
+            return answer if x0 is not None else space.cond(at_once, stand_in, answer)
 
-        at_once = (info.status == int(Status.NEGATIVE_CURVATURE)) & (info.steps == 1)
-        return space.cond(at_once, stand_in, (x, info))
+        return scale_free(solve, rhs, x0, space)

@@ -8,7 +8,7 @@ from bilevel.results import SolverInfo, Status
 from bilevel.solvers.operators import norm, residual
 
 ROUNDS = 4  # restarts from the true residual; the second already reaches what the dtype can
-DRIFT = 50  # steps for which a solve that claims nothing has its own residual taken at its word
+DRIFT = 50  # steps for which a solve that ran out of them has its own residual taken at its word
 
 
 class Sweep(NamedTuple):
@@ -60,7 +60,8 @@ def iterate(
     """
     xp = space.xp
     rhs_norm = norm(rhs, space)
-    tolerance = xp.maximum(rtol * rhs_norm, xp.full_like(rhs_norm, atol))
+    # Below the dtype's epsilon there is nothing to ask for.
+    tolerance = xp.maximum(xp.maximum(rtol * rhs_norm, space.eps(rhs) * rhs_norm), atol * xp.ones_like(rhs_norm))
 
     def check(s: _State) -> _State:
         r = residual(operator, rhs, s.x, space)
@@ -68,6 +69,7 @@ def iterate(
         claimed, met = s.status == int(Status.CONVERGED), size <= tolerance
         undecided = claimed | (s.status == int(Status.MAXITER))
         status = xp.where(met, int(Status.CONVERGED), xp.full_like(s.status, int(Status.MAXITER)))
+        status = xp.where(xp.isfinite(size), status, int(Status.NON_FINITE))
         return s._replace(
             r=r,
             norm=size,
@@ -78,7 +80,8 @@ def iterate(
 
     def round_(s: _State) -> _State:
         swept = sweep(s.x, s.r, s.steps, s.live, tolerance)
-        doubtful = s.live & ((swept.status != int(Status.MAXITER)) | (swept.steps > DRIFT))
+        short = (swept.status == int(Status.MAXITER)) & (swept.steps == maxiter) & (swept.steps <= DRIFT)
+        doubtful = s.live & ~short
         s = s._replace(
             x=swept.x,
             norm=xp.where(s.live, swept.norm, s.norm),

@@ -9,7 +9,7 @@ import numpy as np
 
 from bilevel.protocols import Operator, Tree, VectorSpace
 from bilevel.results import SolverInfo, Status
-from bilevel.solvers.operators import damped, norm, residual
+from bilevel.solvers.operators import damped, norm, residual, scale_free
 from bilevel.solvers.options import check_real
 
 MAX_SIZE = 5_000
@@ -66,10 +66,12 @@ class Exact:
         check_real(self, "damping", least=0)
 
     def solve(self, operator: Operator, rhs: Tree, x0: Tree | None, space: VectorSpace) -> tuple[Tree, SolverInfo]:
-        del x0
-        xp, size = space.xp, space.size(rhs)
-        check_size(size)
+        check_size(space.size(rhs))
         A = damped(operator, self.damping, space)
+        return scale_free(lambda b, x0, scale: self._solve(A, b, space), rhs, x0, space)
+
+    def _solve(self, A: Operator, rhs: Tree, space: VectorSpace) -> tuple[Tree, SolverInfo]:
+        xp, size = space.xp, space.size(rhs)
         solve = partial(solve_dense, eps=space.eps(rhs))
         x = space.unravel(space.on_host(solve, space.dense(A, rhs), space.ravel(rhs)), rhs)
         rhs_norm, left = norm(rhs, space), norm(residual(A, rhs, x, space), space)

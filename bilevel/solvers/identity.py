@@ -33,5 +33,5 @@ class Identity:
             steps=zero,
             residual_norm=xp.full_like(rhs_norm, float("nan")),
             rhs_norm=rhs_norm,
-            status=xp.full_like(zero, int(Status.CONVERGED)),
+            status=xp.where(xp.isfinite(rhs_norm), int(Status.CONVERGED), xp.full_like(zero, int(Status.NON_FINITE))),
         )

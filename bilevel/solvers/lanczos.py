@@ -85,4 +85,5 @@ def spectrum(operator: Operator, like: Tree, space: VectorSpace, products: int =
     last = xp.sum(xp.where(index == s.k - 1, s.betas, 0.0))
     tail = xp.sum(xp.where((index == s.k - 1)[:, None], vectors, 0.0), 0)
     nan = xp.where(finite, 0.0, float("nan"))
-    return Spectrum(ritz[0] + nan, ritz[-1] + nan, xp.abs(last * tail[-1]) + nan)
+    error = xp.abs(last) * xp.maximum(xp.abs(tail[0]), xp.abs(tail[-1]))
+    return Spectrum(ritz[0] + nan, ritz[-1] + nan, error + nan)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from bilevel.protocols import Operator, Tree, VectorSpace
 from bilevel.results import SolverInfo, Status
 from bilevel.solvers.confirm import Sweep, iterate
-from bilevel.solvers.operators import damped, norm
+from bilevel.solvers.operators import damped, norm, scale_free
 from bilevel.solvers.options import check_int, check_real
 
 
@@ -34,7 +34,9 @@ class MINRES:
 
     For symmetric Hessians that may be indefinite, as those of networks in mid-training are: the residual falls at each
     step, whatever the signs of the eigenvalues. Of a singular system without a solution it finds a least-squares one,
-    with ``MAXITER``. Stops by SciPy's rule, ``norm(b - A v) <= max(rtol * norm(b), atol)``, confirmed by a product.
+    with ``MAXITER``. Its rounding errors grow with the square of the condition number κ, so that it also stops with
+    ``MAXITER`` where κ exceeds 1/√eps (3e3 in float32): CG goes further on definite systems. Stops by SciPy's rule,
+    ``norm(b - A v) <= max(rtol * norm(b), atol)``, confirmed by a product.
 
     ``info.steps`` counts iterations, a product each; the warm start and each check take one more.
 
@@ -80,13 +82,13 @@ class MINRES:
                 d = space.axpy(-rho3, s.d_old, space.axpy(-rho2, s.d, s.q))
                 d = space.scale(1.0 / pivot, d)
                 x = space.axpy(s.eta * delta / pivot, d, s.x)
-                # Further steps would run away on the null space: no residual can be told below eps norm(A) norm(x).
-                lost = eps * scale * norm(x, space) > 1e-3 * size
+                eta = -s.eta * beta / pivot
+                done = xp.abs(eta) <= tolerance
+                # A residual is only known to eps norm(A) norm(x): on the null space x runs away, and that with it.
+                lost = ~done & (eps * scale * norm(x, space) > 0.2 * xp.abs(s.eta))
                 ok = s.live & finite & ~stationary & ~lost
                 cs = xp.where(ok, delta / pivot, s.cs)
                 sn = xp.where(ok, beta / pivot, s.sn)
-                eta = xp.where(ok, -sn * s.eta, s.eta)
-                done = xp.abs(eta) <= tolerance
                 exhausted = beta <= eps * scale
                 status = xp.where(done & ok, int(Status.CONVERGED), s.status)
                 status = xp.where(finite, status, int(Status.NON_FINITE))
@@ -101,7 +103,7 @@ class MINRES:
                     sn_old=xp.where(ok, s.sn, s.sn_old),
                     cs=cs,
                     sn=sn,
-                    eta=eta,
+                    eta=xp.where(ok, eta, s.eta),
                     scale=xp.where(ok, scale, s.scale),
                     steps=s.steps + s.live,
                     status=xp.where(s.live, status, s.status),
@@ -130,4 +132,7 @@ class MINRES:
             s = space.while_loop(lambda s: s.live, step, s, self.maxiter)
             return Sweep(s.x, xp.abs(s.eta), s.steps, s.status)
 
-        return iterate(sweep, A, rhs, x0, space, rtol=self.rtol, atol=self.atol, maxiter=self.maxiter)
+        def solve(b: Tree, x0: Tree | None, scale: Any) -> tuple[Tree, SolverInfo]:
+            return iterate(sweep, A, b, x0, space, rtol=self.rtol, atol=self.atol / scale, maxiter=self.maxiter)
+
+        return scale_free(solve, rhs, x0, space)

@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple
 from bilevel.protocols import Operator, Tree, VectorSpace
 from bilevel.results import SolverInfo, Status
 from bilevel.solvers.lanczos import spectrum
-from bilevel.solvers.operators import damped, norm, residual
+from bilevel.solvers.operators import damped, norm, residual, scale_free
 from bilevel.solvers.options import check_int, check_real
 
 
@@ -14,6 +14,7 @@ class _State(NamedTuple):
     total: Tree
     term: Tree
     norm: Any  # of the term
+    least: Any  # of the norms so far
     steps: Any
     status: Any
     live: Any
@@ -68,16 +69,21 @@ class Neumann:
         check_real(self, "damping", least=0)
 
     def solve(self, operator: Operator, rhs: Tree, x0: Tree | None, space: VectorSpace) -> tuple[Tree, SolverInfo]:
-        xp = space.xp
         A = damped(operator, self.damping, space)
         alpha = safe_step(A, rhs, space) if isinstance(self.step_size, str) else self.step_size
+        return scale_free(lambda b, x0, scale: self._series(A, b, x0, alpha, space), rhs, x0, space)
+
+    def _series(
+        self, A: Operator, rhs: Tree, x0: Tree | None, alpha: Any, space: VectorSpace
+    ) -> tuple[Tree, SolverInfo]:
+        xp = space.xp
         rhs_norm = norm(rhs, space)
         growth = 1 + 16 * space.eps(rhs)  # more than rounding can do to a term that stays
 
         def step(s: _State) -> _State:
             term = space.axpy(-alpha, A(s.term), s.term)
             size = norm(term, space)
-            finite, grown = xp.isfinite(size), size > growth * s.norm
+            finite, grown = xp.isfinite(size), size > growth * s.least
             ok = s.live & finite & ~grown
             status = xp.where(grown, int(Status.DIVERGED), s.status)
             status = xp.where(finite, status, int(Status.NON_FINITE))
@@ -85,6 +91,7 @@ class Neumann:
                 total=space.select(ok, space.axpy(1.0, term, s.total), s.total),
                 term=space.select(ok, term, s.term),
                 norm=xp.where(ok, size, s.norm),
+                least=xp.where(ok, xp.minimum(size, s.least), s.least),
                 steps=s.steps + s.live,
                 status=xp.where(s.live, status, s.status),
                 live=ok,
@@ -102,6 +109,7 @@ class Neumann:
             total=start,
             term=start,
             norm=size,
+            least=size,
             steps=steps,
             status=xp.where(finite, xp.full_like(steps, int(Status.CONVERGED)), int(Status.NON_FINITE)),
             live=finite,

@@ -1,8 +1,10 @@
 """Combinators on linear operators, so that solvers do not each know what they do."""
 
+from collections.abc import Callable
 from typing import Any
 
 from bilevel.protocols import Operator, Tree, VectorSpace
+from bilevel.results import SolverInfo
 from bilevel.solvers.options import is_python_number
 
 
@@ -16,6 +18,24 @@ def damped(operator: Operator, damping: Any, space: VectorSpace) -> Operator:
 def residual(operator: Operator, rhs: Tree, x: Tree, space: VectorSpace) -> Tree:
     """Return b - A x, by one product."""
     return space.axpy(-1.0, operator(x), rhs)
+
+
+def scale_free(
+    solve: Callable[[Tree, Tree | None, Any], tuple[Tree, SolverInfo]], rhs: Tree, x0: Tree | None, space: VectorSpace
+) -> tuple[Tree, SolverInfo]:
+    """Call solve(rhs / scale, x0 / scale, scale) and undo the scale, so that squares neither under- nor overflow.
+
+    The scale is a power of two, hence exact, and 1 unless the largest entry is beyond 2^±30.
+    """
+    xp = space.xp
+    largest = space.max_abs(rhs)
+    exponent = xp.floor(xp.log2(xp.where(largest > 0, largest, 1.0)))
+    extreme = (xp.abs(exponent) > 30) & xp.isfinite(exponent)
+    most = 120.0 if xp.finfo(exponent.dtype).bits == 32 else 1000.0  # so that 1 / scale is finite
+    scale = xp.exp2(xp.clip(xp.where(extreme, exponent, 0.0), -most, most))
+    x, info = solve(space.scale(1 / scale, rhs), x0 if x0 is None else space.scale(1 / scale, x0), scale)
+    info = info._replace(residual_norm=scale * info.residual_norm, rhs_norm=scale * info.rhs_norm)
+    return space.scale(scale, x), info
 
 
 def norm(x: Tree, space: VectorSpace) -> Any:

@@ -8,7 +8,9 @@ from bilevel.protocols import Backend, Point, Tree
 from bilevel.results import Hypergradient, SolverInfo, Status
 from bilevel.solvers.neumann import check_step_size, safe_step
 from bilevel.solvers.operators import norm
-from bilevel.solvers.options import check_int, check_real
+from bilevel.solvers.options import check_int, check_real, is_python_number
+
+GROWTH = 10.0  # of dF/dw backwards through the steps; momentum alone may let it grow a little
 
 
 class _Adjoint(NamedTuple):
@@ -29,7 +31,11 @@ class Unrolled:
 
     ``hg.params`` is the end of the unroll, and F is taken there. ``hg.adjoint`` is the sum that plays the
     part of v. ``info.residual_norm`` is the norm of dF/dw at the start, the influence of the starting point
-    that is left out; small against ``rhs_norm`` once the steps have converged.
+    that is left out; small against ``rhs_norm`` once the steps have converged. Where it exceeds ``rhs_norm`` tenfold,
+    the steps drive apart what they start from (too large a step, negative curvature): the status is ``DIVERGED``.
+
+    The inner objective is evaluated at other weights than ``params``, so it must compute with the weights it is
+    handed (in PyTorch: `torch.func.functional_call`), and without randomness.
 
     Args:
         steps: K >= 1.
@@ -47,6 +53,8 @@ class Unrolled:
         check_int(self, "steps", least=1)
         check_step_size(self)
         check_real(self, "momentum", least=0)
+        if is_python_number(self.momentum) and self.momentum >= 1:
+            raise ValueError(f"Unrolled.momentum: expected a number >= 0 and < 1, got {self.momentum!r}.")
         if self.truncation is not None:
             check_int(self, "truncation", least=1)
 
@@ -94,6 +102,8 @@ class Unrolled:
             grad = a.cross if grad_hparams is None else space.axpy(1.0, a.cross, grad_hparams)
         left = norm(a.params, space)
         steps = xp.full_like(left, self.steps, dtype=xp.int32)
-        status = xp.where(xp.isfinite(left), xp.full_like(steps, int(Status.CONVERGED)), int(Status.NON_FINITE))
-        info = SolverInfo(steps, left, norm(grad_params, space), status)
+        rhs_norm = norm(grad_params, space)
+        status = xp.where(left > GROWTH * rhs_norm, int(Status.DIVERGED), xp.full_like(steps, int(Status.CONVERGED)))
+        status = xp.where(xp.isfinite(left), status, int(Status.NON_FINITE))
+        info = SolverInfo(steps, left, rhs_norm, status)
         return Hypergradient(grad, value, a.total, params, info)
