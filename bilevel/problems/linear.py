@@ -96,8 +96,8 @@ def ridge(groups: Any = None) -> Problem:
     """Return ridge regression whose penalties are the hyperparameters.
 
     L = ½ mean ‖Xw − y‖² + ½ Σ exp(λ) w² and F = ½ mean ‖Xw − y‖², each on its own data: ``inner_args=(X, y)`` and
-    ``outer_args=(X_val, y_val)``, with X of shape (n, d), for NumPy also scipy.sparse. ``params`` has shape (d,), or (d, k)
-    for k targets. ``hparams`` are log penalties of shape () (shared), (d,) (per feature), that of params (per
+    ``outer_args=(X_val, y_val)``, with X of shape (n, d), for NumPy also scipy.sparse. ``params`` has shape (d,), or
+    (d, k) for k targets. ``hparams`` are log penalties of shape () (shared), (d,) (per feature), that of params (per
     weight), or with ``groups`` (number of groups,).
 
     Args:

@@ -5,9 +5,8 @@ from typing import Any, NamedTuple
 
 from bilevel.protocols import Operator, Tree, VectorSpace
 from bilevel.results import SolverInfo, Status
-from bilevel.solvers.confirm import Sweep, iterate
+from bilevel.solvers.confirm import Iterative, Sweep, iterate
 from bilevel.solvers.operators import damped, norm, residual, scale_free
-from bilevel.solvers.options import check_int, check_real
 
 
 class _State(NamedTuple):
@@ -23,7 +22,7 @@ class _State(NamedTuple):
 
 
 @dataclass(frozen=True)
-class CG:
+class CG(Iterative):
     """Solve (H + damping I) v = b by conjugate gradients (Hestenes & Stiefel 1952).
 
     Stops once ``norm(b - A v) <= max(rtol * norm(b), atol)``, SciPy's rule, and only says ``CONVERGED`` once a product
@@ -42,16 +41,6 @@ class CG:
         atol: absolute tolerance on the residual.
         damping: added to the Hessian; shifts its spectrum into the positive.
     """
-
-    maxiter: int = 200
-    rtol: float = 1e-5
-    atol: float = 0.0
-    damping: float = 0.0
-
-    def __post_init__(self) -> None:
-        check_int(self, "maxiter", least=0)
-        for option in ("rtol", "atol", "damping"):
-            check_real(self, option, least=0)
 
     def solve(self, operator: Operator, rhs: Tree, x0: Tree | None, space: VectorSpace) -> tuple[Tree, SolverInfo]:
         xp, eps = space.xp, space.eps(rhs)

@@ -1,14 +1,31 @@
 """Around an iterative method: warm start, stop rule, and a residual that a product has confirmed."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from bilevel.protocols import Operator, Tree, VectorSpace
 from bilevel.results import SolverInfo, Status
 from bilevel.solvers.operators import norm, residual
+from bilevel.solvers.options import check_int, check_real
 
 ROUNDS = 4  # restarts from the true residual; the second already reaches what the dtype can
 DRIFT = 50  # steps for which a solve that ran out of them has its own residual taken at its word
+
+
+@dataclass(frozen=True)
+class Iterative:
+    """The options that the iterative solvers share."""
+
+    maxiter: int = 200
+    rtol: float = 1e-5
+    atol: float = 0.0
+    damping: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_int(self, "maxiter", least=0)
+        for option in ("rtol", "atol", "damping"):
+            check_real(self, option, least=0)
 
 
 class Sweep(NamedTuple):

@@ -5,9 +5,8 @@ from typing import Any, NamedTuple
 
 from bilevel.protocols import Operator, Tree, VectorSpace
 from bilevel.results import SolverInfo, Status
-from bilevel.solvers.confirm import Sweep, iterate
+from bilevel.solvers.confirm import Iterative, Sweep, iterate
 from bilevel.solvers.operators import damped, norm, scale_free
-from bilevel.solvers.options import check_int, check_real
 
 
 class _State(NamedTuple):
@@ -29,7 +28,7 @@ class _State(NamedTuple):
 
 
 @dataclass(frozen=True)
-class MINRES:
+class MINRES(Iterative):
     """Solve (H + damping I) v = b by minimal residuals (Paige & Saunders 1975).
 
     For symmetric Hessians that may be indefinite, as those of networks in mid-training are: the residual falls at each
@@ -46,16 +45,6 @@ class MINRES:
         atol: absolute tolerance on the residual.
         damping: added to the Hessian.
     """
-
-    maxiter: int = 200
-    rtol: float = 1e-5
-    atol: float = 0.0
-    damping: float = 0.0
-
-    def __post_init__(self) -> None:
-        check_int(self, "maxiter", least=0)
-        for option in ("rtol", "atol", "damping"):
-            check_real(self, option, least=0)
 
     def solve(self, operator: Operator, rhs: Tree, x0: Tree | None, space: VectorSpace) -> tuple[Tree, SolverInfo]:
         xp, eps = space.xp, space.eps(rhs)
