@@ -46,6 +46,8 @@ class TorchSpace:
         return tree_map(lambda a: torch.zeros_like(a, requires_grad=False), x)
 
     def select(self, flag: torch.Tensor, x: Any, y: Any) -> Any:
+        if self._reads_freely(flag):
+            return x if flag else y
         return tree_map(lambda a, b: torch.where(flag, a, b), x, y)
 
     def normal_like(self, x: Any, seed: int) -> Any:
@@ -71,8 +73,11 @@ class TorchSpace:
         return sum(leaf.numel() for leaf in leaves(x))
 
     def while_loop(self, live: Callable, body: Callable, state: Any, max_steps: int) -> Any:
-        every = self.check_every or (1 if live(state).device.type == "cpu" else 8)
+        every = self.check_every or (1 if self._reads_freely(live(state)) else 8)
         return loops.while_loop(live, body, state, max_steps, every)
+
+    def _reads_freely(self, flag: torch.Tensor) -> bool:
+        return self.check_every is None and flag.device.type == "cpu"
 
     def scan(self, body: Callable, state: Any, xs: Any, length: int, reverse: bool = False) -> tuple[Any, Any]:
         return loops.scan(body, state, xs, length, reverse)
