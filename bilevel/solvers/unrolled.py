@@ -66,9 +66,11 @@ class Unrolled:
             return backend.inner(problem, params, hparams, point.inner_args)
 
         at_start = derivatives(point.params)
+        influences = at_start.cross_vjp(space.zeros_like(point.params)) is not None
         alpha = self.step_size
         if isinstance(alpha, str):
             alpha = safe_step(at_start.hvp, point.params, space)
+        del at_start  # and with it, in torch, the graph
 
         def descend(state: tuple[Tree, Tree], _: None) -> tuple[tuple[Tree, Tree], Tree]:
             params, velocity = state
@@ -81,7 +83,6 @@ class Unrolled:
         (params, _), iterates = space.scan(descend, state, None, kept)
 
         value, grad_params, grad_hparams = backend.outer(problem, params, hparams, point.outer_args)
-        influences = at_start.cross_vjp(space.zeros_like(point.params)) is not None
 
         def ascend(a: _Adjoint, iterate: Tree) -> tuple[_Adjoint, None]:
             at = derivatives(iterate)
