@@ -65,6 +65,17 @@ class TestSolvers:
         x, info = solve(backend, bl.CG(maxiter=2000), matrix, rhs)
         assert info.residual_norm == pytest.approx(np.linalg.norm(rhs - matrix @ x), rel=0.05)
 
+    def test_a_claim_that_a_product_refutes_is_withdrawn(self, backend):
+        """In float32 the recurrence goes on to fall below a tolerance that the true residual never meets."""
+        matrix = symmetric(np.geomspace(1, 1e-4, 100)).astype(np.float32)
+        rhs = np.random.default_rng(0).standard_normal(100).astype(np.float32)
+        x, info = solve(backend, bl.CG(maxiter=2000), matrix, rhs)
+        assert info.steps < 2000
+        assert info.status == Status.MAXITER
+        true = np.linalg.norm(rhs - matrix.astype(np.float64) @ x)
+        assert true > 3e-5 * np.linalg.norm(rhs)
+        assert info.residual_norm == pytest.approx(true, rel=0.1)
+
     def test_a_product_that_cannot_be_confirmed_is_no_solution(self):
         numpy, calls = framework("numpy"), []
 

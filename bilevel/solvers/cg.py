@@ -57,10 +57,9 @@ class CG(Iterative):
                 r = space.axpy(-alpha, Ap, s.r)
                 rr = space.dot(r, r)
                 finite = xp.isfinite(curvature)
-                # Relative to the largest curvature met, so free of scale. On a null direction it is rounding noise
-                # of either sign, and the residual runs away: it grows by more than √κ, for all κ that the dtype
-                # can tell from singular. Comparisons with nan are false.
-                positive = (curvature > eps * largest) & (rr < start / eps)
+                # Relative to the largest curvature met, so free of scale: on a null direction it is rounding noise of
+                # either sign. Comparisons with nan are false.
+                positive = (curvature > eps * largest) & xp.isfinite(rr)
                 ok = s.live & positive & finite
                 # 0 * nan is nan: a zero alpha would not protect x.
                 x = space.select(ok, space.axpy(alpha, s.p, s.x), s.x)
