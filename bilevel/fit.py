@@ -2,13 +2,13 @@
 
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from scipy import optimize
 
 from bilevel.errors import SolverWarning
+from bilevel.flat import AsOuter, to_host
 from bilevel.problem import Problem
 from bilevel.protocols import Backend, Point, Tree
 from bilevel.validation import check_point, find_backend
@@ -49,7 +49,7 @@ def scipy_fit(
     >>> scipy_fit(problem)(np.array([2.0, 4.0]), np.zeros(2))
     array([1., 2.])
     """
-    first_order = Problem(problem.inner, _AsOuter(problem.inner))
+    first_order = Problem(problem.inner, AsOuter(problem.inner))
     worst = 0.0
 
     def fit(hparams: Tree, params0: Tree) -> Tree:
@@ -63,14 +63,11 @@ def scipy_fit(
         def value_and_grad(x: np.ndarray) -> tuple[float, np.ndarray]:
             point = Point(params0, hparams, inner_args, (backend_.from_numpy(x),))
             value, grad = backend_.execute(_value_and_grad, None, first_order, point)
-            return float(backend_.to_host(value)), to_host(grad)
-
-        def to_host(array: Any) -> np.ndarray:
-            return backend_.to_numpy(array).astype(np.float64)
+            return float(backend_.to_host(value)), backend_.to_numpy(grad).astype(np.float64)
 
         found = optimize.minimize(
             value_and_grad,
-            to_host(space.ravel(params0)),
+            to_host(backend_, params0),
             jac=True,
             method=method,
             options={"gtol": gtol, "maxiter": maxiter, **_OPTIONS.get(method.lower(), {}), **(options or {})},
@@ -86,25 +83,6 @@ def scipy_fit(
 
 
 _OPTIONS = {"l-bfgs-b": {"ftol": 0.0, "maxfun": 10**9}}  # the gradient decides when to stop, and maxiter
-
-
-@dataclass(frozen=True)
-class _AsOuter:
-    """An inner objective in the place of an outer one, of which backends take the value and first derivatives."""
-
-    inner: Any
-
-    def __call__(self, *args: Any) -> Any:
-        return self.inner(*args)
-
-    def grad(self, *args: Any) -> tuple[Tree, None]:
-        """Return the pair that the numpy backend expects; the other backends differentiate the call."""
-        if not hasattr(self.inner, "grad"):
-            raise TypeError(
-                f"the inner objective ({getattr(self.inner, '__name__', type(self.inner).__name__)}) has no method "
-                "'grad', which the numpy backend needs (see bilevel.problems). The torch and jax backends derive it."
-            )
-        return self.inner.grad(*args), None
 
 
 def _value_and_grad(backend: Backend, solver: None, problem: Problem, point: Point) -> tuple[Any, Any]:

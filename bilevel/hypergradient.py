@@ -8,7 +8,7 @@ from bilevel.problem import Problem
 from bilevel.protocols import Backend, HypergradientMethod, Linearization, Point, Solver, Tree
 from bilevel.results import Hypergradient, SolverInfo, Status
 from bilevel.solvers.lanczos import spectrum
-from bilevel.validation import check_like, check_point, check_trees, find_backend
+from bilevel.validation import check_like, check_point, check_trees, find_backend, leaf_names
 
 
 def hypergradient(
@@ -123,6 +123,13 @@ def hypergradient_from(
     return _conclude(hg, backend, solver, on_failure, lambda: _ends(backend, linearization))
 
 
+def linearize(backend: Backend, problem: Problem, point: Point) -> Linearization:
+    """Return the linearization of a problem at a point."""
+    return backend.linearize(
+        problem, point.params, point.hparams, inner_args=point.inner_args, outer_args=point.outer_args
+    )
+
+
 def implicit(backend: Backend, solver: Any, linearization: Linearization, adjoint0: Tree | None) -> Hypergradient:
     """Solve for the adjoint and combine: where an `IHVPSolver` becomes a `HypergradientMethod`."""
     space = backend.space
@@ -141,20 +148,17 @@ def _hypergradient(backend: Backend, solver: Solver, problem: Problem, point: Po
     if isinstance(solver, HypergradientMethod):
         hg = solver.hypergradient(backend, problem, point)
     else:
-        linearization = backend.linearize(
-            problem, point.params, point.hparams, inner_args=point.inner_args, outer_args=point.outer_args
-        )
-        hg = implicit(backend, solver, linearization, point.adjoint0)
+        hg = implicit(backend, solver, linearize(backend, problem, point), point.adjoint0)
     return _check_result(hg, backend, point.hparams)
 
 
 def _check_result(hg: Hypergradient, backend: Backend, hparams: Tree) -> Hypergradient:
     """Raise if λ has no influence; flag a nan, which can enter by the cross product or the direct gradient too."""
     if hg.grad is None:
-        paths = ", ".join("hparams" + path for path, _ in backend.leaves(hparams)) or "hparams"
         raise ValueError(
-            f"Neither F nor ∂L/∂w depends on {paths}. Use the hparams argument inside inner or outer: values that "
-            "are closed over, detached or converted to numbers cannot be differentiated."
+            f"Neither F nor ∂L/∂w depends on {leaf_names(backend, 'hparams', hparams)}. Use the hparams argument "
+            "inside inner or outer: values that are closed over, detached or converted to numbers cannot be "
+            "differentiated."
         )
     xp = backend.space.xp
     finite = backend.space.isfinite((hg.grad, hg.value))
@@ -162,10 +166,7 @@ def _check_result(hg: Hypergradient, backend: Backend, hparams: Tree) -> Hypergr
 
 
 def _spectrum(backend: Backend, solver: Solver, problem: Problem, point: Point) -> tuple[Any, Any]:
-    linearization = backend.linearize(
-        problem, point.params, point.hparams, inner_args=point.inner_args, outer_args=point.outer_args
-    )
-    return _ends(backend, linearization)
+    return _ends(backend, linearize(backend, problem, point))
 
 
 def _ends(backend: Backend, linearization: Linearization) -> tuple[Any, Any]:

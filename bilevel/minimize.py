@@ -13,6 +13,7 @@ from scipy import optimize
 from bilevel.config import get_solver, suggest
 from bilevel.errors import SolverError, SolverWarning
 from bilevel.failure import OnFailure
+from bilevel.flat import to_host
 from bilevel.hypergradient import hypergradient
 from bilevel.problem import Problem
 from bilevel.protocols import Backend, Solver, Tree
@@ -96,7 +97,7 @@ def minimize(
     """
     method = _check_method(method, bounds)
     backend = find_backend(backend, hparams0, hparams0)
-    x0 = _to_host(backend, hparams0)
+    x0 = to_host(backend, hparams0)
     box = _box(bounds, x0.size)
     call = {"inner_args": inner_args, "outer_args": outer_args, "backend": backend, "on_failure": on_failure}
     search = _Search(problem, fit, params0, get_solver(solver), backend, hparams0, box, call)
@@ -185,7 +186,7 @@ class _Search:
                 f"{x.min():.3g} to {x.max():.3g}: bounds=(low, high) keeps a search where the inner problem can be "
                 "solved."
             ) from error
-        value, grad = float(backend.to_host(hg.value)), _to_host(backend, hg.grad)
+        value, grad = float(backend.to_host(hg.value)), to_host(backend, hg.grad)
         blocked = ((x <= self.box.lb) & (grad > 0)) | ((x >= self.box.ub) & (grad < 0))
         grad_norm = float(np.linalg.norm(np.where(blocked, 0.0, grad)))
         self.history.append(Evaluation(value, grad_norm, rtol, hg.info.steps, hg.info.status))
@@ -199,10 +200,6 @@ class _Search:
         progress = min(min(norms) / (norms[0] or 1.0), TIGHTENING ** len(self.history))
         rtol = max(float(self.solver.rtol), LOOSEST_RTOL * progress)  # pyright: ignore[reportAttributeAccessIssue]
         return dataclasses.replace(self.solver, rtol=rtol), rtol  # pyright: ignore[reportReturnType]
-
-
-def _to_host(backend: Backend, tree: Tree) -> np.ndarray:
-    return backend.to_numpy(backend.space.ravel(tree)).astype(np.float64)
 
 
 def _check_method(method: str, bounds: Any) -> str:

@@ -114,6 +114,11 @@ def check_like(backend: Backend, name: str, tree: Tree, other: str, reference: T
             )
 
 
+def leaf_names(backend: Backend, name: str, tree: Tree) -> str:
+    """Return the leaves of a tree by their paths, for an error."""
+    return ", ".join(name + path for path, _ in backend.leaves(tree)) or name
+
+
 def check_scalar(role: str, value: Any) -> None:
     """Raise unless an objective returned one floating-point number: an array of shape ().
 

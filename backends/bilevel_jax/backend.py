@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from bilevel.problem import Problem
 from bilevel.protocols import Backend, InnerDerivatives, OuterDerivatives, Point, Solver
-from bilevel.validation import check_scalar
+from bilevel.validation import check_scalar, leaf_names
 from bilevel_jax.dependence import depends
 from bilevel_jax.space import JaxSpace
 
@@ -82,7 +82,7 @@ class JaxBackend(Backend):
         influences = depends(grad_of, hparams)
         if not depends(lambda w: loss(w, hparams), params):
             raise ValueError(
-                f"inner does not depend on {_names(self, 'params', params)}. Use the params argument inside it."
+                f"inner does not depend on {leaf_names(self, 'params', params)}. Use the params argument inside it."
             )
         return InnerDerivatives(grad, hvp, cross_vjp)
 
@@ -93,7 +93,7 @@ class JaxBackend(Backend):
 
         if not depends(lambda h: loss(params, h), hparams):
             if not depends(lambda w: loss(w, hparams), params):
-                names = f"{_names(self, 'params', params)} nor {_names(self, 'hparams', hparams)}"
+                names = f"{leaf_names(self, 'params', params)} nor {leaf_names(self, 'hparams', hparams)}"
                 raise ValueError(f"outer depends on neither {names}: use the arguments inside it.")
             return OuterDerivatives(*jax.value_and_grad(loss)(params, hparams), None)
         value, grads = jax.value_and_grad(loss, argnums=(0, 1))(params, hparams)
@@ -151,10 +151,6 @@ def _split_options(solver: Any) -> tuple[dict[str, Any], tuple[tuple[type, Any, 
     # A zero stays constant: it often switches something off.
     numbers = {k: v for k, v in options.items() if _is_number(v) and not (isinstance(v, float) and v == 0)}
     return numbers, tuple((type(v), v, k) for k, v in options.items() if k not in numbers)
-
-
-def _names(backend: Backend, name: str, tree: Any) -> str:
-    return ", ".join(name + path for path, _ in backend.leaves(tree))
 
 
 def _scalar(role: str, value: Any) -> Any:

@@ -9,7 +9,7 @@ from typing_extensions import override
 from bilevel.problem import Problem
 from bilevel.protocols import Backend, InnerDerivatives, OuterDerivatives, Point, Solver
 from bilevel.tree import leaves_with_paths, tree_map
-from bilevel.validation import check_scalar
+from bilevel.validation import check_scalar, leaf_names
 from bilevel_torch.space import TorchSpace, leaves
 
 
@@ -67,8 +67,9 @@ class TorchBackend(Backend):
             grads = _grad([value], weights, None, create_graph=True)
         if all(g is None for g in grads):
             raise ValueError(
-                f"inner does not depend on {_names('params', params)}. Use the params argument inside it, or hand over "
-                "the module's own parameters (not a state_dict() or detached copies, which the module does not use)."
+                f"inner does not depend on {leaf_names(self, 'params', params)}. Use the params argument inside it, or "
+                "hand over the module's own parameters (not a state_dict() or detached copies, which the module does "
+                "not use)."
             )
         # Where ∇L is constant there is no second derivative, and autograd would refuse.
         varying = [i for i, g in enumerate(grads) if g is not None and g.requires_grad]
@@ -96,8 +97,9 @@ class TorchBackend(Backend):
             value = _scalar("outer", problem.outer(params, hparams, *args))
             grads = _grad([value], [*weights, *hypers], None)
         if all(g is None for g in grads):
+            names = f"{leaf_names(self, 'params', params)} nor {leaf_names(self, 'hparams', hparams)}"
             raise ValueError(
-                f"outer depends on neither {_names('params', params)} nor {_names('hparams', hparams)}: is it "
+                f"outer depends on neither {names}: is it "
                 "detached, converted to a number, or computed by a module with other weights than params? "
                 "(torch.func.functional_call runs a module with the weights it is given.)"
             )
@@ -138,10 +140,6 @@ def _variables(params: Any, hparams: Any) -> tuple[Any, Any]:
                 )
             seen[id(leaf)] = path
     return tree_map(variable, params), tree_map(variable, hparams)
-
-
-def _names(name: str, tree: Any) -> str:
-    return ", ".join(path for path, _ in leaves_with_paths(tree, name))
 
 
 def _scalar(role: str, value: Any) -> torch.Tensor:

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from bilevel.flat import to_host
 from bilevel.hypergradient import hypergradient
 from bilevel.problem import Problem
 from bilevel.protocols import Backend, Point, Solver
@@ -11,7 +12,7 @@ from bilevel.results import Hypergradient, Status
 from bilevel.testing.diagnosis import contradictions, paragraphs, relation, table
 from bilevel.testing.differences import directional_derivatives
 from bilevel.testing.exact import exact_hypergradient
-from bilevel.testing.host import HostProblem, evaluate, to_host
+from bilevel.testing.host import HostProblem, evaluate
 from bilevel.testing.probes import directions, index, leaf_slices
 from bilevel.testing.resolve import InnerSolver
 

@@ -9,10 +9,12 @@ from scipy import linalg
 from scipy.linalg import get_lapack_funcs
 
 from bilevel.errors import SolverError
+from bilevel.flat import to_host
+from bilevel.hypergradient import linearize
 from bilevel.problem import Problem
 from bilevel.protocols import Backend, Point, Tree
 from bilevel.results import Hypergradient, SolverInfo, Status
-from bilevel.testing.host import evaluate, from_host, linearize, prepare, to_host
+from bilevel.testing.host import evaluate, from_host, prepare
 
 
 def exact_hypergradient(

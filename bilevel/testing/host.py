@@ -1,13 +1,14 @@
 """A bilevel problem as functions of flat float64 vectors on the host, for SciPy."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from bilevel.flat import AsOuter, to_host
+from bilevel.hypergradient import linearize
 from bilevel.problem import Problem
-from bilevel.protocols import Backend, Linearization, Point, Tree
+from bilevel.protocols import Backend, Point, Tree
 from bilevel.solvers.exact import check_size
 from bilevel.validation import check_point, find_backend
 
@@ -29,18 +30,6 @@ def evaluate(backend: Backend, function: Callable[..., Any], problem: Problem, p
     The function is one of a module, not a closure, or it would be compiled again at each call.
     """
     return backend.execute(function, None, problem, point)
-
-
-def linearize(backend: Backend, problem: Problem, point: Point) -> Linearization:
-    """Return the linearization at a point."""
-    return backend.linearize(
-        problem, point.params, point.hparams, inner_args=point.inner_args, outer_args=point.outer_args
-    )
-
-
-def to_host(backend: Backend, tree: Tree) -> np.ndarray:
-    """Return the entries of a tree as a float64 array of shape (n,)."""
-    return np.asarray(backend.to_numpy(backend.space.ravel(tree)), dtype=np.float64)
 
 
 def from_host(backend: Backend, array: np.ndarray, like: Tree) -> Tree:
@@ -128,22 +117,9 @@ def _unflatten(backend: Backend, point: Point) -> Point:
     )
 
 
-@dataclass(frozen=True)
-class _AsOuter:
-    """The inner objective in the other role, where a backend gives value and gradient together."""
-
-    inner: Any
-
-    def __call__(self, params: Tree, hparams: Tree, *args: Any) -> Any:
-        return self.inner(params, hparams, *args)
-
-    def grad(self, params: Tree, hparams: Tree, *args: Any) -> tuple[Tree, None]:
-        return self.inner.grad(params, hparams, *args), None
-
-
 def _inner(backend: Backend, solver: None, problem: Problem, point: Point) -> tuple[Any, Any]:
     point = _unflatten(backend, point)
-    both = Problem(problem.inner, _AsOuter(problem.inner))
+    both = Problem(problem.inner, AsOuter(problem.inner))
     outer = backend.outer(both, point.params, point.hparams, point.inner_args)
     return outer.value, backend.space.ravel(outer.grad_params)
 

@@ -1,0 +1,113 @@
+"""Names, options and files to solvers and backends; a mistake gets the nearest name, the option and the range."""
+
+import re
+import sys
+
+import pytest
+
+import bilevel as bl
+
+
+class TestNames:
+    def test_an_unknown_solver_suggests_the_nearest(self):
+        with pytest.raises(ValueError, match=r"there is no 'neuman'\. Did you mean 'neumann'\? There is: cg, exact"):
+            bl.get_solver("neuman")
+
+    def test_an_unknown_option_suggests_the_nearest(self):
+        with pytest.raises(
+            TypeError, match=r"solver 'cg' has no option 'max_iter'\. Did you mean 'maxiter'\? There is: atol"
+        ):
+            bl.get_solver({"name": "cg", "max_iter": 3})
+
+    def test_an_unknown_override_of_a_solver_object(self):
+        with pytest.raises(TypeError, match=r"solver 'CG' has no option 'terms'"):
+            bl.get_solver(bl.CG(), terms=3)
+
+    def test_an_unknown_backend_suggests_the_nearest(self):
+        with pytest.raises(ValueError, match=r"there is no 'pytorch'\. Did you mean 'torch'\?"):
+            bl.get_backend("pytorch")
+
+    def test_a_missing_framework_says_how_to_install_it(self, monkeypatch):
+        for name in [m for m in sys.modules if m.partition(".")[0] in ("jax", "bilevel_jax")]:
+            monkeypatch.delitem(sys.modules, name)
+        monkeypatch.setitem(sys.modules, "jax", None)  # what import then finds
+        from bilevel import config
+
+        config._load_backend.cache_clear()
+        with pytest.raises(ImportError, match=re.escape('pip install "bilevel[jax]"')):
+            bl.get_backend("jax")
+        config._load_backend.cache_clear()
+
+    @pytest.mark.parametrize(
+        ("spec", "error", "message"),
+        [
+            ({"maxiter": 3}, ValueError, "has no name"),
+            (3, TypeError, "expected a name, a mapping, a TOML file or an object"),
+            (bl.CG, TypeError, "expected a name, a mapping"),
+            ({"name": "cg", "maxiter": -1}, ValueError, r"CG\.maxiter: expected an integer >= 0, got -1"),
+            ({"name": "cg", "maxiter": 2.5}, TypeError, r"CG\.maxiter: expected an integer >= 0, got 2\.5"),
+            ({"name": "cg", "maxiter": True}, TypeError, r"CG\.maxiter: expected an integer"),
+            ({"name": "cg", "rtol": "a"}, TypeError, r"CG\.rtol: expected a finite number >= 0, got 'a'"),
+            (
+                {"name": "cg", "rtol": float("nan")},
+                ValueError,
+                r"CG\.rtol: expected a finite number >= 0, got nan",
+            ),
+            ({"name": "cg", "damping": -0.1}, ValueError, r"CG\.damping: expected a finite number >= 0"),
+            ({"name": "cg", "atol": None}, TypeError, r"CG\.atol: expected a finite number"),
+            (
+                {"name": "neumann", "step_size": 0},
+                ValueError,
+                r"Neumann\.step_size: expected a finite number > 0",
+            ),
+            (
+                {"name": "neumann", "step_size": "auot"},
+                ValueError,
+                r'Neumann\.step_size: expected a number > 0 or "auto"',
+            ),
+            ({"name": "neumann", "terms": -1}, ValueError, r"Neumann\.terms: expected an integer >= 0"),
+            (
+                {"name": "identity", "scale": float("inf")},
+                ValueError,
+                r"Identity\.scale: expected a finite number",
+            ),
+            ({"name": "unrolled", "steps": 0}, ValueError, r"Unrolled\.steps: expected an integer >= 1"),
+            (
+                {"name": "unrolled", "truncation": 0},
+                ValueError,
+                r"Unrolled\.truncation: expected an integer >= 1",
+            ),
+            ({"name": "exact", "damping": "x"}, TypeError, r"Exact\.damping: expected a finite number"),
+        ],
+        ids=str,
+    )
+    def test_options_are_checked_by_name_and_range(self, spec, error, message):
+        with pytest.raises(error, match=message):
+            bl.get_solver(spec)
+
+
+class TestConfig:
+    def test_a_toml_file(self, tmp_path):
+        file = tmp_path / "solver.toml"
+        file.write_text('[solver]\nname = "neumann"\nterms = 7\nstep_size = 1\n')
+        expected = bl.Neumann(terms=7, step_size=1)
+        assert bl.get_solver(file) == bl.get_solver(str(file)) == expected
+        assert bl.get_solver(file, terms=2) == bl.Neumann(terms=2, step_size=1)
+
+    def test_a_toml_file_without_the_table(self, tmp_path):
+        file = tmp_path / "solver.toml"
+        file.write_text("a = 1\n")
+        with pytest.raises(ValueError, match=r"solver\.toml: expected a table \[solver\]"):
+            bl.get_solver(file)
+        file.write_text("[solver\n")
+        with pytest.raises(ValueError, match=r"solver\.toml: this is no TOML"):
+            bl.get_solver(file)
+
+    def test_objects_pass_and_may_be_changed(self):
+        assert bl.get_solver(bl.CG(maxiter=3)) == bl.CG(maxiter=3)
+        assert bl.get_solver(bl.CG(maxiter=3), rtol=1e-3) == bl.CG(maxiter=3, rtol=1e-3)
+
+    def test_every_solver_is_reachable_by_its_name(self):
+        for name in ("identity", "neumann", "cg", "minres", "exact", "unrolled"):
+            assert name in bl.list_solvers()
+            assert type(bl.get_solver(name)).__name__.lower() == name
