@@ -183,6 +183,22 @@ class TestNothingIsSilent:
         with pytest.raises(TypeError, match=r"outer: expected a floating-point scalar, got .*int.* no derivative"):
             bl.hypergradient(problem, w, w + 0)
 
+    @pytest.mark.parametrize("solver", ["cg", "exact"])
+    def test_a_floating_point_flag_of_the_users_code_is_no_warning(self, solver):
+        class Flagging(type(bl.problems.ridge().inner)):
+            def hvp(self, *args):
+                np.sqrt(np.full(3, -1.0))  # what BLAS does on some processors: finite numbers, but the flag is set
+                return super().hvp(*args)
+
+        ridge = bl.problems.ridge()
+        X, y, w, h = np.eye(3), np.ones(3), np.full(3, 0.5), np.zeros(())
+        flagging = bl.Problem(Flagging(*vars(ridge.inner).values()), ridge.outer)
+        grads = [
+            bl.hypergradient(p, w, h, inner_args=(X, y), outer_args=(X, y), solver=solver).grad
+            for p in (ridge, flagging)
+        ]
+        assert grads[0] == grads[1] != 0
+
     def test_a_nan_from_a_hand_made_cross_product(self):
         lin = Linearization(0.0, np.ones(2), None, lambda v: v, lambda v: v * np.nan)
         with pytest.raises(bl.SolverError, match="nan or inf"):

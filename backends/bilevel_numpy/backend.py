@@ -1,12 +1,13 @@
 """Derivatives that the problem itself brings, checked."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from typing_extensions import override
 
 from bilevel.problem import Problem
-from bilevel.protocols import Backend, InnerDerivatives, OuterDerivatives
+from bilevel.protocols import Backend, InnerDerivatives, OuterDerivatives, Point, Solver
 from bilevel.tree import leaves_with_paths
 from bilevel.validation import check_like, check_scalar
 from bilevel_numpy.space import NumpySpace
@@ -84,6 +85,13 @@ class NumpyBackend(Backend):
         if grads[1] is not None:
             check_like(self, "the outer grad[1]", grads[1], "hparams", hparams)
         return OuterDerivatives(value[()], *grads)
+
+    @override
+    def execute(self, function: Callable[..., Any], solver: Solver | None, problem: Problem, point: Point) -> Any:
+        # What is not finite gets a status, and on some processors BLAS sets the flag for finite numbers, too:
+        # https://github.com/numpy/numpy/issues/24067
+        with np.errstate(all="ignore"):
+            return function(self, solver, problem, point)
 
 
 def _require(objective: Any, role: str, method: str) -> None:
