@@ -1,6 +1,6 @@
 """Loops for backends that run Python step by step."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 
@@ -23,3 +23,8 @@ def scan(
         state, y = body(state, item)
         ys.append(y)
     return state, ys[::-1] if reverse else ys
+
+
+def sequence(items: Sequence[Any]) -> Callable[[int], Any]:
+    """Return i -> items[i modulo their number]."""
+    return lambda i: items[i % len(items)]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from bilevel.problem import Problem
 from bilevel.results import Hypergradient, SolverInfo
 
+Stack = Any  # several vectors of one structure, in whatever form the space keeps them
 Tree = Any  # nested dicts, lists, tuples of arrays, or whatever tree the backend knows
 Scalar = Any  # a zero-dimensional array of the framework
 Operator = Callable[[Tree], Tree]
@@ -40,6 +42,8 @@ class InnerDerivatives(NamedTuple):
     grad: Tree  # ∂L/∂w
     hvp: Operator
     cross_vjp: Callable[[Tree], Tree | None]
+    cross_jvp: Callable[[Tree], Tree] | None = None
+    """u -> (∂²L/∂λ∂w) u, from the structure of hparams to that of params; None where a backend does not have it."""
 
 
 class OuterDerivatives(NamedTuple):
@@ -102,6 +106,10 @@ class VectorSpace(Protocol):
 
     def scale(self, alpha: Scalar, x: Tree) -> Tree: ...
     def zeros_like(self, x: Tree) -> Tree: ...
+    def map(self, function: Callable[..., Any], x: Tree, *rest: Tree) -> Tree:
+        """Apply an entrywise function to the leaves of trees of one structure; keep the dtypes of the first."""
+        ...
+
     def select(self, flag: Scalar, x: Tree, y: Tree) -> Tree:
         """Return x where the scalar flag holds, else y; a nan in the one not chosen does no harm."""
         ...
@@ -124,6 +132,30 @@ class VectorSpace(Protocol):
 
     def size(self, x: Tree) -> int:
         """Return the number of entries."""
+        ...
+
+    def stack_like(self, x: Tree, count: int) -> Stack:
+        """Return room for ``count`` vectors like x, all zero."""
+        ...
+
+    def put(self, stack: Stack, i: Scalar, x: Tree) -> Stack:
+        """Return the stack with x in place i; the memory may be that of the old stack, which is used up."""
+        ...
+
+    def take(self, stack: Stack, i: Scalar) -> Tree:
+        """Return vector i of a stack."""
+        ...
+
+    def project(self, stack: Stack, x: Tree) -> Any:
+        """Return the dots of x with each vector of a stack, as one array."""
+        ...
+
+    def combine(self, coefficients: Any, stack: Stack) -> Tree:
+        """Return the sum of coefficients[i] times vector i."""
+        ...
+
+    def sequence(self, items: Sequence[Any]) -> Callable[[Any], Any]:
+        """Return i -> items[i modulo their number], for an i counted in a loop; any trees, batches of data say."""
         ...
 
     def while_loop(
@@ -172,9 +204,25 @@ class VectorSpace(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class NonSymmetric:
+    """A linear operator that need not be its own transpose: that of a fixed point or of a root.
+
+    Solvers that rely on symmetry refuse it; see `IHVPSolver`.
+    """
+
+    product: Operator
+
+    def __call__(self, v: Tree) -> Tree:
+        return self.product(v)
+
+
 @runtime_checkable
 class IHVPSolver(Protocol):
-    """Solves A v = b for a symmetric operator A: an inverse-Hessian-vector product."""
+    """Solves A v = b: an inverse-Hessian-vector product.
+
+    A is symmetric, unless the solver has an attribute ``nonsymmetric = True``: then it can be `NonSymmetric` too.
+    """
 
     def solve(self, operator: Operator, rhs: Tree, x0: Tree | None, space: VectorSpace) -> tuple[Tree, SolverInfo]:
         """Return v and how it was found; ``x0`` is a warm start, which a direct method may ignore."""

@@ -1,6 +1,6 @@
 """Pytrees as vectors, and `jax.lax` loops, so that a whole hypergradient compiles."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -27,6 +27,9 @@ class JaxSpace:
     def zeros_like(self, x: Any) -> Any:
         return jax.tree.map(jnp.zeros_like, x)
 
+    def map(self, function: Callable, x: Any, *rest: Any) -> Any:
+        return jax.tree.map(lambda a, *others: jnp.asarray(function(a, *others), a.dtype), x, *rest)
+
     def select(self, flag: Any, x: Any, y: Any) -> Any:
         return jax.tree.map(lambda a, b: jnp.where(flag, a, b), x, y)
 
@@ -48,6 +51,30 @@ class JaxSpace:
 
     def size(self, x: Any) -> int:
         return sum(leaf.size for leaf in jax.tree.leaves(x))
+
+    def stack_like(self, x: Any, count: int) -> Any:
+        return jax.tree.map(lambda a: jnp.zeros((count, *a.shape), a.dtype), x)
+
+    def put(self, stack: Any, i: Any, x: Any) -> Any:
+        return jax.tree.map(lambda s, a: s.at[i].set(a), stack, x)
+
+    def take(self, stack: Any, i: Any) -> Any:
+        return jax.tree.map(lambda s: s[i], stack)
+
+    def project(self, stack: Any, x: Any) -> jax.Array:
+        return jax.tree.reduce(jnp.add, jax.tree.map(_project, stack, x))
+
+    def combine(self, coefficients: Any, stack: Any) -> Any:
+        return jax.tree.map(
+            lambda s: jnp.tensordot(coefficients.astype(s.dtype), s, 1, precision=lax.Precision.HIGHEST), stack
+        )
+
+    def sequence(self, items: Sequence[Any]) -> Callable[[Any], Any]:
+        if len(items) == 1:
+            return lambda i: items[0]
+        count = len(items)
+        stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *items)
+        return lambda i: jax.tree.map(lambda s: s[i % count], stacked)
 
     def while_loop(self, live: Callable, body: Callable, state: Any, max_steps: int) -> Any:
         def counted_live(carry: Any) -> Any:
@@ -92,3 +119,10 @@ def _accumulator(a: Any, b: Any) -> Any:
 def _dot(a: Any, b: Any) -> jax.Array:
     dtype = _accumulator(a, b)
     return jnp.vdot(a.astype(dtype), b.astype(dtype), precision=lax.Precision.HIGHEST)
+
+
+def _project(s: Any, a: Any) -> jax.Array:
+    dtype = _accumulator(s, a)
+    return jnp.matmul(
+        s.reshape(len(s), a.size).astype(dtype), a.reshape(-1).astype(dtype), precision=lax.Precision.HIGHEST
+    )

@@ -1,6 +1,6 @@
 """Trees of NumPy arrays as vectors."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,9 @@ class NumpySpace:
     def zeros_like(self, x: Any) -> Any:
         return tree_map(np.zeros_like, x)
 
+    def map(self, function: Callable, x: Any, *rest: Any) -> Any:
+        return tree_map(lambda a, *others: _cast(function(np.asarray(a), *others), a), x, *rest)
+
     def select(self, flag: Any, x: Any, y: Any) -> Any:
         return x if flag else y
 
@@ -52,6 +55,28 @@ class NumpySpace:
 
     def size(self, x: Any) -> int:
         return sum(leaf.size for leaf in leaves(x))
+
+    def stack_like(self, x: Any, count: int) -> Any:
+        return tree_map(lambda a: np.zeros((count, *np.shape(a)), np.asarray(a).dtype), x)
+
+    def put(self, stack: Any, i: Any, x: Any) -> Any:
+        def put(s: np.ndarray, a: np.ndarray) -> np.ndarray:
+            s[i] = a
+            return s
+
+        return tree_map(put, stack, x)
+
+    def take(self, stack: Any, i: Any) -> Any:
+        return tree_map(lambda s: s[i].copy(), stack)
+
+    def project(self, stack: Any, x: Any) -> Any:
+        return np.add.reduce([_project(s, a) for s, a in zip(leaves(stack), leaves(x), strict=True)])
+
+    def combine(self, coefficients: Any, stack: Any) -> Any:
+        return tree_map(lambda s: np.tensordot(_cast(coefficients, s), s, 1), stack)
+
+    def sequence(self, items: Sequence[Any]) -> Callable[[Any], Any]:
+        return loops.sequence(items)
 
     def while_loop(self, live: Callable, body: Callable, state: Any, max_steps: int) -> Any:
         with np.errstate(all="ignore"):
@@ -83,6 +108,11 @@ class NumpySpace:
 def _dot(a: np.ndarray, b: np.ndarray) -> Any:
     dtype = _accumulator(a, b)
     return np.dot(a.ravel().astype(dtype, copy=False), b.ravel().astype(dtype, copy=False))
+
+
+def _project(s: np.ndarray, a: np.ndarray) -> Any:
+    dtype = _accumulator(s, a)
+    return s.reshape(len(s), a.size).astype(dtype, copy=False) @ a.ravel().astype(dtype, copy=False)
 
 
 def _accumulator(a: np.ndarray, b: np.ndarray) -> np.dtype:

@@ -1,6 +1,6 @@
 """Trees of tensors as vectors, without a host synchronisation per operation."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +45,9 @@ class TorchSpace:
     def zeros_like(self, x: Any) -> Any:
         return tree_map(lambda a: torch.zeros_like(a, requires_grad=False), x)
 
+    def map(self, function: Callable, x: Any, *rest: Any) -> Any:
+        return tree_map(lambda a, *others: function(a, *others).to(a.dtype), x, *rest)
+
     def select(self, flag: torch.Tensor, x: Any, y: Any) -> Any:
         if self._reads_freely(flag):
             return x if flag else y
@@ -71,6 +74,25 @@ class TorchSpace:
 
     def size(self, x: Any) -> int:
         return sum(leaf.numel() for leaf in leaves(x))
+
+    def stack_like(self, x: Any, count: int) -> Any:
+        return tree_map(lambda a: a.new_zeros((count, *a.shape)), x)
+
+    def put(self, stack: Any, i: torch.Tensor, x: Any) -> Any:
+        return tree_map(lambda s, a: s.index_copy_(0, i.reshape(1).long(), a[None]), stack, x)
+
+    def take(self, stack: Any, i: torch.Tensor) -> Any:
+        return tree_map(lambda s: s.index_select(0, i.reshape(1).long())[0], stack)
+
+    def project(self, stack: Any, x: Any) -> torch.Tensor:
+        parts = [_project(s, a) for s, a in zip(leaves(stack), leaves(x), strict=True)]
+        return sum(parts[1:], start=parts[0])
+
+    def combine(self, coefficients: torch.Tensor, stack: Any) -> Any:
+        return tree_map(lambda s: torch.tensordot(coefficients.to(s.dtype), s, 1), stack)
+
+    def sequence(self, items: Sequence[Any]) -> Callable[[Any], Any]:
+        return loops.sequence(items)
 
     def while_loop(self, live: Callable, body: Callable, state: Any, max_steps: int) -> Any:
         every = self.check_every or (1 if self._reads_freely(live(state)) else 8)
@@ -109,3 +131,8 @@ def _accumulator(a: torch.Tensor, b: torch.Tensor) -> torch.dtype:
 def _dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     dtype = _accumulator(a, b)
     return torch.dot(a.reshape(-1).to(dtype), b.reshape(-1).to(dtype))
+
+
+def _project(s: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+    dtype = _accumulator(s, a)
+    return s.reshape(s.shape[0], a.numel()).to(dtype) @ a.reshape(-1).to(dtype)
