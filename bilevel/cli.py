@@ -95,15 +95,16 @@ def _info(arguments: argparse.Namespace) -> None:
     print("\nbackends")
     for entry in sorted(entry_points(group="bilevel.backends"), key=lambda entry: entry.name):
         print(f"  {entry.name:<10}{_backend(entry.name)}")
-    print("\nsolvers, with their options and defaults")
-    for entry in sorted(entry_points(group="bilevel.solvers"), key=lambda entry: entry.name):
-        try:
-            make = entry.load()
-        except Exception as error:
-            print(f"  {entry.name:<10}does not load: {error}")
-            continue
-        print(f"  {entry.name:<10}{(make.__doc__ or '').partition(chr(10))[0]}")
-        print(f"  {'':<10}{', '.join(map(_assignment, *zip(*solver_options(make).items(), strict=True)))}")
+    for kind in ("solvers", "preconditioners"):
+        print(f"\n{kind}, with their options and defaults")
+        for entry in sorted(entry_points(group=f"bilevel.{kind}"), key=lambda entry: entry.name):
+            try:
+                make = entry.load()
+            except Exception as error:
+                print(f"  {entry.name:<10}does not load: {error}")
+                continue
+            print(f"  {entry.name:<10}{(make.__doc__ or '').partition(chr(10))[0]}")
+            print(f"  {'':<10}{', '.join(map(_assignment, *zip(*solver_options(make).items(), strict=True)))}")
 
 
 def _backend(name: str) -> str:

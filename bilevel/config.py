@@ -44,12 +44,18 @@ def suggest(name: str, known: Iterable[str]) -> str:
     return (f" Did you mean {close[0]!r}?" if close else "") + f" There is: {', '.join(known) or 'none'}."
 
 
+def list_preconditioners() -> list[str]:
+    """Return the names of the installed preconditioners, for the option ``preconditioner`` of ``cg``."""
+    return sorted(_plugins("bilevel.preconditioners"))
+
+
 def get_solver(spec: Any, **overrides: Any) -> Solver:
     """Return a solver.
 
     Args:
         spec: a name (``"cg"``), a mapping (``{"name": "cg", "maxiter": 20}``), a ``pathlib.Path`` or string
-            ending in ``.toml`` to a file with a table ``[solver]``, or a solver itself.
+            ending in ``.toml`` to a file with a table ``[solver]``, or a solver itself. A ``preconditioner`` among the
+            options is a name, a mapping or an object likewise.
         **overrides: options that take precedence.
 
     Raises:
@@ -57,31 +63,47 @@ def get_solver(spec: Any, **overrides: Any) -> Solver:
         TypeError: if an option is unknown or of a wrong type, or spec is none of the above.
 
     >>> get_solver({"name": "cg", "maxiter": 20}, rtol=1e-8)
-    CG(maxiter=20, rtol=1e-08, atol=0.0, damping=0.0)
+    CG(maxiter=20, rtol=1e-08, atol=0.0, damping=0.0, preconditioner=None)
     """
     if isinstance(spec, Path) or (isinstance(spec, str) and spec.endswith(".toml")):
         spec = _read_toml(Path(spec))
     if isinstance(spec, str):
         spec = {"name": spec}
     if isinstance(spec, Mapping):
-        options = {**spec, **overrides}
-        name = options.pop("name", None)
-        if not isinstance(name, str):
-            raise ValueError(f"solver: the mapping {dict(spec)!r} has no name, as in {{'name': 'cg', 'maxiter': 20}}.")
-        if name not in _plugins("bilevel.solvers"):
-            raise ValueError(f"solver: there is no {name!r}." + suggest(name, list_solvers()))
-        make = _plugins("bilevel.solvers")[name].load()
-        _check_options(name, make, options)
-        return make(**options)
+        return _make("solver", {**spec, **overrides}, 'cg", "maxiter": 20')
     if isinstance(spec, type) or not isinstance(spec, IHVPSolver | HypergradientMethod):
         raise TypeError(
             "solver: expected a name, a mapping, a TOML file or an object with a method solve() or "
             f"hypergradient(), got {spec!r}."
         )
     if overrides:
-        _check_options(type(spec).__name__, type(spec), overrides)
-        return dataclasses.replace(spec, **overrides)  # pyright: ignore[reportArgumentType, reportReturnType]
+        _check_options("solver", type(spec).__name__, type(spec), overrides)
+        return dataclasses.replace(spec, **_nested(overrides))  # pyright: ignore[reportArgumentType, reportReturnType]
     return spec
+
+
+def _make(kind: str, spec: Mapping[str, Any], example: str) -> Any:
+    """Return the solver or preconditioner of a name and options."""
+    options = dict(spec)
+    name = options.pop("name", None)
+    if not isinstance(name, str):
+        raise ValueError(f'{kind}: the mapping {dict(spec)!r} has no name, as in {{"name": "{example}}}.')
+    plugins = _plugins(f"bilevel.{kind}s")
+    if name not in plugins:
+        raise ValueError(f"{kind}: there is no {name!r}." + suggest(name, plugins))
+    make = plugins[name].load()
+    _check_options(kind, name, make, options)
+    return make(**_nested(options))
+
+
+def _nested(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Make the preconditioner among the options, where it is a name or a mapping."""
+    spec = options.get("preconditioner")
+    if isinstance(spec, str):
+        spec = {"name": spec}
+    if not isinstance(spec, Mapping):
+        return dict(options)
+    return {**options, "preconditioner": _make("preconditioner", spec, 'nystrom", "rank": 20')}
 
 
 def _read_toml(path: Path) -> Mapping[str, Any]:
@@ -100,13 +122,13 @@ def solver_options(make: Any) -> dict[str, Any]:
     return {field.name: field.default for field in dataclasses.fields(make)} if dataclasses.is_dataclass(make) else {}
 
 
-def _check_options(name: str, make: Any, options: Mapping[str, Any]) -> None:
+def _check_options(kind: str, name: str, make: Any, options: Mapping[str, Any]) -> None:
     if not dataclasses.is_dataclass(make):
         return
     known = solver_options(make)
     for option in options:
         if option not in known:
-            raise TypeError(f"solver {name!r} has no option {option!r}." + suggest(option, known))
+            raise TypeError(f"{kind} {name!r} has no option {option!r}." + suggest(option, known))
 
 
 def get_backend(spec: Any) -> Backend:

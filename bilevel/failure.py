@@ -24,7 +24,7 @@ def report(info: SolverInfo, solver: Any, on_failure: OnFailure, curvature: Call
     if on_failure == "ignore" or info.status == Status.CONVERGED:
         return
     if info.status == Status.MAXITER:
-        message = _maxiter(info, getattr(solver, "maxiter", None))
+        message = _maxiter(info, getattr(solver, "maxiter", None), getattr(solver, "remedy", "Add damping."))
     elif info.status == Status.NON_FINITE:
         message = _non_finite(info)
     else:
@@ -44,22 +44,16 @@ def _residual(info: SolverInfo) -> str:
     return f"residual {info.residual_norm:.2g} of a right-hand side of {info.rhs_norm:.2g}"
 
 
-def _maxiter(info: SolverInfo, maxiter: int | None) -> str:
+def _maxiter(info: SolverInfo, maxiter: int | None, remedy: str) -> str:
     if maxiter is None:
-        return (
-            f"there is no solution, a {_residual(info)} is left: the Hessian is singular to the precision of the "
-            "dtype. Add damping."
-        )
+        return f"did not solve the system: a {_residual(info)} is left. {remedy}"
     if info.steps < maxiter:
         return (
             f"stagnated after {info.steps} steps above its tolerance, with a {_residual(info)}: a singular or "
             "ill-conditioned Hessian, or the precision of the dtype, keeps it out of reach. Loosen rtol, add damping, "
             "or use float64."
         )
-    return (
-        f"stopped after {info.steps} steps above its tolerance, with a {_residual(info)}. "
-        "Raise maxiter, loosen rtol, or add damping."
-    )
+    return f"stopped after {info.steps} steps above its tolerance, with a {_residual(info)}. {remedy}"
 
 
 def _negative_curvature(info: SolverInfo, smallest: float, largest: float) -> str:
@@ -71,8 +65,8 @@ def _negative_curvature(info: SolverInfo, smallest: float, largest: float) -> st
     return (
         f"met non-positive curvature at step {info.steps} and stopped at the last good iterate, with a "
         f"{_residual(info)}. The Hessian is not positive definite ({spectrum}): {advice}"
-        'train the inner problem further, use solver="minres", which takes eigenvalues of either sign, or give a '
-        "Gauss-Newton product for hvp."
+        'train the inner problem further, use solver="minres", which takes eigenvalues of either sign, or the '
+        'Gauss-Newton matrix in place of the Hessian (curvature="gauss-newton").'
     )
 
 

@@ -5,7 +5,16 @@ from typing import Any
 from bilevel.config import get_solver
 from bilevel.failure import OnFailure, check_on_failure, report
 from bilevel.problem import Problem
-from bilevel.protocols import Backend, HypergradientMethod, Linearization, Point, Solver, Tree
+from bilevel.protocols import (
+    Backend,
+    HypergradientMethod,
+    Linearization,
+    Operator,
+    Point,
+    Solver,
+    Stochastic,
+    Tree,
+)
 from bilevel.results import Hypergradient, SolverInfo, Status
 from bilevel.solvers.lanczos import spectrum
 from bilevel.validation import check_like, check_point, check_trees, find_backend, leaf_names
@@ -124,16 +133,30 @@ def hypergradient_from(
 
 
 def linearize(backend: Backend, problem: Problem, point: Point) -> Linearization:
-    """Return the linearization of a problem at a point."""
-    return backend.linearize(
-        problem, point.params, point.hparams, inner_args=point.inner_args, outer_args=point.outer_args
+    """Return the linearization of a problem at a point; of several batches, the first one serves but for products."""
+    batches = point.inner_args if isinstance(point.inner_args, list) else [point.inner_args]
+    linearization = backend.linearize(
+        problem, point.params, point.hparams, inner_args=batches[0], outer_args=point.outer_args
     )
+    if len(batches) == 1:
+        return linearization
+    args = backend.space.sequence(batches)
+
+    def sample(i: Any) -> Operator:
+        return backend.inner(problem, point.params, point.hparams, args(i + 1)).hvp
+
+    return linearization._replace(hvp=Stochastic(linearization.hvp, sample))
 
 
 def implicit(backend: Backend, solver: Any, linearization: Linearization, adjoint0: Tree | None) -> Hypergradient:
     """Solve for the adjoint and combine: where an `IHVPSolver` becomes a `HypergradientMethod`."""
     space = backend.space
     value, rhs, direct, hvp, cross_vjp = linearization
+    if isinstance(hvp, Stochastic) and not getattr(solver, "stochastic", False):
+        raise TypeError(
+            f"inner_args is a list, a batch per product, but {type(solver).__name__} needs the same Hessian in all of "
+            'them. Use solver="neumann" or "unrolled", or give one tuple: inner_args=(x, y).'
+        )
     adjoint, info = solver.solve(hvp, rhs, adjoint0, space)
     indirect = cross_vjp(adjoint)
     grad = direct

@@ -194,7 +194,7 @@ class _Search:
 
     def _tightened(self) -> tuple[Solver, float | None]:
         """Return the solver with the tolerance that the progress so far calls for, and that tolerance."""
-        if not (dataclasses.is_dataclass(self.solver) and hasattr(self.solver, "rtol")):
+        if not (dataclasses.is_dataclass(self.solver) and getattr(self.solver, "rtol", 0)):
             return self.solver, None
         norms = [evaluation.grad_norm for evaluation in self.history] or [1.0]
         progress = min(min(norms) / (norms[0] or 1.0), TIGHTENING ** len(self.history))

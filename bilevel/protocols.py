@@ -217,11 +217,27 @@ class NonSymmetric:
         return self.product(v)
 
 
+@dataclass(frozen=True)
+class Stochastic:
+    """A symmetric operator that is known by a sequence of samples: Hessians on batches of data.
+
+    A product is one with the first of them. Solvers that have no use for several refuse it; see `IHVPSolver`.
+    """
+
+    product: Operator
+    sample: Callable[[Any], Operator]
+    """i -> the operator of step i; i is counted in a loop."""
+
+    def __call__(self, v: Tree) -> Tree:
+        return self.product(v)
+
+
 @runtime_checkable
 class IHVPSolver(Protocol):
     """Solves A v = b: an inverse-Hessian-vector product.
 
-    A is symmetric, unless the solver has an attribute ``nonsymmetric = True``: then it can be `NonSymmetric` too.
+    A is symmetric and stays the same, unless the solver has an attribute ``nonsymmetric = True`` or
+    ``stochastic = True``: then it can be `NonSymmetric` or `Stochastic`, too.
     """
 
     def solve(self, operator: Operator, rhs: Tree, x0: Tree | None, space: VectorSpace) -> tuple[Tree, SolverInfo]:

@@ -10,7 +10,9 @@ import bilevel as bl
 
 class TestNames:
     def test_an_unknown_solver_suggests_the_nearest(self):
-        with pytest.raises(ValueError, match=r"there is no 'neuman'\. Did you mean 'neumann'\? There is: cg, exact"):
+        with pytest.raises(
+            ValueError, match=r"there is no 'neuman'\. Did you mean 'neumann'\? There is: bicgstab, cg, exact"
+        ):
             bl.get_solver("neuman")
 
     def test_an_unknown_option_suggests_the_nearest(self):
@@ -22,6 +24,24 @@ class TestNames:
     def test_an_unknown_override_of_a_solver_object(self):
         with pytest.raises(TypeError, match=r"solver 'CG' has no option 'terms'"):
             bl.get_solver(bl.CG(), terms=3)
+
+    def test_an_unknown_preconditioner_suggests_the_nearest(self):
+        with pytest.raises(
+            ValueError,
+            match=r"preconditioner: there is no 'nystrøm'\. Did you mean 'nystrom'\? There is: diagonal, nystrom",
+        ):
+            bl.get_solver({"name": "cg", "preconditioner": "nystrøm"})
+
+    def test_an_unknown_option_of_a_preconditioner(self):
+        with pytest.raises(TypeError, match=r"preconditioner 'nystrom' has no option 'ranks'\. Did you mean 'rank'"):
+            bl.get_solver({"name": "cg", "preconditioner": {"name": "nystrom", "ranks": 3}})
+
+    def test_a_preconditioner_that_is_none(self):
+        for wrong in ("nystrom", 3, bl.NystromPreconditioner):
+            with pytest.raises(
+                TypeError, match=r"CG\.preconditioner: expected an object with methods prepare\(\) and apply"
+            ):
+                bl.CG(preconditioner=wrong)
 
     def test_an_unknown_backend_suggests_the_nearest(self):
         with pytest.raises(ValueError, match=r"there is no 'pytorch'\. Did you mean 'torch'\?"):
@@ -77,6 +97,23 @@ class TestNames:
                 ValueError,
                 r"Unrolled\.truncation: expected an integer >= 1",
             ),
+            ({"name": "neumann", "rtol": -1e-3}, ValueError, r"Neumann\.rtol: expected a finite number >= 0"),
+            ({"name": "gmres", "restart": 0}, ValueError, r"GMRES\.restart: expected an integer >= 1, got 0"),
+            ({"name": "gmres", "max_restarts": 0}, ValueError, r"GMRES\.max_restarts: expected an integer >= 1"),
+            ({"name": "bicgstab", "atol": -1}, ValueError, r"BiCGStab\.atol: expected a finite number >= 0"),
+            ({"name": "nystrom", "rank": 0}, ValueError, r"Nystrom\.rank: expected an integer >= 1, got 0"),
+            ({"name": "nystrom", "damping": 0}, ValueError, r"Nystrom\.damping: expected a finite number > 0"),
+            ({"name": "nystrom", "seed": 0.5}, TypeError, r"Nystrom\.seed: expected an integer >= 0"),
+            (
+                {"name": "cg", "preconditioner": {"name": "diagonal", "samples": 0}},
+                ValueError,
+                r"DiagonalPreconditioner\.samples: expected an integer >= 1",
+            ),
+            (
+                {"name": "cg", "preconditioner": {"rank": 3}},
+                ValueError,
+                r"preconditioner: the mapping \{'rank': 3\} has no name, as in \{\"name\": \"nystrom\"",
+            ),
             ({"name": "exact", "damping": "x"}, TypeError, r"Exact\.damping: expected a finite number"),
         ],
         ids=str,
@@ -103,11 +140,22 @@ class TestConfig:
         with pytest.raises(ValueError, match=r"solver\.toml: this is no TOML"):
             bl.get_solver(file)
 
+    def test_a_preconditioner_within(self, tmp_path):
+        file = tmp_path / "solver.toml"
+        file.write_text('[solver]\nname = "cg"\n[solver.preconditioner]\nname = "nystrom"\nrank = 7\n')
+        expected = bl.CG(preconditioner=bl.NystromPreconditioner(rank=7))
+        assert bl.get_solver(file) == expected
+        assert bl.get_solver({"name": "cg", "preconditioner": {"name": "nystrom", "rank": 7}}) == expected
+        assert bl.get_solver(bl.CG(), preconditioner="diagonal").preconditioner == bl.DiagonalPreconditioner()
+        assert bl.get_solver(expected, preconditioner=None) == bl.CG()
+
     def test_objects_pass_and_may_be_changed(self):
         assert bl.get_solver(bl.CG(maxiter=3)) == bl.CG(maxiter=3)
         assert bl.get_solver(bl.CG(maxiter=3), rtol=1e-3) == bl.CG(maxiter=3, rtol=1e-3)
 
     def test_every_solver_is_reachable_by_its_name(self):
-        for name in ("identity", "neumann", "cg", "minres", "exact", "unrolled"):
-            assert name in bl.list_solvers()
+        names = ["bicgstab", "cg", "exact", "gmres", "identity", "minres", "neumann", "nystrom", "unrolled"]
+        assert set(names) <= set(bl.list_solvers())
+        assert set(bl.list_preconditioners()) >= {"diagonal", "nystrom"}
+        for name in names:
             assert type(bl.get_solver(name)).__name__.lower() == name

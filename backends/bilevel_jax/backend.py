@@ -1,10 +1,7 @@
 """Derivatives by JAX transformations, compiled once per problem and solver."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import fields, is_dataclass
-from enum import Enum
 from functools import partial
-from types import FunctionType
 from typing import Any
 
 import jax
@@ -18,6 +15,7 @@ from bilevel.protocols import Backend, InnerDerivatives, OuterDerivatives, Point
 from bilevel.validation import check_scalar, leaf_names
 from bilevel_jax.dependence import depends
 from bilevel_jax.space import JaxSpace
+from bilevel_jax.static import join_solver, join_tree, split_solver, split_tree
 
 
 class JaxBackend(Backend):
@@ -101,56 +99,23 @@ class JaxBackend(Backend):
 
     @override
     def execute(self, function: Callable[..., Any], solver: Solver | None, problem: Problem, point: Point) -> Any:
-        leaves, structure = jax.tree.flatten(point)
-        if any(isinstance(leaf, Tracer) for leaf in leaves):
+        if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(point)):
             return function(self, solver, problem, point)
-        arrays = [leaf if _is_number(leaf) else None for leaf in leaves]
-        constants = tuple(None if _is_number(leaf) else (type(leaf), leaf) for leaf in leaves)
-        options, other_options = _split_options(solver)
-        static = (function, self, type(solver), other_options, problem, structure, constants)
-        if not all(c is None or isinstance(c[1], _CONSTANTS) for c in (*constants, *other_options)):
-            return function(self, solver, problem, point)  # nothing that jit could compare by its value
+        arrays: list[Any] = []
         try:
+            static = (function, self, problem, split_tree(point, arrays), split_solver(solver, arrays))
             hash(static)
-        except TypeError:
+        except TypeError:  # nothing that jit could compare by its value
             return function(self, solver, problem, point)
-        return _compiled(static, options, arrays)
-
-
-_CONSTANTS = (bool, int, float, str, bytes, type(None), Enum, FunctionType, type)
+        return _compiled(static, arrays)
 
 
 @partial(jax.jit, static_argnums=0)
-def _compiled(static: Any, options: dict[str, Any], arrays: list[Any]) -> Any:
-    function, backend, make, other_options, problem, structure, constants = static
-    solver = None if make is type(None) else make(**{name: value for _, value, name in other_options}, **options)
-    leaves = [array if constant is None else constant[1] for array, constant in zip(arrays, constants, strict=True)]
-    return function(backend, solver, problem, jax.tree.unflatten(structure, leaves))
-
-
-def _is_number(leaf: Any) -> bool:
-    """Tell what jit takes as an argument; integers, flags and strings stay what Python made them."""
-    if isinstance(leaf, np.ndarray):
-        return leaf.dtype.kind in "biufcV"  # V: bfloat16 and its like
-    return isinstance(leaf, jax.Array | np.floating | float)
-
-
-def _split_options(solver: Any) -> tuple[dict[str, Any], tuple[tuple[type, Any, str], ...]]:
-    """Split a solver into the options that may change without compiling anew, and (type, value, name) of the others.
-
-    Only what a frozen dataclass is made of is safe to rebuild and to compare; anything else is one incomparable value.
-    """
-    if solver is None:
-        return {}, ()
-    if not (is_dataclass(solver) and solver.__dataclass_params__.frozen):  # pyright: ignore[reportAttributeAccessIssue]
-        return {}, ((object, solver, ""),)
-    known = fields(solver)
-    if len(known) != len(solver.__dataclass_fields__) or not all(field.init for field in known):  # an InitVar, say
-        return {}, ((object, solver, ""),)
-    options = {field.name: getattr(solver, field.name) for field in known}
-    # A zero stays constant: it often switches something off.
-    numbers = {k: v for k, v in options.items() if _is_number(v) and not (isinstance(v, float) and v == 0)}
-    return numbers, tuple((type(v), v, k) for k, v in options.items() if k not in numbers)
+def _compiled(static: Any, arrays: list[Any]) -> Any:
+    function, backend, problem, point, solver = static
+    supply = iter(arrays)
+    point = join_tree(point, supply)
+    return function(backend, join_solver(solver, supply), problem, point)
 
 
 def _scalar(role: str, value: Any) -> Any:

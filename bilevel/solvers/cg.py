@@ -1,12 +1,13 @@
 """Conjugate gradients that check their own answer."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from bilevel.protocols import Operator, Tree, VectorSpace
 from bilevel.results import SolverInfo, Status
 from bilevel.solvers.confirm import Iterative, Sweep, iterate
 from bilevel.solvers.operators import damped, norm, residual, scale_free
+from bilevel.solvers.preconditioners import Preconditioner, check_preconditioner
 
 
 class _State(NamedTuple):
@@ -14,6 +15,7 @@ class _State(NamedTuple):
     r: Tree  # residual, by its recurrence
     p: Tree  # search direction
     rr: Any  # r·r
+    rz: Any  # r·z, where z is the preconditioned residual
     pp: Any  # p·p
     largest: Any  # largest |p·Ap / p·p| so far, a lower bound of the norm of A
     steps: Any
@@ -40,20 +42,43 @@ class CG(Iterative):
         rtol: relative tolerance on the residual.
         atol: absolute tolerance on the residual.
         damping: added to the Hessian; shifts its spectrum into the positive.
+        preconditioner: a `Preconditioner`, or None. What it takes to prepare one comes on top of ``info.steps``;
+            `bl.prepare` does it once for several calls.
     """
+
+    preconditioner: Preconditioner | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_preconditioner(self)
+
+    def prepare(self, operator: Operator, like: Tree, space: VectorSpace) -> dict[str, Any]:
+        """Return what the preconditioner finds out, for `bl.prepare`."""
+        return {"preconditioner": self.preconditioner.prepare(operator, like, space)} if self.preconditioner else {}
 
     def solve(self, operator: Operator, rhs: Tree, x0: Tree | None, space: VectorSpace) -> tuple[Tree, SolverInfo]:
         xp, eps = space.xp, space.eps(rhs)
         A = damped(operator, self.damping, space)
+        M = self.preconditioner
+        if M is not None:
+            M = replace(M, **M.prepare(operator, rhs, space))  # pyright: ignore[reportArgumentType]
+
+        def precondition(r: Tree, rr: Any) -> tuple[Tree, Any]:
+            """Return z and r·z."""
+            if M is None:
+                return r, rr
+            z = M.apply(r, self.damping, space)
+            return z, space.dot(r, z)
 
         def sweep(x: Tree, r: Tree, steps: Any, live: Any, tolerance: Any) -> Sweep:
             start = space.dot(r, r)
+            z, rz = precondition(r, start)
 
             def step(s: _State) -> _State:
                 Ap = A(s.p)
                 curvature = space.dot(s.p, Ap) / s.pp
                 largest = xp.maximum(s.largest, xp.abs(curvature))
-                alpha = s.rr / (s.pp * curvature)
+                alpha = s.rz / (s.pp * curvature)
                 r = space.axpy(-alpha, Ap, s.r)
                 rr = space.dot(r, r)
                 finite = xp.isfinite(curvature)
@@ -65,26 +90,30 @@ class CG(Iterative):
                 x = space.select(ok, space.axpy(alpha, s.p, s.x), s.x)
                 r = space.select(ok, r, s.r)
                 rr = xp.where(ok, rr, s.rr)
-                beta = rr / s.rr
-                p = space.select(ok, space.axpy(beta, s.p, r), s.p)
+                z, rz = precondition(r, rr)
+                beta = rz / s.rz
+                p = space.select(ok, space.axpy(beta, s.p, z), s.p)
                 done = xp.sqrt(rr) <= tolerance
                 status = xp.where(done, int(Status.CONVERGED), s.status)
                 status = xp.where(positive, status, int(Status.NEGATIVE_CURVATURE))
                 status = xp.where(finite, status, int(Status.NON_FINITE))
+                pp = rr + beta**2 * s.pp if M is None else space.dot(p, p)  # r is orthogonal to the old p, z is not
                 return _State(
                     x=x,
                     r=r,
                     p=p,
                     rr=rr,
-                    pp=xp.where(ok, rr + beta**2 * s.pp, s.pp),  # r is orthogonal to the old p
+                    rz=xp.where(ok, rz, s.rz),
+                    pp=xp.where(ok, pp, s.pp),
                     largest=xp.where(s.live, largest, s.largest),
                     steps=s.steps + s.live,
                     status=xp.where(s.live, status, s.status),
-                    live=ok & ~done & (s.steps + 1 < self.maxiter),
+                    live=ok & ~done & (rz > 0) & (s.steps + 1 < self.maxiter),
                 )
 
             running = xp.full_like(steps, int(Status.MAXITER))
-            s = _State(x, r, r, start, start, xp.zeros_like(start), steps, running, live)
+            pp = start if M is None else space.dot(z, z)
+            s = _State(x, r, z, start, rz, pp, xp.zeros_like(start), steps, running, live & (rz > 0))
             s = space.while_loop(lambda s: s.live, step, s, self.maxiter)
             return Sweep(s.x, xp.sqrt(s.rr), s.steps, s.status)
 

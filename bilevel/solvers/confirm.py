@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from bilevel.protocols import Operator, Tree, VectorSpace
 from bilevel.results import SolverInfo, Status
@@ -16,6 +16,8 @@ DRIFT = 50  # steps for which a solve that ran out of them has its own residual 
 @dataclass(frozen=True)
 class Iterative:
     """The options that the iterative solvers share."""
+
+    remedy: ClassVar[str] = "Raise maxiter, loosen rtol, or add damping."
 
     maxiter: int = 200
     rtol: float = 1e-5
@@ -38,6 +40,7 @@ class Sweep(NamedTuple):
 
 
 class _State(NamedTuple):
+    start: Tree  # of the sweep; returned if the sweep has made it worse
     x: Tree
     r: Tree
     norm: Any
@@ -57,6 +60,8 @@ def iterate(
     rtol: Any,
     atol: Any,
     maxiter: int,
+    rounds: int = ROUNDS,
+    progress: float = 0.5,
 ) -> tuple[Tree, SolverInfo]:
     """Solve A x = b by sweeps of a method until ``norm(b - A x) <= max(rtol * norm(b), atol)``.
 
@@ -74,6 +79,8 @@ def iterate(
         rtol: relative tolerance.
         atol: absolute tolerance.
         maxiter: most steps.
+        rounds: most sweeps.
+        progress: go on while a sweep leaves less than this share of the residual.
     """
     xp = space.xp
     rhs_norm = norm(rhs, space)
@@ -87,12 +94,14 @@ def iterate(
         undecided = claimed | (s.status == int(Status.MAXITER))
         status = xp.where(met, int(Status.CONVERGED), xp.full_like(s.status, int(Status.MAXITER)))
         status = xp.where(xp.isfinite(size), status, int(Status.NON_FINITE))
+        better = ~(size > s.confirmed)
         return s._replace(
+            x=space.select(better, s.x, s.start),
             r=r,
-            norm=size,
+            norm=xp.where(better, size, s.confirmed),
             confirmed=size,
             status=xp.where(undecided, status, s.status),
-            live=claimed & ~met & (size < 0.5 * s.confirmed) & (s.steps < maxiter),
+            live=claimed & ~met & (size < progress * s.confirmed) & (s.steps < maxiter),
         )
 
     def round_(s: _State) -> _State:
@@ -100,6 +109,7 @@ def iterate(
         short = (swept.status == int(Status.MAXITER)) & (swept.steps == maxiter) & (swept.steps <= DRIFT)
         doubtful = s.live & ~short
         s = s._replace(
+            start=s.x,
             x=swept.x,
             norm=xp.where(s.live, swept.norm, s.norm),
             steps=swept.steps,
@@ -118,6 +128,7 @@ def iterate(
     steps = xp.zeros_like(size, dtype=xp.int32)
     status = xp.where(met, int(Status.CONVERGED), xp.full_like(steps, int(Status.MAXITER)))
     s = _State(
+        start=x,
         x=x,
         r=r,
         norm=size,
@@ -126,7 +137,7 @@ def iterate(
         status=xp.where(finite, status, int(Status.NON_FINITE)),
         live=~met & finite & (maxiter > 0),
     )
-    s = space.while_loop(lambda s: s.live, round_, s, ROUNDS)
+    s = space.while_loop(lambda s: s.live, round_, s, rounds)
 
     def spoil(s: _State) -> _State:
         """Return nan: loud under jit too, where only the status could tell."""

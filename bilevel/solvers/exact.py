@@ -3,7 +3,7 @@
 import warnings
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -59,6 +59,9 @@ class Exact:
     Raises:
         ValueError: beyond 5,000 weights, with the memory it would take.
     """
+
+    nonsymmetric: ClassVar[bool] = True
+    remedy: ClassVar[str] = "There is no solution: the Hessian is singular to the precision of the dtype. Add damping."
 
     damping: float = 0.0
 

@@ -1,6 +1,7 @@
 """The inverse Hessian replaced by a multiple of the identity."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from bilevel.protocols import Operator, Tree, VectorSpace
 from bilevel.results import SolverInfo, Status
@@ -19,6 +20,9 @@ class Identity:
         scale: stands for the inverse curvature; the inner learning rate is the usual choice. Only the
             size of the hypergradient depends on it where F has no direct λ.
     """
+
+    nonsymmetric: ClassVar[bool] = True
+    stochastic: ClassVar[bool] = True
 
     scale: float = 1.0
 

@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 from bilevel.protocols import Operator, Tree, VectorSpace
-from bilevel.solvers.operators import norm
+from bilevel.solvers.operators import indices, norm
 
 PRODUCTS = 12
 SEED = 0
@@ -61,7 +61,7 @@ def spectrum(operator: Operator, like: Tree, space: VectorSpace) -> Spectrum:
     q = space.scale(1.0 / norm(q, space), q)
     one = space.dot(q, q)
     zeros = xp.stack([xp.zeros_like(one)] * products)
-    index = xp.cumsum(xp.ones_like(zeros, dtype=xp.int32), 0) - 1
+    index = indices(one, products, xp)
     s = _State(
         q_old=space.zeros_like(q),
         q=q,

@@ -41,3 +41,14 @@ def scale_free(
 def norm(x: Tree, space: VectorSpace) -> Any:
     """Return the Euclidean norm."""
     return space.xp.sqrt(space.dot(x, x))
+
+
+def indices(like: Any, count: int, xp: Any) -> Any:
+    """Return 0, 1, … count - 1, on the device of the scalar ``like``."""
+    return xp.cumsum(xp.stack([xp.ones_like(like, dtype=xp.int32)] * count), 0) - 1
+
+
+def identity(like: Any, count: int, xp: Any) -> Any:
+    """Return the identity matrix of shape (count, count), with the dtype and device of the scalar ``like``."""
+    index = indices(like, count, xp)
+    return xp.where(index[:, None] == index[None, :], xp.ones_like(like), xp.zeros_like(like))
