@@ -40,7 +40,7 @@ class Sweep(NamedTuple):
 
 
 class _State(NamedTuple):
-    start: Tree  # of the sweep; returned if the sweep has made it worse
+    start: Tree  # of the sweep
     x: Tree
     r: Tree
     norm: Any
@@ -66,7 +66,8 @@ def iterate(
     """Solve A x = b by sweeps of a method until ``norm(b - A x) <= max(rtol * norm(b), atol)``.
 
     The recurrences for a residual drift from the truth in floating point. So a sweep that says it has converged is
-    checked by a product, and if it has not, the next one starts from the true residual as long as that helps.
+    checked by a product, and if it has not, the next one starts from the true residual as long as that helps. One that
+    made worse what it says it made better is taken back.
 
     Args:
         sweep: (x, r, steps, live, tolerance) -> `Sweep`, from x with the residual r; with ``live`` false it must do
@@ -94,11 +95,12 @@ def iterate(
         undecided = claimed | (s.status == int(Status.MAXITER))
         status = xp.where(met, int(Status.CONVERGED), xp.full_like(s.status, int(Status.MAXITER)))
         status = xp.where(xp.isfinite(size), status, int(Status.NON_FINITE))
-        better = ~(size > s.confirmed)
+        # Residuals may well grow (those of CG do on the way), but not if the recurrence has it otherwise.
+        worse = (size > s.confirmed) & (s.norm <= s.confirmed)
         return s._replace(
-            x=space.select(better, s.x, s.start),
+            x=space.select(worse, s.start, s.x),
             r=r,
-            norm=xp.where(better, size, s.confirmed),
+            norm=xp.where(worse, s.confirmed, size),
             confirmed=size,
             status=xp.where(undecided, status, s.status),
             live=claimed & ~met & (size < progress * s.confirmed) & (s.steps < maxiter),

@@ -68,9 +68,10 @@ def sketch(operator: Operator, like: Tree, rank: int, seed: int, space: VectorSp
     omega = orthonormal(space.normal_like(space.stack_like(like, rank), seed))
     images = stack(lambda i, _: operator(space.take(omega, i)))
     q = orthonormal(images)
-    core, triangle = gram(omega, images), gram(q, images)
-    finite = xp.isfinite(xp.sum(xp.abs(core)) + xp.sum(xp.abs(triangle)))
-    core, triangle = xp.where(finite, (core + core.T) / 2, unit), xp.where(finite, triangle, unit)  # LAPACK refuses nan
+    core, triangle, overlap = gram(omega, images), gram(q, images), gram(q, omega)
+    finite = xp.isfinite(xp.sum(xp.abs(core) + xp.abs(triangle) + xp.abs(overlap)))
+    core = xp.where(finite, (core + core.T) / 2, unit)  # LAPACK refuses nan
+    triangle, overlap = xp.where(finite, triangle, unit), xp.where(finite, overlap, unit)
 
     # A small shift of A, taken back below, keeps rounding from making the core indefinite.
     shift = eps * xp.sqrt(xp.sum(triangle**2))
@@ -78,7 +79,7 @@ def sketch(operator: Operator, like: Tree, rank: int, seed: int, space: VectorSp
     top = xp.max(xp.abs(curvatures))
     positive = curvatures > eps * rank * top
     roots = xp.where(positive, 1.0 / xp.sqrt(xp.where(positive, curvatures, 1.0)), 0.0)
-    factor = (triangle + shift * gram(q, omega)) @ axes * roots[None, :]
+    factor = (triangle + shift * overlap) @ axes * roots[None, :]
     left, singular, _ = xp.linalg.svd(factor)
     vectors = stack(lambda i, _: space.combine(xp.sum(xp.where(index[None, :] == i, left, 0.0), 1), q))
     nan = xp.where(finite, 0.0, float("nan"))
