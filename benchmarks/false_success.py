@@ -46,6 +46,7 @@ def system(kind, rng):
 
 
 def solve(backend, solver, problem, point):
+    """Run a solver within a backend; ``problem`` says whether the matrix is symmetric."""
     matrix = point.params
     operator = (lambda v: matrix @ v) if problem == "symmetric" else NonSymmetric(lambda v: matrix @ v)
     return solver.solve(operator, point.hparams, None, backend.space)
@@ -63,6 +64,7 @@ def in_dtype(name, matrix, rhs):
 
 
 def main():
+    """Parse the arguments, and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--systems", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
@@ -87,7 +89,8 @@ def main():
             if claimed and not left <= 10 * max(rtol, eps) * np.linalg.norm(true_rhs):
                 false[name, kind] += 1
                 print(
-                    f"false: {name}, {kind}, {dtype}, rtol {rtol:g}, system {i}: {left:.2g}, said {info.residual_norm:.2g}"
+                    f"false: {name}, {kind}, {dtype}, rtol {rtol:g}, system {i}: {left:.2g}, "
+                    f"said {info.residual_norm:.2g}"
                 )
     names = dict.fromkeys(name for name, _ in claims)
     print(f"\n{arguments.systems} systems, seed {arguments.seed}: claims of success, false ones in brackets\n")

@@ -60,6 +60,7 @@ def run(solver, matrix, rhs):
 
 
 def main():
+    """Parse the arguments, and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("spectra.png"))
     arguments = parser.parse_args()

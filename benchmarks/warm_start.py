@@ -1,9 +1,10 @@
-"""Count the products that warm starts save while hyperparameters are tuned, and what one or two products a step are worth.
+"""Count the products that warm starts save in hyperparameter tuning, and see what a few products a step are worth.
 
     python benchmarks/warm_start.py --out docs/warm-start.png
 
-Softmax regression on scikit-learn's digits with a penalty for each weight (650); 60 steps of gradient descent on the penalties'
-logarithms, the weights retrained after each. Counted are the products of `CG` at rtol = 1e-3, those of its checks too.
+Softmax regression on scikit-learn's digits with a penalty for each weight (650); 60 steps of gradient descent on the
+penalties' logarithms, the weights retrained after each. Counted are the products of `CG` at rtol = 1e-3, those of its
+checks too.
 """
 
 import argparse
@@ -37,6 +38,7 @@ class Counting:
 
 
 def data():
+    """Return training and validation data."""
     X, y = load_digits(return_X_y=True)
     X = np.hstack([X / 16, np.ones((len(X), 1))])
     order = np.random.default_rng(0).permutation(len(X))
@@ -89,6 +91,7 @@ STARTS = {
 
 
 def main():
+    """Parse the arguments, and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("warm-start.png"))
     arguments = parser.parse_args()
