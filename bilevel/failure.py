@@ -24,7 +24,7 @@ def report(info: SolverInfo, solver: Any, on_failure: OnFailure, curvature: Call
     if on_failure == "ignore" or info.status == Status.CONVERGED:
         return
     if info.status == Status.MAXITER:
-        message = _maxiter(info, getattr(solver, "maxiter", None), getattr(solver, "remedy", "Add damping."))
+        message = _maxiter(info, solver)
     elif info.status == Status.NON_FINITE:
         message = _non_finite(info)
     else:
@@ -44,14 +44,16 @@ def _residual(info: SolverInfo) -> str:
     return f"residual {info.residual_norm:.2g} of a right-hand side of {info.rhs_norm:.2g}"
 
 
-def _maxiter(info: SolverInfo, maxiter: int | None, remedy: str) -> str:
+def _maxiter(info: SolverInfo, solver: Any) -> str:
+    maxiter, remedy = getattr(solver, "maxiter", None), getattr(solver, "remedy", "Add damping.")
     if maxiter is None:
         return f"did not solve the system: a {_residual(info)} is left. {remedy}"
     if info.steps < maxiter:
+        advice = "Raise restart, l" if hasattr(solver, "restart") else "L"
         return (
             f"stagnated after {info.steps} steps above its tolerance, with a {_residual(info)}: a singular or "
-            "ill-conditioned Hessian, or the precision of the dtype, keeps it out of reach. Loosen rtol, add damping, "
-            "or use float64."
+            f"ill-conditioned Hessian, or the precision of the dtype, keeps it out of reach. {advice}oosen rtol, add "
+            "damping, or use float64."
         )
     return f"stopped after {info.steps} steps above its tolerance, with a {_residual(info)}. {remedy}"
 

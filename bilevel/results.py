@@ -23,7 +23,7 @@ class SolverInfo(NamedTuple):
     """How the adjoint was found: Python numbers from an eager call, arrays under ``jit`` and ``vmap``.
 
     Attributes:
-        steps: iterations; one Hessian-vector product each.
+        steps: iterations; one Hessian-vector product each, two of BiCGStab.
         residual_norm: norm of rhs - A v, in the units of ``rhs_norm``; each solver says how it knows it.
             ``nan`` where measuring it would cost as much as the solve (``identity``).
         rhs_norm: norm of the right-hand side dF/dw.

@@ -60,6 +60,33 @@ def test_an_indefinite_hessian_is_said(backend, dtype):
     assert info.status == Status.NEGATIVE_CURVATURE
 
 
+@pytest.mark.parametrize(
+    ("solver", "curvatures", "message"),
+    [
+        (
+            bl.Nystrom(rank=1, damping=0.1),
+            [1.0, 2.0, 3.0],
+            r"Nystrom: did not solve .* residual .* Raise rank or damping",
+        ),
+        (bl.Nystrom(rank=3), [1.0, 2.0, -3.0], r"Nystrom: met non-positive curvature .* add damping above 3"),
+        (bl.GMRES(restart=1), [1.0, -1.0], r"GMRES: stagnated .* Raise restart, loosen"),
+        (
+            bl.GMRES(restart=1, max_restarts=1),
+            [1.0, 2.0, 3.0],
+            r"GMRES: stopped after 1 .* Raise restart or max_restarts",
+        ),
+        (bl.BiCGStab(maxiter=1), [1.0, 2.0, 3.0], r"BiCGStab: stopped after 1 steps .* Raise maxiter"),
+        (bl.Neumann(terms=2, rtol=1e-3), [1.0, 2.0, 3.0], r"Neumann: stopped after 2 steps .* Raise terms"),
+        (bl.Exact(), [1.0, 2.0, 0.0], r"Exact: did not solve .* There is no solution: the Hessian is singular"),
+    ],
+    ids=["rank", "indefinite", "stagnant", "cycles", "bicgstab", "neumann", "exact"],
+)
+def test_each_failure_names_its_cure(solver, curvatures, message):
+    problem, w, h = quadratic(framework("numpy"), np.array(curvatures))
+    with pytest.raises(bl.SolverError, match=message):
+        bl.hypergradient(problem, w, h, solver=solver, on_failure="raise")
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @given(seed=seeds, damping=st.sampled_from([0.0, 0.5]))
 def test_preconditioned_cg_matches_scipy(backend, dtype, seed, damping):
