@@ -3,8 +3,8 @@
     python benchmarks/networks.py
 
 A convolutional network and an LSTM on scikit-learn's digits, float32, trained by Adam on 800 images; the Hessian is
-that of the mean cross-entropy with a weight decay of 1e-3, the right-hand side the gradient of a validation loss. Errors
-are against the dense Hessian of the same system (damped as said), solved in float64.
+that of the mean cross-entropy with a weight decay of 1e-3, the right-hand side the gradient of a validation loss.
+Errors are against the dense Hessian of the same system (damped as said), solved in float64.
 """
 
 import argparse
