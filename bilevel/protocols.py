@@ -59,7 +59,7 @@ class Point(NamedTuple):
 
     params: Tree
     hparams: Tree
-    inner_args: tuple[Any, ...] = ()
+    inner_args: Any = ()  # a tuple; or a list of tuples, one batch per step
     outer_args: tuple[Any, ...] = ()
     adjoint0: Tree | None = None
 
@@ -68,7 +68,8 @@ class InnerProblem(Protocol):
     """An inner objective with analytic derivatives, for the numpy backend.
 
     ``vector`` has the structure of ``params``; so have the results of ``grad`` and ``hvp``, while that of
-    ``cross_vjp`` has the structure of ``hparams``.
+    ``cross_vjp`` has the structure of ``hparams``. Forward mode of ``unrolled`` asks for one method more,
+    ``cross_jvp(params, hparams, vector, *args)``, whose vector is like ``hparams`` and its result like ``params``.
     """
 
     def __call__(self, params: Tree, hparams: Tree, *args: Any) -> Scalar: ...
@@ -258,7 +259,7 @@ Solver = IHVPSolver | HypergradientMethod
 class Backend(Protocol):
     """A framework: differentiates a problem, and knows its trees of arrays as vectors.
 
-    Subclass it for the two methods that have a body, or write all of them.
+    Subclass it for the methods that have a body, or write all of them.
     """
 
     name: str
@@ -309,6 +310,10 @@ class Backend(Protocol):
     def inner(self, problem: Problem, params: Tree, hparams: Tree, args: tuple[Any, ...]) -> InnerDerivatives:
         """Differentiate the inner objective at a point."""
         ...
+
+    def inner_grad(self, problem: Problem, params: Tree, hparams: Tree, args: tuple[Any, ...]) -> Tree:
+        """Return ∂L/∂w alone, for who takes a step with it."""
+        return self.inner(problem, params, hparams, args).grad
 
     @abstractmethod
     def outer(self, problem: Problem, params: Tree, hparams: Tree, args: tuple[Any, ...]) -> OuterDerivatives:

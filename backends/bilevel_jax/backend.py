@@ -77,12 +77,15 @@ class JaxBackend(Backend):
             # In λ alone: one joint pull over (w, λ) costs several gradients.
             return jax.vjp(grad_of, hparams)[1](v)[0] if influences else None
 
+        def cross_jvp(u: Any) -> Any:
+            return jax.jvp(grad_of, (hparams,), (u,))[1]  # in a loop, XLA hoists what does not depend on u
+
         influences = depends(grad_of, hparams)
         if not depends(lambda w: loss(w, hparams), params):
             raise ValueError(
                 f"inner does not depend on {leaf_names(self, 'params', params)}. Use the params argument inside it."
             )
-        return InnerDerivatives(grad, hvp, cross_vjp)
+        return InnerDerivatives(grad, hvp, cross_vjp, cross_jvp)
 
     @override
     def outer(self, problem: Problem, params: Any, hparams: Any, args: tuple[Any, ...]) -> OuterDerivatives:

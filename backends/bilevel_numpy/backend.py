@@ -68,9 +68,20 @@ class NumpyBackend(Backend):
                 check_like(self, "the inner cross_vjp", product, "hparams", hparams)
             return product
 
+        def cross_jvp(u: Any) -> Any:
+            if not hasattr(objective, "cross_jvp"):
+                raise TypeError(
+                    f"the inner objective ({type(objective).__name__}) has no method 'cross_jvp', which forward mode "
+                    "needs on the numpy backend: cross_jvp(params, hparams, vector, *args) returns (∂²L/∂λ∂w) vector "
+                    'for a vector like hparams (see bilevel.problems). mode="reverse" does without.'
+                )
+            product = objective.cross_jvp(params, hparams, u, *args)
+            check_like(self, "the inner cross_jvp", product, "params", params)
+            return product
+
         grad = objective.grad(params, hparams, *args)
         check_like(self, "the inner grad", grad, "params", params)
-        return InnerDerivatives(grad, hvp, cross_vjp)
+        return InnerDerivatives(grad, hvp, cross_vjp, cross_jvp)
 
     @override
     def outer(self, problem: Problem, params: Any, hparams: Any, args: tuple[Any, ...]) -> OuterDerivatives:

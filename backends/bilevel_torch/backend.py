@@ -1,6 +1,7 @@
 """Derivatives by autograd: one graph of ∇L, retained, serves every product."""
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -87,7 +88,32 @@ class TorchBackend(Backend):
             products = pull(v, hypers)
             return None if all(p is None for p in products) else _fill(products, hparams)
 
-        return InnerDerivatives(_fill([g if g is None else g.detach() for g in grads], params), hvp, cross_vjp)
+        @cache
+        def transposable() -> tuple[list[torch.Tensor], Sequence[torch.Tensor | None]]:
+            """Return v and cross_vjp(v) with its graph: linear in v, so that its derivative by v is the transpose."""
+            with torch.enable_grad():
+                outputs = [g for g in grads if g is not None and g.requires_grad]
+                v = [torch.zeros_like(g, requires_grad=True) for g in outputs]
+                return v, _grad(outputs, hypers, v, create_graph=True)
+
+        def cross_jvp(u: Any) -> Any:
+            v, pulled = transposable()
+            pairs = [(p, d) for p, d in zip(pulled, leaves(u), strict=True) if p is not None and p.requires_grad]
+            products: list[torch.Tensor | None] = [None] * len(weights)
+            if pairs:
+                outputs, seeds = zip(*pairs, strict=True)
+                for i, p in zip(varying, _grad(outputs, v, seeds, retain_graph=True), strict=True):
+                    products[i] = p
+            return _fill(products, params)
+
+        grad = _fill([g if g is None else g.detach() for g in grads], params)
+        return InnerDerivatives(grad, hvp, cross_vjp, cross_jvp)
+
+    @override
+    def inner_grad(self, problem: Problem, params: Any, hparams: Any, args: tuple[Any, ...]) -> Any:
+        if type(problem) is not Problem:
+            return super().inner_grad(problem, params, hparams, args)
+        return self.outer(Problem(problem.inner, problem.inner), params, hparams, args).grad_params  # no second graph
 
     @override
     def outer(self, problem: Problem, params: Any, hparams: Any, args: tuple[Any, ...]) -> OuterDerivatives:

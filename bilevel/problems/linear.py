@@ -67,8 +67,16 @@ class _Penalized:
             return np.bincount(self.groups, per_feature, len(hparams)).astype(hparams.dtype)
         return np.asarray(per_weight.sum(tuple(range(hparams.ndim, params.ndim))))
 
+    def cross_jvp(self, params: Any, hparams: Any, vector: Any, X: Any, y: Any) -> Any:
+        return self.penalties(params, hparams) * self.spread(params, vector) * params
+
     def penalties(self, params: Any, hparams: Any) -> Any:
         """Return exp(λ) in a shape that broadcasts to that of params."""
+        hparams = self.spread(params, hparams)
+        return namespace(hparams).exp(hparams)
+
+    def spread(self, params: Any, hparams: Any) -> Any:
+        """Return λ, or a vector like it, in a shape that broadcasts to that of params."""
         if self.groups is not None:
             hparams = hparams[np.asarray(self.groups)]
         if tuple(hparams.shape) != tuple(params.shape[: hparams.ndim]):
@@ -76,7 +84,7 @@ class _Penalized:
                 f"hparams: expected log penalties of shape () (shared), {tuple(params.shape[:1])} (per feature) or "
                 f"{tuple(params.shape)} (per weight), got {tuple(hparams.shape)}. Penalties per group need groups=."
             )
-        return namespace(hparams).exp(hparams).reshape(tuple(hparams.shape) + (1,) * (params.ndim - hparams.ndim))
+        return hparams.reshape(tuple(hparams.shape) + (1,) * (params.ndim - hparams.ndim))
 
 
 @dataclass(frozen=True)

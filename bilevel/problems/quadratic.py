@@ -24,6 +24,9 @@ class _Inner:
     def cross_vjp(self, params: Any, hparams: Any, vector: Any) -> Any:
         return -(self.coupling.T @ vector)
 
+    def cross_jvp(self, params: Any, hparams: Any, vector: Any) -> Any:
+        return -(self.coupling @ vector)
+
 
 @dataclass(frozen=True, eq=False)
 class _Outer:
