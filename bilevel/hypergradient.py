@@ -25,7 +25,7 @@ def hypergradient(
     params: Tree,
     hparams: Tree,
     *,
-    inner_args: tuple[Any, ...] = (),
+    inner_args: tuple[Any, ...] | list[tuple[Any, ...]] = (),
     outer_args: tuple[Any, ...] = (),
     solver: Any = "cg",
     adjoint0: Tree | None = None,
@@ -45,7 +45,8 @@ def hypergradient(
         problem: the inner objective L and the outer objective F.
         params: w, a tree of floating-point arrays.
         hparams: λ, likewise, of the same framework.
-        inner_args: further arguments of L, most often the training data.
+        inner_args: further arguments of L, most often the training data, as a tuple. A list of such tuples is one
+            batch per step, taken in turn, for a solver that takes steps; in JAX, its arrays must be alike.
         outer_args: further arguments of F, most often the validation data.
         solver: for v: a name, a mapping with ``name`` and options, a TOML file, or a solver object.
         adjoint0: a warm start for v: the ``adjoint`` of an earlier call.
@@ -189,6 +190,8 @@ def _check_result(hg: Hypergradient, backend: Backend, hparams: Tree) -> Hypergr
 
 
 def _spectrum(backend: Backend, solver: Solver, problem: Problem, point: Point) -> tuple[Any, Any]:
+    if isinstance(point.inner_args, list):
+        point = point._replace(inner_args=point.inner_args[0])
     return _ends(backend, linearize(backend, problem, point))
 
 

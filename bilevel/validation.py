@@ -44,18 +44,25 @@ def check_point(backend: Backend, point: Point) -> None:
     """Raise unless params, hparams and adjoint0 are trees that can be differentiated together.
 
     Raises:
-        TypeError: for leaves of another framework or that are not floating-point, or args that are no tuple.
-        ValueError: for empty trees, different devices, or an adjoint0 unlike params.
+        TypeError: for leaves of another framework or that are not floating-point, or args that are no tuple: for
+            inner_args, also no list of tuples, one per batch.
+        ValueError: for empty trees, different devices, an adjoint0 unlike params, or a list of no batches.
     """
     trees = {"params": point.params, "hparams": point.hparams, "adjoint0": point.adjoint0}
     if point.params is None or point.hparams is None:
         raise ValueError(f"{'params' if point.params is None else 'hparams'} is None.")
     check_trees(backend, trees, {"adjoint0": "params"})
-    for name in ("inner_args", "outer_args"):
-        if not isinstance(getattr(point, name), tuple | list):
+    if not isinstance(point.inner_args, list):
+        args = {"inner_args": point.inner_args}
+    elif point.inner_args:
+        args = {f"inner_args[{i}]": batch for i, batch in enumerate(point.inner_args)}
+    else:
+        raise ValueError("inner_args: the list has no batch; without further arguments, leave inner_args out.")
+    for name, value in {**args, "outer_args": point.outer_args}.items():
+        if not isinstance(value, tuple):
+            hint = " A list holds one tuple per batch, as in inner_args=[(x0, y0), (x1, y1)]." if name in args else ""
             raise TypeError(
-                f"{name}: expected a tuple of arguments, as in {name}=(x, y), "
-                f"got {type(getattr(point, name)).__name__}."
+                f"{name}: expected a tuple of arguments, as in {name}=(x, y), got {type(value).__name__}.{hint}"
             )
 
 

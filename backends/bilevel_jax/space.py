@@ -73,8 +73,8 @@ class JaxSpace:
         if len(items) == 1:
             return lambda i: items[0]
         count = len(items)
-        stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *items)
-        return lambda i: jax.tree.map(lambda s: s[i % count], stacked)
+        leaves, structure = _stack(items)
+        return lambda i: jax.tree.unflatten(structure, [leaf(i % count) for leaf in leaves])
 
     def while_loop(self, live: Callable, body: Callable, state: Any, max_steps: int) -> Any:
         def counted_live(carry: Any) -> Any:
@@ -126,3 +126,34 @@ def _project(s: Any, a: Any) -> jax.Array:
     return jnp.matmul(
         s.reshape(len(s), a.size).astype(dtype), a.reshape(-1).astype(dtype), precision=lax.Precision.HIGHEST
     )
+
+
+def _stack(items: Sequence[Any]) -> tuple[list[Callable[[Any], Any]], Any]:
+    """Return, for each leaf, a function from an item's number to its leaf, and the structure of an item."""
+    paths, structure = jax.tree_util.tree_flatten_with_path(items[0])
+    columns = [[leaf] for _, leaf in paths]
+    for i, item in enumerate(items[1:], 1):
+        leaves, other = jax.tree.flatten(item)
+        if other != structure:
+            raise ValueError(f"batch {i} has the structure {other}, but batch 0 {structure}.")
+        for column, leaf in zip(columns, leaves, strict=True):
+            column.append(leaf)
+    names = [jax.tree_util.keystr(path) for path, _ in paths]
+    return [_stack_leaf(name, column) for name, column in zip(names, columns, strict=True)], structure
+
+
+def _stack_leaf(name: str, parts: Sequence[Any]) -> Callable[[Any], Any]:
+    first = parts[0]
+    if not hasattr(first, "shape") and all(type(part) is type(first) and part == first for part in parts[1:]):
+        return lambda i: first  # stays the Python value that it is: a flag, a size
+    for i, part in enumerate(parts):
+        if isinstance(part, str | bytes) or not (hasattr(part, "shape") or isinstance(part, bool | int | float)):
+            raise TypeError(f"leaf {name} of the batches is no number or array, and not the same in all: {part!r}.")
+        (shape, dtype), (shape0, dtype0) = ((jnp.shape(x), jnp.result_type(x)) for x in (part, first))
+        if (shape, dtype) != (shape0, dtype0):
+            raise ValueError(
+                f"leaf {name} is {dtype} of shape {shape} in batch {i}, but {dtype0} of shape {shape0} in batch 0. "
+                "A compiled loop needs batches that are alike: drop the odd one, or pad it."
+            )
+    stacked = jnp.stack(parts)
+    return lambda i: stacked[i]
