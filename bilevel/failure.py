@@ -27,6 +27,11 @@ def report(info: SolverInfo, solver: Any, on_failure: OnFailure, curvature: Call
         message = _maxiter(info, solver)
     elif info.status == Status.NON_FINITE:
         message = _non_finite(info)
+    elif getattr(solver, "optimizer", None) == "adam":
+        message = (
+            f"diverged: Adam's steps drive apart what they start from, with a {_residual(info)} after {info.steps}. "
+            "Use a smaller step_size, a larger eps (its step is near a sign where gradients are small), or truncation."
+        )
     else:
         smallest, largest = curvature()
         if info.status == Status.NEGATIVE_CURVATURE:

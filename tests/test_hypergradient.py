@@ -99,49 +99,6 @@ def test_backends_agree_with_the_closed_form_anywhere(backend, seed, weights, hy
     assert relative_error(backend.to_numpy(hg.grad), case.expected) <= 1e-9
 
 
-@given(seed=seeds, terms=st.sampled_from([1, 2, 7]), share=st.floats(0.1, 1.9))
-def test_unrolled_steps_from_a_stationary_point_are_neumann_terms(backend, seed, terms, share):
-    """Theorem 2 of Lorraine et al. (2020): K steps sum the first K terms."""
-    case = Case(backend, seed)
-    series = bl.Neumann(terms=terms - 1, step_size=share / 4)
-    unrolled = bl.Unrolled(steps=terms, step_size=share / 4)
-    a, b = (case.hypergradient(s) for s in (series, unrolled))
-    for x, y in ((a.grad, b.grad), (a.adjoint, b.adjoint)):
-        assert relative_error(backend.to_numpy(x), backend.to_numpy(y)) <= 1e-11
-
-
-def test_unrolling_from_anywhere_differentiates_the_program(backend):
-    """Against central differences of the whole run: the derivative of the program, not of its limit."""
-    case = Case(backend, at_minimum=False)
-    solver = bl.Unrolled(steps=5, step_size=0.1, momentum=0.5)
-    hg = case.hypergradient(solver)
-    h = 1e-6
-    for i in range(4):
-        values = []
-        for sign in (1, -1):
-            moved = case.hparams_ + sign * h * np.eye(4)[i]
-            at = case.hypergradient(solver, hparams=backend.from_numpy(moved))
-            values.append(backend.to_host(at.value))
-        assert backend.to_numpy(hg.grad)[i] == pytest.approx((values[0] - values[1]) / (2 * h), rel=1e-7, abs=1e-7)
-
-
-def test_the_end_of_an_unroll_is_returned(backend):
-    case = Case(backend, at_minimum=False)
-    hg = case.hypergradient(bl.Unrolled(steps=300))
-    at_minimum = Case(backend).params_
-    assert relative_error(backend.to_numpy(hg.params), at_minimum) <= 1e-10
-    implicit = case.hypergradient()
-    assert implicit.params is case.params
-
-
-def test_truncation_drops_the_early_steps(backend):
-    case = Case(backend)
-    truncated = bl.Unrolled(steps=20, step_size=0.2, truncation=4)
-    short = bl.Unrolled(steps=4, step_size=0.2)
-    a, b = (case.hypergradient(s) for s in (truncated, short))
-    assert relative_error(backend.to_numpy(a.grad), backend.to_numpy(b.grad)) <= 1e-11  # stationary throughout
-
-
 def test_a_warm_start_saves_all_steps(backend):
     case = Case(backend)
     first = case.hypergradient({"name": "cg", "rtol": 1e-10})

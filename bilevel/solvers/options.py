@@ -1,5 +1,7 @@
 """Checks of solver options. A number that is an array of a framework passes: it may be traced."""
 
+import difflib
+from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -9,8 +11,10 @@ def is_python_number(value: Any) -> bool:
     return isinstance(value, str | bytes | bool | Real) or value is None
 
 
-def check_real(solver: Any, option: str, *, above: float | None = None, least: float | None = None) -> None:
-    """Raise unless the option is a finite number, > ``above`` or >= ``least``.
+def check_real(
+    solver: Any, option: str, *, above: float | None = None, least: float | None = None, below: float = float("inf")
+) -> None:
+    """Raise unless the option is a finite number, > ``above`` or >= ``least``, and < ``below``.
 
     Raises:
         TypeError: if it is no number.
@@ -20,12 +24,13 @@ def check_real(solver: Any, option: str, *, above: float | None = None, least: f
     if not is_python_number(value) and hasattr(value, "dtype"):
         return
     bound = f"> {above:g}" if above is not None else f">= {least:g}"
+    bound += f" and < {below:g}" if below < float("inf") else ""
     what = f"{type(solver).__name__}.{option}: expected a finite number {bound}, got {value!r}."
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(what)
     number = float(value)
     in_range = number > above if above is not None else number >= (least or 0.0)
-    if not in_range or number == float("inf"):
+    if not in_range or not number < below:
         raise ValueError(what)
 
 
@@ -42,3 +47,17 @@ def check_int(solver: Any, option: str, *, least: int) -> None:
         raise TypeError(what)
     if value < least:
         raise ValueError(what)
+
+
+def check_choice(solver: Any, option: str, choices: Sequence[Any]) -> None:
+    """Raise a ValueError unless the option is one of the choices; suggest the nearest word."""
+    value = getattr(solver, option)
+    if any(type(value) is type(choice) and value == choice for choice in choices):
+        return
+    words = [choice for choice in choices if isinstance(choice, str)]
+    close = difflib.get_close_matches(value, words, n=1, cutoff=0.5) if isinstance(value, str) else []
+    listed = ", ".join(f'"{choice}"' if isinstance(choice, str) else repr(choice) for choice in choices[:-1])
+    raise ValueError(
+        f'{type(solver).__name__}.{option}: expected {listed} or "{choices[-1]}", got {value!r}.'
+        + (f' Did you mean "{close[0]}"?' if close else "")
+    )
