@@ -46,7 +46,7 @@ def hypergradient(
         params: w, a tree of floating-point arrays.
         hparams: λ, likewise, of the same framework.
         inner_args: further arguments of L, most often the training data, as a tuple. A list of such tuples is one
-            batch per step, taken in turn, for a solver that takes steps; in JAX, its arrays must be alike.
+            batch per step, taken in turn, for ``neumann`` and ``unrolled``; in JAX their arrays must be alike.
         outer_args: further arguments of F, most often the validation data.
         solver: for v: a name, a mapping with ``name`` and options, a TOML file, or a solver object.
         adjoint0: a warm start for v: the ``adjoint`` of an earlier call.
@@ -190,8 +190,6 @@ def _check_result(hg: Hypergradient, backend: Backend, hparams: Tree) -> Hypergr
 
 
 def _spectrum(backend: Backend, solver: Solver, problem: Problem, point: Point) -> tuple[Any, Any]:
-    if isinstance(point.inner_args, list):
-        point = point._replace(inner_args=point.inner_args[0])
     return _ends(backend, linearize(backend, problem, point))
 
 
