@@ -29,6 +29,7 @@ class Unrolled:
     - "adam" (Kingma & Ba, ICLR 2015), in the arithmetic of `torch.optim.Adam` and optax. Where gradients are near zero
       its step is about a sign, and the derivative large: up to step_size/eps per unit of gradient. A larger ``eps``
       smooths it. Gradients that were all exactly zero have that derivative too, never a nan.
+      The averages have the dtype of ``params``; half precision is too coarse for their derivatives.
 
     ``mode`` is one of, with the same result to rounding:
 
