@@ -1,4 +1,7 @@
-"""Hypothesis profiles (`ci` repeats exactly, `dev` explores), float64 in JAX, and the frameworks as a fixture."""
+"""Hypothesis profiles, float64 in JAX, and the frameworks as a fixture.
+
+Examples repeat exactly; HYPOTHESIS_PROFILE=explore draws new ones.
+"""
 
 import os
 
@@ -11,14 +14,14 @@ os.environ.setdefault("JAX_ENABLE_X64", "1")
 
 # No deadline: the first example pays for JAX's compilation and torch's start.
 settings.register_profile(
-    "ci",
+    "repeat",
     derandomize=True,
     deadline=None,
     max_examples=30,
     suppress_health_check=[HealthCheck.too_slow],
 )
-settings.register_profile("dev", deadline=None)
-settings.load_profile("ci" if os.environ.get("CI") else "dev")
+settings.register_profile("explore", deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeat"))
 
 
 @pytest.fixture(params=FRAMEWORKS, scope="session")
