@@ -2,6 +2,7 @@
 
 from bilevel import problems
 from bilevel.config import get_backend, get_solver, list_backends, list_preconditioners, list_solvers
+from bilevel.equations import FixedPoint, Root
 from bilevel.errors import SolverError, SolverWarning
 from bilevel.hypergradient import hypergradient, hypergradient_from
 from bilevel.minimize import minimize
@@ -30,6 +31,7 @@ __all__ = [
     "BiCGStab",
     "DiagonalPreconditioner",
     "Exact",
+    "FixedPoint",
     "Hypergradient",
     "Identity",
     "Linearization",
@@ -37,6 +39,7 @@ __all__ = [
     "Nystrom",
     "NystromPreconditioner",
     "Problem",
+    "Root",
     "SolverError",
     "SolverInfo",
     "SolverWarning",

@@ -1,16 +1,16 @@
 """From a name, a mapping or a TOML file to a solver or backend; what is installed is found by entry points."""
 
 import dataclasses
-import difflib
 import importlib.util
 import sys
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
+from bilevel.errors import suggest
 from bilevel.protocols import Backend, HypergradientMethod, IHVPSolver, Solver
 
 
@@ -35,13 +35,6 @@ def list_backends() -> list[str]:
     True
     """
     return sorted(name for name in _plugins("bilevel.backends") if importlib.util.find_spec(name) is not None)
-
-
-def suggest(name: str, known: Iterable[str]) -> str:
-    """Return " Did you mean …?" and the list of what there is."""
-    known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return (f" Did you mean {close[0]!r}?" if close else "") + f" There is: {', '.join(known) or 'none'}."
 
 
 def list_preconditioners() -> list[str]:

@@ -1,7 +1,7 @@
 """What a failed solve says: what happened, why, and the way out."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 from bilevel.errors import SolverError, SolverWarning
@@ -16,10 +16,13 @@ def check_on_failure(on_failure: str) -> None:
         raise ValueError(f'on_failure: expected "raise", "warn" or "ignore", got {on_failure!r}.')
 
 
-def report(info: SolverInfo, solver: Any, on_failure: OnFailure, curvature: Callable[[], Sequence[float]]) -> None:
+def report(
+    info: SolverInfo, solver: Any, on_failure: OnFailure, curvature: Callable[[], tuple[float, float] | None]
+) -> None:
     """Warn or raise if a solve failed; a result that is not finite raises even where a warning was asked for.
 
-    ``curvature`` returns the smallest and largest eigenvalue of the undamped Hessian, about; only called if needed.
+    ``curvature`` returns the smallest and largest eigenvalue of the undamped Hessian, about, or None where it is
+    not symmetric; only called if needed.
     """
     if on_failure == "ignore" or info.status == Status.CONVERGED:
         return
@@ -32,12 +35,12 @@ def report(info: SolverInfo, solver: Any, on_failure: OnFailure, curvature: Call
             f"diverged: Adam's steps drive apart what they start from, with a {_residual(info)} after {info.steps}. "
             "Use a smaller step_size, a larger eps (its step is near a sign where gradients are small), or truncation."
         )
+    elif (ends := curvature()) is None:
+        message = _no_contraction(info)
+    elif info.status == Status.NEGATIVE_CURVATURE:
+        message = _negative_curvature(info, *ends)
     else:
-        smallest, largest = curvature()
-        if info.status == Status.NEGATIVE_CURVATURE:
-            message = _negative_curvature(info, smallest, largest)
-        else:
-            message = _diverged(info, smallest, largest, getattr(solver, "damping", 0.0))
+        message = _diverged(info, *ends, getattr(solver, "damping", 0.0))
     message = f"{type(solver).__name__}: {message}"
     if on_failure == "raise" or info.status == Status.NON_FINITE:
         raise SolverError(message)
@@ -73,7 +76,7 @@ def _negative_curvature(info: SolverInfo, smallest: float, largest: float) -> st
         f"met non-positive curvature at step {info.steps} and stopped at the last good iterate, with a "
         f"{_residual(info)}. The Hessian is not positive definite ({spectrum}): {advice}"
         'train the inner problem further, use solver="minres", which takes eigenvalues of either sign, or the '
-        'Gauss-Newton matrix in place of the Hessian (curvature="gauss-newton").'
+        "Gauss-Newton matrix in place of the Hessian (bl.Problem.from_model)."
     )
 
 
@@ -88,6 +91,14 @@ def _diverged(info: SolverInfo, smallest: float, largest: float, damping: float)
     return message + (
         f"The largest eigenvalue of the Hessian{' with its damping' if damping else ''} is about {top:.3g}: use "
         f'step_size={1 / top:.2g} (it must stay below {2 / top:.2g}), or step_size="auto".'
+    )
+
+
+def _no_contraction(info: SolverInfo) -> str:
+    return (
+        f"diverged at step {info.steps}, with a {_residual(info)}. A fixed point's step, or w − step_size·residual "
+        'of a root, does not contract at params, so that its series has no sum: use solver="gmres", add damping, or '
+        "look whether params is the solution."
     )
 
 

@@ -8,7 +8,8 @@ import numpy as np
 from scipy import optimize
 
 from bilevel.errors import SolverWarning
-from bilevel.flat import AsOuter, to_host
+from bilevel.first_order import in_params
+from bilevel.flat import to_host
 from bilevel.problem import Problem
 from bilevel.protocols import Backend, Point, Tree
 from bilevel.validation import check_point, find_backend
@@ -49,7 +50,11 @@ def scipy_fit(
     >>> scipy_fit(problem)(np.array([2.0, 4.0]), np.zeros(2))
     array([1., 2.])
     """
-    first_order = Problem(problem.inner, AsOuter(problem.inner))
+    if not hasattr(problem, "inner"):
+        raise TypeError(
+            f"scipy_fit minimizes an inner objective, which {type(problem).__name__} does not have: write a "
+            "fit(hparams, params0) -> params of your own, which repeats the step until it stands still, say."
+        )
     worst = 0.0
 
     def fit(hparams: Tree, params0: Tree) -> Tree:
@@ -62,7 +67,7 @@ def scipy_fit(
 
         def value_and_grad(x: np.ndarray) -> tuple[float, np.ndarray]:
             point = Point(params0, hparams, inner_args, (backend_.from_numpy(x),))
-            value, grad = backend_.execute(_value_and_grad, None, first_order, point)
+            value, grad = backend_.execute(_value_and_grad, None, problem, point)
             return float(backend_.to_host(value)), backend_.to_numpy(grad).astype(np.float64)
 
         found = optimize.minimize(
@@ -89,7 +94,7 @@ def _value_and_grad(backend: Backend, solver: None, problem: Problem, point: Poi
     """Return the inner objective and its gradient at flat parameters; JAX compiles this once for all fits."""
     del solver
     params = backend.space.unravel(point.outer_args[0], point.params)
-    value, grad, _ = backend.outer(problem, params, point.hparams, point.inner_args)
+    value, grad, _ = in_params(backend, problem.inner, params, point.hparams, point.inner_args)
     return value, backend.space.ravel(grad)
 
 

@@ -4,11 +4,12 @@ from typing import Any
 
 from bilevel.config import get_solver
 from bilevel.failure import OnFailure, check_on_failure, report
-from bilevel.problem import Problem
 from bilevel.protocols import (
     Backend,
+    BilevelProblem,
     HypergradientMethod,
     Linearization,
+    NonSymmetric,
     Operator,
     Point,
     Solver,
@@ -21,7 +22,7 @@ from bilevel.validation import check_like, check_point, check_trees, find_backen
 
 
 def hypergradient(
-    problem: Problem,
+    problem: BilevelProblem,
     params: Tree,
     hparams: Tree,
     *,
@@ -42,7 +43,8 @@ def hypergradient(
     what they read beside their arguments (globals, attributes of ``self``) stays as it was when they were first traced.
 
     Args:
-        problem: the inner objective L and the outer objective F.
+        problem: the inner objective L and the outer objective F; or a `FixedPoint` or a `Root`, which have an equation
+            in place of ∂L/∂w = 0.
         params: w, a tree of floating-point arrays.
         hparams: λ, likewise, of the same framework.
         inner_args: further arguments of L, most often the training data, as a tuple. A list of such tuples is one
@@ -58,7 +60,8 @@ def hypergradient(
         A `Hypergradient`: ``grad``, ``value``, ``adjoint``, ``params`` and ``info``.
 
     Raises:
-        TypeError, ValueError: for input that does not fit; the message names the leaf.
+        TypeError, ValueError: for input that does not fit; the message names the leaf. A fixed point or a root
+            takes a solver that does not rely on symmetry.
         SolverError: if the solve failed and ``on_failure`` says so.
 
     >>> import numpy as np, bilevel as bl
@@ -67,8 +70,10 @@ def hypergradient(
     array([-1., -1.])
     """
     check_on_failure(on_failure)
-    if not (hasattr(problem, "inner") and hasattr(problem, "outer")):
-        raise TypeError(f"problem: expected bl.Problem(inner, outer), got {type(problem).__name__}.")
+    if not isinstance(problem, BilevelProblem):
+        raise TypeError(
+            f"problem: expected bl.Problem(inner, outer), bl.FixedPoint or bl.Root, got {type(problem).__name__}."
+        )
     solver = get_solver(solver)
     backend = find_backend(backend, params, hparams)
     point = Point(params, hparams, inner_args, outer_args, adjoint0)
@@ -128,12 +133,14 @@ def hypergradient_from(
         check_like(backend, "hvp(v)", product, "grad_params", rhs)
         return product
 
-    linearization = linearization._replace(hvp=checked_hvp)
+    linearization = linearization._replace(
+        hvp=NonSymmetric(checked_hvp) if isinstance(hvp, NonSymmetric) else checked_hvp
+    )
     hg = _check_result(implicit(backend, solver, linearization, adjoint0), backend, direct)
     return _conclude(hg, backend, solver, on_failure, lambda: _ends(backend, linearization))
 
 
-def linearize(backend: Backend, problem: Problem, point: Point) -> Linearization:
+def linearize(backend: Backend, problem: BilevelProblem, point: Point) -> Linearization:
     """Return the linearization of a problem at a point; of several batches, the first one serves but for products."""
     batches = point.inner_args if isinstance(point.inner_args, list) else [point.inner_args]
     linearization = backend.linearize(
@@ -141,10 +148,12 @@ def linearize(backend: Backend, problem: Problem, point: Point) -> Linearization
     )
     if len(batches) == 1:
         return linearization
+    if isinstance(linearization.hvp, NonSymmetric):
+        raise TypeError("inner_args is a list, but a fixed point or a root is one of all the data: give one tuple.")
     args = backend.space.sequence(batches)
 
     def sample(i: Any) -> Operator:
-        return backend.inner(problem, point.params, point.hparams, args(i + 1)).hvp
+        return problem.derivatives(backend, point.params, point.hparams, args(i + 1)).hvp
 
     return linearization._replace(hvp=Stochastic(linearization.hvp, sample))
 
@@ -158,6 +167,12 @@ def implicit(backend: Backend, solver: Any, linearization: Linearization, adjoin
             f"inner_args is a list, a batch per product, but {type(solver).__name__} needs the same Hessian in all of "
             'them. Use solver="neumann" or "unrolled", or give one tuple: inner_args=(x, y).'
         )
+    if isinstance(hvp, NonSymmetric) and not getattr(solver, "nonsymmetric", False):
+        raise TypeError(
+            f"{type(solver).__name__} relies on a symmetric operator, which that of a fixed point or a root is "
+            'not. Use solver="gmres" or "bicgstab", {"name": "neumann", "step_size": 1.0} where the step contracts, '
+            '"exact" where params is small, or "identity".'
+        )
     adjoint, info = solver.solve(hvp, rhs, adjoint0, space)
     indirect = cross_vjp(adjoint)
     grad = direct
@@ -168,7 +183,7 @@ def implicit(backend: Backend, solver: Any, linearization: Linearization, adjoin
     return Hypergradient(grad, value, adjoint, None, info)
 
 
-def _hypergradient(backend: Backend, solver: Solver, problem: Problem, point: Point) -> Hypergradient:
+def _hypergradient(backend: Backend, solver: Solver, problem: BilevelProblem, point: Point) -> Hypergradient:
     if isinstance(solver, HypergradientMethod):
         hg = solver.hypergradient(backend, problem, point)
     else:
@@ -189,11 +204,13 @@ def _check_result(hg: Hypergradient, backend: Backend, hparams: Tree) -> Hypergr
     return hg._replace(info=hg.info._replace(status=xp.where(finite, hg.info.status, int(Status.NON_FINITE))))
 
 
-def _spectrum(backend: Backend, solver: Solver, problem: Problem, point: Point) -> tuple[Any, Any]:
+def _spectrum(backend: Backend, solver: Solver, problem: BilevelProblem, point: Point) -> tuple[Any, Any] | None:
     return _ends(backend, linearize(backend, problem, point))
 
 
-def _ends(backend: Backend, linearization: Linearization) -> tuple[Any, Any]:
+def _ends(backend: Backend, linearization: Linearization) -> tuple[Any, Any] | None:
+    if isinstance(linearization.hvp, NonSymmetric):
+        return None
     ends = spectrum(linearization.hvp, linearization.grad_params, backend.space)
     return ends.smallest - ends.error, ends.largest + ends.error
 
@@ -204,5 +221,10 @@ def _conclude(hg: Hypergradient, backend: Backend, solver: Any, on_failure: OnFa
     if status is None:
         return hg
     info = SolverInfo(int(steps), residual_norm, rhs_norm, Status(int(status)))
-    report(info, solver, on_failure, lambda: [backend.to_host(end) for end in ends()])
+
+    def on_host() -> tuple[float, float] | None:
+        found = ends()
+        return None if found is None else (backend.to_host(found[0]), backend.to_host(found[1]))
+
+    report(info, solver, on_failure, on_host)
     return hg._replace(info=info)

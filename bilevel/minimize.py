@@ -10,13 +10,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import optimize
 
-from bilevel.config import get_solver, suggest
-from bilevel.errors import SolverError, SolverWarning
+from bilevel.config import get_solver
+from bilevel.errors import SolverError, SolverWarning, suggest
 from bilevel.failure import OnFailure
 from bilevel.flat import to_host
 from bilevel.hypergradient import hypergradient
-from bilevel.problem import Problem
-from bilevel.protocols import Backend, Solver, Tree
+from bilevel.protocols import Backend, BilevelProblem, Solver, Tree
 from bilevel.results import Hypergradient, Status
 from bilevel.validation import find_backend
 
@@ -36,7 +35,7 @@ class Evaluation(NamedTuple):
 
 
 def minimize(
-    problem: Problem,
+    problem: BilevelProblem,
     hparams0: Tree,
     *,
     fit: Callable[[Tree, Any], Tree],
@@ -63,7 +62,7 @@ def minimize(
     ``gtol`` is relative.
 
     Args:
-        problem: the inner objective L and the outer objective F.
+        problem: as in `hypergradient`.
         hparams0: where to start: a tree of arrays of any backend, scaled so that a change by 1 is moderate.
         fit: ``fit(hparams, params0) -> params`` solves the inner problem from ``params0``; `bilevel.fit.scipy_fit`
             makes one. What it leaves unsolved is noise to the search, which ends where steps drown in it.
@@ -137,7 +136,7 @@ class _Point(NamedTuple):
 class _Search:
     """F and its hypergradient as SciPy calls them, and what they have seen."""
 
-    problem: Problem
+    problem: BilevelProblem
     fit: Callable[[Tree, Any], Tree]
     params0: Tree | None
     solver: Solver

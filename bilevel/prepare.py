@@ -4,13 +4,18 @@ import dataclasses
 from typing import Any
 
 from bilevel.config import get_solver
-from bilevel.problem import Problem
-from bilevel.protocols import Backend, Point, Tree
+from bilevel.protocols import Backend, BilevelProblem, Point, Tree
 from bilevel.validation import check_like, check_point, find_backend
 
 
 def prepare(
-    solver: Any, problem: Problem, params: Tree, hparams: Tree, *, inner_args: tuple[Any, ...] = (), backend: Any = None
+    solver: Any,
+    problem: BilevelProblem,
+    params: Tree,
+    hparams: Tree,
+    *,
+    inner_args: tuple[Any, ...] = (),
+    backend: Any = None,
 ) -> Any:
     """Return the solver with its preliminary work done, for several calls at about these params and hparams.
 
@@ -20,7 +25,7 @@ def prepare(
 
     Args:
         solver: a name, a mapping with ``name`` and options, a TOML file, or a solver object.
-        problem: the inner objective; its outer one is not evaluated.
+        problem: as in `hypergradient`; its outer objective is not evaluated.
         params: w, a tree of floating-point arrays.
         hparams: λ, likewise.
         inner_args: further arguments of L.
@@ -43,9 +48,9 @@ def prepare(
     return _replace(solver, backend.execute(_prepare, solver, problem, point))
 
 
-def _prepare(backend: Backend, solver: Any, problem: Problem, point: Point) -> dict[str, Any]:
+def _prepare(backend: Backend, solver: Any, problem: BilevelProblem, point: Point) -> dict[str, Any]:
     args = point.inner_args[0] if isinstance(point.inner_args, list) else point.inner_args
-    hvp = backend.inner(problem, point.params, point.hparams, args).hvp
+    hvp = problem.derivatives(backend, point.params, point.hparams, args).hvp
     return solver.prepare(hvp, point.params, backend.space)
 
 

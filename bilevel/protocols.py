@@ -5,10 +5,13 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
-from bilevel.problem import Problem
 from bilevel.results import Hypergradient, SolverInfo
+
+if TYPE_CHECKING:
+    from bilevel.model_loss import ModelLoss
+    from bilevel.problem import Problem
 
 Stack = Any  # several vectors of one structure, in whatever form the space keeps them
 Tree = Any  # nested dicts, lists, tuples of arrays, or whatever tree the backend knows
@@ -24,9 +27,10 @@ class Linearization(NamedTuple):
         value: F(w, λ), a scalar.
         grad_params: ∂F/∂w, the structure of params; the right-hand side of the linear system.
         grad_hparams: ∂F/∂λ, the structure of hparams; ``None`` where F does not depend on λ.
-        hvp: v -> (∂²L/∂w²) v, from and to the structure of params.
-        cross_vjp: v -> (∂²L/∂λ∂w)ᵀ v, from the structure of params to that of hparams; returns ``None``
-            where ∂L/∂w does not depend on λ.
+        hvp: v -> (∂²L/∂w²) v, from and to the structure of params. Where w solves an equation r(w, λ) = 0, and
+            minimizes nothing, v -> (∂r/∂w)ᵀ v, wrapped in `NonSymmetric`.
+        cross_vjp: v -> (∂²L/∂λ∂w)ᵀ v, or (∂r/∂λ)ᵀ v, from the structure of params to that of hparams; returns
+            ``None`` where ∂L/∂w, or r, does not depend on λ.
     """
 
     value: Scalar
@@ -37,13 +41,16 @@ class Linearization(NamedTuple):
 
 
 class InnerDerivatives(NamedTuple):
-    """The inner objective at one point: its gradient, and products with its second derivatives."""
+    """What makes w* at one point, as an equation r(w, λ) = 0: r, and products with its Jacobians.
 
-    grad: Tree  # ∂L/∂w
-    hvp: Operator
-    cross_vjp: Callable[[Tree], Tree | None]
+    For an inner objective, r is its gradient ∂L/∂w.
+    """
+
+    grad: Tree  # r
+    hvp: Operator  # v -> (∂r/∂w)ᵀ v; `NonSymmetric` unless r is a gradient
+    cross_vjp: Callable[[Tree], Tree | None]  # v -> (∂r/∂λ)ᵀ v; returns None where r does not depend on λ
     cross_jvp: Callable[[Tree], Tree] | None = None
-    """u -> (∂²L/∂λ∂w) u, from the structure of hparams to that of params; None where a backend does not have it."""
+    """u -> (∂r/∂λ) u, from the structure of hparams to that of params; None where a backend does not have it."""
 
 
 class OuterDerivatives(NamedTuple):
@@ -64,12 +71,27 @@ class Point(NamedTuple):
     adjoint0: Tree | None = None
 
 
+@runtime_checkable
+class BilevelProblem(Protocol):
+    """An outer objective F, and what makes w* of λ: `bilevel.Problem`, `bilevel.FixedPoint`, `bilevel.Root`.
+
+    Hashable, and equal to others of the same functions, so that JAX compiles once for all of them.
+    """
+
+    @property
+    def outer(self) -> Callable[..., Scalar]: ...
+    def derivatives(self, backend: Backend, params: Tree, hparams: Tree, args: tuple[Any, ...]) -> InnerDerivatives:
+        """Differentiate what makes w*, at a point; ``args`` are the ``inner_args``."""
+        ...
+
+
 class InnerProblem(Protocol):
     """An inner objective with analytic derivatives, for the numpy backend.
 
     ``vector`` has the structure of ``params``; so have the results of ``grad`` and ``hvp``, while that of
     ``cross_vjp`` has the structure of ``hparams``. Forward mode of ``unrolled`` asks for one method more,
     ``cross_jvp(params, hparams, vector, *args)``, whose vector is like ``hparams`` and its result like ``params``.
+    With ``curvature="finite-differences"``, ``grad_hparams`` takes the place of all three: ∂L/∂λ, as ``grad`` is ∂L/∂w.
     """
 
     def __call__(self, params: Tree, hparams: Tree, *args: Any) -> Scalar: ...
@@ -250,7 +272,7 @@ class IHVPSolver(Protocol):
 class HypergradientMethod(Protocol):
     """Turns a problem at a point into a hypergradient; what ``solver=`` means at its widest."""
 
-    def hypergradient(self, backend: Backend, problem: Problem, point: Point) -> Hypergradient: ...
+    def hypergradient(self, backend: Backend, problem: BilevelProblem, point: Point) -> Hypergradient: ...
 
 
 Solver = IHVPSolver | HypergradientMethod
@@ -311,18 +333,30 @@ class Backend(Protocol):
         """Differentiate the inner objective at a point."""
         ...
 
-    def inner_grad(self, problem: Problem, params: Tree, hparams: Tree, args: tuple[Any, ...]) -> Tree:
-        """Return ∂L/∂w alone, for who takes a step with it."""
-        return self.inner(problem, params, hparams, args).grad
-
     @abstractmethod
-    def outer(self, problem: Problem, params: Tree, hparams: Tree, args: tuple[Any, ...]) -> OuterDerivatives:
-        """Differentiate the outer objective at a point."""
+    def outer(self, problem: BilevelProblem, params: Tree, hparams: Tree, args: tuple[Any, ...]) -> OuterDerivatives:
+        """Differentiate the outer objective at a point; errors call it ``problem.outer.role`` where it has one."""
         ...
+
+    def gauss_newton(self, inner: ModelLoss, params: Tree, hparams: Tree, args: tuple[Any, ...]) -> InnerDerivatives:
+        """Differentiate an inner objective, with Gauss-Newton products for ``hvp``."""
+        raise TypeError(
+            f'curvature="gauss-newton": the {self.name} backend derives no Gauss-Newton products. Where an objective '
+            'brings its own derivatives, let its hvp return them, with curvature="hessian".'
+        )
+
+    def jacobian(
+        self, function: Callable[..., Tree], params: Tree, hparams: Tree, args: tuple[Any, ...], role: str
+    ) -> InnerDerivatives:
+        """Evaluate a map from params to trees like it; ``hvp`` and ``cross_vjp`` are its transposed Jacobians.
+
+        ``role`` is what errors call the map.
+        """
+        raise TypeError(f"{role}: the {self.name} backend has no derivatives of fixed points and roots.")
 
     def linearize(
         self,
-        problem: Problem,
+        problem: BilevelProblem,
         params: Tree,
         hparams: Tree,
         *,
@@ -331,9 +365,11 @@ class Backend(Protocol):
     ) -> Linearization:
         """Return the problem at a point, ready for a solver."""
         outer = self.outer(problem, params, hparams, outer_args)
-        inner = self.inner(problem, params, hparams, inner_args)
+        inner = problem.derivatives(self, params, hparams, inner_args)
         return Linearization(*outer, hvp=inner.hvp, cross_vjp=inner.cross_vjp)
 
-    def execute(self, function: Callable[..., Any], solver: Solver | None, problem: Problem, point: Point) -> Any:
+    def execute(
+        self, function: Callable[..., Any], solver: Solver | None, problem: BilevelProblem, point: Point
+    ) -> Any:
         """Call function(backend, solver, problem, point), compiled where the framework compiles."""
         return function(self, solver, problem, point)

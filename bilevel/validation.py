@@ -84,7 +84,7 @@ def check_trees(backend: Backend, trees: dict[str, Tree | None], like: dict[str,
     for name, other in like.items():
         if trees[name] is not None:
             check_like(backend, name, trees[name], other, trees[other])
-            _check_dtypes(backend, name, trees[name], other, trees[other])
+            check_dtypes(backend, name, trees[name], other, trees[other])
 
 
 def _check_leaf(backend: Backend, path: str, leaf: Any) -> str | None:
@@ -98,7 +98,8 @@ def _check_leaf(backend: Backend, path: str, leaf: Any) -> str | None:
     return backend.device(leaf)
 
 
-def _check_dtypes(backend: Backend, name: str, tree: Tree, other: str, reference: Tree) -> None:
+def check_dtypes(backend: Backend, name: str, tree: Tree, other: str, reference: Tree) -> None:
+    """Raise a TypeError unless two trees of one structure have the same dtypes."""
     for (path, leaf), (_, like) in zip(backend.leaves(tree), backend.leaves(reference), strict=True):
         if leaf.dtype != like.dtype:
             raise TypeError(f"{name}{path} is {leaf.dtype}, but {other}{path} {like.dtype}: convert one of them.")
@@ -124,6 +125,19 @@ def check_like(backend: Backend, name: str, tree: Tree, other: str, reference: T
 def leaf_names(backend: Backend, name: str, tree: Tree) -> str:
     """Return the leaves of a tree by their paths, for an error."""
     return ", ".join(name + path for path, _ in backend.leaves(tree)) or name
+
+
+def role_of(objective: Any) -> str:
+    """Return what errors call an objective in the outer role: it may be an inner one there."""
+    return getattr(objective, "role", "outer")
+
+
+def depends_on_nothing(backend: Backend, role: str, params: Tree, hparams: Tree) -> str:
+    """Return the beginning of an error about an objective that has no derivative at all."""
+    in_params = leaf_names(backend, "params", params)
+    if role == "inner":
+        return f"inner does not depend on {in_params}"
+    return f"outer depends on neither {in_params} nor {leaf_names(backend, 'hparams', hparams)}"
 
 
 def check_scalar(role: str, value: Any) -> None:

@@ -10,10 +10,12 @@ import numpy as np
 from jax.core import Tracer
 from typing_extensions import override
 
+from bilevel.model_loss import ModelLoss
 from bilevel.problem import Problem
-from bilevel.protocols import Backend, InnerDerivatives, OuterDerivatives, Point, Solver
-from bilevel.validation import check_scalar, leaf_names
+from bilevel.protocols import Backend, BilevelProblem, InnerDerivatives, OuterDerivatives, Point, Solver
+from bilevel.validation import check_dtypes, check_like, check_scalar, depends_on_nothing, leaf_names, role_of
 from bilevel_jax.dependence import depends
+from bilevel_jax.gauss_newton import gauss_newton
 from bilevel_jax.space import JaxSpace
 from bilevel_jax.static import join_solver, join_tree, split_solver, split_tree
 
@@ -64,44 +66,64 @@ class JaxBackend(Backend):
 
     @override
     def inner(self, problem: Problem, params: Any, hparams: Any, args: tuple[Any, ...]) -> InnerDerivatives:
-        def loss(w: Any, h: Any) -> Any:
-            return _scalar("inner", problem.inner(w, h, *args))
-
+        slope = self._inner_slope(problem.inner, params, hparams, args)
         # Linearized here, outside the solver's loop: its body must not trace the loss again.
-        grad, hvp = jax.linearize(lambda w: jax.grad(loss)(w, hparams), params)
-
-        def grad_of(h: Any) -> Any:
-            return jax.grad(loss)(params, h)
-
-        def cross_vjp(v: Any) -> Any:
-            # In λ alone: one joint pull over (w, λ) costs several gradients.
-            return jax.vjp(grad_of, hparams)[1](v)[0] if influences else None
-
-        def cross_jvp(u: Any) -> Any:
-            return jax.jvp(grad_of, (hparams,), (u,))[1]  # in a loop, XLA hoists what does not depend on u
-
-        influences = depends(grad_of, hparams)
-        if not depends(lambda w: loss(w, hparams), params):
-            raise ValueError(
-                f"inner does not depend on {leaf_names(self, 'params', params)}. Use the params argument inside it."
-            )
-        return InnerDerivatives(grad, hvp, cross_vjp, cross_jvp)
+        grad, hvp = jax.linearize(lambda w: slope(w, hparams), params)
+        return InnerDerivatives(grad, hvp, *_cross_products(slope, params, hparams))
 
     @override
-    def outer(self, problem: Problem, params: Any, hparams: Any, args: tuple[Any, ...]) -> OuterDerivatives:
+    def gauss_newton(self, inner: ModelLoss, params: Any, hparams: Any, args: tuple[Any, ...]) -> InnerDerivatives:
+        slope = self._inner_slope(inner, params, hparams, args)
+        product = gauss_newton(inner, params, hparams, args)
+        return InnerDerivatives(slope(params, hparams), product, *_cross_products(slope, params, hparams))
+
+    @override
+    def jacobian(
+        self, function: Callable[..., Any], params: Any, hparams: Any, args: tuple[Any, ...], role: str
+    ) -> InnerDerivatives:
+        def value_of(w: Any, h: Any) -> Any:
+            value = function(w, h, *args)
+            check_like(self, role, value, "params", params)
+            check_dtypes(self, role, value, "params", params)
+            return jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(value))
+
+        self._check_influence(role, value_of, params, hparams)
+        value, pull = jax.vjp(lambda w: value_of(w, hparams), params)  # outside the solver's loop, too
+        return InnerDerivatives(value, lambda v: pull(v)[0], *_cross_products(value_of, params, hparams))
+
+    def _inner_slope(self, inner: Any, params: Any, hparams: Any, args: tuple[Any, ...]) -> Callable[[Any, Any], Any]:
+        """Return (w, λ) -> ∂L/∂w."""
+
         def loss(w: Any, h: Any) -> Any:
-            return _scalar("outer", problem.outer(w, h, *args))
+            return _scalar("inner", inner(w, h, *args))
+
+        self._check_influence("inner", loss, params, hparams)
+        return jax.grad(loss)
+
+    def _check_influence(self, role: str, function: Callable[[Any, Any], Any], params: Any, hparams: Any) -> None:
+        if not depends(lambda w: function(w, hparams), params):
+            raise ValueError(
+                f"{role} does not depend on {leaf_names(self, 'params', params)}. Use the params argument inside it."
+            )
+
+    @override
+    def outer(self, problem: BilevelProblem, params: Any, hparams: Any, args: tuple[Any, ...]) -> OuterDerivatives:
+        role = role_of(problem.outer)
+
+        def loss(w: Any, h: Any) -> Any:
+            return _scalar(role, problem.outer(w, h, *args))
 
         if not depends(lambda h: loss(params, h), hparams):
             if not depends(lambda w: loss(w, hparams), params):
-                names = f"{leaf_names(self, 'params', params)} nor {leaf_names(self, 'hparams', hparams)}"
-                raise ValueError(f"outer depends on neither {names}: use the arguments inside it.")
+                raise ValueError(f"{depends_on_nothing(self, role, params, hparams)}: use the arguments inside it.")
             return OuterDerivatives(*jax.value_and_grad(loss)(params, hparams), None)
         value, grads = jax.value_and_grad(loss, argnums=(0, 1))(params, hparams)
         return OuterDerivatives(value, *grads)
 
     @override
-    def execute(self, function: Callable[..., Any], solver: Solver | None, problem: Problem, point: Point) -> Any:
+    def execute(
+        self, function: Callable[..., Any], solver: Solver | None, problem: BilevelProblem, point: Point
+    ) -> Any:
         if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(point)):
             return function(self, solver, problem, point)
         arrays: list[Any] = []
@@ -119,6 +141,26 @@ def _compiled(static: Any, arrays: list[Any]) -> Any:
     supply = iter(arrays)
     point = join_tree(point, supply)
     return function(backend, join_solver(solver, supply), problem, point)
+
+
+def _cross_products(
+    function: Callable[[Any, Any], Any], params: Any, hparams: Any
+) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
+    """Return v -> (∂function/∂λ)ᵀ v, None where it does not depend on λ, and u -> (∂function/∂λ) u."""
+
+    def of_hparams(h: Any) -> Any:
+        return function(params, h)
+
+    influences = depends(of_hparams, hparams)
+
+    def cross_vjp(v: Any) -> Any:
+        # In λ alone: one joint pull over (w, λ) costs several gradients.
+        return jax.vjp(of_hparams, hparams)[1](v)[0] if influences else None
+
+    def cross_jvp(u: Any) -> Any:
+        return jax.jvp(of_hparams, (hparams,), (u,))[1]  # in a loop, XLA hoists what does not depend on u
+
+    return cross_vjp, cross_jvp
 
 
 def _scalar(role: str, value: Any) -> Any:

@@ -7,9 +7,9 @@ import numpy as np
 from typing_extensions import override
 
 from bilevel.problem import Problem
-from bilevel.protocols import Backend, InnerDerivatives, OuterDerivatives, Point, Solver
+from bilevel.protocols import Backend, BilevelProblem, InnerDerivatives, OuterDerivatives, Point, Solver
 from bilevel.tree import leaves_with_paths
-from bilevel.validation import check_like, check_scalar
+from bilevel.validation import check_dtypes, check_like, check_scalar, role_of
 from bilevel_numpy.space import NumpySpace
 
 
@@ -55,7 +55,7 @@ class NumpyBackend(Backend):
     def inner(self, problem: Problem, params: Any, hparams: Any, args: tuple[Any, ...]) -> InnerDerivatives:
         objective: Any = problem.inner
         for method in ("grad", "hvp", "cross_vjp"):
-            _require(objective, "inner", method)
+            _require(objective, "the inner objective", method)
 
         def hvp(v: Any) -> Any:
             product = objective.hvp(params, hparams, v, *args)
@@ -84,31 +84,56 @@ class NumpyBackend(Backend):
         return InnerDerivatives(grad, hvp, cross_vjp, cross_jvp)
 
     @override
-    def outer(self, problem: Problem, params: Any, hparams: Any, args: tuple[Any, ...]) -> OuterDerivatives:
+    def jacobian(self, function: Any, params: Any, hparams: Any, args: tuple[Any, ...], role: str) -> InnerDerivatives:
+        for method in ("vjp_params", "vjp_hparams"):
+            _require(function, f"the {role}", method)
+
+        def vjp_params(v: Any) -> Any:
+            product = function.vjp_params(params, hparams, v, *args)
+            check_like(self, f"the {role}'s vjp_params", product, "params", params)
+            return product
+
+        def vjp_hparams(v: Any) -> Any:
+            product = function.vjp_hparams(params, hparams, v, *args)
+            if product is not None:
+                check_like(self, f"the {role}'s vjp_hparams", product, "hparams", hparams)
+            return product
+
+        value = function(params, hparams, *args)
+        check_like(self, role, value, "params", params)
+        check_dtypes(self, role, value, "params", params)
+        return InnerDerivatives(value, vjp_params, vjp_hparams)
+
+    @override
+    def outer(self, problem: BilevelProblem, params: Any, hparams: Any, args: tuple[Any, ...]) -> OuterDerivatives:
         objective: Any = problem.outer
-        _require(objective, "outer", "grad")
+        role = role_of(objective)
+        _require(objective, f"the {role} objective", "grad")
         value = np.asarray(objective(params, hparams, *args))
-        check_scalar("outer", value)
+        check_scalar(role, value)
         grads = objective.grad(params, hparams, *args)
         if not isinstance(grads, tuple) or len(grads) != 2:
-            raise TypeError("the outer grad: expected the pair (∂F/∂w, ∂F/∂λ), the second None for zero.")
-        check_like(self, "the outer grad[0]", grads[0], "params", params)
+            raise TypeError(f"the {role} grad: expected the pair (∂F/∂w, ∂F/∂λ), the second None for zero.")
+        check_like(self, f"the {role} grad[0]", grads[0], "params", params)
         if grads[1] is not None:
-            check_like(self, "the outer grad[1]", grads[1], "hparams", hparams)
+            check_like(self, f"the {role} grad[1]", grads[1], "hparams", hparams)
         return OuterDerivatives(value[()], *grads)
 
     @override
-    def execute(self, function: Callable[..., Any], solver: Solver | None, problem: Problem, point: Point) -> Any:
+    def execute(
+        self, function: Callable[..., Any], solver: Solver | None, problem: BilevelProblem, point: Point
+    ) -> Any:
         # What is not finite gets a status, and on some processors BLAS sets the flag for finite numbers, too:
         # https://github.com/numpy/numpy/issues/24067
         with np.errstate(all="ignore"):
             return function(self, solver, problem, point)
 
 
-def _require(objective: Any, role: str, method: str) -> None:
-    if not hasattr(objective, method):
+def _require(function: Any, role: str, method: str) -> None:
+    if not hasattr(function, method):
         raise TypeError(
-            f"the {role} objective ({getattr(objective, '__name__', type(objective).__name__)}) has no method "
-            f"{method!r}. The numpy backend needs analytic derivatives: grad, hvp and cross_vjp of inner, grad of "
-            "outer (see bilevel.problems). The torch and jax backends derive them: pass torch or JAX arrays."
+            f"{role} ({getattr(function, '__name__', type(function).__name__)}) has no method {method!r}. The numpy "
+            "backend needs analytic derivatives: grad, hvp and cross_vjp of inner, grad of outer (see "
+            "bilevel.problems), vjp_params and vjp_hparams of a step or residual. The torch and jax backends derive "
+            "them: pass torch or JAX arrays."
         )

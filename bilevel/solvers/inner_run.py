@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from math import isqrt
 from typing import Any, NamedTuple
 
-from bilevel.problem import Problem
-from bilevel.protocols import Backend, InnerDerivatives, Tree
+from bilevel.first_order import inner_grad
+from bilevel.protocols import Backend, BilevelProblem, InnerDerivatives, Tree
 from bilevel.solvers.inner_steps import InnerStep
 
 
@@ -40,7 +40,7 @@ class Run:
     """The steps of an optimizer on the inner objective; step t takes the data ``batch(t)``."""
 
     backend: Backend
-    problem: Problem
+    problem: BilevelProblem
     hparams: Tree
     batch: Callable[[Any], tuple[Any, ...]]
     optimizer: InnerStep
@@ -51,12 +51,12 @@ class Run:
 
     def derivatives(self, params: Tree, t: Any) -> InnerDerivatives:
         """Return those of the inner objective as step t sees it."""
-        return self.backend.inner(self.problem, params, self.hparams, self.batch(t))
+        return self.problem.derivatives(self.backend, params, self.hparams, self.batch(t))
 
     def step(self, s: State, grad: Tree | None = None) -> State:
         """Return the next state; ``grad``, if it is known, spares its computation."""
         if grad is None:
-            grad = self.backend.inner_grad(self.problem, s.params, self.hparams, self.batch(s.t))
+            grad = inner_grad(self.backend, self.problem, s.params, self.hparams, self.batch(s.t))
         return State(*self.optimizer.step(grad, s.params, s.optimizer), s.t + 1)
 
     def advance(self, s: State, count: int) -> State:

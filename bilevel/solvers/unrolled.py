@@ -3,8 +3,7 @@
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from bilevel.problem import Problem
-from bilevel.protocols import Backend, InnerDerivatives, NonSymmetric, Point, Tree, VectorSpace
+from bilevel.protocols import Backend, BilevelProblem, InnerDerivatives, NonSymmetric, Point, Tree, VectorSpace
 from bilevel.results import Hypergradient, SolverInfo, Status
 from bilevel.solvers.inner_run import Adjoint, Recording, Run, State, Tangent, ascend_at, push
 from bilevel.solvers.inner_steps import Adam, HeavyBall, InnerStep
@@ -112,12 +111,12 @@ class Unrolled:
             if is_python_number(value) and value != default:
                 raise ValueError(f'Unrolled.{option}: optimizer="{self.optimizer}" has no {option}; leave it out.')
 
-    def hypergradient(self, backend: Backend, problem: Problem, point: Point) -> Hypergradient:
+    def hypergradient(self, backend: Backend, problem: BilevelProblem, point: Point) -> Hypergradient:
         space = backend.space
         batches = point.inner_args if isinstance(point.inner_args, list) else [point.inner_args]
         batch = space.sequence(batches)
 
-        at_start = backend.inner(problem, point.params, point.hparams, batch(0))
+        at_start = problem.derivatives(backend, point.params, point.hparams, batch(0))
         influences = at_start.cross_vjp(space.zeros_like(point.params)) is not None
         if self.mode == "forward":
             _check_forward(backend, at_start, point.hparams)

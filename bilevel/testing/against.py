@@ -4,10 +4,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from bilevel.first_order import inner_grad
 from bilevel.flat import to_host
 from bilevel.hypergradient import hypergradient
-from bilevel.problem import Problem
-from bilevel.protocols import Backend, Point, Solver
+from bilevel.protocols import Backend, BilevelProblem, Point, Solver
 from bilevel.results import Hypergradient, Status
 from bilevel.testing.diagnosis import contradictions, paragraphs, relation, table
 from bilevel.testing.differences import directional_derivatives
@@ -23,7 +23,7 @@ class Subject(NamedTuple):
     """A hypergradient to be judged, and where it comes from."""
 
     backend: Backend
-    problem: Problem
+    problem: BilevelProblem
     point: Point
     solver: Solver
     hg: Hypergradient
@@ -161,6 +161,11 @@ def _cause(subject: Subject, tested: Any, expected: Any, direct: Any, noise: Any
         return sentence
     if not np.isfinite(subject.grad).all():
         return "The hypergradient has entries that are nan or infinite."
+    if getattr(subject.problem, "curvature", None) == "gauss-newton":
+        return (
+            "Gauss-Newton leaves part of the Hessian out, which explains a difference; rtol= allows for it, if "
+            'intended. bl.Problem.from_model(..., curvature="hessian") has it all.'
+        )
     if info.status != Status.CONVERGED:
         return f"The solve failed ({info.status.name}); bl.hypergradient says what to do."
     if not info.residual_norm <= subject.rtol * info.rhs_norm:
@@ -185,9 +190,9 @@ def _grad_at(subject: Subject, host: HostProblem, w: np.ndarray) -> np.ndarray:
     return to_host(subject.backend, hg.grad)
 
 
-def _inner_grad(backend: Backend, solver: None, problem: Problem, point: Point) -> Any:
-    return backend.inner(problem, point.params, point.hparams, point.inner_args).grad
+def _inner_grad(backend: Backend, solver: None, problem: BilevelProblem, point: Point) -> Any:
+    return inner_grad(backend, problem, point.params, point.hparams, point.inner_args)
 
 
-def _direct(backend: Backend, solver: None, problem: Problem, point: Point) -> Any:
+def _direct(backend: Backend, solver: None, problem: BilevelProblem, point: Point) -> Any:
     return backend.outer(problem, point.params, point.hparams, point.outer_args).grad_hparams

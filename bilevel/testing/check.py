@@ -2,10 +2,10 @@
 
 from typing import Any, Literal, get_args
 
-from bilevel.config import get_solver, suggest
+from bilevel.config import get_solver
+from bilevel.errors import suggest
 from bilevel.hypergradient import hypergradient
-from bilevel.problem import Problem
-from bilevel.protocols import Tree
+from bilevel.protocols import BilevelProblem, Tree
 from bilevel.testing.against import Subject, against_differences, against_exact
 from bilevel.testing.host import prepare
 
@@ -13,7 +13,7 @@ Reference = Literal["exact", "finite-differences"]
 
 
 def check_hypergradient(
-    problem: Problem,
+    problem: BilevelProblem,
     params: Tree,
     hparams: Tree,
     *,

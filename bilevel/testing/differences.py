@@ -6,8 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bilevel.errors import SolverError
-from bilevel.problem import Problem
-from bilevel.protocols import Tree
+from bilevel.protocols import BilevelProblem, Tree
 from bilevel.results import Hypergradient, SolverInfo, Status
 from bilevel.testing.host import HostProblem, from_host, prepare
 from bilevel.testing.resolve import InnerSolver
@@ -90,7 +89,7 @@ def step_scale(x: np.ndarray, d: np.ndarray) -> float:
 
 
 def finite_difference_hypergradient(
-    problem: Problem,
+    problem: BilevelProblem,
     params: Tree,
     hparams: Tree,
     *,

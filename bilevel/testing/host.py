@@ -1,14 +1,16 @@
 """A bilevel problem as functions of flat float64 vectors on the host, for SciPy."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from bilevel.flat import AsOuter, to_host
+from bilevel.first_order import in_params
+from bilevel.flat import to_host
 from bilevel.hypergradient import linearize
 from bilevel.problem import Problem
-from bilevel.protocols import Backend, Point, Tree
+from bilevel.protocols import Backend, BilevelProblem, Point, Tree
 from bilevel.solvers.exact import check_size
 from bilevel.validation import check_point, find_backend
 
@@ -24,7 +26,7 @@ def prepare(
     return found, point
 
 
-def evaluate(backend: Backend, function: Callable[..., Any], problem: Problem, point: Point) -> Any:
+def evaluate(backend: Backend, function: Callable[..., Any], problem: BilevelProblem, point: Point) -> Any:
     """Return function(backend, None, problem, point), compiled where the framework compiles.
 
     The function is one of a module, not a closure, or it would be compiled again at each call.
@@ -36,6 +38,18 @@ def from_host(backend: Backend, array: np.ndarray, like: Tree) -> Tree:
     """Give a float64 array of shape (n,) the structure, shapes, dtypes and device of ``like``."""
     dtype = backend.to_numpy(backend.space.ravel(like)).dtype
     return backend.space.unravel(backend.from_numpy(array.astype(dtype)), like)
+
+
+def with_true_hessian(problem: BilevelProblem) -> BilevelProblem:
+    """Return the problem without the Gauss-Newton approximation, which a reference must not share."""
+    if isinstance(problem, Problem) and problem.curvature == "gauss-newton":
+        return replace(problem, curvature="hessian")
+    return problem
+
+
+def precision(problem: BilevelProblem, eps: float) -> float:
+    """Return what products with second derivatives are known to, relative: eps, or what differences leave of it."""
+    return eps**0.5 if getattr(problem, "curvature", None) == "finite-differences" else eps
 
 
 DERIVATIVES = ("inner grad", "inner hvp", "inner cross_vjp", "outer grad_params", "outer grad_hparams")
@@ -50,8 +64,9 @@ class HostProblem:
         ValueError: if the objectives do not follow such new arrays.
     """
 
-    def __init__(self, backend: Backend, problem: Problem, point: Point) -> None:
-        self.backend, self.problem, self.point = backend, problem, point
+    def __init__(self, backend: Backend, problem: BilevelProblem, point: Point) -> None:
+        self.backend, self.problem, self.point = backend, with_true_hessian(problem), point
+        self.minimizes = hasattr(problem, "inner")  # else w* solves an equation r(w, λ) = 0
         self.w, self.lam = to_host(backend, point.params), to_host(backend, point.hparams)
         trees = (point.params, point.hparams)
         self.dtypes = [backend.to_numpy(backend.space.ravel(tree)).dtype for tree in trees]
@@ -66,7 +81,7 @@ class HostProblem:
         )
 
     def inner(self, w: np.ndarray, lam: np.ndarray) -> tuple[float, np.ndarray]:
-        """Return L and ∂L/∂w."""
+        """Return L and ∂L/∂w; of an equation ‖r‖² and r."""
         value, grad = self._evaluate(_inner, w, lam)
         return float(value), grad
 
@@ -75,8 +90,8 @@ class HostProblem:
         return float(self._evaluate(_outer, w, lam)[0])
 
     def hessian(self, w: np.ndarray, lam: np.ndarray) -> np.ndarray:
-        """Return ∂²L/∂w² from n products, of shape (n, n)."""
-        return self._evaluate(_hessian, w, lam)[0]
+        """Return ∂²L/∂w², or ∂r/∂w, from n products with its transpose; of shape (n, n)."""
+        return self._evaluate(_hessian, w, lam)[0].T
 
     def derivatives(self, w: np.ndarray, lam: np.ndarray, u: np.ndarray) -> dict[str, np.ndarray]:
         """Return what the backend derives at (w, λ), with the products of u, of shape (n,)."""
@@ -95,10 +110,10 @@ class HostProblem:
         u = np.random.default_rng(0).standard_normal(self.w.size)
         point = self.point._replace(adjoint0=from_host(self.backend, u, self.point.params))
         given = evaluate(self.backend, _derivatives, self.problem, point)
-        copied = self.derivatives(self.w, self.lam, u)
+        copied, eps = self.derivatives(self.w, self.lam, u), precision(self.problem, self.eps)
         for array, (name, copy) in zip(given, copied.items(), strict=True):
             array = np.asarray(self.backend.to_numpy(array), dtype=np.float64)
-            if np.abs(array - copy).max(initial=0.0) > 10 * self.eps**0.5 * np.abs(array).max(initial=0.0):
+            if np.abs(array - copy).max(initial=0.0) > 10 * eps**0.5 * np.abs(array).max(initial=0.0):
                 raise ValueError(
                     f"{name} changes when params and hparams are replaced by copies, so the inner problem "
                     "cannot be solved again at other hyperparameters. The objectives must compute with the "
@@ -117,32 +132,36 @@ def _unflatten(backend: Backend, point: Point) -> Point:
     )
 
 
-def _inner(backend: Backend, solver: None, problem: Problem, point: Point) -> tuple[Any, Any]:
+def _inner(backend: Backend, solver: None, problem: BilevelProblem, point: Point) -> tuple[Any, Any]:
     point = _unflatten(backend, point)
-    both = Problem(problem.inner, AsOuter(problem.inner))
-    outer = backend.outer(both, point.params, point.hparams, point.inner_args)
-    return outer.value, backend.space.ravel(outer.grad_params)
+    inner = getattr(problem, "inner", None)
+    if inner is not None:
+        value, grad, _ = in_params(backend, inner, point.params, point.hparams, point.inner_args)
+    else:
+        grad = problem.derivatives(backend, point.params, point.hparams, point.inner_args).grad
+        value = backend.space.dot(grad, grad)
+    return value, backend.space.ravel(grad)
 
 
-def _outer(backend: Backend, solver: None, problem: Problem, point: Point) -> tuple[Any]:
+def _outer(backend: Backend, solver: None, problem: BilevelProblem, point: Point) -> tuple[Any]:
     point = _unflatten(backend, point)
     return (backend.outer(problem, point.params, point.hparams, point.outer_args).value,)
 
 
-def _hessian(backend: Backend, solver: None, problem: Problem, point: Point) -> tuple[Any]:
+def _hessian(backend: Backend, solver: None, problem: BilevelProblem, point: Point) -> tuple[Any]:
     point = _unflatten(backend, point)
-    inner = backend.inner(problem, point.params, point.hparams, point.inner_args)
+    inner = problem.derivatives(backend, point.params, point.hparams, point.inner_args)
     return (backend.space.dense(inner.hvp, point.params),)
 
 
-def _derivatives_at(backend: Backend, solver: None, problem: Problem, point: Point) -> list[Any]:
+def _derivatives_at(backend: Backend, solver: None, problem: BilevelProblem, point: Point) -> list[Any]:
     return _derivatives(backend, solver, problem, _unflatten(backend, point))
 
 
-def _derivatives(backend: Backend, solver: None, problem: Problem, point: Point) -> list[Any]:
+def _derivatives(backend: Backend, solver: None, problem: BilevelProblem, point: Point) -> list[Any]:
     """Return the arrays that DERIVATIVES names."""
     lin = linearize(backend, problem, point)
-    inner = backend.inner(problem, point.params, point.hparams, point.inner_args)
+    inner = problem.derivatives(backend, point.params, point.hparams, point.inner_args)
     cross, direct = (
         backend.space.zeros_like(point.hparams) if tree is None else tree
         for tree in (lin.cross_vjp(point.adjoint0), lin.grad_hparams)

@@ -41,7 +41,7 @@ class _Hessian:
             if self.trusted:
                 return hessian
         hessian = np.stack([self.column(w, lam, e) for e in np.eye(w.size)], axis=1)
-        return (hessian + hessian.T) / 2
+        return (hessian + hessian.T) / 2 if self.host.minimizes else hessian
 
     def column(self, w: np.ndarray, lam: np.ndarray, d: np.ndarray) -> np.ndarray:
         h = self.host.eps ** (1 / 3) * (np.linalg.norm(w) / w.size**0.5 or 1.0)
@@ -49,7 +49,7 @@ class _Hessian:
 
 
 class InnerSolver:
-    """Minimizes L( · , λ) from the caller's params, then follows that minimizer.
+    """Minimizes L( · , λ), or solves r( · , λ) = 0, from the caller's params; then follows that solution.
 
     ``minimizer`` is the solution at the caller's λ.
 
@@ -74,20 +74,28 @@ class InnerSolver:
         w, lam, host = self.host.w, self.host.lam, self.host
         try:
             found = self._newton(w, None, lam, refreshes=20)
-            if np.linalg.norm(found.w - w) <= SAME * np.linalg.norm(w) or self._is_minimum(found.w):
+            if (
+                not host.minimizes
+                or np.linalg.norm(found.w - w) <= SAME * np.linalg.norm(w)
+                or self._is_minimum(found.w)
+            ):
                 return found
         except SolverError:
             pass  # Newton's method alone has no reach
 
-        options = {"maxiter": 5_000, "maxfun": 20_000, "ftol": 0.0, "gtol": 0.0}
-        w = optimize.minimize(host.inner, w, args=(lam,), jac=True, method="L-BFGS-B", options=options).x
+        if host.minimizes:
+            method, options = "L-BFGS-B", {"maxiter": 5_000, "maxfun": 20_000, "ftol": 0.0, "gtol": 0.0}
+            w = optimize.minimize(host.inner, w, args=(lam,), jac=True, method=method, options=options).x
+        else:
+            method = "SciPy's hybr"
+            w = optimize.root(lambda w: host.inner(w, lam)[1], w, jac=lambda w: self.hessian(w, lam)).x
         try:
             found = self._newton(w, None, lam, refreshes=20)
         except SolverError as error:
             raise SolverError(
-                f"the inner problem could not be solved from params by L-BFGS-B and Newton's method: {error}"
+                f"the inner problem could not be solved from params by {method} and Newton's method: {error}"
             ) from error
-        if not self._is_minimum(found.w):
+        if host.minimizes and not self._is_minimum(found.w):
             raise SolverError(
                 "the inner problem could not be solved from params: the stationary point found is no minimum "
                 "(its Hessian is not positive definite). Start from params that minimize the inner objective."

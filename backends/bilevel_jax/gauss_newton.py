@@ -1,0 +1,36 @@
+"""Gauss-Newton products, linearized once."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from bilevel.model_loss import ModelLoss
+from bilevel.protocols import Operator
+from bilevel.validation import check_scalar
+
+
+def gauss_newton(inner: ModelLoss, params: Any, hparams: Any, args: tuple[Any, ...]) -> Operator:
+    """Return v -> Jᵀ (∂²loss/∂output²) J v + ∂²penalty/∂w² v, for use inside loops."""
+    x, *targets = args
+    output, structure = jax.tree.flatten(inner.model(params, hparams, x))
+    varying = [i for i, z in enumerate(output) if jnp.issubdtype(z.dtype, jnp.floating)]
+
+    def model(w: Any) -> list[Any]:
+        leaves = jax.tree.leaves(inner.model(w, hparams, x))
+        return [leaves[i] for i in varying]
+
+    def loss(zs: list[Any]) -> Any:
+        whole = dict(enumerate(output)) | dict(zip(varying, zs, strict=True))
+        value = inner.loss(jax.tree.unflatten(structure, whole.values()), *targets)
+        check_scalar("loss", value)
+        return value
+
+    zs, push = jax.linearize(model, params)
+    pull = jax.linear_transpose(push, params)
+    bend = jax.linearize(jax.grad(loss), zs)[1]
+    if inner.penalty is None:
+        return lambda v: pull(bend(push(v)))[0]
+    penalty = inner.penalty
+    penalize = jax.linearize(jax.grad(lambda w: penalty(w, hparams)), params)[1]
+    return lambda v: jax.tree.map(jnp.add, pull(bend(push(v)))[0], penalize(v))

@@ -1,0 +1,62 @@
+"""Gauss-Newton products, all from the graph of one forward pass."""
+
+from typing import Any, NamedTuple
+
+import torch
+
+from bilevel.model_loss import ModelLoss
+from bilevel.protocols import Operator
+from bilevel.tree import tree_map
+from bilevel_torch.autograd import fill, grad, scalar
+from bilevel_torch.space import leaves
+
+
+class Curved(NamedTuple):
+    """∂L/∂w with its graph, None where L does not depend on a leaf; and v -> Jᵀ (∂²loss/∂output²) J v + ∂²penalty v."""
+
+    grads: list[torch.Tensor | None]
+    product: Operator
+
+
+def gauss_newton(inner: ModelLoss, params: Any, hparams: Any, args: tuple[Any, ...]) -> Curved:
+    """Differentiate at params, leaves of the graph.
+
+    ∂L/∂w = Jᵀ s with s = ∂loss/∂output is linear in s, so its graph gives J v too: the derivative of v·Jᵀs in s (the
+    double-backward trick). Then the graph of s gives the loss's Hessian, and that of the output gives Jᵀ.
+    """
+    weights, (x, *targets) = leaves(params), args
+    with torch.enable_grad():
+        output = tree_map(_own_node, inner.model(params, hparams, x))
+        nodes = [z for z in leaves(output) if isinstance(z, torch.Tensor) and z.requires_grad]
+        slopes = grad([scalar("loss", inner.loss(output, *targets))], nodes, None, create_graph=True)
+        nodes = [z for z, s in zip(nodes, slopes, strict=True) if s is not None]
+        slopes = [_own_node(s) for s in slopes if s is not None]
+        pulled = grad(nodes, weights, slopes, create_graph=True)
+        penalty = _penalty_grads(inner, params, hparams)
+        total = [b if a is None else a if b is None else a + b for a, b in zip(pulled, penalty, strict=True)]
+    bent = [s for s in slopes if s.requires_grad]  # the loss is linear in the others
+
+    def pull(grads: Any, vs: Any, inputs: Any) -> Any:
+        pairs = [(g, v) for g, v in zip(grads, vs, strict=True) if g is not None and v is not None and g.requires_grad]
+        return grad([g for g, _ in pairs], inputs, [v for _, v in pairs], retain_graph=True)
+
+    def product(v: Any) -> Any:
+        vs = leaves(v)
+        Jv = pull(pulled, vs, bent)
+        HJv = pull(bent, Jv, nodes)
+        products = zip(pull(nodes, HJv, weights), pull(penalty, vs, weights), strict=True)
+        return fill([b if a is None else a if b is None else a + b for a, b in products], params)
+
+    return Curved(total, product)
+
+
+def _own_node(t: Any) -> Any:
+    """Return a tensor that no other derives from: of outputs made of each other, partial derivatives are wanted."""
+    return t.view_as(t) if isinstance(t, torch.Tensor) and t.requires_grad else t
+
+
+def _penalty_grads(inner: ModelLoss, params: Any, hparams: Any) -> Any:
+    weights = leaves(params)
+    if inner.penalty is None:
+        return [None] * len(weights)
+    return grad([scalar("penalty", inner.penalty(params, hparams))], weights, None, create_graph=True)

@@ -1,0 +1,505 @@
+"""Fixed points and roots: against closed forms, SciPy, and the minimum whose optimizer's step they are."""
+
+import numpy as np
+import pytest
+from frameworks import DTYPES, framework, relative_error, tolerance
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import linalg, optimize
+
+import bilevel as bl
+from bilevel.fit import scipy_fit
+from bilevel.protocols import NonSymmetric
+from bilevel.testing import check_hypergradient, exact_hypergradient, finite_difference_hypergradient
+
+
+class Affine:
+    """Aw + Bλ + c."""
+
+    def __call__(self, w, h, A, B, c):
+        return A @ w + B @ h + c
+
+    def vjp_params(self, w, h, v, A, B, c):
+        return A.T @ v
+
+    def vjp_hparams(self, w, h, v, A, B, c):
+        return B.T @ v
+
+
+class Outer:
+    """F = ½‖w − t‖² + dᵀλ."""
+
+    def __call__(self, w, h, t, d):
+        return 0.5 * ((w - t) @ (w - t)) + d @ h
+
+    def grad(self, w, h, t, d):
+        return w - t, d
+
+
+KINDS = {"fixed point": bl.FixedPoint(Affine(), Outer()), "root": bl.Root(Affine(), Outer())}
+
+
+class Case:
+    """w = Aw + Bλ + c, or 0 = Aw + Bλ + c, with its solution and hypergradient in closed form."""
+
+    def __init__(self, backend, kind, seed=0, weights=5, hypers=3, dtype=np.float64):
+        rng = np.random.default_rng(seed)
+        A = rng.standard_normal((weights, weights))
+        A *= 0.6 / np.abs(np.linalg.eigvals(A)).max()
+        if kind == "root":
+            A += 2 * np.eye(weights)
+        residual_jacobian = np.eye(weights) - A if kind == "fixed point" else A
+        sign = -1.0 if kind == "fixed point" else 1.0  # of λ in the residual
+        B, c, t, d = (rng.standard_normal(shape) for shape in ((weights, hypers), weights, weights, hypers))
+        h = rng.standard_normal(hypers)
+        w = linalg.solve(residual_jacobian, -sign * (B @ h + c))
+        self.A, self.B, self.miss, self.d = A, B, w - t, d
+        self.condition = np.linalg.cond(residual_jacobian)
+        self.adjoint = linalg.solve(residual_jacobian.T, w - t)
+        self.expected = d - sign * B.T @ self.adjoint
+
+        def move(*arrays):
+            return tuple(backend.from_numpy(np.asarray(a, dtype)) for a in arrays)
+
+        self.problem, (self.params, self.hparams) = KINDS[kind], move(w, h)
+        self.args = {"inner_args": move(A, B, c), "outer_args": move(t, d)}
+
+    def hypergradient(self, **options):
+        return bl.hypergradient(self.problem, self.params, self.hparams, **self.args, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_an_affine_equation_matches_its_closed_form(backend, kind, dtype, seed):
+    case = Case(backend, kind, seed, dtype=dtype)
+    hg = case.hypergradient(solver="exact")
+    assert hg.info.status is bl.Status.CONVERGED
+    assert backend.to_numpy(hg.grad).dtype == dtype
+    scale = np.linalg.norm(case.d) + np.linalg.norm(case.B) * np.linalg.norm(case.adjoint)
+    for found, expected, size in (
+        (hg.adjoint, case.adjoint, np.linalg.norm(case.adjoint)),
+        (hg.grad, case.expected, scale),
+    ):
+        error = np.linalg.norm(backend.to_numpy(found) - expected)
+        assert error <= tolerance(dtype, case.condition) * size
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [bl.GMRES(rtol=1e-12), bl.BiCGStab(rtol=1e-12), bl.Neumann(terms=200), bl.Unrolled(steps=200)],
+    ids=lambda solver: type(solver).__name__,
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_solver_for_such_systems_agrees(backend, kind, solver):
+    case = Case(backend, kind)
+    if kind == "root" and isinstance(solver, bl.Neumann | bl.Unrolled):  # "auto" is a step of 1, of no use here
+        solver = bl.get_solver(solver, step_size=0.3)
+    assert relative_error(case.hypergradient(solver=solver).grad, case.expected) <= 1e-9
+
+
+def test_a_step_that_does_not_contract_is_said(backend):
+    case = Case(backend, "root")
+    with pytest.warns(bl.SolverWarning, match=r'Neumann: diverged.*does not contract at params.*solver="gmres"'):
+        hg = case.hypergradient(solver=bl.Neumann(terms=50, step_size=3.0))
+    assert hg.info.status is bl.Status.DIVERGED
+
+
+def test_preparing_and_batches(backend):
+    case = Case(backend, "fixed point")
+    prepared = bl.prepare("neumann", case.problem, case.params, case.hparams, inner_args=case.args["inner_args"])
+    assert prepared.step_size == 1.0
+    case.args["inner_args"] = [case.args["inner_args"]] * 2
+    with pytest.raises(TypeError, match="a fixed point or a root is one of all the data: give one tuple"):
+        case.hypergradient(solver="neumann")
+
+
+def test_unrolling_forwards_is_refused(backend):
+    with pytest.raises(TypeError, match='forward.*has those with its transpose.*mode="reverse"'):
+        Case(backend, "fixed point").hypergradient(solver=bl.Unrolled(steps=2, step_size=1.0, mode="forward"))
+
+
+def test_the_product_along_hparams_is_the_transpose(backend):
+    if backend.name == "numpy":
+        pytest.skip("objects need not bring it")
+    for kind in KINDS:
+        case = Case(backend, kind)
+        found = case.problem.derivatives(backend, case.params, case.hparams, case.args["inner_args"])
+        sign = -1 if kind == "fixed point" else 1
+        assert relative_error(found.cross_jvp(case.hparams), sign * case.B @ backend.to_numpy(case.hparams)) <= 1e-14
+
+
+def test_the_identity_takes_the_last_step_alone(backend):
+    """Jacobian-free backpropagation: dF/dλ ≈ ∂F/∂λ + (∂step/∂λ)ᵀ ∂F/∂w."""
+    case = Case(backend, "fixed point")
+    assert relative_error(case.hypergradient(solver="identity").grad, case.d + case.B.T @ case.miss) <= 1e-14
+
+
+def test_unrolling_a_fixed_point_goes_back_through_its_steps(backend):
+    case = Case(backend, "fixed point")
+    hg = case.hypergradient(solver=bl.Unrolled(steps=4, step_size=1.0))
+    powers = sum(np.linalg.matrix_power(case.A.T, k) for k in range(4))
+    assert relative_error(hg.params, case.params) <= 1e-13
+    assert relative_error(hg.grad, case.d + case.B.T @ powers @ case.miss) <= 1e-13
+
+
+@pytest.mark.parametrize("solver", ["cg", "minres"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_solvers_that_rely_on_symmetry_say_what_to_use(backend, kind, solver):
+    with pytest.raises(TypeError, match=rf'{solver.upper()} relies on a symmetric operator.*"gmres".*"exact"'):
+        Case(backend, kind).hypergradient(solver=solver)
+
+
+def test_a_linearization_by_hand_may_be_nonsymmetric(backend):
+    case = Case(backend, "root")
+    A, B, _ = case.args["inner_args"]
+    lin = bl.Linearization(
+        value=backend.from_numpy(np.array(0.0)),
+        grad_params=backend.from_numpy(case.miss),
+        grad_hparams=None,
+        hvp=NonSymmetric(lambda v: A.T @ v),
+        cross_vjp=lambda v: B.T @ v,
+    )
+    with pytest.raises(TypeError, match="CG relies on a symmetric operator"):
+        bl.hypergradient_from(lin)
+    assert relative_error(bl.hypergradient_from(lin, solver="exact").grad, case.expected - case.d) <= 1e-12
+
+
+class TestDeepEquilibrium:
+    """z = tanh(Wz + Ux + b) for a few inputs x; λ = (W, U, b), and F reads z through a linear map."""
+
+    @pytest.fixture(params=["torch", "jax"])
+    def autodiff(self, request):
+        return framework(request.param)
+
+    @pytest.fixture
+    def arrays(self):
+        rng = np.random.default_rng(0)
+        W = rng.standard_normal((4, 4))
+        hparams = {"W": 0.7 * W / np.linalg.norm(W, 2), "U": rng.standard_normal((4, 2)), "b": rng.standard_normal(4)}
+        x, y, readout = rng.standard_normal((2, 3)), rng.standard_normal(3), rng.standard_normal(4)
+        return hparams, x, y, readout
+
+    @staticmethod
+    def problem(xp, kind):
+        def step(params, h, x):
+            return {"z": xp.tanh(h["W"] @ params["z"] + h["U"] @ x + h["b"][:, None])}
+
+        def residual(params, h, x):
+            return {"z": params["z"] - step(params, h, x)["z"]}
+
+        def outer(params, h, y, readout):
+            return ((readout @ params["z"] - y) ** 2).sum() + 0.1 * (h["U"] ** 2).sum()
+
+        return bl.FixedPoint(step, outer) if kind == "fixed point" else bl.Root(residual, outer)
+
+    @staticmethod
+    def solve(hparams, x):
+        def residual(z):
+            z = z.reshape(4, 3)
+            return (z - np.tanh(hparams["W"] @ z + hparams["U"] @ x + hparams["b"][:, None])).ravel()
+
+        found = optimize.root(residual, np.zeros(12), tol=1e-14)
+        assert np.abs(found.fun).max() < 1e-13
+        return found.x.reshape(4, 3)
+
+    def move(self, backend, arrays):
+        hparams, x, y, readout = arrays
+        params = {"z": backend.from_numpy(self.solve(hparams, x))}
+        moved = {name: backend.from_numpy(h) for name, h in hparams.items()}
+        data = {"inner_args": (backend.from_numpy(x),), "outer_args": tuple(map(backend.from_numpy, (y, readout)))}
+        return params, moved, data
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_it_matches_differences_of_the_solution_by_scipy(self, autodiff, arrays, kind):
+        hparams, x, y, readout = arrays
+        params, moved, data = self.move(autodiff, arrays)
+        hg = bl.hypergradient(self.problem(autodiff.space.xp, kind), params, moved, solver="exact", **data)
+
+        def outer(h):
+            return ((readout @ self.solve(h, x) - y) ** 2).sum() + 0.1 * (h["U"] ** 2).sum()
+
+        rng, step = np.random.default_rng(1), 1e-5
+        for _ in range(3):
+            d = {name: rng.standard_normal(h.shape) for name, h in hparams.items()}
+            high, low = (outer({n: h + s * step * d[n] for n, h in hparams.items()}) for s in (1, -1))
+            along = sum(np.sum(autodiff.to_numpy(hg.grad[n]) * d[n]) for n in d)
+            assert along == pytest.approx((high - low) / (2 * step), rel=1e-7)
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_the_references_hold_for_it(self, autodiff, arrays, kind):
+        params, hparams, data = self.move(autodiff, arrays)
+        problem = self.problem(autodiff.space.xp, kind)
+        for reference in ("exact", "finite-differences"):
+            check_hypergradient(problem, params, hparams, solver="exact", reference=reference, **data)
+        exact = exact_hypergradient(problem, params, hparams, **data)
+        away = {"z": params["z"] + 0.3}  # the differences find the solution themselves
+        differences = finite_difference_hypergradient(problem, away, hparams, **data)
+        assert relative_error(differences.params["z"], params["z"]) <= 1e-12
+        for name in hparams:
+            assert relative_error(differences.grad[name], exact.grad[name]) <= 1e-6
+
+    def test_a_check_finds_a_truncated_solve(self, autodiff, arrays):
+        params, hparams, data = self.move(autodiff, arrays)
+        problem = self.problem(autodiff.space.xp, "fixed point")
+        with pytest.raises(AssertionError, match="Identity"):
+            check_hypergradient(problem, params, hparams, solver="identity", **data)
+
+    def test_a_fixed_point_off_its_solution_is_found_out_by_differences(self, autodiff, arrays):
+        params, hparams, data = self.move(autodiff, arrays)
+        problem = self.problem(autodiff.space.xp, "fixed point")
+        away = {"z": params["z"] + 0.3}
+        with pytest.raises(AssertionError, match="params is not the minimizer"):
+            check_hypergradient(problem, away, hparams, solver="exact", reference="finite-differences", **data)
+
+
+def test_wrong_products_of_an_analytic_step_are_named():
+    class Wrong(Affine):
+        def vjp_params(self, w, h, v, A, B, c):
+            return A @ v
+
+    case = Case(bl.get_backend("numpy"), "fixed point")
+    problem = bl.FixedPoint(Wrong(), Outer())
+    with pytest.raises(AssertionError, match="inner hvp contradicts differences of inner grad"):
+        check_hypergradient(
+            problem, case.params, case.hparams, solver="exact", reference="finite-differences", **case.args
+        )
+
+
+class TestStepsOfAnOptimizer:
+    """The fixed point of gradient descent is the minimum: one hypergradient, two ways."""
+
+    @staticmethod
+    def losses(xp):
+        def inner(w, h, X, y):
+            return ((X @ w - y) ** 2).mean() + (xp.exp(h) * w**2).sum()
+
+        def outer(w, h, X, y):
+            return ((X @ w - y) ** 2).mean()
+
+        return inner, outer
+
+    @pytest.mark.parametrize("name", ["torch", "jax"])
+    def test_it_gives_the_hypergradient_of_the_minimum(self, name):
+        backend = framework(name)
+        inner, outer = self.losses(backend.space.xp)
+        if name == "torch":
+            import torch
+
+            def slope(w, h, X, y):
+                return torch.autograd.grad(inner(w, h, X, y), w, create_graph=True)[0]
+        else:
+            import jax
+
+            slope = jax.grad(inner)
+
+        rng = np.random.default_rng(0)
+        X, Xv, y, yv, h = (rng.standard_normal(s) for s in ((12, 4), (12, 4), 12, 12, 4))
+        w = linalg.solve(X.T @ X / 12 + np.diag(np.exp(h)), X.T @ y / 12)
+        X, Xv, y, yv, h, w = map(backend.from_numpy, (X, Xv, y, yv, h, w))
+        args = {"inner_args": (X, y), "outer_args": (Xv, yv)}
+        minimum = bl.hypergradient(bl.Problem(inner, outer), w, h, solver=bl.CG(rtol=1e-13), **args)
+        for problem in (bl.FixedPoint(lambda w, *a: w - 0.1 * slope(w, *a), outer), bl.Root(slope, outer)):
+            assert relative_error(bl.hypergradient(problem, w, h, solver="exact", **args).grad, minimum.grad) <= 1e-10
+
+
+class TestTorch:
+    def test_one_differentiation_is_enough(self):
+        torch = pytest.importorskip("torch")
+
+        class Tanh(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x):
+                y = torch.tanh(x)
+                ctx.save_for_backward(y)
+                return y
+
+            @staticmethod
+            @torch.autograd.function.once_differentiable
+            def backward(ctx, g):
+                (y,) = ctx.saved_tensors
+                return g * (1 - y**2)
+
+        h = torch.full((2,), 0.3, dtype=torch.float64)
+        w = h
+        for _ in range(200):
+            w = torch.tanh(0.5 * w + h)
+        problem = bl.FixedPoint(lambda w, h: Tanh.apply(0.5 * w + h), lambda w, h: w.sum())
+        s = 1 - w**2
+        hg = bl.hypergradient(problem, w, h, solver="exact")
+        assert relative_error(hg.grad, s / (1 - 0.5 * s)) <= 1e-12
+
+    def test_the_step_is_run_once_and_nothing_of_the_users_is_touched(self):
+        torch = pytest.importorskip("torch")
+        calls = []
+
+        def step(w, h):
+            calls.append(1)
+            return 0.5 * w + h
+
+        w = torch.ones(3, dtype=torch.float64, requires_grad=True)
+        h = torch.full((3,), 0.5, dtype=torch.float64, requires_grad=True)
+        w.grad = h.grad = torch.ones(3, dtype=torch.float64)
+        hg = bl.hypergradient(bl.FixedPoint(step, lambda w, h: (w**2).sum()), w, h, solver="exact")
+        assert relative_error(hg.grad, [4.0] * 3) <= 1e-12
+        assert len(calls) == 1
+        assert torch.equal(w.detach(), torch.ones(3, dtype=torch.float64))
+        assert torch.equal(h.grad, torch.ones(3, dtype=torch.float64))
+        assert not hg.grad.requires_grad
+
+    def test_a_module_may_be_its_own_step(self):
+        torch = pytest.importorskip("torch")
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(3, 3).double()
+        with torch.no_grad():
+            layer.weight *= 0.3
+        h = dict(layer.named_parameters())
+        with torch.no_grad():
+            w = torch.zeros(3, dtype=torch.float64)
+            for _ in range(200):
+                w = layer(w).tanh()
+        direct = bl.FixedPoint(lambda w, h: layer(w).tanh(), lambda w, h: (w**2).sum())
+        functional = bl.FixedPoint(
+            lambda w, h: torch.func.functional_call(layer, h, (w,)).tanh(), lambda w, h: (w**2).sum()
+        )
+        a, b = (bl.hypergradient(problem, w, h, solver="exact").grad for problem in (direct, functional))
+        for name in h:
+            assert a[name].abs().sum() > 0
+            assert relative_error(a[name], b[name]) <= 1e-12
+
+
+class TestJax:
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_jit_and_vmap_give_the_same_as_eager(self, kind):
+        jax = pytest.importorskip("jax")
+        cases = [Case(bl.get_backend("jax"), kind, seed) for seed in range(2)]
+
+        def call(w, h, inner_args, outer_args):
+            return bl.hypergradient(
+                KINDS[kind], w, h, inner_args=inner_args, outer_args=outer_args, solver="exact"
+            ).grad
+
+        inputs = [(c.params, c.hparams, c.args["inner_args"], c.args["outer_args"]) for c in cases]
+        mapped = jax.vmap(call)(*jax.tree.map(lambda *xs: jax.numpy.stack(xs), *inputs))
+        for case, each, one in zip(cases, inputs, mapped, strict=True):
+            assert relative_error(jax.jit(call)(*each), case.expected) <= 1e-12
+            assert relative_error(one, case.expected) <= 1e-12
+
+    def test_an_equal_problem_does_not_trace_again(self):
+        pytest.importorskip("jax")
+        traces, affine = [], Affine()
+
+        def step(*args):
+            traces.append(1)
+            return affine(*args)
+
+        outer, case = Outer(), Case(bl.get_backend("jax"), "fixed point")
+        counts = []
+        for _ in range(3):
+            bl.hypergradient(bl.FixedPoint(step, outer), case.params, case.hparams, solver="exact", **case.args)
+            counts.append(len(traces))
+        assert counts[0] > 0
+        assert counts == counts[:1] * 3
+
+
+class TestMistakes:
+    @pytest.fixture(params=["torch", "jax"])
+    def autodiff(self, request):
+        return framework(request.param)
+
+    def one(self, backend, dtype=np.float64):
+        return backend.from_numpy(np.ones(2, dtype))
+
+    def call(self, backend, step, solver="exact", kind=bl.FixedPoint):
+        return bl.hypergradient(
+            kind(step, lambda w, h: (w**2).sum()), self.one(backend), self.one(backend), solver=solver
+        )
+
+    def test_what_cannot_be_called(self):
+        with pytest.raises(
+            TypeError, match=r"FixedPoint\.step: expected a function .* returns the next params, got int"
+        ):
+            bl.FixedPoint(3, Outer())
+        with pytest.raises(TypeError, match=r"Root\.outer: expected a function .* returns a scalar, got str"):
+            bl.Root(Affine(), "outer")
+
+    def test_a_step_of_another_structure(self, autodiff):
+        with pytest.raises(ValueError, match=r"step: expected the structure of params.*\(2,\).*\(\)"):
+            self.call(autodiff, lambda w, h: (w * h).sum())
+        with pytest.raises(ValueError, match=r"residual: expected the structure of params.*it is missing"):
+            self.call(autodiff, lambda w, h: (w * h, w), kind=bl.Root)
+
+    def test_a_step_of_another_dtype(self, autodiff):
+        def step(w, h):
+            half = w * h
+            return half.float() if hasattr(half, "float") else half.astype("float32")
+
+        with pytest.raises(TypeError, match=r"step is .*float32, but params .*float64: convert one"):
+            self.call(autodiff, step)
+
+    @pytest.mark.parametrize("kind", [bl.FixedPoint, bl.Root])
+    def test_a_step_without_params(self, autodiff, kind):
+        role = "step" if kind is bl.FixedPoint else "residual"
+        for solver in ("exact", "identity"):
+            with pytest.raises(ValueError, match=f"{role} does not depend on params. Use the params argument"):
+                self.call(autodiff, lambda w, h: 2 * h, solver, kind)
+
+    @pytest.mark.parametrize("kind", [bl.FixedPoint, bl.Root])
+    def test_a_step_without_hparams(self, autodiff, kind):
+        with pytest.raises(ValueError, match=r"depends on hparams\. Use the hparams argument"):
+            self.call(autodiff, lambda w, h: 0.5 * w, kind=kind)
+
+    def test_leaves_without_influence_get_zeros(self, autodiff):
+        params = {"a": self.one(autodiff), "b": self.one(autodiff)}
+        problem = bl.FixedPoint(
+            lambda w, h: {"a": 0.5 * w["a"] + h["a"], "b": h["a"]}, lambda w, h: (w["a"] ** 2).sum()
+        )
+        hparams = {"a": 0.5 * self.one(autodiff), "b": self.one(autodiff)}
+        hg = bl.hypergradient(problem, params, hparams, solver="exact")
+        assert relative_error(hg.grad["a"], [4.0, 4.0]) <= 1e-12
+        assert autodiff.to_numpy(hg.grad["b"]).tolist() == [0.0, 0.0]
+
+    def test_numpy_methods_that_are_missing(self):
+        class Half:
+            def __call__(self, w, h):
+                return 0.5 * w
+
+        case = Case(bl.get_backend("numpy"), "fixed point")
+        with pytest.raises(TypeError, match=r"the step \(Half\) has no method 'vjp_params'.*torch and jax"):
+            bl.hypergradient(bl.FixedPoint(Half(), Outer()), case.params, case.hparams, **case.args)
+
+    def test_a_backend_without_them(self):
+        from bilevel.protocols import Backend
+
+        case, backend = Case(bl.get_backend("numpy"), "root"), bl.get_backend("numpy")
+
+        class Bare(type(backend)):
+            jacobian, gauss_newton = Backend.jacobian, Backend.gauss_newton
+
+        with pytest.raises(TypeError, match="residual: the numpy backend has no derivatives of fixed points and roots"):
+            case.hypergradient(solver="exact", backend=Bare())
+
+    def test_what_is_no_problem(self):
+        with pytest.raises(TypeError, match=r"problem: expected bl\.Problem.*bl\.FixedPoint or bl\.Root, got Affine"):
+            bl.hypergradient(Affine(), np.ones(2), np.ones(2))
+
+    def test_scipy_fit_has_nothing_to_minimize(self):
+        with pytest.raises(TypeError, match="scipy_fit minimizes an inner objective, which FixedPoint does not have"):
+            scipy_fit(KINDS["fixed point"])
+
+
+def test_minimize_takes_a_fit_that_iterates(backend):
+    """F = ½‖w*(λ) − t‖² with w* = (I − A)⁻¹(Bλ + c), λ as many as w: the minimum is zero."""
+    case = Case(backend, "fixed point", hypers=5)
+    A, B, c = case.args["inner_args"]
+
+    def fit(hparams, params):
+        for _ in range(100):
+            params = A @ params + B @ hparams + c
+        return params
+
+    t, _ = case.args["outer_args"]
+    args = {**case.args, "outer_args": (t, 0 * t)}
+    start = 0.5 * case.miss @ case.miss
+    found = bl.minimize(case.problem, case.hparams, fit=fit, params0=case.params, solver="exact", **args)
+    assert found.fun <= 1e-6 * start
