@@ -115,7 +115,7 @@ def test_preparing_and_batches(backend):
 
 
 def test_unrolling_forwards_is_refused(backend):
-    with pytest.raises(TypeError, match='forward.*has those with its transpose.*mode="reverse"'):
+    with pytest.raises(TypeError, match=r'forward.*has those with its transpose.*mode="reverse"'):
         Case(backend, "fixed point").hypergradient(solver=bl.Unrolled(steps=2, step_size=1.0, mode="forward"))
 
 
