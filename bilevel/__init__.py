@@ -2,6 +2,7 @@
 
 from bilevel import problems
 from bilevel.config import get_backend, get_solver, list_backends, list_preconditioners, list_solvers
+from bilevel.diagnosis import diagnose
 from bilevel.equations import FixedPoint, Root
 from bilevel.errors import SolverError, SolverWarning
 from bilevel.hypergradient import hypergradient, hypergradient_from
@@ -45,6 +46,7 @@ __all__ = [
     "SolverWarning",
     "Status",
     "Unrolled",
+    "diagnose",
     "extrapolate",
     "get_backend",
     "get_solver",

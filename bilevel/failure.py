@@ -26,6 +26,15 @@ def report(
     """
     if on_failure == "ignore" or info.status == Status.CONVERGED:
         return
+    message = explain(info, solver, curvature)
+    if on_failure == "raise" or info.status == Status.NON_FINITE:
+        raise SolverError(message)
+    # Level 4 is the line that called bl.hypergradient, or another entry as deep.
+    warnings.warn(SolverWarning(message), stacklevel=4)
+
+
+def explain(info: SolverInfo, solver: Any, curvature: Callable[[], tuple[float, float] | None]) -> str:
+    """Say how a solve failed and what to do; see `report`."""
     if info.status == Status.MAXITER:
         message = _maxiter(info, solver)
     elif info.status == Status.NON_FINITE:
@@ -41,11 +50,7 @@ def report(
         message = _negative_curvature(info, *ends)
     else:
         message = _diverged(info, *ends, getattr(solver, "damping", 0.0))
-    message = f"{type(solver).__name__}: {message}"
-    if on_failure == "raise" or info.status == Status.NON_FINITE:
-        raise SolverError(message)
-    # Level 4 is the line that called bl.hypergradient, or another entry as deep.
-    warnings.warn(SolverWarning(message), stacklevel=4)
+    return f"{type(solver).__name__}: {message}"
 
 
 def _residual(info: SolverInfo) -> str:

@@ -212,7 +212,7 @@ def _ends(backend: Backend, linearization: Linearization) -> tuple[Any, Any] | N
     if isinstance(linearization.hvp, NonSymmetric):
         return None
     ends = spectrum(linearization.hvp, linearization.grad_params, backend.space)
-    return ends.smallest - ends.error, ends.largest + ends.error
+    return ends.smallest - ends.smallest_error, ends.largest + ends.largest_error
 
 
 def _conclude(hg: Hypergradient, backend: Backend, solver: Any, on_failure: OnFailure, ends: Any) -> Hypergradient:

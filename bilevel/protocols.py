@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
@@ -373,3 +374,18 @@ class Backend(Protocol):
     ) -> Any:
         """Call function(backend, solver, problem, point), compiled where the framework compiles."""
         return function(self, solver, problem, point)
+
+    @contextmanager
+    def aside(self, point: Point, double: bool) -> Iterator[Callable[[Tree, Tree], Point]]:
+        """Let objectives be evaluated without a trace.
+
+        In it, what they change besides (random states, the buffers of modules) changes as ever; on leaving, it is as it
+        was. It yields ``at(params, hparams)``, which returns the point moved to other values. Objectives that compute
+        with arrays of their own rather than with what they are handed follow as far as possible, and each time the
+        random states and buffers are those of the start. With ``double``, the moved point is in float64, the arguments
+        and what the objectives hold besides too, as far as possible.
+
+        A backend that cannot do any of this inherits the moves alone.
+        """
+        del double
+        yield lambda params, hparams: point._replace(params=params, hparams=hparams)

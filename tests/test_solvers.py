@@ -314,7 +314,7 @@ def ends_of(backend, solver, problem, point):
 )
 def test_lanczos_brackets_the_spectrum(backend, eigenvalues, seed):
     point = Point(backend.from_numpy(symmetric(eigenvalues, seed)), backend.from_numpy(np.zeros(len(eigenvalues))))
-    smallest, largest, error = (backend.to_host(end) for end in backend.execute(ends_of, None, None, point))
+    smallest, largest, _, error = (backend.to_host(end) for end in backend.execute(ends_of, None, None, point))
     width = max(map(abs, eigenvalues)) + 1e-300
     assert min(eigenvalues) - 1e-9 * width <= smallest <= largest <= max(eigenvalues) + 1e-9 * width
     # An unlucky start can miss the very end, but a step size of 1/(largest + error) must stay below 2/λmax.
@@ -324,7 +324,7 @@ def test_lanczos_brackets_the_spectrum(backend, eigenvalues, seed):
 def test_lanczos_finds_the_ends_of_a_decaying_spectrum(backend):
     eigenvalues = np.concatenate([np.geomspace(1e-4, 10, 60), [-2.0]])
     point = Point(backend.from_numpy(symmetric(eigenvalues)), backend.from_numpy(np.zeros(61)))
-    smallest, largest, error = (backend.to_host(end) for end in backend.execute(ends_of, None, None, point))
+    smallest, largest, _, error = (backend.to_host(end) for end in backend.execute(ends_of, None, None, point))
     assert largest == pytest.approx(10, rel=1e-3)
     assert smallest == pytest.approx(-2, rel=1e-2)
     assert largest + error >= 10 * (1 - 1e-6)

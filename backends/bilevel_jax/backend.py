@@ -1,6 +1,7 @@
 """Derivatives by JAX transformations, compiled once per problem and solver."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,11 @@ from bilevel_jax.dependence import depends
 from bilevel_jax.gauss_newton import gauss_newton
 from bilevel_jax.space import JaxSpace
 from bilevel_jax.static import join_solver, join_tree, split_solver, split_tree
+
+try:
+    from jax import enable_x64
+except ImportError:  # JAX before 0.8
+    from jax.experimental import enable_x64  # pyright: ignore
 
 
 class JaxBackend(Backend):
@@ -133,6 +139,16 @@ class JaxBackend(Backend):
         except TypeError:  # nothing that jit could compare by its value
             return function(self, solver, problem, point)
         return _compiled(static, arrays)
+
+    @override
+    @contextmanager
+    def aside(self, point: Point, double: bool) -> Iterator[Callable[[Any, Any], Point]]:
+        def convert(leaf: Any) -> Any:
+            convertible = double and isinstance(leaf, jax.Array | np.ndarray) and self.is_floating(leaf)
+            return jnp.asarray(leaf, jnp.float64) if convertible else leaf
+
+        with enable_x64(True) if double else nullcontext():
+            yield lambda params, hparams: jax.tree.map(convert, point._replace(params=params, hparams=hparams))
 
 
 @partial(jax.jit, static_argnums=0)

@@ -1,6 +1,7 @@
 """Derivatives that the problem itself brings, checked."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,7 @@ from typing_extensions import override
 
 from bilevel.problem import Problem
 from bilevel.protocols import Backend, BilevelProblem, InnerDerivatives, OuterDerivatives, Point, Solver
-from bilevel.tree import leaves_with_paths
+from bilevel.tree import leaves_with_paths, tree_map
 from bilevel.validation import check_dtypes, check_like, check_scalar, role_of
 from bilevel_numpy.space import NumpySpace
 
@@ -127,6 +128,15 @@ class NumpyBackend(Backend):
         # https://github.com/numpy/numpy/issues/24067
         with np.errstate(all="ignore"):
             return function(self, solver, problem, point)
+
+    @override
+    @contextmanager
+    def aside(self, point: Point, double: bool) -> Iterator[Callable[[Any, Any], Point]]:
+        def convert(leaf: Any) -> Any:
+            convertible = double and self.owns(leaf) and self.is_floating(leaf)
+            return np.asarray(leaf, np.float64) if convertible else leaf
+
+        yield lambda params, hparams: tree_map(convert, point._replace(params=params, hparams=hparams))
 
 
 def _require(function: Any, role: str, method: str) -> None:

@@ -1,6 +1,7 @@
 """Derivatives by autograd: one graph of ∇L, retained, serves every product."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -12,6 +13,7 @@ from bilevel.problem import Problem
 from bilevel.protocols import Backend, BilevelProblem, InnerDerivatives, OuterDerivatives, Point, Solver
 from bilevel.tree import leaves_with_paths
 from bilevel.validation import check_dtypes, check_like, depends_on_nothing, leaf_names, role_of
+from bilevel_torch.aside import aside
 from bilevel_torch.autograd import fill, grad, reaches, scalar, variables
 from bilevel_torch.gauss_newton import gauss_newton
 from bilevel_torch.space import TorchSpace, leaves
@@ -127,6 +129,12 @@ class TorchBackend(Backend):
             )
         with torch.no_grad():  # the solver's own arithmetic is not recorded
             return function(self, solver, problem, point)
+
+    @override
+    @contextmanager
+    def aside(self, point: Point, double: bool) -> Iterator[Callable[[Any, Any], Point]]:
+        with aside(point, double) as at:
+            yield at
 
 
 def _products(outputs: Sequence[torch.Tensor | None], params: Any, hparams: Any) -> InnerDerivatives:

@@ -41,7 +41,7 @@ def safe_step(operator: Operator, like: Tree, space: VectorSpace) -> Any:
         return 1.0
     xp = space.xp
     ends = spectrum(operator, like, space)
-    bound = xp.maximum(xp.abs(ends.smallest), xp.abs(ends.largest)) + ends.error
+    bound = xp.maximum(xp.abs(ends.smallest) + ends.smallest_error, xp.abs(ends.largest) + ends.largest_error)
     return 1.0 / xp.where(bound == 0, 1.0, bound)
 
 

@@ -4,12 +4,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from bilevel.diagnosis.agreement import compare
 from bilevel.first_order import inner_grad
 from bilevel.flat import to_host
 from bilevel.hypergradient import hypergradient
 from bilevel.protocols import Backend, BilevelProblem, Point, Solver
 from bilevel.results import Hypergradient, Status
-from bilevel.testing.diagnosis import contradictions, paragraphs, relation, table
+from bilevel.testing.diagnosis import paragraphs, relation, table
 from bilevel.testing.differences import directional_derivatives
 from bilevel.testing.exact import exact_hypergradient
 from bilevel.testing.host import HostProblem, evaluate
@@ -103,9 +104,11 @@ def against_exact(subject: Subject) -> str | None:
 def against_differences(subject: Subject, seed: int) -> str | None:
     """Compare with differences of the re-solved problem along directions."""
     host = HostProblem(subject.backend, subject.problem, subject.point)
-    wrong_gradient = list(contradictions(host, seed, ["inner grad"]))
-    if wrong_gradient:
-        return paragraphs(f"{wrong_gradient[0]} The inner problem is solved by it, so there is no reference.")
+    contradictions = [a for a in compare(subject.backend, subject.problem, subject.point).of if a.wrong]
+    if contradictions and contradictions[0].name == "inner grad":
+        return paragraphs(
+            f"{contradictions[0].sentence()} The inner problem is solved by it, so there is no reference."
+        )
 
     named = list(directions(subject.backend, subject.point.hparams, subject.grad, np.random.default_rng(seed)))
     ds = np.stack([d for _, d in named])
@@ -144,7 +147,7 @@ def against_differences(subject: Subject, seed: int) -> str | None:
         shown = wrong & inside_leaf if (wrong & inside_leaf).any() else wrong
         direct = np.array(directional_derivatives(solver, ds, follow=False))[:, 0]
         causes = [_cause(subject, tested[shown], expected[shown], direct[shown], noise[shown])]
-        causes.extend(contradictions(host, seed))
+        causes.extend(a.sentence() for a in contradictions)
     heading = subject.heading("finite differences of the re-solved problem", atol)
     return paragraphs(heading, said[0], *causes, said[1])
 

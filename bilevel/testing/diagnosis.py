@@ -1,12 +1,9 @@
 """From numbers that disagree to a sentence that says how."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from textwrap import fill
 
 import numpy as np
-
-from bilevel.testing.differences import slope, step_scale
-from bilevel.testing.host import DERIVATIVES, HostProblem
 
 IMPLICIT = "The implicit term −(∂²L/∂λ∂w)ᵀ v"
 WIDTH = 100
@@ -51,36 +48,6 @@ def relation(
     # The first of those that fit about as well as the best: what is simple stands before what is fitted.
     enough = 3 * (least + noise_norm) + 1e-6 * np.linalg.norm(expected)
     return next(sentence for sentence, gap in left.items() if gap <= enough)
-
-
-def contradictions(host: HostProblem, seed: int, names: Sequence[str] = DERIVATIVES) -> Iterator[str]:
-    """Say which derivative contradicts differences of what it is derived from.
-
-    Looks along one random direction, at a random point near the caller's: in a minimum too much is zero.
-    """
-    rng = np.random.default_rng(seed)
-    w, lam = host.w, host.lam
-    u, v, d = rng.standard_normal(w.size), rng.standard_normal(w.size), rng.standard_normal(lam.size)
-    w = w + 0.1 * step_scale(w, u) * rng.standard_normal(w.size)
-    derived = host.derivatives(w, lam, v)
-    in_w, in_lam = step_scale(w, u), step_scale(lam, d)
-    sources: dict[str, tuple[str, np.ndarray, float, Callable[[float], float]]] = {
-        "inner grad": ("inner", u, in_w, lambda t: host.inner(w + t * u, lam)[0]),
-        "inner hvp": ("inner grad", u, in_w, lambda t: float(v @ host.inner(w + t * u, lam)[1])),
-        "inner cross_vjp": ("inner grad", d, in_lam, lambda t: float(v @ host.inner(w, lam + t * d)[1])),
-        "outer grad_params": ("outer", u, in_w, lambda t: host.outer(w + t * u, lam)),
-        "outer grad_hparams": ("outer", d, in_lam, lambda t: host.outer(w, lam + t * d)),
-    }
-    for name in names:
-        if name == "inner grad" and not host.minimizes:
-            continue  # the residual of an equation derives from nothing
-        source, along, scale, function = sources[name]
-        claimed, (measured, noise) = float(along @ derived[name]), slope(function, scale, host.eps)
-        if not abs(claimed - measured) <= 0.01 * max(abs(claimed), abs(measured)) + 2 * noise:
-            yield (
-                f"{name} contradicts differences of {source} along a random direction: {claimed:.6g} against "
-                f"{measured:.6g} (noise {noise:.1g})."
-            )
 
 
 def paragraphs(*parts: str) -> str:

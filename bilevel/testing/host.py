@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from bilevel.diagnosis.agreement import DERIVATIVES
 from bilevel.first_order import in_params
 from bilevel.flat import to_host
 from bilevel.hypergradient import linearize
@@ -50,9 +51,6 @@ def with_true_hessian(problem: BilevelProblem) -> BilevelProblem:
 def precision(problem: BilevelProblem, eps: float) -> float:
     """Return what products with second derivatives are known to, relative: eps, or what differences leave of it."""
     return eps**0.5 if getattr(problem, "curvature", None) == "finite-differences" else eps
-
-
-DERIVATIVES = ("inner grad", "inner hvp", "inner cross_vjp", "outer grad_params", "outer grad_hparams")
 
 
 class HostProblem:

@@ -1,0 +1,101 @@
+"""A report, for programs and for people."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import isfinite
+from textwrap import fill
+
+from bilevel.diagnosis.findings import Finding, findings, how_far
+from bilevel.diagnosis.measured import Measured
+from bilevel.diagnosis.suggestions import suggestions
+from bilevel.diagnosis.words import first_line, short
+
+WIDTH = 100
+LABEL = 15  # width of the first column
+
+
+@dataclass(frozen=True)
+class Diagnosis(Measured):
+    """What `bl.diagnose` found: ``print`` it, or read ``ok``, ``findings``, ``unchecked``, ``suggestions`` and numbers.
+
+    The numbers are those of `Measured`.
+    """
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing was found; ``unchecked`` may still name what could not be looked at."""
+        return not self.findings
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """What was found, the gravest first."""
+        return tuple(findings(self))
+
+    @property
+    def suggestions(self) -> tuple[str, ...]:
+        """Solver, damping and step size to use, with reasons; none as long as the products cannot be trusted."""
+        trusted = not {f.name for f in self.findings} & {"not finite", "wrong derivative", "not symmetric"}
+        return tuple(suggestions(self)) if trusted else ()
+
+    def __str__(self) -> str:
+        found = self.findings
+        heading = f"{len(found)} finding{'s' * (len(found) > 1)}" if found else "nothing wrong was found"
+        marked = {f.name for f in found}
+        lines = [f"{'>' if marks & marked else ' '} {label:<{LABEL}}{text}" for marks, label, text in _lines(self)]
+        texts = [f"{i}. {f.what} {f.way_out}".strip() for i, f in enumerate(found, 1)]
+        if self.unchecked:
+            texts.append(f"Not checked: {', '.join(self.unchecked)}. {_why_unchecked(self)}")
+        texts += [f"Suggestion: {suggestion}" for suggestion in self.suggestions]
+        return "\n\n".join([f"bl.diagnose: {heading}", "\n".join(lines), *(fill(text, WIDTH) for text in texts)])
+
+
+def _lines(m: Measured) -> Iterator[tuple[set[str], str, str]]:
+    """Yield each line of the table, and by which findings it is marked."""
+    yield {"not solved"}, "inner problem", how_far(m)
+    yield {"not finite"}, "curvature", _curvature(m)
+    r = m.repetition
+    anew = f"a product {r.new_product:.1g}, the gradient {r.new_grad:.1g}, the cross product {r.new_cross:.1g}"
+    yield {"not repeatable"}, "repetition", f"changes by: a product again {r.product:.1g}; linearized anew, {anew}"
+    if m.curvature != "equation":
+        yield {"not symmetric"}, "asymmetry", f"{m.asymmetry:.1g}"
+    yield {"wrong derivative"}, "differences", _differences(m)
+    left = f", true residual {m.residual:.2g} of the right-hand side" if isfinite(m.residual) else ""
+    plain = f" ({m.undamped_residual:.2g} without the damping)" if m.undamped_residual != m.residual and left else ""
+    solve = f"{short(m.solver)}: {m.info.status.name} after {m.info.steps} steps{left}{plain}"
+    yield {"solve failed", "residual", "not finite"}, "solve", solve
+
+
+def _curvature(m: Measured) -> str:
+    if m.curvature == "equation":
+        return "an equation, whose Jacobian is not symmetric"
+    smallest, largest, below, above = m.eigenvalues
+    sign = "some are negative" if smallest < 0 else "no negative one seen"
+    what = "" if m.curvature == "hessian" else f" of {m.curvature} products"
+    return f"eigenvalues{what} from {smallest:.3g} (± {below:.1g}) to {largest:.4g} (± {above:.1g}): {sign}"
+
+
+def _differences(m: Measured) -> str:
+    derivatives = m.derivatives
+    if not derivatives.of:
+        return f"none taken: {first_line(derivatives.obstacle, WIDTH)}"
+    dtype = "float64" if derivatives.eps < 1e-15 else f"a dtype of epsilon {derivatives.eps:.1g}"
+    why = f" ({first_line(derivatives.obstacle, WIDTH)})" if derivatives.obstacle else ""
+    each = [f"{a.name} {a.error:.0e}{' WRONG' * a.wrong}{' unclear' * a.unclear}" for a in derivatives.of]
+    if m.curvature == "gauss-newton":
+        each.insert(1, "inner hvp: not a derivative")
+    rows = (f"{'':{LABEL + 2}}{', '.join(row)}" for row in (each[:-2], each[-2:]))
+    return "\n".join([f"in {dtype}{why}:", *rows])
+
+
+def _why_unchecked(m: Measured) -> str:
+    if not m.repeatable:
+        return "Make the losses repeatable, then look again."
+    if not m.derivatives.of:
+        return (
+            "The objectives must compute with the params and hparams that they are handed, or with modules that hold "
+            "them, to be evaluated at other ones."
+        )
+    return (
+        "Differences are too noisy to tell: kinks at this very point (relu of a zero), or arithmetic in less than "
+        "float64, inside the objectives or because these refused float64."
+    )

@@ -1,0 +1,41 @@
+"""Numbers and solvers as a report writes them."""
+
+from math import ceil, floor, isfinite, log10
+from typing import Any
+
+from bilevel.config import solver_options
+
+
+def percent(x: float) -> str:
+    """Return a share as a percentage.
+
+    >>> percent(0.0123), percent(1.08), percent(-4e-6)
+    ('1%', '108%', '-0.0004%')
+    """
+    return f"{100 * x:.{'0f' if 0.01 <= abs(x) < 100 else '1g'}}%"
+
+
+def short(solver: Any) -> str:
+    """Return a solver without the options that are at their defaults."""
+    options = [(name, getattr(solver, name), default) for name, default in solver_options(type(solver)).items()]
+    given = ", ".join(f"{name}={value!r}" for name, value, default in options if value is not default)
+    return f"{type(solver).__name__}({given})"
+
+
+def first_line(text: str, width: int) -> str:
+    """Return the first line of a text, cut to a width."""
+    line = text.partition("\n")[0]
+    return line if len(line) <= width else line[: width - 3] + "..."
+
+
+def rounded(x: float, up: bool) -> float:
+    """Return a positive number rounded to two digits in one direction, so that a bound stays one.
+
+    >>> rounded(0.01234, up=True), rounded(0.01234, up=False)
+    (0.013, 0.012)
+    """
+    if not (isfinite(x) and x > 0):
+        return x
+    unit = floor(log10(x)) - 1
+    digits = (ceil if up else floor)(x / 10.0**unit)
+    return float(f"{digits}e{unit}")

@@ -1,0 +1,540 @@
+"""What `bl.diagnose` says is true: numbers against closed forms, mistakes named, suggestions that work."""
+
+import ast
+import re
+
+import numpy as np
+import pytest
+from frameworks import framework, symmetric
+from hypothesis import given
+from hypothesis import strategies as st
+
+import bilevel as bl
+from bilevel import Status
+from bilevel.diagnosis.agreement import DERIVATIVES
+from bilevel.testing import strategies
+
+B = np.random.default_rng(0).standard_normal((3, 60, 60))
+
+
+def words(report):
+    return " ".join(str(report).split())
+
+
+def names(report):
+    return [finding.name for finding in report.findings]
+
+
+def blamed(report):
+    return {a.name for a in report.derivatives.of if a.wrong}
+
+
+def quadratic(eigenvalues, away=0.0, convert=np.asarray):
+    """A quadratic with these eigenvalues, at a relative distance from its minimum: problem, params, hparams."""
+    n = len(eigenvalues)
+    H, coupling, lam, target = symmetric(eigenvalues), B[0, :n, :2], B[1, 0, :2], B[1, 1, :n]
+    w = np.linalg.solve(H, coupling @ lam)
+    w = w + away * np.linalg.norm(w) * B[1, 2, :n] / np.linalg.norm(B[1, 2, :n])
+    problem = bl.problems.quadratic(convert(H), convert(coupling), convert(target))
+    return problem, convert(w), convert(lam)
+
+
+# The numbers
+
+
+@given(data=st.data())
+def test_no_right_formula_is_blamed(data):
+    case = data.draw(strategies.quadratic_problems() | strategies.ridge_problems())
+    args = {"inner_args": case.inner_args, "outer_args": case.outer_args}
+    report = bl.diagnose(case.problem, case.params, case.hparams, **args)
+    assert not blamed(report)
+    assert not {"inner grad", "inner hvp"} & {*report.unchecked}  # others may drown in a large value
+    assert report.repeatable
+    assert report.derivatives.eps < 1e-15
+    assert not {"wrong derivative", "not symmetric", "not repeatable", "not finite"} & {*names(report)}
+    assert report.solver == bl.CG()
+
+
+@given(data=st.data(), away=st.floats(0.001, 10))
+def test_the_numbers_are_those_of_the_closed_form(data, away):
+    case = data.draw(strategies.quadratic_problems(dtypes=st.just(np.float64)))
+    H, inner, outer = case.hessian, case.problem.inner, case.problem.outer
+    step = away * np.random.default_rng(0).standard_normal(case.params.shape)
+    w = case.params + step
+    report = bl.diagnose(case.problem, w, case.hparams, solver=bl.CG(rtol=1e-12))
+    assert report.grad_norm == pytest.approx(np.linalg.norm(H @ step), rel=1e-6)
+    # Neither overstated ...
+    assert report.distance <= np.linalg.norm(step) / np.linalg.norm(w) * (1 + 1e-6)
+    # ... nor without need: it is the step that steepest descent takes.
+    g = inner.grad(w, case.hparams)
+    assert report.distance == pytest.approx(np.linalg.norm(g) ** 3 / (g @ H @ g) / np.linalg.norm(w), rel=1e-6)
+    eigenvalues, ends = np.linalg.eigvalsh(H), report.eigenvalues
+    assert ends.smallest == pytest.approx(eigenvalues[0], rel=1e-6, abs=1e-9 * eigenvalues[-1])
+    assert ends.largest == pytest.approx(eigenvalues[-1], rel=1e-6)
+    assert report.value == pytest.approx(outer(w, case.hparams))
+    change = -(outer.grad(w, case.hparams)[0] @ step)
+    assert report.change == pytest.approx(change, rel=1e-4, abs=1e-6 * abs(change) + 1e-9)
+    assert report.asymmetry <= 1e-10
+
+
+def test_twenty_products_find_the_ends_of_a_large_spectrum():
+    eigenvalues = np.concatenate([np.geomspace(1e-4, 10, 58), [-2.0, 20.0]])
+    report = bl.diagnose(*quadratic(eigenvalues))
+    assert report.eigenvalues.largest == pytest.approx(20, rel=1e-6)
+    assert report.eigenvalues.smallest == pytest.approx(-2, rel=1e-3)
+
+
+@pytest.mark.parametrize("solver", [bl.CG(), bl.MINRES(), bl.Neumann(terms=7), bl.Identity(), bl.CG(damping=2.0)])
+def test_the_residual_is_the_true_one(solver):
+    problem, w, lam = quadratic(np.linspace(1, 8, 20))
+    report = bl.diagnose(problem, w, lam, solver=solver)
+    v = bl.hypergradient(problem, w, lam, solver=solver).adjoint
+    H, b = symmetric(np.linspace(1, 8, 20)), problem.outer.grad(w, lam)[0]
+    for expected, residual in (
+        (b - H @ v - getattr(solver, "damping", 0.0) * v, report.residual),
+        (b - H @ v, report.undamped_residual),
+    ):
+        assert residual == pytest.approx(np.linalg.norm(expected) / np.linalg.norm(b), rel=1e-6, abs=1e-14)
+
+
+def test_it_takes_few_products_and_gradients():
+    problem, w, lam = quadratic(np.linspace(1, 8, 40))
+    calls = {"grad": 0, "hvp": 0, "cross_vjp": 0}
+
+    def counted(name):
+        def call(*args):
+            calls[name] += 1
+            return getattr(problem.inner, name)(*args)
+
+        return call
+
+    def inner(*args):
+        return problem.inner(*args)
+
+    for name in calls:
+        setattr(inner, name, counted(name))
+    report = bl.diagnose(bl.Problem(inner, problem.outer), w, lam)
+    assert report.ok
+    assert calls["hvp"] - report.info.steps <= 30
+    assert calls["grad"] <= 15
+    assert calls["cross_vjp"] <= 4
+
+
+# What it finds
+
+
+class Broken:
+    """An objective with some of its methods replaced."""
+
+    def __init__(self, objective, **methods):
+        self.objective, self.methods = objective, methods
+
+    def __call__(self, *args):
+        return self.objective(*args)
+
+    def __getattr__(self, name):
+        return self.methods.get(name) or getattr(self.objective, name)
+
+
+def mistakes(problem):
+    inner, outer = problem.inner, problem.outer
+    skew = np.zeros((6, 6))
+    skew[0, 1], skew[1, 0] = 1.0, -1.0
+    return {
+        "hvp sign": ({"hvp": lambda p, h, v: -inner.hvp(p, h, v)}, {}, "inner hvp"),
+        "hvp twice": ({"hvp": lambda p, h, v: 2 * inner.hvp(p, h, v)}, {}, "inner hvp"),
+        "hvp one entry": ({"hvp": lambda p, h, v: inner.hvp(p, h, v) + 0.1 * v * np.eye(1, 6, 3)[0]}, {}, "inner hvp"),
+        "hvp skew": ({"hvp": lambda p, h, v: inner.hvp(p, h, v) + skew @ v}, {}, "inner hvp"),
+        "cross sign": ({"cross_vjp": lambda p, h, v: -inner.cross_vjp(p, h, v)}, {}, "inner cross_vjp"),
+        "cross none": ({"cross_vjp": lambda p, h, v: None}, {}, "inner cross_vjp"),
+        "cross half": ({"cross_vjp": lambda p, h, v: inner.cross_vjp(p, h, v) / 2}, {}, "inner cross_vjp"),
+        "outer twice": ({}, {"grad": lambda p, h: (2 * outer.grad(p, h)[0], outer.grad(p, h)[1])}, "outer grad_params"),
+        "direct twice": ({}, {"grad": lambda p, h: (outer.grad(p, h)[0], np.ones(2))}, "outer grad_hparams"),
+    }
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("what", mistakes(bl.problems.quadratic(np.eye(6), np.eye(6), np.ones(6))))
+def test_a_mistake_in_a_formula_is_named(what, dtype):
+    problem, w, lam = quadratic(np.linspace(1, 4, 6), convert=lambda x: np.asarray(x, dtype))
+    inner, outer, derivative = mistakes(problem)[what]
+    broken = bl.Problem(Broken(problem.inner, **inner), Broken(problem.outer, **outer))
+    report = bl.diagnose(broken, w, lam, solver=bl.CG(damping=5.0))
+    assert blamed(report) == {derivative}
+    assert not report.ok
+    assert f"{derivative} contradicts differences of" in words(report)
+    assert "> differences in float64: inner grad" in words(report)
+    assert "WRONG" in words(report)
+    if what == "hvp skew":
+        assert report.asymmetry > 0.01
+
+
+def test_a_gradient_that_is_off_by_a_factor_is_named_even_at_the_minimum():
+    problem, w, lam = quadratic(np.linspace(1, 4, 6))
+    inner = problem.inner
+    doubled = {
+        "grad": lambda *a: 2 * inner.grad(*a),
+        "hvp": lambda *a: 2 * inner.hvp(*a),
+        "cross_vjp": lambda *a: 2 * inner.cross_vjp(*a),
+    }
+    report = bl.diagnose(bl.Problem(Broken(inner, **doubled), problem.outer), w, lam)
+    assert report.grad_norm < 1e-12
+    assert blamed(report) == {"inner grad"}
+    assert report.derivatives.of[0].claimed == pytest.approx(2 * report.derivatives.of[0].measured, rel=1e-6)
+
+
+def test_the_leaf_that_is_wrong_is_named():
+    def inner(p, h):
+        return 0.5 * (p["a"] @ p["a"] + p["b"] @ p["b"]) - h @ p["a"]
+
+    inner.grad = lambda p, h: {"a": p["a"] - h, "b": p["b"]}
+    inner.hvp = lambda p, h, v: {"a": v["a"], "b": 1.1 * v["b"]}
+    inner.cross_vjp = lambda p, h, v: -v["a"]
+
+    def outer(p, h):
+        return 0.5 * p["a"] @ p["a"]
+
+    outer.grad = lambda p, h: ({"a": p["a"], "b": 0 * p["b"]}, None)
+    params = {"a": np.ones(3), "b": 1e-3 * np.ones(2)}  # however small
+    report = bl.diagnose(bl.Problem(inner, outer), params, np.ones(3))
+    assert blamed(report) == {"inner hvp"}
+    assert "worst in params['b']" in words(report)
+
+
+def test_random_formulas_are_not_repeatable():
+    problem, w, lam = quadratic(np.linspace(1, 4, 6))
+    inner = problem.inner
+    noisy = {"grad": lambda *args: inner.grad(*args) + 0.1 * np.random.standard_normal(6)}  # noqa: NPY002
+    state = np.random.get_state()[1].copy()  # noqa: NPY002
+    report = bl.diagnose(bl.Problem(Broken(inner, **noisy), problem.outer), w, lam)
+    assert names(report)[0] == "not repeatable"
+    assert (np.random.get_state()[1] == state).all()  # noqa: NPY002
+
+
+@pytest.mark.parametrize(("away", "found"), [(0.0, []), (1e-4, []), (0.3, ["not solved"])])
+def test_being_away_from_the_minimum_is_found(away, found):
+    report = bl.diagnose(*quadratic(np.linspace(1, 8, 20), away))
+    assert names(report) == found
+    if found:
+        assert "> inner problem gradient has norm" in words(report)
+        assert "Train the inner problem further" in words(report)
+
+
+def test_a_maximum_is_no_minimum():
+    report = bl.diagnose(*quadratic(-np.linspace(1, 8, 20), 0.3))
+    assert report.distance == float("inf")
+    assert "not solved" in names(report)
+    assert "L curves down" in words(report)
+    assert "no positive curvature" in words(report)
+
+
+def test_what_is_not_finite_is_said():
+    problem, w, lam = quadratic(np.linspace(1, 8, 20))
+    report = bl.diagnose(problem, w, lam * np.nan)
+    assert names(report) == ["not finite"]
+    assert not report.suggestions
+    assert "nan or inf" in words(report)
+
+
+def test_a_failed_solve_says_what_bl_hypergradient_says():
+    case = quadratic([*np.linspace(1, 8, 20), -0.1])
+    report = bl.diagnose(*case)
+    assert report.info.status == Status.NEGATIVE_CURVATURE
+    assert "solve failed" in names(report)
+    assert "met non-positive curvature" in words(report)
+    diverged = bl.diagnose(*case, solver=bl.Neumann(step_size=1.0))
+    assert "Neumann: diverged" in words(diverged)
+
+
+def test_a_direction_is_told_from_a_solution():
+    case = quadratic(np.linspace(1, 8, 20))
+    report = bl.diagnose(*case, solver="identity")
+    assert names(report) == ["residual"]
+    assert "Identity() stops before" in words(report)
+    assert bl.diagnose(*case, solver=bl.Neumann(terms=60)).ok
+
+
+def test_a_method_that_solves_no_system_has_no_residual():
+    report = bl.diagnose(*quadratic(np.linspace(1, 8, 20)), solver="unrolled")
+    assert np.isnan(report.residual)
+    assert "residual" not in words(report)
+    assert report.ok
+
+
+# What it suggests works
+
+
+def suggested(report):
+    """Return the solvers that a report suggests: one to try, one if that fails, and a series."""
+    text = words(report)
+    solver = ast.literal_eval(re.search(r"Suggestion: solver=({.*?})", text)[1])
+    damping = re.search(r"meet negative curvature, damping=([\d.e-]+\d) helps", text)
+    step, beside = re.search(r"step_size=([\d.e-]+\d)(?: with damping=([\d.e-]+\d))?", text).groups()
+    other = {**solver, "damping": float(damping[1])} if damping else solver
+    return solver, other, bl.Neumann(5, float(step), float(beside or 0.0))
+
+
+SPECTRA = {
+    "even": (np.linspace(1, 8, 30), True),
+    "decades": (np.geomspace(0.01, 10, 30), True),
+    "ill-conditioned": (np.geomspace(1e-7, 10, 30), False),
+    "slightly negative": (np.array([*np.linspace(1, 8, 30), -0.1]), True),
+    "hidden": (np.array([*np.geomspace(1e-3, 10, 58), -1e-3]), False),
+    "singular": (np.array([*np.geomspace(1e-3, 10, 50), 1e-12, 1e-12]), False),
+    "multiple": (100 * np.ones(3), True),
+}
+
+
+@pytest.mark.parametrize("tried", [bl.Neumann(terms=1), bl.CG(maxiter=3), bl.CG(maxiter=1000)], ids=str)
+@pytest.mark.parametrize("name", SPECTRA)
+def test_a_suggested_solver_solves_and_a_suggested_step_holds(name, tried):
+    eigenvalues, at_once = SPECTRA[name]
+    problem, w, lam = quadratic(eigenvalues)
+    report = bl.diagnose(problem, w, lam, solver=tried)
+    if report.ok:
+        assert report.suggestions[0].startswith("keep")
+        return
+    solver, other, neumann = suggested(report)
+
+    def status(solver):
+        return bl.hypergradient(problem, w, lam, solver=solver, on_failure="ignore").info.status
+
+    assert Status.CONVERGED in ([status(solver)] if at_once else [status(solver), status(other)])
+    assert status(neumann) == Status.CONVERGED or name == "hidden"
+    assert neumann.step_size * (eigenvalues.max() + neumann.damping) == pytest.approx(1, abs=0.1)
+
+
+def test_a_solver_that_does_its_work_is_kept():
+    report = bl.diagnose(*quadratic(np.linspace(1, 8, 20)), solver=bl.CG(maxiter=50))
+    assert report.ok
+    assert report.suggestions[0].startswith("keep CG(maxiter=50)")
+    assert "nothing wrong was found" in words(report)
+
+
+def test_strong_negative_curvature_is_not_damped_away():
+    report = bl.diagnose(*quadratic([*np.linspace(1, 8, 20), -5.0]))
+    assert "is of the size of the positive" in report.suggestions[0]
+
+
+# Every framework
+
+
+def test_every_framework_says_the_same(backend):
+    away = quadratic([*np.linspace(1, 8, 20), -0.3], 0.2)
+    there = quadratic([*np.linspace(1, 8, 20), -0.3], 0.2, backend.from_numpy)
+    expected, report = bl.diagnose(*away), bl.diagnose(*there)
+    assert names(report) == names(expected) == ["not solved", "solve failed"]
+    assert report.verified
+    for field in ("grad_norm", "distance", "value", "residual"):
+        assert getattr(report, field) == pytest.approx(getattr(expected, field), rel=1e-6), field
+    assert report.eigenvalues.largest == pytest.approx(8, rel=1e-6)
+    assert report.eigenvalues.smallest == pytest.approx(-0.3, rel=1e-2)
+
+
+def test_batches_are_looked_at_by_their_first(backend):
+    rng = np.random.default_rng(0)
+    batches = [tuple(backend.from_numpy(rng.standard_normal(shape)) for shape in ((12, 3), (12,))) for _ in range(3)]
+    w, lam = backend.from_numpy(np.zeros(3)), backend.from_numpy(np.zeros(3))
+    report = bl.diagnose(bl.problems.ridge(), w, lam, inner_args=batches, outer_args=batches[0], solver="neumann")
+    assert report.verified
+    assert np.isnan(report.residual)
+
+
+def test_input_that_does_not_fit_is_refused(backend):
+    case = quadratic(np.ones(2), convert=backend.from_numpy)
+    with pytest.raises(ValueError, match="there is no 'cgg'"):
+        bl.diagnose(*case, solver="cgg")
+    with pytest.raises(TypeError, match="inner_args"):
+        bl.diagnose(*case, inner_args=3)
+    with pytest.raises(TypeError, match="floating-point"):
+        bl.diagnose(case[0], backend.from_numpy(np.ones(2, int)), case[2])
+
+
+# Other kinds of problems
+
+
+class Affine:
+    """Aw + λ."""
+
+    def __call__(self, w, h, A):
+        return A @ w + h
+
+    def vjp_params(self, w, h, v, A):
+        return A.T @ v
+
+    def vjp_hparams(self, w, h, v, A):
+        return v
+
+
+class Transposed(Affine):
+    def vjp_params(self, w, h, v, A):
+        return A @ v
+
+
+class Signed(Affine):
+    def vjp_hparams(self, w, h, v, A):
+        return -v
+
+
+class HalfSquare:
+    def __call__(self, w, h):
+        return 0.5 * (w @ w)
+
+    def grad(self, w, h):
+        return w, None
+
+
+def equation(kind, convert=np.asarray, function=None, away=0.0):
+    """w = Aw + λ or 0 = Aw + λ at its solution, or away from it: problem, params, hparams and data."""
+    A, lam = 0.2 * B[0, :4, :4] + 0.5 * np.eye(4), np.ones(4)
+    w = np.linalg.solve((np.eye(4) if kind is bl.FixedPoint else 0.0) - A, lam)
+    problem = kind(function or Affine(), HalfSquare())
+    return problem, convert(w * (1 + away)), convert(lam), {"inner_args": (convert(A),)}
+
+
+@pytest.mark.parametrize("kind", [bl.FixedPoint, bl.Root])
+class TestEquations:
+    def test_what_is_right_is_not_blamed(self, backend, kind):
+        *case, args = equation(kind, backend.from_numpy)
+        report = bl.diagnose(*case, solver="gmres", **args)
+        assert report.ok
+        assert report.verified
+        assert report.derivatives.names == DERIVATIVES[1:]
+        assert report.curvature == "equation"
+        assert report.residual <= 1e-10
+        assert "residual has norm" in words(report)
+        assert "Jacobian is not symmetric" in words(report)
+        assert report.suggestions == ("keep GMRES(), which took 4 steps.",)
+
+    @pytest.mark.parametrize(
+        ("function", "derivative"), [(Transposed(), "inner hvp"), (Signed(), "inner cross_vjp")], ids=["w", "h"]
+    )
+    def test_a_mistake_in_a_formula_is_named(self, kind, function, derivative):
+        *case, args = equation(kind, function=function)
+        assert blamed(bl.diagnose(*case, solver="gmres", **args)) == {derivative}
+
+    def test_being_away_from_the_solution_is_found(self, kind):
+        *case, args = equation(kind, away=0.5)
+        report = bl.diagnose(*case, solver="gmres", **args)
+        assert names(report) == ["not solved"]
+        assert "does not solve the equation" in words(report)
+
+    def test_another_solver_is_suggested_by_name(self, kind):
+        *case, args = equation(kind)
+        report = bl.diagnose(*case, solver="identity", **args)
+        assert 'solver="gmres"' in report.suggestions[0]
+
+
+def model_problem(backend, dtype, curvature):
+    """A tanh network with squares for a loss: problem, params, hparams and data."""
+    xp, rng = backend.space.xp, np.random.default_rng(0)
+    x, y, a, b = (backend.from_numpy(rng.standard_normal(s).astype(dtype)) for s in ((9, 3), (9,), (3, 2), (2,)))
+
+    def model(w, h, x):
+        return xp.tanh(x @ w["a"]) @ w["b"]
+
+    def loss(output, y):
+        return ((output - y) ** 2).mean()
+
+    def outer(w, h, x, y):
+        return loss(model(w, h, x), y)
+
+    def penalty(w, h):
+        return xp.exp(h) * sum((p**2).sum() for p in w.values())
+
+    problem = bl.Problem.from_model(model, loss, outer, penalty=penalty, curvature=curvature)
+    hparams = backend.from_numpy(np.asarray(-2.0, dtype))
+    return problem, {"a": a, "b": b}, hparams, {"inner_args": (x, y), "outer_args": (x + 1, y)}
+
+
+@pytest.mark.parametrize("name", ["torch", "jax"])
+class TestCurvatures:
+    def test_gauss_newton_products_are_not_taken_for_derivatives(self, name):
+        *case, args = model_problem(framework(name), np.float64, "gauss-newton")
+        report = bl.diagnose(*case, **args)
+        assert report.verified
+        assert "inner hvp" not in report.derivatives.names
+        assert "inner hvp: not a derivative" in words(report)
+        assert "eigenvalues of gauss-newton products" in words(report)
+        assert report.eigenvalues.smallest > 0
+        assert report.asymmetry <= 1e-10
+
+    def test_differences_of_gradients_are_right_to_their_precision(self, name):
+        *case, args = model_problem(framework(name), np.float32, "finite-differences")
+        report = bl.diagnose(*case, solver=bl.CG(rtol=1e-2), **args)
+        assert report.verified
+        assert report.derivatives.eps < 1e-15
+        assert "not symmetric" not in names(report)
+
+
+class TestJax:
+    """Few shapes, since each compiles."""
+
+    @pytest.fixture(autouse=True)
+    def _jax(self):
+        framework("jax")
+
+    def net(self, change):
+        import jax
+        import jax.numpy as jnp
+
+        def tanh_with_a_constant_slope(x):
+            @jax.custom_vjp
+            def tanh(x):
+                return jnp.tanh(x)
+
+            tanh.defvjp(lambda x: (jnp.tanh(x), x), lambda x, g: (g * (1 - jnp.tanh(jax.lax.stop_gradient(x)) ** 2),))
+            return tanh(x)
+
+        activation = {
+            "nothing": jnp.tanh,
+            "stop_gradient": lambda x: jnp.tanh(x) * jax.lax.stop_gradient(jnp.tanh(x)),
+            "custom_vjp": tanh_with_a_constant_slope,
+            "impure": lambda x: jnp.tanh(x) * np.random.rand(),  # noqa: NPY002
+        }[change]
+        rng = np.random.default_rng(0)
+        x, y, a, b = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((20, 3), (20,), (3, 4), (4,)))
+
+        def outer(p, h, x, y):
+            return jnp.mean((activation(x @ p["a"]) @ p["b"] - y) ** 2)
+
+        def inner(p, h, x, y):
+            return outer(p, h, x, y) + jnp.exp(h) * sum(jnp.sum(w**2) for w in p.values())
+
+        args = {"inner_args": (x, y), "outer_args": (x + 1, y)}
+        return bl.Problem(inner, outer), {"a": a, "b": b}, jnp.asarray(-3.0, jnp.float32), args
+
+    @pytest.mark.parametrize(
+        ("change", "wrong"),
+        [
+            ("nothing", set()),
+            ("stop_gradient", {"inner grad", "inner hvp", "outer grad_params"}),
+            ("custom_vjp", {"inner hvp"}),
+        ],
+    )
+    def test_what_is_wrong_is_caught_and_what_is_right_is_not_blamed(self, change, wrong):
+        """As JAX comes, without x64."""
+        import jax.numpy as jnp
+        from jax import enable_x64
+
+        *case, args = self.net(change)
+        with enable_x64(False):
+            report = bl.diagnose(*case, solver="identity", **args)
+            assert jnp.ones(2).dtype == jnp.float32
+        assert blamed(report) == wrong
+        assert not report.unchecked
+        assert report.derivatives.eps < 1e-15  # in float64 all the same
+        assert report.repeatable
+
+    def test_a_random_number_in_a_trace_is_caught(self):
+        *case, args = self.net("impure")
+        report = bl.diagnose(*case, solver="identity", **args)
+        assert names(report)[0] == "not repeatable"
+        assert report.repetition.new_product > 0.01
+
+    def test_within_jit_it_is_refused(self):
+        import jax
+
+        problem, params, hparams, args = self.net("nothing")
+        with pytest.raises(TypeError, match="outside jit"):
+            jax.jit(lambda p: bl.diagnose(problem, p, hparams, **args))(params)

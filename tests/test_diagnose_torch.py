@@ -1,0 +1,453 @@
+"""`bl.diagnose` on modules: it catches what autograd gets wrong in silence, blames no good net, touches nothing."""
+
+import copy
+from contextlib import contextmanager
+from itertools import product
+
+import pytest
+
+import bilevel as bl
+from bilevel.diagnosis.agreement import DERIVATIVES
+
+torch = pytest.importorskip("torch")
+nn, F = torch.nn, torch.nn.functional
+
+STYLES = ["own", "functional", "copies"]  # net(x), functional_call with the module's own weights, with copies
+
+
+class Function(nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args):
+        return self.function(*args)
+
+
+class Recurrent(nn.Module):
+    def __init__(self, cell):
+        super().__init__()
+        self.cell, self.head = cell(5, 4, batch_first=True), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.cell(x.reshape(len(x), 1, -1).expand(-1, 3, -1))[0][:, -1])
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.head = nn.TransformerEncoderLayer(5, 1, 8, dropout=0.0, batch_first=True), nn.Linear(5, 3)
+
+    def forward(self, x):
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            return self.head(self.layer(x.reshape(-1, 4, 5)).reshape(-1, 5))
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(5, 5), nn.Linear(5, 5), nn.Linear(5, 3)
+        self.second.weight = self.first.weight
+
+    def forward(self, x):
+        return self.head(self.second(self.first(x).tanh()).tanh())
+
+
+class Residual(nn.Module):
+    """Weights, a buffer and a constant that no module call announces."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head, self.gain = nn.Linear(5, 5), nn.Linear(5, 3), nn.Parameter(torch.ones(()))
+        self.register_buffer("shift", torch.linspace(0, 1, 5))
+
+    def forward(self, x):
+        return self.head(x + self.gain * F.linear(x, self.body.weight + 0.1 * self.shift, self.body.bias).sin())
+
+
+class Frozen(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = mlp(nn.Tanh())
+        self.net[0].weight.requires_grad_(False)
+
+    def forward(self, x):
+        return self.net(x)
+
+
+def mlp(*between, width=8):
+    return nn.Sequential(nn.Linear(5, width), *between, nn.Linear(width, 3))
+
+
+def convolution():
+    return nn.Sequential(
+        Function(lambda x: F.pad(x, (0, 11)).reshape(-1, 1, 4, 4)),
+        nn.Conv2d(1, 3, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(12, 3),
+    )
+
+
+GOOD = {
+    "tanh": lambda: mlp(nn.Tanh()),
+    "relu": lambda: mlp(nn.ReLU(), width=64),
+    "gelu, layer norm": lambda: mlp(nn.LayerNorm(8), nn.GELU()),
+    "group norm, silu": lambda: mlp(nn.GroupNorm(2, 8), nn.SiLU()),
+    "convolution, max-pool": convolution,
+    "batch norm, train": lambda: mlp(nn.BatchNorm1d(8), nn.ReLU()),
+    "batch norm, eval": lambda: mlp(nn.BatchNorm1d(8), nn.ReLU()).eval(),
+    "dropout, eval": lambda: mlp(nn.Dropout(0.5), nn.ReLU()).eval(),
+    "lstm": lambda: Recurrent(nn.LSTM),
+    "gru": lambda: Recurrent(nn.GRU),
+    "attention": Attention,
+    "tied": Tied,
+    "residual": Residual,
+    "frozen weight": Frozen,
+    "checkpoint": lambda: nn.Sequential(Checkpoint(), nn.Linear(3, 3)),
+    "autocast": lambda: Autocast(),
+    "spectral norm, eval": lambda: mlp_with_spectral_norm().eval(),
+    "weight norm written out": lambda: mlp(WeightNorm(), nn.Tanh()),
+}
+
+
+class WeightNorm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.v, self.g = nn.Parameter(torch.randn(8, 8)), nn.Parameter(torch.ones(8, 1))
+
+    def forward(self, x):
+        return F.linear(x, self.g * self.v / self.v.norm(dim=1, keepdim=True))
+
+
+class Checkpoint(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = mlp(nn.Tanh())
+
+    def forward(self, x):
+        return torch.utils.checkpoint.checkpoint(self.net, x, use_reentrant=False)
+
+
+class Autocast(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = mlp(nn.Tanh())
+
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.net(x).to(x.dtype)
+
+
+def once(x):
+    class Tanh(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x.tanh()
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx, g):
+            return g * (1 - ctx.saved_tensors[0].tanh() ** 2)
+
+    return Tanh.apply(x)
+
+
+def keeper(x):
+    class Tanh(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.slope = 1 - x.tanh() ** 2
+            return x.tanh()
+
+        @staticmethod
+        def backward(ctx, g):
+            return g * ctx.slope
+
+    return Tanh.apply(x)
+
+
+def half_detached(x):
+    return x.tanh() * x.tanh().detach()
+
+
+def data_of(x):
+    return x.tanh() * torch.tensor(x.data.numpy()).tanh()
+
+
+MUTANTS = {  # and the derivative that is to blame
+    "weight norm": (lambda: mlp_with_weight_norm(), "inner hvp"),
+    "once differentiable": (lambda: mlp(Function(once)), "inner hvp"),
+    "intermediates on ctx": (lambda: mlp(Function(keeper)), "inner hvp"),
+    "detach": (lambda: mlp(Function(half_detached)), "inner grad"),
+    "spectral norm, train": (lambda: mlp_with_spectral_norm(), "inner hvp"),
+    "data": (lambda: mlp(Function(data_of)), "inner grad"),
+}
+
+
+def mlp_with_weight_norm():
+    net = mlp(nn.Tanh())
+    nn.utils.parametrizations.weight_norm(net[0])
+    return net
+
+
+RANDOM = {
+    "dropout": lambda: mlp(nn.Dropout(0.5), nn.ReLU()),
+    "noise": lambda: mlp(Function(lambda x: x + 0.1 * torch.randn_like(x)), nn.Tanh()),
+}
+
+
+def mlp_with_spectral_norm():
+    net = mlp(nn.Tanh())
+    nn.utils.parametrizations.spectral_norm(net[0])
+    return net
+
+
+def data(seed=0, dtype=torch.float32):
+    x = torch.randn(16, 5, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+    return x, x[:, :3].argmax(1)
+
+
+def case(net, style="own"):
+    """Weight decay per weight: problem, params, hparams and data."""
+    named = {name: p for name, p in net.named_parameters() if p.requires_grad}
+    params = {name: p.detach().clone() for name, p in named.items()} if style == "copies" else named
+
+    def call(params, x):
+        return net(x) if style == "own" else torch.func.functional_call(net, params, (x,))
+
+    def inner(params, hparams, x, y):
+        return F.cross_entropy(call(params, x), y) + sum((hparams[k].exp() * params[k] ** 2).sum() for k in params)
+
+    def outer(params, hparams, x, y):
+        return F.cross_entropy(call(params, x), y)
+
+    hparams = {name: torch.full_like(p, -3.0, requires_grad=False) for name, p in params.items()}
+    return bl.Problem(inner, outer), params, hparams, {"inner_args": data(0), "outer_args": data(1)}
+
+
+def build(make):
+    torch.manual_seed(0)
+    return make()
+
+
+@contextmanager
+def untouched(net):
+    """Assert that neither the module, its tensors nor the random state change."""
+    for p in net.parameters():
+        p.grad = torch.ones_like(p)
+    tensors = [*net.named_parameters(remove_duplicate=False), *net.named_buffers()]
+    before = [(name, t, t.data_ptr(), t._version, t.detach().clone(), t.requires_grad) for name, t in tensors]
+    accumulators = [p.expand_as(p).grad_fn.next_functions[0][0] for p in net.parameters() if p.requires_grad]
+    modes, state = [m.training for m in net.modules()], torch.get_rng_state()
+    yield
+    after = [*net.named_parameters(remove_duplicate=False), *net.named_buffers()]
+    for (name, old, pointer, version, values, requires_grad), (new_name, new) in zip(before, after, strict=True):
+        assert new_name == name
+        assert new is old
+        assert (new.data_ptr(), new._version, new.requires_grad) == (pointer, version, requires_grad), name
+        assert torch.equal(new, values)
+    # What DDP's hooks hang on.
+    again = [p.expand_as(p).grad_fn.next_functions[0][0] for p in net.parameters() if p.requires_grad]
+    assert all(a is b for a, b in zip(accumulators, again, strict=True))
+    assert all(torch.equal(p.grad, torch.ones_like(p)) for p in net.parameters())
+    assert [m.training for m in net.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not torch.nn.modules.module._global_forward_pre_hooks
+
+
+def words(report):
+    return " ".join(str(report).split())
+
+
+def names(report):
+    return {finding.name for finding in report.findings}
+
+
+def blamed(report):
+    return {a.name for a in report.derivatives.of if a.wrong}
+
+
+# A checkpoint under functional_call recomputes with the module's own weights: with copies of them it is a mutant.
+@pytest.mark.parametrize(("name", "style"), sorted({*product(GOOD, STYLES)} - {("checkpoint", "copies")}))
+def test_a_good_net_is_not_blamed(name, style):
+    net = build(GOOD[name])
+    problem, params, hparams, data = case(net, style)
+    with untouched(net):
+        report = bl.diagnose(problem, params, hparams, solver=bl.CG(damping=1.0), **data)
+    assert not names(report) & {"not finite", "not repeatable", "not symmetric", "wrong derivative"}
+    assert not report.unchecked
+    assert report.derivatives.eps < 1e-15  # in float64, though all is float32
+    assert max(a.error for a in report.derivatives.of) < 1e-6
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_wrong_second_derivative_is_caught(name, style):
+    make, derivative = MUTANTS[name]
+    net = build(make)
+    problem, params, hparams, data = case(net, style)
+    with untouched(net):
+        report = bl.diagnose(problem, params, hparams, solver=bl.CG(damping=1.0), **data)
+    assert derivative in blamed(report)
+    if derivative == "inner hvp" and "spectral" not in name:
+        assert blamed(report) == {derivative}
+    text = words(report)
+    assert f"{derivative} contradicts differences of" in text
+    assert {"weight norm": "weight_norm", "spectral norm, train": "spectral_norm"}.get(name, "detach()") in text
+    assert not report.ok
+    assert not report.suggestions
+
+
+def test_checkpoint_with_other_weights_than_the_modules_own_is_caught():
+    problem, params, hparams, data = case(build(GOOD["checkpoint"]), "copies")
+    report = bl.diagnose(problem, params, hparams, solver=bl.CG(damping=1.0), **data)
+    assert "inner hvp" in blamed(report)
+    assert "use_reentrant" in words(report)
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("name", RANDOM)
+def test_what_changes_from_one_evaluation_to_the_next_is_caught(name, style):
+    net = build(RANDOM[name])
+    problem, params, hparams, data = case(net, style)
+    with untouched(net):
+        report = bl.diagnose(problem, params, hparams, solver=bl.CG(damping=1.0), **data)
+    assert report.findings[0].name == "not repeatable"
+    assert report.repetition.new_product > 1e-3
+    assert report.repetition.product == 0  # one linearization, one mask
+    assert not blamed(report)
+    assert "this is all" in report.findings[0].way_out
+
+
+def test_a_generator_of_ones_own_is_caught():
+    generator = torch.Generator().manual_seed(0)
+    net = build(lambda: mlp(Function(lambda x: x * torch.rand(x.shape, generator=generator)), nn.Tanh()))
+    problem, params, hparams, data = case(net)
+    report = bl.diagnose(problem, params, hparams, solver=bl.CG(damping=1.0), **data)
+    assert report.findings[0].name == "not repeatable"
+    assert "inner hvp" in report.unchecked
+    assert "look again" in words(report)
+    assert "this is all" not in words(report)
+
+
+def test_hparams_that_are_detached_in_part_are_caught():
+    problem, params, hparams, data = case(build(GOOD["tanh"]))
+
+    def inner(params, hparams, x, y):
+        half = {name: h / 2 + h.detach() / 2 for name, h in hparams.items()}
+        return problem.inner(params, half, x, y)
+
+    report = bl.diagnose(bl.Problem(inner, problem.outer), params, hparams, **data)
+    assert blamed(report) == {"inner cross_vjp"}
+    assert "from hparams to ∂L/∂w is cut" in words(report)
+
+
+class TestClosedOverData:
+    """float32 data that no argument brings and no module sees keep the differences out of float64."""
+
+    def problem(self, net, x):
+        def inner(params, hparams):
+            out = F.linear(net[1](F.linear(x, *params[:2])), *params[2:])
+            return out.square().mean() + hparams.exp() * sum((p**2).sum() for p in params)
+
+        return bl.Problem(inner, inner), list(net.parameters()), torch.tensor(-3.0)
+
+    def test_the_report_says_so(self):
+        report = bl.diagnose(*self.problem(build(GOOD["tanh"]), data()[0]), solver=bl.CG(damping=1.0))
+        assert report.derivatives.eps == torch.finfo(torch.float32).eps
+        assert "dtype" in report.derivatives.obstacle
+        assert "in a dtype of epsilon 1e-07 (RuntimeError" in words(report)
+        assert not blamed(report)
+        assert not report.unchecked
+
+    def test_a_mutant_is_caught_all_the_same(self):
+        net = build(lambda: mlp(Function(keeper)))
+        assert "inner hvp" in blamed(bl.diagnose(*self.problem(net, data()[0]), solver=bl.CG(damping=1.0)))
+
+    def test_kinks_are_not_blamed(self):
+        net = build(lambda: mlp(nn.ReLU(), width=256))
+        x = torch.randn(500, 5, generator=torch.Generator().manual_seed(0))
+        report = bl.diagnose(*self.problem(net, x), solver=bl.CG(damping=1.0))
+        assert not blamed(report)
+
+
+def test_float32_inside_the_model_is_not_blamed():
+    """Rounding to float32 makes steps of a smooth function: too noisy to tell is all that may be said."""
+    for seed in range(5):
+        torch.manual_seed(seed)
+        net = mlp(nn.Tanh())
+
+        def rounding(params, hparams, x, y, net=net):
+            rounded = {name: p.float() for name, p in params.items()}
+            return F.cross_entropy(torch.func.functional_call(net, rounded, (x.float(),)), y) + sum(
+                (hparams[k].exp() * p**2).sum() for k, p in params.items()
+            )
+
+        problem, params, hparams, data = case(net, "copies")
+        report = bl.diagnose(bl.Problem(rounding, problem.outer), params, hparams, solver=bl.CG(damping=1.0), **data)
+        assert not blamed(report)
+
+
+def test_kinks_at_the_very_point_are_not_blamed():
+    """Zero biases and empty inputs: relu at exactly zero, where there is no Hessian."""
+    net = build(lambda: mlp(nn.ReLU()))
+    nn.init.zeros_(net[0].bias)
+    problem, params, hparams, data = case(net)
+    data["inner_args"][0][:4] = 0
+    report = bl.diagnose(problem, params, hparams, solver=bl.CG(damping=1.0), **data)
+    assert "inner hvp" in report.unchecked
+    assert "relu of a zero" in words(report)
+    assert not blamed(report)
+
+
+def test_weights_that_the_objectives_do_not_follow_are_said_to_be_unchecked():
+    w = torch.ones(3, requires_grad=True)
+    for share in (0.0, 0.5):  # of the weights handed over
+        problem = bl.Problem(
+            lambda p, h, share=share: (((1 - share) * w + share * p - h) ** 2).sum(), lambda p, h: (w**2).sum()
+        )
+        report = bl.diagnose(problem, w, torch.zeros(3))
+        assert report.unchecked == tuple(DERIVATIVES)
+        assert "must compute with the params" in words(report)
+        assert "none taken: copies of params" in words(report)
+
+
+def test_an_error_in_the_loss_leaves_nothing_behind():
+    net, calls = build(GOOD["batch norm, train"]), []
+    problem, params, hparams, data = case(net)
+
+    def inner(*args):
+        calls.append(1)
+        if len(calls) > fine:
+            raise KeyboardInterrupt
+        return problem.inner(*args)
+
+    for fine in range(1, 9):  # noqa: B007  (inner reads it)
+        calls.clear()
+        with untouched(net), pytest.raises(KeyboardInterrupt):
+            bl.diagnose(bl.Problem(inner, problem.outer), params, hparams, solver=bl.CG(damping=1.0), **data)
+
+
+def test_stacked_modules_under_vmap_work():
+    nets = [build(lambda: mlp(nn.BatchNorm1d(8), nn.Tanh()).eval()) for _ in range(2)]
+    stacked, buffers = torch.func.stack_module_state(nets)
+    skeleton = copy.deepcopy(nets[0]).to("meta")
+
+    def loss(params, hparams, x, y):
+        def one(params, buffers):
+            return F.cross_entropy(torch.func.functional_call(skeleton, (params, buffers), (x,)), y)
+
+        return torch.vmap(one)(params, buffers).sum() + hparams.exp() * sum((p**2).sum() for p in params.values())
+
+    params = {name: p.detach() for name, p in stacked.items()}
+    before = {name: b.clone() for name, b in buffers.items()}
+    args = {"inner_args": data(0), "outer_args": data(1)}
+    report = bl.diagnose(bl.Problem(loss, loss), params, torch.tensor(-3.0), solver=bl.CG(damping=1.0), **args)
+    assert not blamed(report)
+    assert all(torch.equal(b, before[name]) for name, b in buffers.items())
+    assert all(t.is_meta for t in skeleton.state_dict().values())
