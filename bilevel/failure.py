@@ -17,7 +17,11 @@ def check_on_failure(on_failure: str) -> None:
 
 
 def report(
-    info: SolverInfo, solver: Any, on_failure: OnFailure, curvature: Callable[[], tuple[float, float] | None]
+    info: SolverInfo,
+    solver: Any,
+    on_failure: OnFailure,
+    curvature: Callable[[], tuple[float, float] | None],
+    hint: str = "",
 ) -> None:
     """Warn or raise if a solve failed; a result that is not finite raises even where a warning was asked for.
 
@@ -26,7 +30,7 @@ def report(
     """
     if on_failure == "ignore" or info.status == Status.CONVERGED:
         return
-    message = explain(info, solver, curvature)
+    message = explain(info, solver, curvature) + hint
     if on_failure == "raise" or info.status == Status.NON_FINITE:
         raise SolverError(message)
     # Level 4 is the line that called bl.hypergradient, or another entry as deep.

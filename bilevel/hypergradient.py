@@ -1,5 +1,6 @@
 """Linearize, solve, combine."""
 
+from functools import partial
 from typing import Any
 
 from bilevel.config import get_solver
@@ -81,7 +82,8 @@ def hypergradient(
     hg: Hypergradient = backend.execute(_hypergradient, solver, problem, point)
     if hg.params is None:
         hg = hg._replace(params=params)
-    return _conclude(hg, backend, solver, on_failure, lambda: backend.execute(_spectrum, solver, problem, point))
+    ends = partial(backend.execute, _spectrum, solver, problem, point)
+    return _conclude(hg, backend, solver, on_failure, ends, " bl.diagnose looks closer.")
 
 
 def hypergradient_from(
@@ -215,7 +217,9 @@ def _ends(backend: Backend, linearization: Linearization) -> tuple[Any, Any] | N
     return ends.smallest - ends.smallest_error, ends.largest + ends.largest_error
 
 
-def _conclude(hg: Hypergradient, backend: Backend, solver: Any, on_failure: OnFailure, ends: Any) -> Hypergradient:
+def _conclude(
+    hg: Hypergradient, backend: Backend, solver: Any, on_failure: OnFailure, ends: Any, hint: str = ""
+) -> Hypergradient:
     """Bring the info to the host, unless it is traced, and speak up about a failure."""
     steps, residual_norm, rhs_norm, status = (backend.to_host(x) for x in hg.info)
     if status is None:
@@ -226,5 +230,5 @@ def _conclude(hg: Hypergradient, backend: Backend, solver: Any, on_failure: OnFa
         found = ends()
         return None if found is None else (backend.to_host(found[0]), backend.to_host(found[1]))
 
-    report(info, solver, on_failure, on_host)
+    report(info, solver, on_failure, on_host, hint)
     return hg._replace(info=info)
