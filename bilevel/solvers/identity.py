@@ -1,11 +1,11 @@
 """The inverse Hessian replaced by a multiple of the identity."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from bilevel.protocols import Operator, Tree, VectorSpace
 from bilevel.results import SolverInfo, Status
-from bilevel.solvers.operators import norm
+from bilevel.solvers.operators import norm, scale_free
 from bilevel.solvers.options import check_real
 
 
@@ -31,11 +31,13 @@ class Identity:
 
     def solve(self, operator: Operator, rhs: Tree, x0: Tree | None, space: VectorSpace) -> tuple[Tree, SolverInfo]:
         del operator, x0
-        xp, rhs_norm = space.xp, norm(rhs, space)
-        zero = xp.zeros_like(rhs_norm, dtype=xp.int32)
-        return space.scale(self.scale, rhs), SolverInfo(
-            steps=zero,
-            residual_norm=xp.full_like(rhs_norm, float("nan")),
-            rhs_norm=rhs_norm,
-            status=xp.where(xp.isfinite(rhs_norm), int(Status.CONVERGED), xp.full_like(zero, int(Status.NON_FINITE))),
-        )
+
+        def solve(b: Tree, x0: None, scale: Any) -> tuple[Tree, SolverInfo]:
+            del x0, scale
+            xp, rhs_norm = space.xp, norm(b, space)
+            zero = xp.zeros_like(rhs_norm, dtype=xp.int32)
+            status = xp.where(xp.isfinite(rhs_norm), int(Status.CONVERGED), xp.full_like(zero, int(Status.NON_FINITE)))
+            unknown = xp.full_like(rhs_norm, float("nan"))
+            return space.scale(self.scale, b), SolverInfo(zero, unknown, rhs_norm, status)
+
+        return scale_free(solve, rhs, None, space)

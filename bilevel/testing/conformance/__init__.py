@@ -1,0 +1,6 @@
+"""Public conformance suites: what a solver or a backend of one's own must hold."""
+
+from bilevel.testing.conformance.checks import Check
+from bilevel.testing.conformance.solver import check_solver
+
+__all__ = ["Check", "check_solver"]

@@ -1,0 +1,117 @@
+"""A conformance check: a law with a name, which can be excused."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import entry_points
+from typing import Any, NamedTuple
+from unittest import SkipTest
+
+from bilevel.config import suggest
+from bilevel.protocols import Backend
+
+Law = Callable[[Any], None]
+DTYPES = ("float64", "float32")
+
+
+@dataclass(frozen=True)
+class Check:
+    """One law, ready to be called without arguments.
+
+    Attributes:
+        name: the law and what it is checked on, as in ``"definite-torch-float32"``; also what ``str`` returns.
+        law: what must hold, in a sentence.
+        run: does the work; raises where the law is broken.
+        excuse: why it need not hold; None: it must.
+    """
+
+    name: str
+    law: str
+    run: Callable[[], None]
+    excuse: str | None = None
+
+    def __str__(self) -> str:
+        return self.name
+
+    def __call__(self) -> None:
+        """Check the law.
+
+        Raises:
+            AssertionError: if it is broken, with the system, what was expected and what was got; or if it is
+                excused, but holds.
+            unittest.SkipTest: if it is excused, and broken indeed; pytest shows a skip, with the reason.
+        """
+        __tracebackhide__ = True  # pytest shows the caller's line
+        try:
+            self.run()
+        except Exception as error:
+            if self.excuse is not None:
+                raise SkipTest(f"{self.name} is excused: {self.excuse}") from None
+            if isinstance(error, AssertionError):
+                raise AssertionError(f"{self.name}: {self.law}\n{error}") from None
+            raise AssertionError(f"{self.name}: {self.law}\nRaised {type(error).__name__}: {error}") from error
+        if self.excuse is not None:
+            raise AssertionError(
+                f"{self.name} is excused ({self.excuse}), but holds: take it out of excused, or excuse only those "
+                "that fail, by their full names."
+            )
+
+
+class Applied(NamedTuple):
+    """A law and what it is checked on."""
+
+    law: Law
+    subject: Any
+    variant: tuple[str, ...]  # the backend, and the dtype where there are several
+
+    @property
+    def name(self) -> str:
+        """Return the name of the check."""
+        return "-".join((name_of(self.law), *self.variant))
+
+
+def name_of(law: Law) -> str:
+    """Return the name by which a law is excused."""
+    return law.__name__.strip("_")
+
+
+def collect(
+    applied: Iterable[Applied], excused: Mapping[str, str] | None, laws: Iterable[Law], backends: Iterable[str]
+) -> list[Check]:
+    """Return the checks, with their excuses.
+
+    Args:
+        applied: what to check.
+        excused: reasons, by the name of a law or of a single check.
+        laws: those that there are, also where they do not apply here: one excuse serves all machines.
+        backends: the names of those that there are, installed or not.
+
+    Raises:
+        ValueError: if an excused name is that of no check, with the nearest one.
+    """
+    excused, laws = dict(excused or {}), sorted(map(name_of, laws))
+    on_backend = {f"{law}-{backend}" for law in laws for backend in backends}
+    known = {*laws, *on_backend, *(f"{check}-{dtype}" for check in on_backend for dtype in DTYPES)}
+    for name in excused:
+        if name not in known:
+            raise ValueError(f"excused: there is no check {name!r}." + suggest(name, laws))
+    return [
+        Check(
+            name=each.name,
+            law=(each.law.__doc__ or "").partition("\n")[0],
+            run=partial(each.law, each.subject),
+            excuse=excused.get(each.name, excused.get(name_of(each.law))),
+        )
+        for each in applied
+    ]
+
+
+def require(holds: Any, where: str, expected: str, got: Any) -> None:
+    """Raise an AssertionError that says where, what was expected and what was got, unless it holds."""
+    if not holds:
+        raise AssertionError(f"On {where}:\n  expected {expected}\n  got      {got}")
+
+
+def known_backends(found: Iterable[Backend]) -> set[str]:
+    """Return the names of these backends and of all that are announced, their frameworks installed or not."""
+    return {backend.name for backend in found} | set(entry_points(group="bilevel.backends").names)

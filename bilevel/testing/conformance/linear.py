@@ -1,0 +1,258 @@
+"""The laws of linear solvers on any backend: objects with a method ``solve``."""
+
+import numpy as np
+
+from bilevel.hypergradient import hypergradient
+from bilevel.protocols import Operator
+from bilevel.results import Status
+from bilevel.testing.conformance import systems
+from bilevel.testing.conformance.checks import Law, require
+from bilevel.testing.conformance.judge import ROUNDING, judge, relative_error, same
+from bilevel.testing.conformance.problems import QUADRATIC, quadratic_point
+from bilevel.testing.conformance.subject import Subject
+from bilevel.testing.conformance.systems import System
+
+
+def definite(s: Subject) -> None:
+    """Well-conditioned positive definite systems are solved, as SciPy solves them, if that is promised."""
+    _judge_class(s, "definite")
+
+
+def ill_conditioned(s: Subject) -> None:
+    """Ill-conditioned positive definite systems are solved, if that is promised; else the status does not claim it."""
+    _judge_class(s, "ill_conditioned")
+
+
+def indefinite(s: Subject) -> None:
+    """Indefinite systems are solved, if that is promised; else the status does not claim it."""
+    _judge_class(s, "indefinite")
+
+
+def singular(s: Subject) -> None:
+    """Singular systems that have solutions are solved, if that is promised; else the status does not claim it."""
+    _judge_class(s, "singular")
+
+
+def nonsymmetric(s: Subject) -> None:
+    """Systems that are not symmetric are solved, if that is promised; else the status does not claim it."""
+    _judge_class(s, "nonsymmetric")
+
+
+def inconsistent(s: Subject) -> None:
+    """A singular system without a solution does not converge, and v stays finite."""
+    system = systems.inconsistent()
+    answer = s.solve(system)
+    judge(s, system, answer)
+    if not s.truncated:
+        _require(answer.info.status != Status.CONVERGED, s, system, "any status but CONVERGED", answer)
+
+
+def one_unknown(s: Subject) -> None:
+    """One equation is a system, too, of either sign."""
+    for factor, kind in ((3.0, "definite"), (-3.0, "indefinite")):
+        system = systems.one_unknown(factor)
+        judge(s, system, s.solve(system), promised=s.promises(kind))
+
+
+def multiples_of_identity(s: Subject) -> None:
+    """2 I v = b has the solution b/2, and -2 I v = b the solution -b/2."""
+    for factor, kind in ((2.0, "definite"), (-2.0, "indefinite")):
+        system = systems.multiple(factor)
+        judge(s, system, s.solve(system), promised=s.promises(kind))
+
+
+def zero_rhs(s: Subject) -> None:
+    """For b = 0, v = 0 with CONVERGED, whatever the warm start."""
+    system = systems.definite()._replace(what="a definite system with b = 0", rhs=np.zeros(systems.SIZE))
+    for x0 in (None, np.ones(systems.SIZE)):
+        answer = s.solve(system, x0)
+        right = not answer.x.any() and answer.info.status == Status.CONVERGED
+        _require(right, s, system, f"v = 0 and CONVERGED with adjoint0 = {x0}", answer)
+
+
+def non_finite_rhs(s: Subject) -> None:
+    """A nan or an infinity in b gives NON_FINITE, and a v that is not finite either: loud under jit, too."""
+    for bad in (np.nan, np.inf):
+        system = systems.definite()
+        system = system._replace(what=f"a definite system with b[1] = {bad}", rhs=np.where(np.arange(6) == 1, bad, 1.0))
+        answer = s.solve(system)
+        loud = answer.info.status == Status.NON_FINITE and not np.isfinite(answer.x).all()
+        _require(loud, s, system, "NON_FINITE and a v that is not finite", answer)
+
+
+def nan_product(s: Subject) -> None:
+    """A product that is nan, the first or a later one, gives NON_FINITE and a v that is not finite."""
+    system = systems.chain()
+    sound = s.solve(system)
+    for k in (0, 2):
+        answer = s.solve(system, trap=k)
+        if same(answer, sound):
+            continue  # it never came to that product
+        loud = answer.info.status == Status.NON_FINITE and not np.isfinite(answer.x).all()
+        what = f"{system.what} whose products are nan from number {k} on (counted from 0)"
+        _require(loud, s, system._replace(what=what), "NON_FINITE and a v that is not finite", answer)
+
+
+def warm_start_stays(s: Subject) -> None:
+    """A solve that starts at the solution stays there, if the solver uses warm starts."""
+    system = systems.definite()
+    exact = np.linalg.solve(*s.rounded(system))
+    answer = s.solve(system, exact)
+    judge(s, system, answer)
+    allowed = ROUNDING * s.backend.space.eps(s.array(exact)) * system.condition
+    what = f"the solution {exact}, where it started, to a relative {allowed:.1g}"
+    _require(relative_error(answer.x, exact) <= allowed, s, system, what, answer)
+
+
+def warm_start_used(s: Subject) -> None:
+    """A start near the solution takes fewer steps than a start at zero, or leaves less residual."""
+    system = systems.ill_conditioned()
+    matrix, rhs = s.rounded(system)
+    near = np.linalg.solve(matrix, rhs) * (1 + 1e-9 * systems.normal(3, systems.SIZE))
+    cold, warm = s.solve(system), s.solve(system, near)
+    judge(s, system, warm)
+    left = [np.linalg.norm(rhs - matrix @ answer.x) for answer in (cold, warm)]
+    better = warm.info.steps < cold.info.steps or left[1] <= 0.1 * left[0]
+    _require(better, s, system, f"fewer steps, or a tenth of the residual, than from zero ({cold})", warm)
+
+
+def warm_start_ignored(s: Subject) -> None:
+    """A warm start changes nothing, since check_solver was told that the solver does not use it."""
+    system = systems.definite()
+    cold, warm = s.solve(system), s.solve(system, systems.normal(3, systems.SIZE))
+    close = relative_error(warm.x, cold.x) <= s.tolerance()
+    _require(close, s, system, f"what a cold start gives ({cold})", warm)
+
+
+def maxiter(s: Subject) -> None:
+    """The option maxiter is respected, 0 included, and running out of it is said."""
+    system, start = systems.ill_conditioned(), systems.normal(3, systems.SIZE)
+    for most, x0 in ((0, start), (3, None)):
+        limited = s.with_options(maxiter=most)
+        answer = limited.solve(system, x0)
+        judge(limited, system, answer)
+        if most == 0:
+            stays = s.rounded(system._replace(rhs=start))[1] if s.warm_start else np.zeros_like(start)
+            none = answer.info.steps == 0 and answer.info.status == Status.MAXITER and (answer.x == stays).all()
+            _require(none, limited, system, f"MAXITER after 0 steps and v = {stays}", answer)
+        _require(answer.info.steps <= most, limited, system, f"at most {most} steps", answer)
+
+
+def damping(s: Subject) -> None:
+    """The option damping solves (A + damping I) v = b, and the residual is that of this system."""
+    damped = s.with_options(damping=s.damping + 0.5)
+    system = systems.definite()
+    judge(damped, system, damped.solve(system), promised=s.promises("definite"))
+
+
+def bfloat16(s: Subject) -> None:
+    """In bfloat16 v stays bfloat16, is honest, and solves to a few per cent."""
+    s = s.with_dtype("bfloat16")
+    if s.has_option("rtol"):
+        s = s.with_options(rtol=max(0.05, s.solver.rtol))
+    for system in (systems.multiple(2.0), systems.definite()):
+        answer = s.solve(system)
+        judge(s, system, answer)
+        if "definite" in s.solves and system.condition == 1:
+            error = relative_error(answer.x, system.rhs / 2)
+            _require(error <= max(0.1, s.rtol or 0.0), s, system, f"v = {system.rhs / 2} to 10 %", answer)
+
+
+def extreme_scales(s: Subject) -> None:
+    """Scaling b by 1e-30 or 1e30 in float32 scales v and info.rhs_norm, and does not change the status."""
+    system = systems.definite()
+    plain = s.solve(system)
+    for exponent in (-100, 100):
+        scaled = system._replace(what=f"{system.what}, b times 2^{exponent}", rhs=np.ldexp(system.rhs, exponent))
+        answer = s.solve(scaled)
+        close = relative_error(np.ldexp(answer.x, -exponent), plain.x) <= s.tolerance() * system.condition
+        size = np.ldexp(plain.info.rhs_norm, exponent)
+        right = close and abs(answer.info.rhs_norm - size) <= 1e-5 * size and answer.info.status == plain.info.status
+        expected = f"{plain.info.status.name}, v = 2^{exponent} * {plain.x} and rhs_norm {size:.4g}"
+        _require(right, s, scaled, expected, answer)
+
+
+def nested_tree(s: Subject) -> None:
+    """A tree of arrays is solved like the flat vector of its entries, and comes back in the same shape."""
+    _solve_tree(s, lambda flat: {"b": [flat[2:5].reshape(3, 1), (flat[5],)], "a": flat[:2]})
+
+
+def zero_size_leaf(s: Subject) -> None:
+    """A leaf without entries changes nothing."""
+    _solve_tree(s, lambda flat: [flat[:0], flat])
+
+
+def deterministic(s: Subject) -> None:
+    """The same system gives the same bits again."""
+    for system in (systems.definite(), systems.indefinite()):
+        first, second = s.solve(system), s.solve(system)
+        _require(same(first, second), s, system, f"the same bits as before ({first})", second)
+
+
+def inputs_untouched(s: Subject) -> None:
+    """Neither b nor the warm start is written to."""
+    system = systems.definite()
+    _, rhs = s.rounded(system)
+    arrays = []
+
+    def keep(array):
+        arrays.append(array)
+        return array
+
+    s.solve(system, rhs, shape=keep)
+    for name, array in zip(("b", "adjoint0"), arrays, strict=True):
+        after = np.asarray(s.backend.to_numpy(array), np.float64)
+        _require(np.array_equal(after, rhs), s, system, f"{name} to stay {rhs}", after)
+
+
+def in_a_hypergradient(s: Subject) -> None:
+    """`bl.hypergradient` takes the solver and gets the closed form of a quadratic problem from it."""
+    point = quadratic_point(s.backend, s.dtype, damping=s.damping)
+    hg = hypergradient(QUADRATIC, **point.arguments, solver=s.solver, backend=s.backend, on_failure="ignore")
+    answer = s.answer(hg.adjoint, hg.info)
+    system = System("the quadratic problem", point.hessian, point.rhs, 4.0)
+    if s.promises("definite"):
+        error = relative_error(answer.x, point.adjoint)
+        _require(error <= 4 * s.tolerance(), s, system, f"the adjoint {point.adjoint}", answer)
+    grad = np.asarray(s.backend.to_numpy(hg.grad), np.float64)
+    combined = point.direct + point.coupling.T @ answer.x
+    allowed = ROUNDING * s.backend.space.eps(hg.grad) * np.linalg.norm(combined)
+    _require(np.linalg.norm(grad - combined) <= allowed, s, system, f"dF/dλ = {combined}", grad)
+
+
+PER_DTYPE: list[Law] = [definite, ill_conditioned, indefinite, singular, inconsistent, nonsymmetric]
+LAWS: list[Law] = [
+    one_unknown,
+    multiples_of_identity,
+    zero_rhs,
+    non_finite_rhs,
+    nan_product,
+    extreme_scales,
+    nested_tree,
+    zero_size_leaf,
+    deterministic,
+    inputs_untouched,
+    in_a_hypergradient,
+]
+WARM: list[Law] = [warm_start_stays, warm_start_used]
+COLD: list[Law] = [warm_start_ignored]
+ALL: list[Law] = [*LAWS, *WARM, *COLD, maxiter, damping, bfloat16]
+
+
+def _judge_class(s: Subject, kind: str) -> None:
+    system = systems.CLASSES[kind]()
+    judge(s, system, s.solve(system), promised=s.promises(kind, system.condition))
+
+
+def _solve_tree(s: Subject, shape: Operator) -> None:
+    system = systems.definite()
+    flat, answer = s.solve(system), s.solve(system, shape=shape)
+    leaves = [(path, tuple(leaf.shape), s.dtype) for path, leaf in s.backend.leaves(shape(s.array(system.rhs)))]
+    _require(answer.leaves == leaves, s, system, f"the leaves {leaves}", answer.leaves)
+    close = relative_error(answer.x, flat.x) <= s.tolerance() * system.condition
+    _require(close, s, system, f"in a tree what a flat vector gives ({flat})", answer)
+    judge(s, system, answer, promised=s.promises("definite"))
+
+
+def _require(holds: object, s: Subject, system: System, expected: str, got: object) -> None:
+    require(holds, f"{system.what}, by {s}", expected, got)

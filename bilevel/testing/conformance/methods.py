@@ -1,0 +1,211 @@
+"""The laws of methods that turn a problem into a hypergradient by themselves, on quadratic problems."""
+
+import sys
+from typing import Any
+
+import numpy as np
+
+from bilevel.flat import to_host
+from bilevel.hypergradient import hypergradient
+from bilevel.problem import Problem
+from bilevel.protocols import Backend
+from bilevel.results import Hypergradient, Status
+from bilevel.testing.conformance.checks import Law, require
+from bilevel.testing.conformance.judge import ROUNDING, relative_error
+from bilevel.testing.conformance.loops import Overrun, late_spaces
+from bilevel.testing.conformance.problems import (
+    NO_CROSS_TERM,
+    NO_DIRECT_TERM,
+    QUADRATIC,
+    TREES,
+    QuadraticPoint,
+    quadratic_point,
+)
+from bilevel.testing.conformance.subject import Subject, dtype_of, with_space
+from bilevel.testing.conformance.systems import SIZE, normal
+
+INDEFINITE = np.array([-2.0, -1.0, 1.0, 2.0, 3.0, 4.0])
+
+
+def definite(s: Subject) -> None:
+    """At the minimum of a quadratic problem, dF/dλ and v are those of the closed form, if that is promised."""
+    point = quadratic_point(s.backend, s.dtype)
+    hg = _run(s, QUADRATIC, point.arguments)
+    _judge(s, point, hg, "the minimum of a quadratic problem")
+
+
+def from_afar(s: Subject) -> None:
+    """Away from the minimum, F and dF/dλ are those at `hg.params`, where the method says it ended."""
+    point = quadratic_point(s.backend, s.dtype, at_minimum=False)
+    hg = _run(s, QUADRATIC, point.arguments)
+    _judge(s, point, hg, "a quadratic problem away from its minimum")
+
+
+def indefinite(s: Subject) -> None:
+    """Where the Hessian is indefinite, CONVERGED is no lie: dF/dλ is that of the closed form, if it says so."""
+    point = quadratic_point(s.backend, s.dtype, eigenvalues=INDEFINITE)
+    hg = _run(s, QUADRATIC, point.arguments)
+    _judge(s, point, hg, "the saddle of an indefinite quadratic", promised="indefinite")
+
+
+def one_unknown(s: Subject) -> None:
+    """One weight is a problem, too."""
+    point = quadratic_point(s.backend, s.dtype, eigenvalues=np.array([3.0]))
+    _judge(s, point, _run(s, QUADRATIC, point.arguments), "a quadratic problem with one weight")
+
+
+def without_direct_term(s: Subject) -> None:
+    """Where F does not depend on λ, dF/dλ has the indirect term alone."""
+    point = quadratic_point(s.backend, s.dtype)._replace(direct=np.zeros(3))
+    _judge(s, point, _run(s, NO_DIRECT_TERM, point.arguments), "a quadratic problem whose F has no λ")
+
+
+def without_cross_term(s: Subject) -> None:
+    """Where ∂L/∂w does not depend on λ, dF/dλ = ∂F/∂λ."""
+    point = quadratic_point(s.backend, s.dtype, at_minimum=False)
+    grad = to_host(s.backend, _run(s, NO_CROSS_TERM, point.arguments).grad)
+    where = f"a quadratic problem without a mixed derivative, by {s}"
+    require(np.array_equal(grad, point.direct), where, f"dF/dλ = ∂F/∂λ = {point.direct}", grad)
+
+
+def nested_tree(s: Subject) -> None:
+    """Trees of arrays come back in their structure, shapes and dtypes, with the closed form in them."""
+    _run_trees(s, lambda flat: {"b": [flat[2:5].reshape(3, 1), (flat[5],)], "a": flat[:2]})
+
+
+def zero_size_leaf(s: Subject) -> None:
+    """A leaf without entries changes nothing."""
+    _run_trees(s, lambda flat: [flat[:0], flat])
+
+
+def nan_hessian(s: Subject) -> None:
+    """A nan in the Hessian gives NON_FINITE, and a dF/dλ that is not finite either: loud under jit, too."""
+    point = quadratic_point(s.backend, s.dtype)
+    hessian = point.hessian.copy()
+    hessian[1, 1] = np.nan
+    hg = _run(s, QUADRATIC, point.arguments, inner_args=(s.array(hessian), *point.arguments["inner_args"][1:]))
+    grad = to_host(s.backend, hg.grad)
+    loud = hg.info.status == Status.NON_FINITE and not np.isfinite(grad).all()
+    got = f"{hg.info.status.name} and {grad}"
+    require(loud, f"a Hessian with a nan, by {s}", "NON_FINITE and a dF/dλ that is not finite", got)
+
+
+def deterministic(s: Subject) -> None:
+    """The same problem gives the same bits again."""
+    point = quadratic_point(s.backend, s.dtype)
+    first, second = (to_host(s.backend, _run(s, QUADRATIC, point.arguments)[:4]) for _ in range(2))
+    require(np.array_equal(first, second), f"a quadratic problem, by {s}", f"the bits of before, {first}", second)
+
+
+def inputs_untouched(s: Subject) -> None:
+    """Neither params nor hparams nor the data are written to."""
+    point = quadratic_point(s.backend, s.dtype)
+    before = [a.tobytes() for a in map(s.backend.to_numpy, _arrays(point))]
+    _run(s, QUADRATIC, point.arguments)
+    after = [a.tobytes() for a in map(s.backend.to_numpy, _arrays(point))]
+    names = ["params", "hparams", "H", "B", "c", "t", "d"]
+    written = [name for name, a, b in zip(names, before, after, strict=True) if a != b]
+    require(not written, f"a quadratic problem, by {s}", "no array to change", f"a change in {', '.join(written)}")
+
+
+def overrun(s: Subject) -> None:
+    """Steps that a loop takes after its flag has fallen change no bit."""
+    point = quadratic_point(s.backend, s.dtype)
+    plain = to_host(s.backend, _run(s, QUADRATIC, point.arguments)[:4])
+    for space in (Overrun(s.backend.space, 7), *late_spaces(s.backend)):
+        late = to_host(s.backend, _run(s, QUADRATIC, point.arguments, backend=with_space(s.backend, space))[:4])
+        require(np.array_equal(late, plain), f"a quadratic problem, by {s}", f"in any case {plain}", late)
+
+
+def under_jit(s: Subject) -> None:
+    """Inside the caller's own `jax.jit`, `bl.hypergradient` gives what it gives outside."""
+    jax, point = sys.modules["jax"], quadratic_point(s.backend, s.dtype)
+    hg = jax.jit(lambda arguments: _run(s, QUADRATIC, arguments))(point.arguments)
+    _same_to_rounding(s, point, hg)
+
+
+def under_vmap(s: Subject) -> None:
+    """A batch of problems under `jax.vmap` gives what each gives alone."""
+    jax, points = sys.modules["jax"], [quadratic_point(s.backend, s.dtype, seed=seed) for seed in range(2)]
+    stacked = jax.tree.map(lambda *parts: s.backend.space.xp.stack(parts), *(point.arguments for point in points))
+    hgs = jax.jit(jax.vmap(lambda arguments: _run(s, QUADRATIC, arguments)))(stacked)
+    for i, point in enumerate(points):
+        _same_to_rounding(s, point, jax.tree.map(lambda leaf, i=i: leaf[i], hgs))
+
+
+def laws_on(backend: Backend) -> list[Law]:
+    """Return the laws that concern how a framework runs loops."""
+    return [under_jit, under_vmap] if backend.name == "jax" else [overrun]
+
+
+PER_DTYPE: list[Law] = [definite, from_afar]
+LAWS: list[Law] = [
+    indefinite,
+    one_unknown,
+    without_direct_term,
+    without_cross_term,
+    nested_tree,
+    zero_size_leaf,
+    nan_hessian,
+    deterministic,
+    inputs_untouched,
+]
+ALL: list[Law] = [*LAWS, overrun, under_jit, under_vmap]
+
+
+def _run(s: Subject, problem: Problem, arguments: dict[str, Any], **changed: Any) -> Hypergradient:
+    options = {"backend": s.backend, **arguments, **changed}
+    return hypergradient(problem, **options, solver=s.solver, on_failure="ignore")
+
+
+def _same_to_rounding(s: Subject, point: QuadraticPoint, hg: Hypergradient) -> None:
+    alone = _run(s, QUADRATIC, point.arguments)
+    grad, expected = to_host(s.backend, hg.grad), to_host(s.backend, alone.grad)
+    close = relative_error(grad, expected) <= s.tolerance() and int(hg.info.status) == alone.info.status
+    require(close, f"a quadratic problem, by {s}", f"what it gives alone, {expected}", grad)
+
+
+def _judge(s: Subject, point: QuadraticPoint, hg: Hypergradient, what: str, promised: str = "definite") -> None:
+    """Raise an AssertionError unless all fields are true at hg.params and, if promised, the closed form's."""
+    backend, where, info = s.backend, f"{what}, by {s}", hg.info
+    eps = backend.space.eps(point.arguments["params"])
+    for name, leaf in (("grad", hg.grad), ("value", hg.value), ("adjoint", hg.adjoint), ("params", hg.params)):
+        require(dtype_of(leaf) == s.dtype, where, f"hg.{name} in {s.dtype}", leaf.dtype)
+    grad, adjoint, w = (to_host(backend, tree) for tree in (hg.grad, hg.adjoint, hg.params))
+    value, expected = float(backend.to_host(hg.value)), point.value_at(w)
+    got = f"{info.status.name} after {info.steps} steps, dF/dλ = {grad}"
+    scale = abs(expected) + np.sum((w - point.target) ** 2)
+    right = abs(value - expected) <= ROUNDING * eps * scale or not np.isfinite(scale)
+    require(right, where, f"hg.value = F(hg.params, λ) = {expected:.7g}", f"{value:.7g}")
+    claims = info.status == Status.CONVERGED and not s.truncated
+    if not (s.promises(promised) or claims):
+        return
+    require(info.status == Status.CONVERGED, where, "CONVERGED (a promise of check_solver's solves=)", got)
+    require(np.isfinite(info.residual_norm) or s.truncated, where, "a finite info.residual_norm", info)
+    v = point.adjoint_at(w)
+    closed = point.direct + point.coupling.T @ v
+    error, allowed = np.linalg.norm(grad - closed), 4 * s.tolerance() * (np.linalg.norm(closed) + np.linalg.norm(v))
+    require(error <= allowed, where, f"dF/dλ = {closed} to {allowed:.2g} in norm", got)
+    require(relative_error(adjoint, v) <= 4 * s.tolerance(), where, f"hg.adjoint = {v}", adjoint)
+
+
+def _run_trees(s: Subject, shape: Any) -> None:
+    flat = [normal(1, SIZE), normal(1, SIZE), normal(2, SIZE), np.linspace(1.0, 4.0, SIZE)]  # w = λ: the minimum
+    params, lam, target, curvature = (shape(s.array(a)) for a in flat)
+    arguments = {"params": params, "hparams": lam, "inner_args": (curvature,), "outer_args": (target,)}
+    hg = _run(s, TREES, arguments)
+    where, wanted = f"a quadratic problem of trees, by {s}", _shapes(s, lam)
+    for name, tree in (("grad", hg.grad), ("adjoint", hg.adjoint), ("params", hg.params)):
+        require(_shapes(s, tree) == wanted, where, f"hg.{name} with the leaves {wanted}", _shapes(s, tree))
+    if s.promises("definite"):
+        grad, w, t = (to_host(s.backend, tree) for tree in (hg.grad, hg.params, target))
+        require(relative_error(grad, w - t) <= 4 * s.tolerance(), where, f"dF/dλ = {w - t}", grad)
+
+
+def _shapes(s: Subject, tree: Any) -> list[tuple[str, tuple[int, ...], str]]:
+    return [(path, tuple(leaf.shape), dtype_of(leaf)) for path, leaf in s.backend.leaves(tree)]
+
+
+def _arrays(point: QuadraticPoint) -> list[Any]:
+    a = point.arguments
+    return [a["params"], a["hparams"], *a["inner_args"], *a["outer_args"]]
