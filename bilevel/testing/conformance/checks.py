@@ -1,7 +1,7 @@
 """A conformance check: a law with a name, which can be excused."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import entry_points
 from typing import Any, NamedTuple
@@ -27,7 +27,7 @@ class Check:
 
     name: str
     law: str
-    run: Callable[[], None]
+    run: Callable[[], None] = field(repr=False)
     excuse: str | None = None
 
     def __str__(self) -> str:

@@ -172,6 +172,12 @@ def extreme_scales(s: Subject) -> None:
         _require(right, s, scaled, expected, answer)
 
 
+def drift(s: Subject) -> None:
+    """After many steps in float32, where recurrences drift from the truth, the status and the residual are true."""
+    s = s.with_options(maxiter=1000) if s.has_option("maxiter") else s
+    judge(s, systems.long(), s.solve(systems.long()))
+
+
 def nested_tree(s: Subject) -> None:
     """A tree of arrays is solved like the flat vector of its entries, and comes back in the same shape."""
     _solve_tree(s, lambda flat: {"b": [flat[2:5].reshape(3, 1), (flat[5],)], "a": flat[:2]})
@@ -228,6 +234,7 @@ LAWS: list[Law] = [
     non_finite_rhs,
     nan_product,
     extreme_scales,
+    drift,
     nested_tree,
     zero_size_leaf,
     deterministic,
@@ -236,6 +243,7 @@ LAWS: list[Law] = [
 ]
 WARM: list[Law] = [warm_start_stays, warm_start_used]
 COLD: list[Law] = [warm_start_ignored]
+IN_FLOAT32: list[Law] = [extreme_scales, drift]
 ALL: list[Law] = [*LAWS, *WARM, *COLD, maxiter, damping, bfloat16]
 
 

@@ -62,7 +62,7 @@ def host_reads(s: Subject) -> None:
 
     system = systems.long()
     backend = with_space(s.backend, late_spaces(s.backend)[-1])
-    point = Point([s.array(system.matrix), s.array(np.zeros(60))], s.array(system.rhs))  # pyright: ignore
+    point = Point([s.array(system.matrix), s.array(0 * system.rhs)], s.array(system.rhs))  # pyright: ignore
     with CountReads() as count:
         x, info = run(backend, s.solver, None, point)
     answer = s.answer(x, info)

@@ -85,7 +85,7 @@ def check_solver(
                 for law in (methods if is_method else linear).PER_DTYPE:
                     yield Applied(law, subject, (backend.name, subject.dtype))
             for law in _laws_of_methods(at) if is_method else _laws_of_linear_solvers(at):
-                yield Applied(law, single if law is linear.extreme_scales else at, (backend.name,))
+                yield Applied(law, single if law in linear.IN_FLOAT32 else at, (backend.name,))
 
     laws = [*methods.PER_DTYPE, *methods.ALL] if is_method else [*linear.PER_DTYPE, *linear.ALL, *loops.ALL]
     return collect(applied(), excused, laws, known_backends(found))

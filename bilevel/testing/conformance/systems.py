@@ -99,6 +99,6 @@ def chain() -> System:
 
 
 def long() -> System:
-    """Return a system that takes many steps."""
-    matrix = symmetric(np.geomspace(4e-4, 4.0, 60))
-    return System("60 unknowns (eigenvalues from 4e-4 to 4)", matrix, normal(1, 60), 1e4)
+    """Return a system that takes many steps, in which residuals by recurrence drift from the truth."""
+    matrix = symmetric(np.geomspace(4e-4, 4.0, 100))
+    return System("100 unknowns (eigenvalues from 4e-4 to 4)", matrix, normal(1, 100), 1e4)
