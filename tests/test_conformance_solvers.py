@@ -1,13 +1,10 @@
 """The suite of solvers: a sound one passes, each typical fault is caught by the check that names it."""
 
 import itertools
-import re
 from dataclasses import dataclass, replace
-from unittest import SkipTest
 
 import numpy as np
 import pytest
-from frameworks import FRAMEWORKS, framework
 
 import bilevel as bl
 from bilevel import Status

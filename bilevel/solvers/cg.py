@@ -96,7 +96,7 @@ class CG(Iterative):
                 done = xp.sqrt(rr) <= tolerance
                 status = xp.where(done, int(Status.CONVERGED), s.status)
                 status = xp.where(positive, status, int(Status.NEGATIVE_CURVATURE))
-                status = xp.where(finite, status, int(Status.NON_FINITE))
+                status = xp.where(finite & xp.isfinite(rz), status, int(Status.NON_FINITE))
                 pp = rr + beta**2 * s.pp if M is None else space.dot(p, p)  # r is orthogonal to the old p, z is not
                 return _State(
                     x=x,
@@ -111,7 +111,8 @@ class CG(Iterative):
                     live=ok & ~done & (rz > 0) & (s.steps + 1 < self.maxiter),
                 )
 
-            running = xp.full_like(steps, int(Status.MAXITER))
+            # A preconditioner may be nan where no product is: its own were taken before.
+            running = xp.where(xp.isfinite(rz), xp.full_like(steps, int(Status.MAXITER)), int(Status.NON_FINITE))
             pp = start if M is None else space.dot(z, z)
             s = _State(x, r, z, start, rz, pp, xp.zeros_like(start), steps, running, live & (rz > 0))
             s = space.while_loop(lambda s: s.live, step, s, self.maxiter)

@@ -89,12 +89,12 @@ def collect(
     Raises:
         ValueError: if an excused name is that of no check, with the nearest one.
     """
-    excused, laws = dict(excused or {}), sorted(map(name_of, laws))
-    on_backend = {f"{law}-{backend}" for law in laws for backend in backends}
-    known = {*laws, *on_backend, *(f"{check}-{dtype}" for check in on_backend for dtype in DTYPES)}
+    excused, names = dict(excused or {}), sorted(map(name_of, laws))
+    on_backend = {f"{name}-{backend}" for name in names for backend in backends}
+    known = {*names, *on_backend, *(f"{check}-{dtype}" for check in on_backend for dtype in DTYPES)}
     for name in excused:
         if name not in known:
-            raise ValueError(f"excused: there is no check {name!r}." + suggest(name, laws))
+            raise ValueError(f"excused: there is no check {name!r}." + suggest(name, names))
     return [
         Check(
             name=each.name,

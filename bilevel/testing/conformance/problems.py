@@ -102,10 +102,40 @@ class _TreeOuter:
         return tree_map(lambda w, t: w - t, w, t), None
 
 
+@dataclass(frozen=True)
+class _CurvedInner:
+    """L = Σ ½ (1 + λ²) w² + ¼ w⁴, for trees w and λ of one structure."""
+
+    def __call__(self, w: Any, h: Any) -> Any:
+        return sum(_leaves(tree_map(lambda w, h: ((1 + h * h) * w * w / 2 + w * w * w * w / 4).sum(), w, h)))
+
+    def grad(self, w: Any, h: Any) -> Any:
+        return tree_map(lambda w, h: (1 + h * h) * w + w * w * w, w, h)
+
+    def hvp(self, w: Any, h: Any, v: Any) -> Any:
+        return tree_map(lambda w, h, v: (1 + h * h + 3 * w * w) * v, w, h, v)
+
+    def cross_vjp(self, w: Any, h: Any, v: Any) -> Any:
+        return tree_map(lambda w, h, v: 2 * h * w * v, w, h, v)
+
+
+@dataclass(frozen=True)
+class _CurvedOuter:
+    """F = ½ Σ (1 + λ) (w − t)²."""
+
+    def __call__(self, w: Any, h: Any, t: Any) -> Any:
+        return sum(_leaves(tree_map(lambda w, h, t: ((1 + h) * (w - t) * (w - t)).sum() / 2, w, h, t)))
+
+    def grad(self, w: Any, h: Any, t: Any) -> tuple[Any, Any]:
+        in_w = tree_map(lambda w, h, t: (1 + h) * (w - t), w, h, t)
+        return in_w, tree_map(lambda w, t: (w - t) * (w - t) / 2, w, t)
+
+
 QUADRATIC = Problem(_Inner(), _Outer())
 NO_DIRECT_TERM = Problem(_Inner(), _OuterAlone())
 NO_CROSS_TERM = Problem(_InnerAlone(), _Outer())
 TREES = Problem(_TreeInner(), _TreeOuter())
+CURVED = Problem(_CurvedInner(), _CurvedOuter())
 
 
 class QuadraticPoint(NamedTuple):

@@ -5,7 +5,7 @@ from typing import Any
 
 from bilevel.config import get_backend, get_solver, list_backends, suggest
 from bilevel.protocols import HypergradientMethod
-from bilevel.testing.conformance import linear, loops, methods
+from bilevel.testing.conformance import execution, linear, methods
 from bilevel.testing.conformance.checks import Applied, Check, Law, collect, known_backends
 from bilevel.testing.conformance.subject import Subject, widest
 from bilevel.testing.conformance.systems import CLASSES
@@ -41,7 +41,7 @@ def check_solver(
             others, it must not claim CONVERGED with a wrong answer. Of a method with ``hypergradient``, the first and
             the third.
         rtol: what CONVERGED promises of ``norm(b - A v) / norm(b)``, to a factor of 10 and what the dtype can.
-            Default: the solver's own ``rtol``, or else √eps.
+            Default: the solver's own ``rtol``, or √eps if it has none or 0.
         truncated: whether CONVERGED claims no such thing on systems that are not promised, as of a method with a fixed
             number of terms: then ``residual_norm`` is held to be a bound, or nan.
         warm_start: whether it uses a warm start; a direct method need not.
@@ -87,7 +87,7 @@ def check_solver(
             for law in _laws_of_methods(at) if is_method else _laws_of_linear_solvers(at):
                 yield Applied(law, single if law in linear.IN_FLOAT32 else at, (backend.name,))
 
-    laws = [*methods.PER_DTYPE, *methods.ALL] if is_method else [*linear.PER_DTYPE, *linear.ALL, *loops.ALL]
+    laws = [*methods.PER_DTYPE, *methods.ALL] if is_method else [*linear.PER_DTYPE, *linear.ALL, *execution.ALL]
     return collect(applied(), excused, laws, known_backends(found))
 
 
@@ -100,7 +100,11 @@ def _laws_of_linear_solvers(s: Subject) -> Iterator[Law]:
         yield linear.damping
     if hasattr(s.backend.space.xp, "bfloat16"):
         yield linear.bfloat16
-    yield from loops.laws_on(s.backend)
+    if getattr(s.solver, "stochastic", False):
+        yield linear.stochastic
+    if hasattr(s.solver, "prepare"):
+        yield linear.prepared
+    yield from execution.laws_on(s.backend)
 
 
 def _laws_of_methods(s: Subject) -> Iterator[Law]:

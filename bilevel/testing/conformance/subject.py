@@ -9,7 +9,7 @@ import numpy as np
 
 from bilevel.config import solver_options
 from bilevel.flat import to_host
-from bilevel.protocols import Backend, NonSymmetric, Operator, Point, Tree
+from bilevel.protocols import Backend, NonSymmetric, Operator, Point, Stochastic, Tree
 from bilevel.results import SolverInfo, Status
 from bilevel.testing.conformance.checks import require
 from bilevel.testing.conformance.systems import System
@@ -28,6 +28,34 @@ class Answer(NamedTuple):
             f"{status.name} after {steps} steps, residual_norm {residual_norm:.3g} of {rhs_norm:.3g}, "
             f"v = {np.array2string(self.x, precision=4, threshold=8)}"
         )
+
+
+def run(backend: Backend, solver: Any, problem: None, point: Point) -> Any:
+    """Call the solver on the operator that a point's arrays make up; what `Backend.execute` runs."""
+    return solver.solve(product_of(backend, point), point.hparams, point.adjoint0, backend.space)
+
+
+def run_nonsymmetric(backend: Backend, solver: Any, problem: None, point: Point) -> Any:
+    """Call the solver on an operator that is said not to be symmetric."""
+    return solver.solve(NonSymmetric(product_of(backend, point)), point.hparams, point.adjoint0, backend.space)
+
+
+def run_stochastic(backend: Backend, solver: Any, problem: None, point: Point) -> Any:
+    """Call the solver on an operator whose samples are all the same."""
+    product = product_of(backend, point)
+    return solver.solve(Stochastic(product, lambda i: product), point.hparams, point.adjoint0, backend.space)
+
+
+def product_of(backend: Backend, point: Point) -> Operator:
+    """Return v -> A v, and nan where v has a part along the unit vector of the point."""
+    (matrix, unit), like, space = point.params, point.hparams, backend.space
+
+    def product(v: Tree) -> Tree:
+        flat = space.ravel(v)
+        trapped = space.xp.where(space.dot(unit, flat) != 0, float("nan"), 1.0)
+        return space.scale(trapped, space.unravel(matrix @ flat, like))
+
+    return product
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +81,7 @@ class Subject:
     def tolerance(self) -> float:
         """Return what is promised of norm(b - A v) / norm(b), with room for rounding."""
         eps = self.backend.space.eps(self.array(np.zeros(1)))
-        rtol = getattr(self.solver, "rtol", eps**0.5) if self.rtol is None else self.rtol
+        rtol = (getattr(self.solver, "rtol", 0.0) or eps**0.5) if self.rtol is None else self.rtol
         return 10 * max(float(rtol), eps)
 
     def promises(self, kind: str, condition: float = 1.0) -> bool:
@@ -91,6 +119,7 @@ class Subject:
         trap: int | None = None,
         shape: Callable[[Any], Tree] = lambda flat: flat,
         space: Any = None,
+        runner: Callable[..., Any] = run,
     ) -> Answer:
         """Run the solver on a dense system, compiled where the framework compiles.
 
@@ -100,6 +129,7 @@ class Subject:
             trap: products with a vector whose entry ``trap`` is not zero are nan.
             shape: from an array of shape (n,) to the tree that the solver gets.
             space: instead of the backend's.
+            runner: `run`, or for another kind of operator.
         """
         n = system.rhs.size
         unit = np.zeros(n) if trap is None else np.eye(n)[trap]
@@ -108,7 +138,7 @@ class Subject:
         start = None if x0 is None else shape(self.array(x0))
         backend = self.backend if space is None else with_space(self.backend, space)
         with np.errstate(all="ignore"):  # NumPy would warn of the nan that some laws put in
-            x, info = backend.execute(run, self.solver, None, Point(arrays, rhs, adjoint0=start))  # pyright: ignore
+            x, info = backend.execute(runner, self.solver, None, Point(arrays, rhs, adjoint0=start))  # pyright: ignore
         return self.answer(x, info)
 
     def answer(self, x: Any, info: Any) -> Answer:
@@ -123,21 +153,9 @@ class Subject:
         return Answer(to_host(self.backend, x), info, leaves)
 
 
-def run(backend: Backend, solver: Any, problem: None, point: Point) -> Any:
-    """Call the solver on the operator that a point's arrays make up; what `Backend.execute` runs."""
-    (matrix, unit), rhs, space = point.params, point.hparams, backend.space
-    return solver.solve(operator_of(solver, matrix, unit, rhs, space), rhs, point.adjoint0, space)
-
-
-def operator_of(solver: Any, matrix: Any, unit: Any, like: Tree, space: Any) -> Operator:
-    """Return v -> A v, and nan where v has a part along ``unit``; `NonSymmetric` for solvers that take it."""
-
-    def product(v: Tree) -> Tree:
-        flat = space.ravel(v)
-        trapped = space.xp.where(space.dot(unit, flat) != 0, float("nan"), 1.0)
-        return space.scale(trapped, space.unravel(matrix @ flat, like))
-
-    return NonSymmetric(product) if getattr(solver, "nonsymmetric", False) else product
+def nest(flat: Any) -> Tree:
+    """Give an array of shape (6,) a nested structure, in the order of its entries, with empty and scalar leaves."""
+    return {"b": [flat[2:5].reshape(3, 1), (flat[5],)], "none": flat[:0], "a": flat[:2]}
 
 
 def make_array(backend: Backend, values: Any, dtype: str) -> Any:

@@ -1,0 +1,239 @@
+"""The laws of a backend's derivatives: closed forms, finite differences, and what it says of a missing dependence."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from bilevel.hypergradient import hypergradient, linearize
+from bilevel.problem import Problem
+from bilevel.protocols import Point
+from bilevel.results import Status
+from bilevel.solvers import CG, MINRES, Exact, Neumann, Unrolled
+from bilevel.testing.conformance.checks import Law
+from bilevel.testing.conformance.framework import Framework
+from bilevel.testing.conformance.problems import (
+    CURVED,
+    NO_CROSS_TERM,
+    NO_DIRECT_TERM,
+    QUADRATIC,
+    TREES,
+    quadratic_point,
+)
+from bilevel.testing.conformance.systems import SIZE, normal
+from bilevel.testing.diagnosis import contradictions
+from bilevel.testing.host import HostProblem
+
+SOLVERS = {
+    "cg": lambda rtol: CG(rtol=rtol),
+    "minres": lambda rtol: MINRES(rtol=rtol),
+    "neumann": lambda rtol: Neumann(terms=200),
+    "exact": lambda rtol: Exact(),
+    "unrolled": lambda rtol: Unrolled(steps=200),
+}
+DRIFT = 1000  # times eps, what a whole hypergradient may be off
+
+
+def closed_form(f: Framework) -> None:
+    """The derivatives of a quadratic problem are those of the closed form, away from its minimum, too."""
+    q = quadratic_point(f.backend, f.dtype, at_minimum=False)
+    v, u = normal(7, SIZE).astype(f.dtype).astype(np.float64), normal(8, q.hparams.size).astype(f.dtype)
+    point = Point(*q.arguments.values(), adjoint0=(f.array(v), f.array(u)))
+    got = f.backend.execute(_derive, None, QUADRATIC, point)
+    expected = {
+        "value": np.asarray(q.value),
+        "grad_params": q.rhs,
+        "grad_hparams": q.direct,
+        "inner.grad": q.hessian @ q.params - q.coupling @ q.hparams - q.offset,
+        "hvp(v)": q.hessian @ v,
+        "cross_vjp(v)": -(q.coupling.T @ v),
+        "cross_jvp(u)": -(q.coupling @ u.astype(np.float64)),
+    }
+    for name, array in got.items():
+        f.close(f"quadratic problem: {name}", f.host(array), expected[name])
+        f.equal(f"dtype of {name}", f.shapes(array)[0][2], f.dtype)
+
+
+def differences(f: Framework) -> None:
+    """Each derivative agrees with differences of what it is derived from, on a problem that is not quadratic."""
+    if f.point is None:
+        shapes = [f.tree(normal(seed, SIZE)) for seed in range(3)]
+        problem, point = CURVED, Point(shapes[0], shapes[1], (), (shapes[2],))
+    else:
+        problem, point = f.problem, f.point
+    for sentence in contradictions(HostProblem(f.backend, problem, point), seed=0):  # pyright: ignore
+        f.require(False, "derivatives", "those of the objectives", sentence)
+
+
+def products_are_linear_and_repeat(f: Framework) -> None:
+    """Products are linear in their vector, and the same for the same vector, however often."""
+    q = quadratic_point(f.backend, f.dtype)
+    (x, x_), (y, y_) = ((a, f.array(a)) for a in (normal(7, SIZE), normal(8, SIZE)))
+    point = Point(*q.arguments.values(), adjoint0=(x_, y_))
+    first, mixed, again, zero = f.backend.execute(_products, None, QUADRATIC, point)
+    f.close("hvp(2x - y)", f.host(mixed), q.hessian @ (2 * x - y))
+    f.equal("hvp(x), taken again", f.host(again), f.host(first))
+    f.equal("hvp(0)", f.host(zero), np.zeros(SIZE))
+
+
+def nested_trees(f: Framework) -> None:
+    """Derivatives have the structure, shapes and dtypes of what they belong to, empty and scalar leaves included."""
+    w, h, k, t, v = (f.draw(seed) for seed in range(5))
+    point = Point(w[1], h[1], (k[1],), (t[1],), v[1])
+    grad, grad_params, hvp, cross = f.backend.execute(_derive_trees, None, TREES, point)
+    for name, tree, expected in (
+        ("inner.grad", grad, k[0] * (w[0] - h[0])),
+        ("grad_params", grad_params, w[0] - t[0]),
+        ("hvp(v)", hvp, k[0] * v[0]),
+        ("cross_vjp(v)", cross, -k[0] * v[0]),
+    ):
+        f.keeps(f"trees: {name}", tree, w[1])
+        f.close(f"trees: {name}", f.flat(tree), expected)
+
+
+def none_without_direct_term(f: Framework) -> None:
+    """grad_hparams is None where F does not depend on λ: None, not zeros, lets one place tell a λ without influence."""
+    q = quadratic_point(f.backend, f.dtype)
+    lin = linearize(f.backend, NO_DIRECT_TERM, Point(*q.arguments.values()))
+    f.require(lin.grad_hparams is None, "grad_hparams", None, lin.grad_hparams)
+
+
+def none_without_cross_term(f: Framework) -> None:
+    """cross_vjp(v) is None where ∂L/∂w does not depend on λ, though L does."""
+    q = quadratic_point(f.backend, f.dtype)
+    lin = linearize(f.backend, NO_CROSS_TERM, Point(*q.arguments.values()))
+    product = lin.cross_vjp(q.arguments["params"])
+    f.require(product is None, "cross_vjp(v)", None, product)
+
+
+def hparams_without_influence(f: Framework) -> None:
+    """bl.hypergradient refuses hparams that neither F nor ∂L/∂w depends on, and names them."""
+    q = quadratic_point(f.backend, f.dtype)
+    problem = Problem(NO_CROSS_TERM.inner, NO_DIRECT_TERM.outer)
+    _refused(f, "depends on hparams", lambda: hypergradient(problem, **q.arguments, backend=f.backend))
+
+
+def inner_cut_off(f: Framework) -> None:
+    """An inner objective that does not depend on params is a ValueError that names params."""
+    q = quadratic_point(f.backend, f.dtype)
+    problem = Problem(_Constant(), QUADRATIC.outer)
+    _refused(f, "params", lambda: linearize(f.backend, problem, Point(*q.arguments.values())))
+
+
+def outer_cut_off(f: Framework) -> None:
+    """An outer objective that depends neither on params nor on hparams is a ValueError that names them."""
+    q = quadratic_point(f.backend, f.dtype)
+    problem = Problem(QUADRATIC.inner, _Constant())
+    _refused(f, "params", lambda: linearize(f.backend, problem, Point(*q.arguments.values())))
+
+
+def outer_not_scalar(f: Framework) -> None:
+    """An outer objective that returns no scalar is a ValueError that names it."""
+    q = quadratic_point(f.backend, f.dtype)
+    problem = Problem(QUADRATIC.inner, _PerEntry())
+    _refused(f, "outer", lambda: linearize(f.backend, problem, Point(*q.arguments.values())))
+
+
+def inputs_untouched(f: Framework) -> None:
+    """Neither params nor hparams nor the data are written to, and a second call gives the same bits."""
+    q = quadratic_point(f.backend, f.dtype)
+    arrays = [q.arguments["params"], q.arguments["hparams"], *q.arguments["inner_args"], *q.arguments["outer_args"]]
+    before = [f.host(a).copy() for a in arrays]
+    first, second = (f.host(hypergradient(QUADRATIC, **q.arguments, backend=f.backend).grad) for _ in range(2))
+    f.equal("dF/dλ, taken again", second, first)
+    for name, array, old in zip(("params", "hparams", "H", "B", "c", "t", "d"), arrays, before, strict=True):
+        f.equal(f"{name} after bl.hypergradient", f.host(array), old)
+
+
+def _law_of_a_hypergradient(name: str) -> Law:
+    def law(f: Framework) -> None:
+        q = quadratic_point(f.backend, f.dtype)
+        solver = SOLVERS[name](max(1e-12, f.eps))
+        hg = hypergradient(QUADRATIC, **q.arguments, solver=solver, backend=f.backend, on_failure="ignore")
+        f.equal(f"status by {solver}", hg.info.status, Status.CONVERGED)
+        for field, expected in (("grad", q.grad), ("adjoint", q.adjoint), ("value", q.value)):
+            f.close(f"hg.{field} by {solver}", f.host(getattr(hg, field)), expected, DRIFT)
+        f.equal("dtype of hg.grad", f.shapes(hg.grad)[0][2], f.dtype)
+
+    law.__name__ = f"hypergradient_{name}"
+    law.__doc__ = f"A whole bl.hypergradient, solved by {name}, is that of the closed form."
+    return law
+
+
+HYPERGRADIENTS = [_law_of_a_hypergradient(name) for name in SOLVERS]
+PER_DTYPE: list[Law] = [closed_form, differences, nested_trees]
+LAWS: list[Law] = [
+    products_are_linear_and_repeat,
+    none_without_direct_term,
+    none_without_cross_term,
+    hparams_without_influence,
+    inner_cut_off,
+    outer_cut_off,
+    outer_not_scalar,
+    inputs_untouched,
+    *HYPERGRADIENTS,
+]
+
+
+def _derive(backend: Any, solver: None, problem: Problem, point: Point) -> dict[str, Any]:
+    v, u = point.adjoint0  # pyright: ignore[reportGeneralTypeIssues]
+    lin = linearize(backend, problem, point)
+    inner = backend.inner(problem, point.params, point.hparams, point.inner_args)
+    derived = {
+        "value": lin.value,
+        "grad_params": lin.grad_params,
+        "grad_hparams": lin.grad_hparams,
+        "inner.grad": inner.grad,
+        "hvp(v)": lin.hvp(v),
+        "cross_vjp(v)": lin.cross_vjp(v),
+    }
+    return derived if inner.cross_jvp is None else {**derived, "cross_jvp(u)": inner.cross_jvp(u)}
+
+
+def _products(backend: Any, solver: None, problem: Problem, point: Point) -> list[Any]:
+    x, y = point.adjoint0  # pyright: ignore[reportGeneralTypeIssues]
+    space, hvp = backend.space, linearize(backend, problem, point).hvp
+    return [hvp(x), hvp(space.axpy(-1.0, y, space.scale(2.0, x))), hvp(x), hvp(space.zeros_like(x))]
+
+
+def _derive_trees(backend: Any, solver: None, problem: Problem, point: Point) -> list[Any]:
+    inner = backend.inner(problem, point.params, point.hparams, point.inner_args)
+    outer = backend.outer(problem, point.params, point.hparams, point.outer_args)
+    return [inner.grad, outer.grad_params, inner.hvp(point.adjoint0), inner.cross_vjp(point.adjoint0)]
+
+
+def _refused(f: Framework, name: str, call: Any) -> None:
+    try:
+        got = call()
+    except ValueError as error:
+        f.require(name in str(error), "the error", f"a sentence with {name!r}", error)
+    else:
+        f.require(False, "what is raised", "a ValueError", f"no error, but {got}")
+
+
+@dataclass(frozen=True)
+class _Constant:
+    """An objective that reads neither params nor hparams."""
+
+    def __call__(self, w: Any, h: Any, *args: Any) -> Any:
+        return args[0].sum()
+
+    def grad(self, w: Any, h: Any, *args: Any) -> Any:
+        return 0 * w if len(args) == 3 else (0 * w, None)
+
+    def hvp(self, w: Any, h: Any, v: Any, *args: Any) -> Any:
+        return 0 * v
+
+    def cross_vjp(self, w: Any, h: Any, v: Any, *args: Any) -> None:
+        return None
+
+
+@dataclass(frozen=True)
+class _PerEntry:
+    """½ (w − t)², entry by entry."""
+
+    def __call__(self, w: Any, h: Any, t: Any, d: Any) -> Any:
+        return 0.5 * (w - t) * (w - t)
+
+    def grad(self, w: Any, h: Any, t: Any, d: Any) -> tuple[Any, None]:
+        return w - t, None

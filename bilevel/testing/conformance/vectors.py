@@ -1,0 +1,215 @@
+"""The laws of a `VectorSpace`: trees of arrays as vectors, against NumPy."""
+
+import numpy as np
+
+from bilevel.testing.conformance.checks import Law
+from bilevel.testing.conformance.framework import Framework, vector
+from bilevel.testing.conformance.subject import dtype_of
+from bilevel.testing.conformance.systems import SIZE, normal
+
+NAN, INF = float("nan"), float("inf")
+
+
+def dot(f: Framework) -> None:
+    """The dot of two trees is a scalar, the sum over all leaves of products, and takes complex conjugates of none."""
+    (x, x_), (y, y_) = f.draw(1), f.draw(2)
+    got = f.run(lambda space, x, y: space.dot(x, y), x_, y_)
+    f.equal("dot(x, y).shape", tuple(got.shape), ())
+    f.close("dot(x, y)", f.host(got), x @ y)
+    f.equal("dot of trees without entries", float(f.host(f.run(lambda space, x: space.dot(x, x), f.array([])))), 0.0)
+
+
+def dot_of_half_precision(f: Framework) -> None:
+    """Dots accumulate in at least float32: in bfloat16 a sum of ones would stop at 256."""
+    ones = f.array(np.ones(1000), "bfloat16")
+    got = f.run(lambda space, x: space.dot(x, x), ones)
+    f.require(dtype_of(got) in ("float32", "float64"), "dtype of a dot of bfloat16", "float32 or more", dtype_of(got))
+    f.equal("dot of 1000 ones in bfloat16", float(f.host(got)), 1000.0)
+
+
+def axpy(f: Framework) -> None:
+    """alpha x + y keeps the dtypes, whether alpha is a Python number or a scalar of the framework."""
+    (x, x_), (y, y_) = f.draw(1), f.draw(2)
+    by_number = f.run(lambda space, x, y: space.axpy(-0.5, x, y), x_, y_)
+    f.keeps("axpy(-0.5, x, y)", by_number, x_)
+    f.close("axpy(-0.5, x, y)", f.flat(by_number), -0.5 * x + y)
+    by_scalar = f.run(lambda space, x, y: space.axpy(space.dot(x, x), x, y), x_, y_)
+    f.keeps("axpy(x·x, x, y)", by_scalar, x_)
+    f.close("axpy(x·x, x, y)", f.flat(by_scalar), (x @ x) * x + y)
+
+
+def scale(f: Framework) -> None:
+    """alpha x keeps the dtypes, whether alpha is a Python number or a scalar of the framework."""
+    x, x_ = f.draw(1)
+    by_number = f.run(lambda space, x: space.scale(3.0, x), x_)
+    f.keeps("scale(3.0, x)", by_number, x_)
+    f.close("scale(3.0, x)", f.flat(by_number), 3 * x)
+    by_scalar = f.run(lambda space, x: space.scale(space.dot(x, x), x), x_)
+    f.keeps("scale(x·x, x)", by_scalar, x_)
+    f.close("scale(x·x, x)", f.flat(by_scalar), (x @ x) * x)
+
+
+def mixed_precision(f: Framework) -> None:
+    """In a tree of several dtypes each leaf keeps its own, and eps is that of the coarsest."""
+    x_ = {"single": f.array(normal(1, 2), "float32"), "double": f.array(normal(2, 2), "float64")}
+    results = f.run(
+        lambda space, x, y: {
+            "axpy": space.axpy(space.dot(x, x), x, x),
+            "scale": space.scale(space.dot(x, x), x),
+            "unravel(ravel)": space.unravel(space.ravel(x), x),
+            "map": space.map(lambda a, b: a / b, x, y),
+        },
+        x_,
+        {"single": x_["double"], "double": x_["single"]},
+    )
+    for what, result in results.items():
+        f.keeps(what, result, x_)
+    f.equal("eps of float32 and float64", f.backend.space.eps(x_), float(np.finfo(np.float32).eps))
+
+
+def zeros_like(f: Framework) -> None:
+    """Zeros have the structure, shapes and dtypes, and are zero even in the place of nan."""
+    x_ = f.tree(np.full(SIZE, NAN))
+    got = f.run(lambda space, x: space.zeros_like(x), x_)
+    f.keeps("zeros_like(x)", got, x_)
+    f.equal("zeros_like(nan)", f.flat(got), np.zeros(SIZE))
+
+
+def map_entries(f: Framework) -> None:
+    """An entrywise function of trees is applied leaf by leaf, and keeps the dtypes of the first."""
+    (x, x_), (y, y_) = f.draw(1), f.draw(2)
+    got = f.run(lambda space, x, y: space.map(lambda a, b: a * b + a, x, y), x_, y_)
+    f.keeps("map(function, x, y)", got, x_)
+    f.close("map(a b + a, x, y)", f.flat(got), x * y + x)
+
+
+def select(f: Framework) -> None:
+    """The flag selects one tree, and a nan in the other does no harm."""
+    x, x_ = f.draw(1)
+    bad = f.tree(np.full(SIZE, NAN))
+    for what, order in (
+        ("select(True, x, nan)", lambda s, x, bad: s.select(s.dot(x, x) > 0, x, bad)),
+        ("select(False, nan, x)", lambda s, x, bad: s.select(s.dot(x, x) < 0, bad, x)),
+    ):
+        got = f.run(order, x_, bad)
+        f.keeps(what, got, x_)
+        f.equal(what, f.flat(got), x)
+
+
+def normal_like(f: Framework) -> None:
+    """Normal draws repeat for a seed, differ between seeds and between leaves, and keep shapes and dtypes."""
+    x_ = {"a": f.array(np.zeros(500)), "b": f.array(np.zeros(500))}
+
+    def draw(space, x):
+        return space.normal_like(x, 0), space.normal_like(x, 1)
+
+    (first, other), (again, _) = f.run(draw, x_), f.run(draw, x_)
+    f.keeps("normal_like(x, 0)", first, x_)
+    f.equal("normal_like(x, 0), drawn again", f.flat(again), f.flat(first))
+    a, b, c = f.flat(first)[:500], f.flat(first)[500:], f.flat(other)[:500]
+    for what, y in (("two leaves", b), ("two seeds", c)):
+        correlation = float(np.corrcoef(a, y)[0, 1])
+        f.require(abs(correlation) < 0.3, f"correlation of {what}", "about 0", correlation)
+    f.require(abs(a.mean()) < 0.2 and abs(a.std() - 1) < 0.2, "mean and deviation", "0, 1", (a.mean(), a.std()))
+
+
+def max_abs(f: Framework) -> None:
+    """The largest absolute entry is a scalar; nan if there is one, 0 if there is no entry."""
+    x, x_ = f.draw(1)
+    one_nan = f.tree(np.where(np.arange(SIZE) == 3, NAN, x))
+    for what, tree, expected in (("x", x_, np.abs(x).max()), ("no entry", f.array([]), 0.0), ("a nan", one_nan, NAN)):
+        got = f.run(lambda space, x: space.max_abs(x), tree)
+        f.equal("max_abs(x).shape", tuple(got.shape), ())
+        same = np.array_equal(f.host(got), expected, equal_nan=True)
+        f.require(same, f"max_abs of {what}", expected, got)
+
+
+def isfinite(f: Framework) -> None:
+    """A tree is finite unless some entry is nan or infinite; one without entries is."""
+    x, x_ = f.draw(1)
+    cases = [(x_, True), (f.array([]), True)]
+    cases += [(f.tree(np.where(np.arange(SIZE) == 3, bad, x)), False) for bad in (NAN, INF, -INF)]
+    for tree, expected in cases:
+        got = f.run(lambda space, x: space.isfinite(x), tree)
+        f.equal(f"isfinite of {f.flat(tree)}", bool(f.backend.to_host(got)), expected)
+
+
+def eps_and_size(f: Framework) -> None:
+    """eps and size are Python numbers: the precision of the dtype, and the number of entries."""
+    _, x_ = f.draw(1)
+    f.equal("eps(x)", (type(f.backend.space.eps(x_)), f.backend.space.eps(x_)), (float, f.eps))
+    f.equal("size(x)", (type(f.backend.space.size(x_)), f.backend.space.size(x_)), (int, SIZE))
+
+
+def ravel_unravel(f: Framework) -> None:
+    """ravel gives one array of shape (n,), leaf after leaf, and unravel gives it the structure again."""
+    _, x_ = f.draw(1)
+    flat, back = f.run(lambda space, x: (space.ravel(x), space.unravel(2 * space.ravel(x), x)), x_)
+    f.equal("ravel(x).shape", tuple(flat.shape), (SIZE,))
+    f.equal("ravel(x) and the leaves in order", vector(f, x_), f.flat(x_))
+    f.keeps("unravel(2 ravel(x), x)", back, x_)
+    f.equal("unravel(2 ravel(x), x)", f.flat(back), 2 * f.flat(x_))
+
+
+def dense(f: Framework) -> None:
+    """The matrix of an operator has the images of the unit vectors as its columns."""
+    matrix = normal(3, SIZE, SIZE).astype(f.dtype)
+    _, x_ = f.draw(1)
+    got = f.run(lambda space, x, m: space.dense(lambda v: space.unravel(m @ space.ravel(v), x), x), x_, f.array(matrix))
+    f.close("dense(v -> M v)", f.host(got), matrix)
+
+
+def on_host(f: Framework) -> None:
+    """A function on the host gets float64 NumPy arrays, and its result is like the last argument."""
+    matrix, x = normal(3, SIZE, SIZE).astype(f.dtype), f.draw(1)[0]
+    kinds = []
+
+    def function(m, v):
+        kinds.append((type(m), m.dtype, type(v), v.dtype))
+        return m @ v
+
+    arrays = f.array(matrix), f.array(x)
+    got = f.run(lambda space, m, v: space.on_host(function, m, v), *arrays)
+    f.keeps("on_host(function, m, v)", got, arrays[1])
+    f.close("on_host(m @ v)", f.host(got), matrix.astype(np.float64) @ x)
+    f.equal("types and dtypes on the host", kinds[-1], (np.ndarray, np.float64) * 2)
+
+
+def stacks(f: Framework) -> None:
+    """A stack starts with zeros, gives back what was put in, and is a matrix to project and combine."""
+    (x, x_), (y, y_) = f.draw(1), f.draw(2)
+
+    def fill(space, x, y):
+        first = space.xp.zeros_like(space.dot(x, x), dtype=space.xp.int32)
+        stack = space.put(space.put(space.stack_like(x, 3), first, x), first + 2, y)
+        taken = [space.take(stack, first + i) for i in range(3)]
+        dots = space.project(stack, y)
+        return taken, dots, space.combine(dots, stack)
+
+    taken, dots, sums = f.run(fill, x_, y_)
+    rows = np.stack([x, 0 * x, y])
+    for i in range(3):
+        f.keeps(f"take(stack, {i})", taken[i], x_)
+        f.equal(f"take(stack, {i})", f.flat(taken[i]), f.flat(f.tree(rows[i])))
+    f.close("project(stack, y)", f.host(dots), rows @ y)
+    f.keeps("combine(coefficients, stack)", sums, x_)
+    f.close("combine(coefficients, stack)", f.flat(sums), rows.T @ (rows @ y))
+
+
+PER_DTYPE: list[Law] = [
+    dot,
+    axpy,
+    scale,
+    zeros_like,
+    map_entries,
+    select,
+    normal_like,
+    max_abs,
+    isfinite,
+    eps_and_size,
+    ravel_unravel,
+    dense,
+    on_host,
+    stacks,
+]
+LAWS: list[Law] = [mixed_precision, dot_of_half_precision]
