@@ -23,6 +23,8 @@ settings.register_profile(
 settings.register_profile("explore", deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeat"))
 
+collect_ignore = ["thirdparty"]  # a distribution of its own: test_thirdparty.py runs its tests
+
 
 @pytest.fixture(params=FRAMEWORKS, scope="session")
 def backend(request):

@@ -53,3 +53,14 @@ def solve(
 
 def _solve(backend: Any, solver: Any, problem: None, system: Point) -> Any:
     return solver.solve(lambda v: system.params @ v, system.hparams, system.adjoint0, backend.space)
+
+
+def failures(checks: Any) -> dict[str, str]:
+    """Return what the checks of a suite that fail say, by their names."""
+    said = {}
+    for check in checks:
+        try:
+            check()
+        except AssertionError as error:
+            said[check.name] = str(error)
+    return said

@@ -1,10 +1,13 @@
-"""The suite of solvers: a sound one passes, each typical fault is caught by the check that names it."""
+"""The suite of solvers: what is sound passes, each typical fault is caught by the check that names it."""
 
 import itertools
+import re
 from dataclasses import dataclass, replace
+from unittest import SkipTest
 
 import numpy as np
 import pytest
+from frameworks import failures
 
 import bilevel as bl
 from bilevel import Status
@@ -116,38 +119,180 @@ def test_a_sound_solver_passes(check):
     check()
 
 
-def failures(solver, backend="numpy", **promises):
-    """The checks that fail, with what they say."""
-    said = {}
-    for check in check_solver(solver, backends=backend, **{**PROMISES, **promises}):
-        try:
+FAULTS = {
+    "ignores the damping": "damping",
+    "ignores the warm start": "warm_start_used",
+    "takes absolute tolerances": "extreme_scales",
+    "starts at random": "deterministic",
+    "promotes the dtype": "definite-float32",
+    "writes into its arguments": "inputs_untouched",
+    "forgets a leaf": "nested_tree",
+    "goes on after it has stopped": "overrun",
+    "breaks before it stores the iterate": "multiples_of_identity-float64",
+    "ignores maxiter": "maxiter",
+    "keeps the warm start of b = 0": "zero_rhs",
+    "is quiet about nan": "nan_product",
+    "always claims success": "inconsistent-float64",
+    "trusts its recurrence": "drift",
+    "reports another residual": "definite-float64",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_of_a_solver_is_caught_by_the_check_that_names_it(fault):
+    said = failures(check_solver(replace(SOUND, fault=fault), **PROMISES, backends="numpy"))
+    law, _, dtype = FAULTS[fault].partition("-")
+    assert "-".join(filter(None, (law, "numpy", dtype))) in said, sorted(said)
+
+
+def test_a_host_that_waits_for_the_device_at_each_step_is_caught():
+    pytest.importorskip("torch")
+    said = failures(check_solver(replace(SOUND, fault="reads the flag at each step"), **PROMISES, backends="torch"))
+    assert list(said) == ["host_reads-torch"]
+
+
+@pytest.mark.parametrize("fault", ["compares its options", "reads the flag at each step"])
+def test_what_cannot_be_traced_is_caught(fault):
+    pytest.importorskip("jax")
+    said = failures(check_solver(replace(SOUND, fault=fault), **PROMISES, backends="jax"))
+    assert "definite-jax-float64" in said
+    assert "TracerBoolConversionError" in said["definite-jax-float64"]
+
+
+def test_a_failure_names_the_law_the_system_and_both_numbers():
+    said = failures(check_solver(replace(SOUND, fault="breaks before it stores the iterate"), backends="numpy"))
+    pattern = (
+        r"multiples_of_identity-numpy-float64: 2 I v = b has the solution b/2.*\n"
+        r"On 2 times the identity, by Textbook\(.*\), float64, numpy:\n"
+        r"  expected CONVERGED .*\n  got      MAXITER after 1 steps, residual_norm 1\.9 of 1\.9, v = \[0\. 0\."
+    )
+    assert re.match(pattern, said["multiples_of_identity-numpy-float64"])
+
+
+class TestPromises:
+    def test_what_is_not_promised_may_fail_but_not_lie(self):
+        assert not failures(check_solver(bl.CG(), solves=[], backends="numpy"))
+        said = failures(check_solver(bl.CG(), solves=["definite", "indefinite"], backends="numpy"))
+        assert {"indefinite-numpy-float64", "indefinite-numpy-float32"} <= set(said)
+        assert "got      NEGATIVE_CURVATURE" in said["indefinite-numpy-float64"]
+
+    def test_a_truncated_method_is_held_to_its_accuracy(self):
+        short, promises = bl.Neumann(terms=5, step_size=0.25), {"truncated": True, "backends": "numpy"}
+        assert "definite-numpy-float64" in failures(check_solver(short, **promises))
+        assert not failures(check_solver(short, rtol=0.3, **promises))
+
+    def test_a_truncated_method_that_claims_more_is_caught(self):
+        assert "ill_conditioned-numpy-float64" in failures(check_solver(bl.Neumann(), solves=[], backends="numpy"))
+
+    def test_nonsymmetric_systems_need_the_attribute(self):
+        said = failures(check_solver(bl.MINRES(), solves=["nonsymmetric"], backends="numpy"))
+        assert "nonsymmetric = True" in said["nonsymmetric-numpy"]
+
+    def test_an_unused_warm_start_is_said(self):
+        said = failures(check_solver(bl.CG(), warm_start=False, backends="numpy"))
+        assert not set(said) - {"maxiter-numpy", "warm_start_ignored-numpy"}
+        assert "warm_start_used-numpy" in failures(check_solver(bl.Exact(), backends="numpy"))
+
+    @pytest.mark.parametrize(
+        ("arguments", "error", "message"),
+        [
+            ({"solves": ["definit"]}, ValueError, r"solves: there is no class 'definit'\. Did you mean 'definite'\?"),
+            ({"excused": {"overun": ""}}, ValueError, r"excused: there is no check 'overun'\. Did you mean 'overrun'"),
+            ({"excused": {"overrun-numpi": ""}}, ValueError, "there is no check 'overrun-numpi'"),
+            ({"backends": "numpi"}, ValueError, r"backend: there is no 'numpi'\. Did you mean 'numpy'\?"),
+            ({"rtol": -1.0}, ValueError, r"rtol: expected a number >= 0, got -1\.0"),
+            ({"solver": 3}, TypeError, "expected a name, a mapping, a TOML file or an object"),
+        ],
+        ids=str,
+    )
+    def test_mistakes_in_the_call_are_refused(self, arguments, error, message):
+        with pytest.raises(error, match=message):
+            check_solver(**{"solver": "cg", **arguments})
+
+
+class TestExcuses:
+    def check(self, name, excused):
+        checks = check_solver(bl.CG(), solves=["definite", "indefinite"], backends="numpy", excused=excused)
+        return {check.name: check for check in checks}[name]
+
+    @pytest.mark.parametrize("name", ["indefinite", "indefinite-numpy-float32"])
+    def test_an_excused_failure_is_a_skip_with_the_reason(self, name):
+        with pytest.raises(SkipTest, match="indefinite-numpy-float32 is excused: CG needs definite"):
+            self.check("indefinite-numpy-float32", {name: "CG needs definite"})()
+
+    def test_an_excuse_for_one_check_excuses_no_other(self):
+        with pytest.raises(AssertionError, match="expected CONVERGED"):
+            self.check("indefinite-numpy-float64", {"indefinite-numpy-float32": "CG needs definite"})()
+
+    def test_an_excuse_for_what_holds_is_an_error(self):
+        with pytest.raises(AssertionError, match=r"definite-numpy-float64 is excused \(why\), but holds"):
+            self.check("definite-numpy-float64", {"definite": "why"})()
+
+    def test_an_excuse_may_name_what_is_not_installed_or_does_not_apply(self):
+        self.check("definite-numpy-float64", {"host_reads": "eager only", "overrun-torch": "reads its flag"})()
+
+    def test_an_exception_of_the_solver_is_a_failure_that_quotes_it(self):
+        class Raising:
+            def solve(self, operator, rhs, x0, space):
+                raise KeyError("alpha")
+
+        (check, *_) = check_solver(Raising(), backends="numpy")
+        with pytest.raises(AssertionError, match="Raised KeyError: 'alpha'") as caught:
             check()
-        except AssertionError as error:
-            said[check.name] = str(error)
-    return said
+        assert isinstance(caught.value.__cause__, KeyError)
 
 
-@pytest.mark.parametrize(
-    ("fault", "check"),
-    [
-        ("ignores the damping", "damping-numpy"),
-        ("ignores the warm start", "warm_start_used-numpy"),
-        ("takes absolute tolerances", "extreme_scales-numpy"),
-        ("starts at random", "deterministic-numpy"),
-        ("promotes the dtype", "definite-numpy-float32"),
-        ("writes into its arguments", "inputs_untouched-numpy"),
-        ("forgets a leaf", "nested_tree-numpy"),
-        ("goes on after it has stopped", "overrun-numpy"),
-        ("breaks before it stores the iterate", "multiples_of_identity-numpy"),
-        ("ignores maxiter", "maxiter-numpy"),
-        ("keeps the warm start of b = 0", "zero_rhs-numpy"),
-        ("is quiet about nan", "nan_product-numpy"),
-        ("always claims success", "inconsistent-numpy-float64"),
-        ("always claims success", "indefinite-numpy-float32"),
-        ("reports another residual", "definite-numpy-float64"),
-        ("trusts its recurrence", "drift-numpy"),
-    ],
-)
-def test_a_fault_is_caught_by_the_check_that_names_it(fault, check):
-    said = failures(replace(SOUND, fault=fault))
-    assert check in said, sorted(said)
+@dataclass(frozen=True)
+class Method:
+    """The closed form by a dense solve, as a method with `hypergradient`; or with one fault."""
+
+    fault: str = ""
+
+    def hypergradient(self, backend, problem, point):
+        space, fault = backend.space, self.fault
+        lin = backend.linearize(
+            problem, point.params, point.hparams, inner_args=point.inner_args, outer_args=point.outer_args
+        )
+        v, info = bl.Exact().solve(lin.hvp, lin.grad_params, None, space)
+        if fault == "is quiet about nan":
+            info = info._replace(status=space.xp.full_like(info.status, 0))
+            v = space.map(lambda a: space.xp.where(space.xp.isfinite(a), a, 0.5), v)
+        cross = lin.cross_vjp(v)
+        if fault == "has the wrong sign":
+            cross = space.scale(-1.0, cross)
+        if fault == "drops the direct term" or lin.grad_hparams is None:
+            grad = space.scale(-1.0, cross)
+        elif cross is None and fault != "expects a cross term":
+            grad = lin.grad_hparams
+        else:
+            grad = space.axpy(-1.0, cross, lin.grad_hparams)
+        if fault == "promotes the dtype" and not isinstance(grad, dict):
+            grad = grad + np.zeros(1)
+        params = point.params
+        if fault == "ends elsewhere than it says":
+            params = space.scale(2.0, params)
+        value = lin.value if fault != "returns another value" else lin.value + 1
+        return bl.Hypergradient(grad, value, v, params, info)
+
+
+METHOD_FAULTS = {
+    "is quiet about nan": "nan_hessian-numpy",
+    "has the wrong sign": "definite-numpy-float64",
+    "drops the direct term": "definite-numpy-float64",
+    "expects a cross term": "without_cross_term-numpy",
+    "promotes the dtype": "definite-numpy-float32",
+    "ends elsewhere than it says": "from_afar-numpy-float64",
+    "returns another value": "definite-numpy-float64",
+}
+
+
+def test_a_sound_method_passes():
+    checks = check_solver(Method(), solves=["definite", "indefinite"], backends="numpy")
+    assert len(checks) > 10
+    assert not failures(checks)
+
+
+@pytest.mark.parametrize("fault", METHOD_FAULTS)
+def test_a_fault_of_a_method_is_caught_by_the_check_that_names_it(fault):
+    said = failures(check_solver(Method(fault), backends="numpy"))
+    assert METHOD_FAULTS[fault] in said, sorted(said)

@@ -88,7 +88,7 @@ def scalar_functions(f: Framework) -> None:
     x = np.array([0.25, 4.0, 9.0], f.dtype)
 
     def apply(xp: Any, x: Any) -> dict[str, Any]:
-        one = x[1]
+        one, matrix = x[1], x[:, None] * x[None, :] + xp.where(x[:, None] == x[None, :], 1.0, 0.0 * x[0])
         return {
             "where": xp.where(one > 1, one, 0.0),
             "sqrt": xp.sqrt(one),
@@ -97,15 +97,20 @@ def scalar_functions(f: Framework) -> None:
             "minimum": xp.minimum(one, x[2]),
             "log2, floor, exp2": xp.exp2(xp.floor(xp.log2(x[2]))),
             "clip": xp.clip(one, -1.0, 1.0),
+            "clip from below": xp.clip(-x, -1.0, None),
             "zeros_like": xp.zeros_like(one, dtype=xp.int32),
             "ones_like": xp.ones_like(one),
             "full_like": xp.full_like(one, 7.0),
             "stack": xp.stack([one, x[2]]),
             "cumsum": xp.cumsum(x, 0),
             "max": xp.max(x),
+            "min": xp.min(x),
             "sum": xp.sum(x),
             "isfinite, & and ~": xp.where(xp.isfinite(one) & ~(one > 5), 1.0, 0.0),
-            "linalg.eigh": xp.linalg.eigh(x[:, None] * x[None, :])[0],
+            "@ and .T": (matrix @ matrix.T)[0],
+            "linalg.eigh": xp.linalg.eigh(matrix)[0],
+            "linalg.svd": xp.linalg.svd(matrix)[1],
+            "linalg.solve": xp.linalg.solve(matrix, x),
         }
 
     expected = apply(np, x)

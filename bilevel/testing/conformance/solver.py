@@ -5,8 +5,8 @@ from typing import Any
 
 from bilevel.config import get_backend, get_solver, list_backends, suggest
 from bilevel.protocols import HypergradientMethod
-from bilevel.testing.conformance import execution, linear, methods
-from bilevel.testing.conformance.checks import Applied, Check, Law, collect, known_backends
+from bilevel.testing.conformance import capabilities, execution, linear, methods
+from bilevel.testing.conformance.checks import Applied, Check, collect, known_backends
 from bilevel.testing.conformance.subject import Subject, widest
 from bilevel.testing.conformance.systems import CLASSES
 
@@ -84,29 +84,14 @@ def check_solver(
             for subject in {at.dtype: at, "float32": single}.values():
                 for law in (methods if is_method else linear).PER_DTYPE:
                     yield Applied(law, subject, (backend.name, subject.dtype))
-            for law in _laws_of_methods(at) if is_method else _laws_of_linear_solvers(at):
+            if is_method:
+                laws = [*methods.LAWS, *methods.laws_on(backend)]
+            else:
+                laws = [*linear.LAWS, *capabilities.laws_of(at), *execution.laws_on(backend)]
+            for law in laws:
                 yield Applied(law, single if law in linear.IN_FLOAT32 else at, (backend.name,))
 
-    laws = [*methods.PER_DTYPE, *methods.ALL] if is_method else [*linear.PER_DTYPE, *linear.ALL, *execution.ALL]
-    return collect(applied(), excused, laws, known_backends(found))
-
-
-def _laws_of_linear_solvers(s: Subject) -> Iterator[Law]:
-    yield from linear.LAWS
-    yield from linear.WARM if s.warm_start else linear.COLD
-    if s.has_option("maxiter"):
-        yield linear.maxiter
-    if s.has_option("damping"):
-        yield linear.damping
-    if hasattr(s.backend.space.xp, "bfloat16"):
-        yield linear.bfloat16
-    if getattr(s.solver, "stochastic", False):
-        yield linear.stochastic
-    if hasattr(s.solver, "prepare"):
-        yield linear.prepared
-    yield from execution.laws_on(s.backend)
-
-
-def _laws_of_methods(s: Subject) -> Iterator[Law]:
-    yield from methods.LAWS
-    yield from methods.laws_on(s.backend)
+    every = [*linear.PER_DTYPE, *linear.LAWS, *capabilities.ALL, *execution.ALL]
+    if is_method:
+        every = [*methods.PER_DTYPE, *methods.ALL]
+    return collect(applied(), excused, every, known_backends(found))

@@ -176,7 +176,7 @@ def on_host(f: Framework) -> None:
 
 
 def stacks(f: Framework) -> None:
-    """A stack starts with zeros, gives back what was put in, and is a matrix to project and combine."""
+    """A stack starts with zeros, gives back what was put in, and is a matrix to project and combine; also a tree."""
     (x, x_), (y, y_) = f.draw(1), f.draw(2)
 
     def fill(space, x, y):
@@ -184,9 +184,12 @@ def stacks(f: Framework) -> None:
         stack = space.put(space.put(space.stack_like(x, 3), first, x), first + 2, y)
         taken = [space.take(stack, first + i) for i in range(3)]
         dots = space.project(stack, y)
-        return taken, dots, space.combine(dots, stack)
+        sums = space.combine(dots, stack)
+        # A preconditioner draws a stack of signs.
+        signs = space.map(lambda z: space.xp.where(z < 0, -1.0, 1.0), space.normal_like(space.stack_like(x, 3), 0))
+        return taken, dots, sums, [space.take(signs, first + i) for i in range(3)]
 
-    taken, dots, sums = f.run(fill, x_, y_)
+    taken, dots, sums, signs = f.run(fill, x_, y_)
     rows = np.stack([x, 0 * x, y])
     for i in range(3):
         f.keeps(f"take(stack, {i})", taken[i], x_)
@@ -194,6 +197,9 @@ def stacks(f: Framework) -> None:
     f.close("project(stack, y)", f.host(dots), rows @ y)
     f.keeps("combine(coefficients, stack)", sums, x_)
     f.close("combine(coefficients, stack)", f.flat(sums), rows.T @ (rows @ y))
+    flat = np.stack([f.flat(vector) for vector in signs])
+    f.equal("sizes of the signs of a stack of normal draws", np.abs(flat), np.ones((3, SIZE)))
+    f.require(len(np.unique(flat, axis=0)) > 1, "signs of a stack of normal draws", "different vectors", flat)
 
 
 PER_DTYPE: list[Law] = [

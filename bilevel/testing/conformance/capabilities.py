@@ -1,0 +1,142 @@
+"""The laws of what only some linear solvers have: options, warm starts, other operators, other dtypes."""
+
+import numpy as np
+
+from bilevel.flat import to_host
+from bilevel.hypergradient import hypergradient
+from bilevel.prepare import prepare
+from bilevel.results import Status
+from bilevel.testing.conformance import systems
+from bilevel.testing.conformance.checks import Law
+from bilevel.testing.conformance.judge import ROUNDING, expect, judge, relative_error
+from bilevel.testing.conformance.problems import QUADRATIC, quadratic_point
+from bilevel.testing.conformance.subject import Subject, run, run_nonsymmetric, run_stochastic
+from bilevel.testing.conformance.systems import System
+
+
+def nonsymmetric(s: Subject) -> None:
+    """Systems that are not symmetric are solved, if that is promised; else the status does not claim it."""
+    system, known = systems.nonsymmetric(), getattr(s.solver, "nonsymmetric", False)
+    told = "an attribute nonsymmetric = True, by which bilevel knows what the solver can take"
+    expect(known or "nonsymmetric" not in s.solves, s, system, told, "none")
+    answer = s.solve(system, runner=run_nonsymmetric if known else run)
+    judge(s, system, answer, promised=s.promises("nonsymmetric", system.condition))
+
+
+def stochastic(s: Subject) -> None:
+    """Samples that are all the same give what the one operator gives."""
+    system = systems.definite()
+    one, many = s.solve(system), s.solve(system, runner=run_stochastic)
+    judge(s, system, many)
+    close = relative_error(many.x, one.x) <= s.tolerance()
+    expect(close and many.info.status == one.info.status, s, system, f"from equal samples what one gives ({one})", many)
+
+
+def prepared(s: Subject) -> None:
+    """What `bl.prepare` returns gives what the solver gives by itself."""
+    point = quadratic_point(s.backend, s.dtype, damping=s.damping)
+    arguments = {**point.arguments, "backend": s.backend}
+    ready = prepare(s.solver, QUADRATIC, **{k: v for k, v in arguments.items() if k != "outer_args"})
+    found, alone = (
+        to_host(s.backend, hypergradient(QUADRATIC, **arguments, solver=solver, on_failure="ignore").adjoint)
+        for solver in (ready, s.solver)
+    )
+    system = System("the quadratic problem", point.hessian, point.rhs, 4.0)
+    close = relative_error(found, alone) <= s.tolerance()
+    expect(close, s, system, f"from {ready!r} the adjoint that it gives unprepared, {alone}", found)
+
+
+def warm_start_stays(s: Subject) -> None:
+    """A solve that starts at the solution stays there, if the solver uses warm starts."""
+    system = systems.definite()
+    exact = np.linalg.solve(*s.rounded(system))
+    answer = s.solve(system, exact)
+    judge(s, system, answer)
+    stays = s.truncated or answer.info.status == Status.CONVERGED
+    expect(stays, s, system, f"CONVERGED at once from the solution {exact}", answer)
+    allowed = ROUNDING * s.backend.space.eps(s.array(exact)) * system.condition
+    what = f"the solution {exact}, where it started, to a relative {allowed:.1g}"
+    expect(relative_error(answer.x, exact) <= allowed, s, system, what, answer)
+
+
+def warm_start_used(s: Subject) -> None:
+    """A start near the solution takes fewer steps than a start at zero, or leaves less residual."""
+    system = systems.ill_conditioned()
+    matrix, rhs = s.rounded(system)
+    near = np.linalg.solve(matrix, rhs) * (1 + 1e-9 * systems.normal(3, systems.SIZE))
+    cold, warm = s.solve(system), s.solve(system, near)
+    judge(s, system, warm)
+    left = [np.linalg.norm(rhs - matrix @ answer.x) for answer in (cold, warm)]
+    better = warm.info.steps < cold.info.steps or left[1] <= 0.1 * left[0]
+    expect(better, s, system, f"fewer steps, or a tenth of the residual, than from zero ({cold})", warm)
+
+
+def warm_start_ignored(s: Subject) -> None:
+    """A warm start changes nothing, since check_solver was told that the solver does not use it."""
+    system = systems.definite()
+    cold, warm = s.solve(system), s.solve(system, systems.normal(3, systems.SIZE))
+    close = relative_error(warm.x, cold.x) <= s.tolerance()
+    expect(close, s, system, f"what a cold start gives ({cold})", warm)
+
+
+def maxiter(s: Subject) -> None:
+    """The option maxiter is respected, 0 included, and running out of it is said."""
+    system, start = systems.ill_conditioned(), systems.normal(3, systems.SIZE)
+    for most, x0 in ((0, start), (3, None)):
+        limited = s.with_options(maxiter=most)
+        answer = limited.solve(system, x0)
+        judge(limited, system, answer)
+        if most == 0:
+            stays = s.rounded(system._replace(rhs=start))[1] if s.warm_start else np.zeros_like(start)
+            none = answer.info.steps == 0 and answer.info.status == Status.MAXITER and (answer.x == stays).all()
+            expect(none, limited, system, f"MAXITER after 0 steps and v = {stays}", answer)
+        expect(answer.info.steps <= most, limited, system, f"at most {most} steps", answer)
+
+
+def damping(s: Subject) -> None:
+    """The option damping solves (A + damping I) v = b, and the residual is that of this system."""
+    damped = s.with_options(damping=s.damping + 0.5)
+    system = systems.definite()
+    judge(damped, system, damped.solve(system), promised=s.promises("definite"))
+
+
+def bfloat16(s: Subject) -> None:
+    """In bfloat16 v stays bfloat16, is honest, and solves to a few per cent."""
+    s = s.with_dtype("bfloat16")
+    if s.has_option("rtol"):
+        s = s.with_options(rtol=max(0.05, s.solver.rtol))
+    for system in (systems.multiple(2.0), systems.definite()):
+        answer = s.solve(system)
+        judge(s, system, answer)
+        if "definite" in s.solves and system.condition == 1:
+            error = relative_error(answer.x, system.rhs / 2)
+            expect(error <= max(0.1, s.rtol or 0.0), s, system, f"v = {system.rhs / 2} to 10 %", answer)
+
+
+def laws_of(s: Subject) -> list[Law]:
+    """Return the laws that apply to a solver on a backend."""
+    applies = {
+        nonsymmetric: True,
+        warm_start_stays: s.warm_start,
+        warm_start_used: s.warm_start,
+        warm_start_ignored: not s.warm_start,
+        maxiter: s.has_option("maxiter"),
+        damping: s.has_option("damping"),
+        bfloat16: hasattr(s.backend.space.xp, "bfloat16"),
+        stochastic: getattr(s.solver, "stochastic", False),
+        prepared: hasattr(s.solver, "prepare"),
+    }
+    return [law for law, does in applies.items() if does]
+
+
+ALL: list[Law] = [
+    nonsymmetric,
+    warm_start_stays,
+    warm_start_used,
+    warm_start_ignored,
+    maxiter,
+    damping,
+    bfloat16,
+    stochastic,
+    prepared,
+]
