@@ -92,82 +92,22 @@ def test_identity_is_a_multiple_of_the_right_hand_side(backend):
     assert np.isnan(info.residual_norm)
 
 
-ITERATIVE = [bl.CG(), bl.MINRES(), bl.Neumann(terms=50)]
-LINEAR = [*ITERATIVE, bl.Exact()]
-
-
-def name_of(solver):
-    return type(solver).__name__
-
-
-@pytest.mark.parametrize("solver", LINEAR, ids=name_of)
-class TestEachSolver:
-    @pytest.mark.parametrize("dtype", DTYPES)
-    @pytest.mark.parametrize("size", [1, 2, 7])
-    def test_multiples_of_the_identity(self, backend, solver, dtype, size):
-        rhs = rhs_of(size, dtype=dtype)
-        x, info = solve(backend, solver, 2 * np.eye(size, dtype=dtype), rhs)
-        assert relative_error(x, rhs / 2) <= tolerance(dtype)
-        assert info.status == Status.CONVERGED
-
-    @pytest.mark.parametrize("warm", [False, True])
-    def test_a_zero_right_hand_side_gives_zero(self, backend, solver, warm):
-        x, info = solve(backend, solver, symmetric([1, 2, 3]), np.zeros(3), np.ones(3) if warm else None)
-        assert (x == 0).all()
-        assert info.status == Status.CONVERGED
-
-    @pytest.mark.parametrize("bad", [np.nan, np.inf])
-    def test_a_non_finite_operator_or_right_hand_side_is_flagged(self, backend, solver, bad):
-        matrix, rhs = symmetric([1, 2, 3]), rhs_of(3)
-        broken, bad_rhs = matrix.copy(), rhs.copy()
-        broken[1, 1], bad_rhs[1] = bad, bad
-        for m, b in ((broken, rhs), (matrix, bad_rhs)):
-            x, info = solve(backend, solver, m, b)
-            assert info.status == Status.NON_FINITE
-            assert not np.isfinite(x).all()
-
-    def test_the_reported_residual_is_true(self, backend, solver):
-        matrix, rhs = symmetric(np.geomspace(0.01, 1, 20)), rhs_of(20)
-        x, info = solve(backend, solver, matrix, rhs)
-        true = np.linalg.norm(rhs - matrix @ x)
-        if name_of(solver) == "Neumann":  # one term behind, a bound
-            assert 0.5 * info.residual_norm <= true <= info.residual_norm
-        else:
-            assert abs(info.residual_norm - true) <= 1e-10 * np.linalg.norm(rhs)
-        assert info.rhs_norm == pytest.approx(np.linalg.norm(rhs))
-
-    def test_trees_are_solved_like_one_vector(self, backend, solver):
-        matrix, rhs = symmetric(np.linspace(1, 2, 7)), rhs_of(7)
-        A = backend.from_numpy(matrix)
-
-        def tree(flat):
-            return {"a": flat[:3].reshape(3, 1), "b": [flat[3:6], (flat[6],)], "empty": flat[:0]}
-
-        def flat(t):
-            return backend.space.ravel(t)
-
-        b = backend.from_numpy(rhs)
-        x, _ = solver.solve(lambda v: tree(A @ flat(v)), tree(b), None, backend.space)
-        expected, _ = solve(backend, solver, matrix, rhs)
-        assert set(x) == {"a", "b", "empty"}
-        assert x["a"].shape == (3, 1)
-        assert relative_error(backend.to_numpy(flat(x)), expected) <= tolerance(np.float64, 100)
+@pytest.mark.parametrize("solver", [bl.CG(), bl.MINRES(), bl.Neumann(terms=50), bl.Exact()], ids=repr)
+def test_the_reported_residual_is_true(backend, solver):
+    matrix, rhs = symmetric(np.geomspace(0.01, 1, 20)), rhs_of(20)
+    x, info = solve(backend, solver, matrix, rhs)
+    true = np.linalg.norm(rhs - matrix @ x)
+    if isinstance(solver, bl.Neumann):  # one term behind, a bound
+        assert 0.5 * info.residual_norm <= true <= info.residual_norm
+    else:
+        assert abs(info.residual_norm - true) <= 1e-10 * np.linalg.norm(rhs)
+    assert info.rhs_norm == pytest.approx(np.linalg.norm(rhs))
 
 
 def test_cg_takes_as_many_steps_as_there_are_distinct_eigenvalues(backend):
     _, info = solve(backend, bl.CG(rtol=1e-10), symmetric([1, 1, 1, 5, 5, 9]), rhs_of(6))
     assert info.steps == 3
     assert info.status == Status.CONVERGED
-
-
-@pytest.mark.parametrize("method", [bl.CG, bl.MINRES])
-@pytest.mark.parametrize("maxiter", [0, 3])
-def test_maxiter_is_respected_and_said(backend, method, maxiter):
-    matrix, rhs = symmetric(np.geomspace(1e-3, 1, 20)), rhs_of(20)
-    x, info = solve(backend, method(maxiter=maxiter), matrix, rhs)
-    assert (info.steps, info.status) == (maxiter, Status.MAXITER)
-    # The residual is recomputed here: it is not the recurrence's word alone.
-    assert info.residual_norm == pytest.approx(np.linalg.norm(rhs - matrix @ x), rel=1e-9)
 
 
 @pytest.mark.parametrize("maxiter", [1, 4, 8])
@@ -192,26 +132,6 @@ def test_minres_minimizes_the_residual_over_the_krylov_space(backend, maxiter):
     basis, _ = np.linalg.qr(np.stack(krylov, axis=1))
     best = basis @ np.linalg.lstsq(matrix @ basis, rhs)[0]
     assert relative_error(x, best) <= 1e-7
-
-
-@pytest.mark.parametrize("method", [bl.CG, bl.MINRES])
-def test_a_solve_started_at_the_solution_stays(backend, method):
-    matrix, rhs = symmetric([1, 2, 3, 4]), rhs_of(4)
-    exact = linalg.solve(matrix, rhs)
-    x, info = solve(backend, method(rtol=1e-8), matrix, rhs, x0=exact)
-    assert (x == exact).all()
-    assert (info.steps, info.status) == (0, Status.CONVERGED)
-
-
-@pytest.mark.parametrize("solver", ITERATIVE, ids=name_of)
-def test_a_warm_start_nearby_leaves_less_error(backend, solver):
-    matrix, rhs = symmetric(np.geomspace(0.05, 1, 30)), rhs_of(30)
-    exact = linalg.solve(matrix, rhs)
-    near = exact + 1e-4 * rhs_of(30, seed=2)
-    few = {"terms": 5} if name_of(solver) == "Neumann" else {"maxiter": 5}
-    solver = bl.get_solver(solver, **few)
-    cold, warm = (solve(backend, solver, matrix, rhs, x0)[0] for x0 in (None, near))
-    assert relative_error(warm, exact) < 1e-2 * relative_error(cold, exact)
 
 
 class TestNegativeCurvature:
@@ -328,41 +248,6 @@ def test_lanczos_finds_the_ends_of_a_decaying_spectrum(backend):
     assert largest == pytest.approx(10, rel=1e-3)
     assert smallest == pytest.approx(-2, rel=1e-2)
     assert largest + error >= 10 * (1 - 1e-6)
-
-
-@pytest.mark.parametrize("solver", ITERATIVE, ids=name_of)
-@pytest.mark.parametrize("signs", [1, -1])
-def test_reading_the_stop_flag_less_often_changes_no_bit(solver, signs):
-    backend = framework("torch")
-    from bilevel_torch import TorchBackend, TorchSpace
-
-    eigenvalues = np.linspace(1, 3, 9) * np.where(np.arange(9) > 6, signs, 1)
-    matrix, rhs = symmetric(eigenvalues), rhs_of(9)
-    expected = solve(backend, solver, matrix, rhs)
-    for check_every in (2, 7, 1000):
-        x, info = solve(TorchBackend(TorchSpace(check_every)), solver, matrix, rhs)
-        assert (x == expected[0]).all()
-        assert info == expected[1]
-
-
-def test_torch_reads_the_device_only_when_the_stop_flag_is_due():
-    torch = pytest.importorskip("torch")
-    from bilevel_torch import TorchSpace
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class CountReads(TorchDispatchMode):
-        reads = 0
-
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            self.reads += function is torch.ops.aten._local_scalar_dense.default
-            return function(*args, **(kwargs or {}))
-
-    matrix = torch.tensor(symmetric(np.geomspace(1e-6, 1, 100)))
-    for solver in (bl.CG(maxiter=40), bl.MINRES(maxiter=40), bl.Neumann(terms=40, step_size=0.5)):
-        with CountReads() as count:
-            solver.solve(lambda v: matrix @ v, torch.ones(100, dtype=torch.float64), None, TorchSpace(check_every=20))
-        # Steps 0 and 20 of the loop, and for CG its rounds and branches: none per step.
-        assert count.reads <= 12
 
 
 def test_solvers_agree_across_frameworks():

@@ -7,9 +7,9 @@ import numpy as np
 
 from bilevel.hypergradient import hypergradient, linearize
 from bilevel.problem import Problem
-from bilevel.protocols import Point
+from bilevel.protocols import Point, Solver
 from bilevel.results import Status
-from bilevel.solvers import CG, MINRES, Exact, Neumann, Unrolled
+from bilevel.solvers import CG, GMRES, MINRES, BiCGStab, Exact, Neumann, Nystrom, Unrolled
 from bilevel.testing.conformance.checks import Law
 from bilevel.testing.conformance.framework import Framework
 from bilevel.testing.conformance.problems import (
@@ -24,12 +24,16 @@ from bilevel.testing.conformance.systems import SIZE, normal
 from bilevel.testing.diagnosis import contradictions
 from bilevel.testing.host import HostProblem
 
-SOLVERS = {
-    "cg": lambda rtol: CG(rtol=rtol),
-    "minres": lambda rtol: MINRES(rtol=rtol),
-    "neumann": lambda rtol: Neumann(terms=200),
-    "exact": lambda rtol: Exact(),
-    "unrolled": lambda rtol: Unrolled(steps=200),
+SHARP = 1e-12  # as far as the dtype goes
+SOLVERS: dict[str, Solver] = {
+    "cg": CG(rtol=SHARP),
+    "minres": MINRES(rtol=SHARP),
+    "gmres": GMRES(rtol=SHARP),
+    "bicgstab": BiCGStab(rtol=SHARP),
+    "nystrom": Nystrom(),
+    "neumann": Neumann(terms=200),
+    "exact": Exact(),
+    "unrolled": Unrolled(steps=200),
 }
 DRIFT = 1000  # times eps, what a whole hypergradient may be off
 
@@ -147,8 +151,8 @@ def inputs_untouched(f: Framework) -> None:
 
 def _law_of_a_hypergradient(name: str) -> Law:
     def law(f: Framework) -> None:
-        q = quadratic_point(f.backend, f.dtype)
-        solver = SOLVERS[name](max(1e-12, f.eps))
+        solver = SOLVERS[name]
+        q = quadratic_point(f.backend, f.dtype, damping=getattr(solver, "damping", 0.0))
         hg = hypergradient(QUADRATIC, **q.arguments, solver=solver, backend=f.backend, on_failure="ignore")
         f.equal(f"status by {solver}", hg.info.status, Status.CONVERGED)
         for field, expected in (("grad", q.grad), ("adjoint", q.adjoint), ("value", q.value)):
