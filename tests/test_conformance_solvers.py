@@ -253,6 +253,9 @@ class Method:
         lin = backend.linearize(
             problem, point.params, point.hparams, inner_args=point.inner_args, outer_args=point.outer_args
         )
+        if fault == "takes the Hessian elsewhere":
+            away = space.scale(0.0, point.params)
+            lin = lin._replace(hvp=backend.inner(problem, away, point.hparams, point.inner_args).hvp)
         v, info = bl.Exact().solve(lin.hvp, lin.grad_params, None, space)
         if fault == "is quiet about nan":
             info = info._replace(status=space.xp.full_like(info.status, 0))
@@ -279,6 +282,7 @@ METHOD_FAULTS = {
     "is quiet about nan": "nan_hessian-numpy",
     "has the wrong sign": "definite-numpy-float64",
     "drops the direct term": "definite-numpy-float64",
+    "takes the Hessian elsewhere": "curved-numpy",
     "expects a cross term": "without_cross_term-numpy",
     "promotes the dtype": "definite-numpy-float32",
     "ends elsewhere than it says": "from_afar-numpy-float64",

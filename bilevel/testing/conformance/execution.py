@@ -41,7 +41,7 @@ class Overrun:
 def overrun(s: Subject) -> None:
     """Steps that a loop takes after its flag has fallen change no bit: a body whose solve has stopped does nothing."""
     spaces = [*(Overrun(s.backend.space, extra) for extra in (1, 7)), *late_spaces(s.backend)]
-    for system in (systems.definite(), systems.indefinite(), systems.singular(), systems.multiple(2.0)):
+    for system in (systems.definite(), systems.clustered(), systems.indefinite(), systems.singular()):
         plain = s.solve(system)
         for space in spaces:
             late = s.solve(system, space=space)

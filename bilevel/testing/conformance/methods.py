@@ -14,6 +14,7 @@ from bilevel.testing.conformance.checks import Law, require
 from bilevel.testing.conformance.execution import Overrun, late_spaces
 from bilevel.testing.conformance.judge import ROUNDING, relative_error
 from bilevel.testing.conformance.problems import (
+    CURVED,
     NO_CROSS_TERM,
     NO_DIRECT_TERM,
     QUADRATIC,
@@ -39,6 +40,18 @@ def from_afar(s: Subject) -> None:
     point = quadratic_point(s.backend, s.dtype, at_minimum=False)
     hg = _run(s, QUADRATIC, point.arguments)
     _judge(s, point, hg, "a quadratic problem away from its minimum")
+
+
+def curved(s: Subject) -> None:
+    """On a problem that is not quadratic, dF/dλ is that of the curvature at `hg.params`, if that is promised."""
+    lam, t = 0.5 * normal(1, SIZE), normal(2, SIZE)
+    arrays = {"params": s.array(np.full(SIZE, 0.5)), "hparams": s.array(lam), "outer_args": (s.array(t),)}
+    hg = _run(s, CURVED, arrays)
+    w, grad = to_host(s.backend, hg.params), to_host(s.backend, hg.grad)
+    v = (1 + lam) * (w - t) / (1 + lam**2 + 3 * w**2)
+    closed = (w - t) ** 2 / 2 - 2 * lam * w * v
+    right = relative_error(grad, closed) <= 4 * s.tolerance() or not s.promises("definite")
+    require(right, f"a problem with fourth powers, by {s}", f"dF/dλ = {closed}", grad)
 
 
 def indefinite(s: Subject) -> None:
@@ -140,6 +153,7 @@ def laws_on(backend: Backend) -> list[Law]:
 
 PER_DTYPE: list[Law] = [definite, from_afar]
 LAWS: list[Law] = [
+    curved,
     indefinite,
     one_unknown,
     without_direct_term,

@@ -104,13 +104,13 @@ class _TreeOuter:
 
 @dataclass(frozen=True)
 class _CurvedInner:
-    """L = Σ ½ (1 + λ²) w² + ¼ w⁴, for trees w and λ of one structure."""
+    """L = Σ ½ (1 + λ²) w² + ¼ w⁴ − w, for trees w and λ of one structure."""
 
     def __call__(self, w: Any, h: Any) -> Any:
-        return sum(_leaves(tree_map(lambda w, h: ((1 + h * h) * w * w / 2 + w * w * w * w / 4).sum(), w, h)))
+        return sum(_leaves(tree_map(lambda w, h: ((1 + h * h) * w * w / 2 + w * w * w * w / 4 - w).sum(), w, h)))
 
     def grad(self, w: Any, h: Any) -> Any:
-        return tree_map(lambda w, h: (1 + h * h) * w + w * w * w, w, h)
+        return tree_map(lambda w, h: (1 + h * h) * w + w * w * w - 1, w, h)
 
     def hvp(self, w: Any, h: Any, v: Any) -> Any:
         return tree_map(lambda w, h, v: (1 + h * h + 3 * w * w) * v, w, h, v)

@@ -41,6 +41,12 @@ def definite() -> System:
     return System("a positive definite system (eigenvalues from 1 to 4)", matrix, normal(1, SIZE), 4.0)
 
 
+def clustered() -> System:
+    """Return a system of which a few steps solve all but rounding, so that a solve stops early."""
+    matrix = symmetric(np.linspace(2.0, 2.01, SIZE))
+    return System("a positive definite system (eigenvalues from 2 to 2.01)", matrix, normal(1, SIZE), 1.005)
+
+
 def ill_conditioned() -> System:
     """Return a positive definite system with a condition number of 1e4."""
     matrix = symmetric(np.geomspace(4e-4, 4.0, SIZE))
