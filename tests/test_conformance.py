@@ -27,6 +27,7 @@ SOLVERS = {
     "neumann_short": (bl.Neumann(step_size=0.25), {"solves": [], "truncated": True, "backends": EAGER}),
     "identity": (bl.Identity(), {"solves": [], "truncated": True, "warm_start": False}),
     "unrolled": (bl.Unrolled(steps=200), {"truncated": True}),
+    "unrolled_forward": (bl.Unrolled(steps=200, mode="forward"), {"truncated": True, "backends": EAGER}),
     "unrolled_momentum": (
         bl.Unrolled(steps=300, step_size=0.2, momentum=0.3),
         {"truncated": True, "backends": EAGER},

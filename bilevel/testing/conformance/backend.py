@@ -6,7 +6,7 @@ from typing import Any
 from bilevel.config import get_backend
 from bilevel.problem import Problem
 from bilevel.protocols import Point, Tree
-from bilevel.testing.conformance import arrays, control, derivatives, vectors
+from bilevel.testing.conformance import arrays, control, derivatives, optional, vectors
 from bilevel.testing.conformance.checks import Applied, Check, Law, collect, known_backends
 from bilevel.testing.conformance.framework import Framework
 from bilevel.testing.conformance.subject import widest
@@ -61,7 +61,7 @@ def check_backend(
         check_point(found, point)
     wide = Framework(found, widest(found), problem, point)
     dtypes = {wide.dtype: wide, "float32": Framework(found, "float32", problem, point)}
-    groups = (arrays, vectors, control, derivatives)
+    groups = (arrays, vectors, control, derivatives, optional)
 
     def applied() -> Iterator[Applied]:
         for group in groups:
@@ -79,4 +79,6 @@ def check_backend(
 def _applies(law: Law, f: Framework) -> bool:
     if law is vectors.dot_of_half_precision:
         return hasattr(f.backend.space.xp, "bfloat16")
-    return law is not vectors.mixed_precision or f.dtype == "float64"
+    if law is vectors.mixed_precision:
+        return f.dtype == "float64"
+    return law not in optional.LAWS or law in optional.derived_by(f.backend)

@@ -32,6 +32,9 @@ class _Inner:
     def cross_vjp(self, w: Any, h: Any, v: Any, H: Any, B: Any, c: Any) -> Any:
         return -(B.T @ v)
 
+    def cross_jvp(self, w: Any, h: Any, u: Any, H: Any, B: Any, c: Any) -> Any:
+        return -(B @ u)
+
 
 @dataclass(frozen=True)
 class _InnerAlone:
@@ -90,6 +93,9 @@ class _TreeInner:
     def cross_vjp(self, w: Any, h: Any, v: Any, k: Any) -> Any:
         return tree_map(lambda k, v: -k * v, k, v)
 
+    def cross_jvp(self, w: Any, h: Any, u: Any, k: Any) -> Any:
+        return tree_map(lambda k, u: -k * u, k, u)
+
 
 @dataclass(frozen=True)
 class _TreeOuter:
@@ -117,6 +123,9 @@ class _CurvedInner:
 
     def cross_vjp(self, w: Any, h: Any, v: Any) -> Any:
         return tree_map(lambda w, h, v: 2 * h * w * v, w, h, v)
+
+    def cross_jvp(self, w: Any, h: Any, u: Any) -> Any:
+        return tree_map(lambda w, h, u: 2 * h * w * u, w, h, u)
 
 
 @dataclass(frozen=True)

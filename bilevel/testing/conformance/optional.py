@@ -1,0 +1,67 @@
+"""The laws of what a backend need not derive: fixed points and Gauss-Newton products."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy import linalg
+
+from bilevel.equations import FixedPoint
+from bilevel.hypergradient import hypergradient
+from bilevel.model_loss import ModelLoss
+from bilevel.protocols import Backend
+from bilevel.solvers import Exact
+from bilevel.testing.conformance.checks import Law
+from bilevel.testing.conformance.framework import Framework
+from bilevel.testing.conformance.problems import QUADRATIC, quadratic_point
+from bilevel.testing.conformance.systems import SIZE, normal
+
+
+@dataclass(frozen=True)
+class _Step:
+    """w ← M w + B λ."""
+
+    def __call__(self, w: Any, h: Any, M: Any, B: Any) -> Any:
+        return M @ w + B @ h
+
+    def vjp_params(self, w: Any, h: Any, v: Any, M: Any, B: Any) -> Any:
+        return M.T @ v
+
+    def vjp_hparams(self, w: Any, h: Any, v: Any, M: Any, B: Any) -> Any:
+        return B.T @ v
+
+
+def fixed_point(f: Framework) -> None:
+    """The hypergradient of a linear fixed point is that of the closed form, by the transposed Jacobian."""
+    q = quadratic_point(f.backend, f.dtype)
+    M = 0.2 * normal(9, SIZE, SIZE)
+    arguments = {**q.arguments, "inner_args": (f.array(M), q.arguments["inner_args"][1])}
+    hg = hypergradient(FixedPoint(_Step(), QUADRATIC.outer), **arguments, solver=Exact(), backend=f.backend)
+    v = linalg.solve(np.eye(SIZE) - M.astype(f.dtype).astype(np.float64).T, q.rhs)
+    f.close("fixed point: hg.adjoint", f.host(hg.adjoint), v)
+    f.close("fixed point: hg.grad", f.host(hg.grad), q.direct + q.coupling.T @ v)
+
+
+def gauss_newton(f: Framework) -> None:
+    """Gauss-Newton products of a linear model are those of the Hessian, the penalty's included."""
+    X, y, w, lam, v = normal(0, 8, SIZE), normal(1, 8), normal(2, SIZE), normal(3, SIZE) ** 2, normal(4, SIZE)
+    inner = ModelLoss(
+        model=lambda w, h, x: x @ w,
+        loss=lambda output, y: (output - y) @ (output - y) / 2,
+        penalty=lambda w, h: (h * w * w).sum() / 2,
+    )
+    found = f.backend.gauss_newton(inner, f.array(w), f.array(lam), (f.array(X), f.array(y)))
+    f.close("Gauss-Newton: grad", f.host(found.grad), X.T @ (X @ w - y) + lam * w)
+    f.close("Gauss-Newton: hvp(v)", f.host(found.hvp(f.array(v))), X.T @ (X @ v) + lam * v)
+    f.close("Gauss-Newton: cross_vjp(v)", f.host(found.cross_vjp(f.array(v))), w * v)
+
+
+LAWS: list[Law] = [fixed_point, gauss_newton]
+PER_DTYPE: list[Law] = []
+
+
+def derived_by(backend: Backend) -> list[Law]:
+    """Return the laws that apply: a backend need not have these two methods, and `Backend` itself only refuses."""
+    methods = {fixed_point: "jacobian", gauss_newton: "gauss_newton"}
+    refused = {law: (None, getattr(Backend, name)) for law, name in methods.items()}
+    return [law for law, name in methods.items() if getattr(type(backend), name, None) not in refused[law]]
