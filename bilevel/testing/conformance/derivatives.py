@@ -70,6 +70,17 @@ def differences(f: Framework) -> None:
         f.require(not agreement.wrong, "derivatives", "those of the objectives", agreement.sentence())
 
 
+def aside(f: Framework) -> None:
+    """What `Backend.aside` yields moves a point to other values, and leaves the point itself where it was."""
+    (w, w_), (h, h_), (v, v_), (u, u_) = (f.draw(seed) for seed in range(4))
+    point = Point(w_, h_, (f.array(np.ones(2)),))
+    for double in (False, True):
+        with f.backend.aside(point, double) as at:
+            moved = at(v_, u_)
+            f.equal("params and hparams, moved", f.flat([moved.params, moved.hparams]), np.append(v, u))
+    f.equal("params and hparams, afterwards", f.flat([w_, h_]), np.append(w, h))
+
+
 def products_are_linear_and_repeat(f: Framework) -> None:
     """Products are linear in their vector, and the same for the same vector, however often."""
     q = quadratic_point(f.backend, f.dtype)
@@ -168,6 +179,7 @@ def _law_of_a_hypergradient(name: str) -> Law:
 HYPERGRADIENTS = [_law_of_a_hypergradient(name) for name in SOLVERS]
 PER_DTYPE: list[Law] = [closed_form, differences, nested_trees]
 LAWS: list[Law] = [
+    aside,
     products_are_linear_and_repeat,
     none_without_direct_term,
     none_without_cross_term,
