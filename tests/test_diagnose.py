@@ -449,11 +449,11 @@ def model_problem(backend, dtype, curvature):
     return problem, {"a": a, "b": b}, hparams, {"inner_args": (x, y), "outer_args": (x + 1, y)}
 
 
-@pytest.mark.parametrize("name", ["torch", "jax"])
 class TestCurvatures:
+    @pytest.mark.parametrize("name", ["torch", "jax"])
     def test_gauss_newton_products_are_not_taken_for_derivatives(self, name):
         *case, args = model_problem(framework(name), np.float64, "gauss-newton")
-        report = bl.diagnose(*case, **args)
+        report = bl.diagnose(*case, solver="identity", **args)
         assert report.verified
         assert "inner hvp" not in report.derivatives.names
         assert "inner hvp: not a derivative" in words(report)
@@ -461,8 +461,8 @@ class TestCurvatures:
         assert report.eigenvalues.smallest > 0
         assert report.asymmetry <= 1e-10
 
-    def test_differences_of_gradients_are_right_to_their_precision(self, name):
-        *case, args = model_problem(framework(name), np.float32, "finite-differences")
+    def test_differences_of_gradients_are_right_to_their_precision(self):
+        *case, args = model_problem(framework("torch"), np.float32, "finite-differences")
         report = bl.diagnose(*case, solver=bl.CG(rtol=1e-2), **args)
         assert report.verified
         assert report.derivatives.eps < 1e-15
