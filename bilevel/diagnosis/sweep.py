@@ -1,0 +1,132 @@
+"""A claimed derivative against central differences of what it is derived from.
+
+Steps are relative to the size of the weights and fall over six decades. The smallest disagreement counts: too long a
+step crosses kinks (relu, max-pooling), too short a one drowns in rounding. What neighbouring steps disagree by among
+themselves is the noise, below which differences cannot tell.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from bilevel.protocols import Backend, Scalar, Tree
+from bilevel.solvers.operators import norm
+
+SMALL = 0.01  # a leaf whose share of the whole is less is measured against that share
+
+
+class Agreement(NamedTuple):
+    """One derivative against differences, along a random direction.
+
+    Attributes:
+        name: of the derivative, one of `agreement.DERIVATIVES`; for an equation, its residual stands for ∂L/∂w.
+        source: what the differences are of: "inner", "inner grad" or "outer".
+        leaf: the path of the leaf that agrees worst; "" where there is but one number.
+        error: how far the two are apart, relative to the larger of them.
+        noise: of the differences, in the same units.
+        tolerance: what ``error`` may be: the fourth root of the machine epsilon, 1e-4 in float64.
+        claimed, measured: the derivative along the direction, and the difference that is nearest to it.
+    """
+
+    name: str
+    source: str
+    leaf: str
+    error: float
+    noise: float
+    tolerance: float
+    claimed: float
+    measured: float
+
+    @property
+    def wrong(self) -> bool:
+        """Whether the derivative is not that of its source."""
+        return self.error > max(self.tolerance, 10 * self.noise)
+
+    @property
+    def unclear(self) -> bool:
+        """Whether the differences are too noisy to tell."""
+        return not (self.wrong or self.error <= self.tolerance)
+
+    def sentence(self) -> str:
+        """Say that the derivative is wrong."""
+        where = f", worst in {self.leaf}" if self.leaf else ""
+        return (
+            f"{self.name} contradicts differences of {self.source} along a random direction: {self.claimed:.6g} "
+            f"against {self.measured:.6g} (relative error {self.error:.2g}{where}; noise {self.noise:.1g})."
+        )
+
+
+class Sweep:
+    """A claimed tree against differences with falling steps, leaf by leaf."""
+
+    def __init__(self, backend: Backend, claimed: Tree, tolerance: float) -> None:
+        self.backend, self.claimed, self.tolerance = backend, claimed, tolerance
+        self.last, self.nearest, self.nearest_error = None, claimed, np.inf
+        # Of each leaf at each step: the size of the difference, its distance from the claim and from the last step's.
+        self.sizes: list[np.ndarray] = []
+        self.errors: list[np.ndarray] = []
+        self.spreads: list[np.ndarray] = []
+        self.claimed_size = self._norms(claimed)
+
+    @property
+    def agrees(self) -> bool:
+        """Whether each leaf has agreed at some step, with room to spare."""
+        return bool(self.errors) and bool((_least(self.errors) <= 0.01 * self.tolerance).all())
+
+    def add(self, measured: Tree) -> None:
+        """Take in the differences of the next step."""
+        size, distance = self._norms(measured), self._distance(measured, self.claimed)
+        scale = np.maximum(self.claimed_size, size)
+        scale = np.maximum(scale, SMALL * np.linalg.norm(scale))
+        scale[scale == 0] = 1.0  # nothing claimed, nothing found
+        if np.linalg.norm(distance) < self.nearest_error:
+            self.nearest, self.nearest_error = measured, float(np.linalg.norm(distance))
+        self.sizes.append(size)
+        self.errors.append(distance / scale)
+        if self.last is not None:
+            self.spreads.append(self._distance(measured, self.last) / scale)
+        self.last = measured
+
+    def result(self, name: str, source: str, along: Scalar, measure: Callable[[Tree], Scalar]) -> Agreement:
+        """Return the worst leaf's agreement."""
+        errors, noise = _least(self.errors), self._noise()
+        with np.errstate(invalid="ignore"):
+            worst = int(np.argmax(errors / np.maximum(self.tolerance, 10 * noise)))
+        path, host = self.backend.leaves(self.claimed)[worst][0], self.backend.to_host
+        return Agreement(
+            name=name,
+            source=source,
+            leaf=f"params{path}" if path else "",
+            error=float(errors[worst]),
+            noise=float(noise[worst]),
+            tolerance=self.tolerance,
+            claimed=float(host(along)),
+            measured=float(host(measure(self.nearest))),
+        )
+
+    def _noise(self) -> np.ndarray:
+        """Return what is left open where the differences are known best; zero where they need no knowing."""
+        if len(self.sizes) < 3:
+            return np.zeros_like(self.claimed_size)
+        sizes, errors, spreads = np.array(self.sizes), np.array(self.errors), np.array(self.spreads)
+        # No change at all from step to step: the steps are lost in a coarser dtype somewhere inside.
+        spreads[(sizes[1:] == 0) & (sizes[:-1] == 0) & sizes.any(axis=0)] = np.inf
+        # Three neighbours must be close, not two by chance, and no other step say something else.
+        around = np.where(np.isnan(errors[1:-1]), np.inf, spreads[1:] + spreads[:-1])
+        best = around.argmin(axis=0)[None]
+        with np.errstate(invalid="ignore"):
+            open_ = np.take_along_axis(around, best, 0) + np.take_along_axis(errors[1:-1], best, 0) - _least(errors)
+        return np.nan_to_num(open_[0], nan=np.inf, posinf=np.inf)
+
+    def _norms(self, tree: Tree) -> np.ndarray:
+        leaves = self.backend.leaves(tree)
+        return np.array([float(self.backend.to_host(norm(leaf, self.backend.space))) for _, leaf in leaves])
+
+    def _distance(self, x: Tree, y: Tree) -> np.ndarray:
+        return self._norms(self.backend.space.axpy(-1.0, y, x))
+
+
+def _least(rows: Any) -> np.ndarray:
+    """Return the smallest number of each column, infinity where there is none."""
+    return np.where(np.isnan(rows), np.inf, rows).min(axis=0)
