@@ -4,6 +4,7 @@ Examples repeat exactly; HYPOTHESIS_PROFILE=explore draws new ones.
 """
 
 import os
+import sys
 
 import pytest
 from frameworks import FRAMEWORKS, framework
@@ -29,3 +30,11 @@ collect_ignore = ["thirdparty"]  # a distribution of its own: test_thirdparty.py
 @pytest.fixture(params=FRAMEWORKS, scope="session")
 def backend(request):
     return framework(request.param)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _drop_compiled_code():
+    """Free what JAX has compiled for a file: a process that keeps it all runs out of memory maps, and XLA crashes."""
+    yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
