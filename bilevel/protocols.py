@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from bilevel.model_loss import ModelLoss
     from bilevel.problem import Problem
 
-Stack = Any  # several vectors of one structure, in whatever form the space keeps them
+Stack = Any  # several vectors of one structure, itself a tree for normal_like and map
 Tree = Any  # nested dicts, lists, tuples of arrays, or whatever tree the backend knows
 Scalar = Any  # a zero-dimensional array of the framework
 Operator = Callable[[Tree], Tree]
