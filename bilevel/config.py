@@ -102,11 +102,14 @@ def _nested(options: Mapping[str, Any]) -> dict[str, Any]:
 def _read_toml(path: Path) -> Mapping[str, Any]:
     with path.open("rb") as file:
         try:
-            table = tomllib.load(file).get("solver")
+            tables = tomllib.load(file)
         except tomllib.TOMLDecodeError as error:
             raise ValueError(f"{path}: this is no TOML: {error}.") from error
+    table = tables.get("solver")
     if not isinstance(table, dict):
         raise ValueError(f"{path}: expected a table [solver] with a name and options.")
+    if "preconditioner" in tables:
+        raise ValueError(f"{path}: [preconditioner] belongs to the solver: write [solver.preconditioner].")
     return table
 
 

@@ -19,7 +19,15 @@ from bilevel.protocols import (
 )
 from bilevel.results import Hypergradient, SolverInfo, Status
 from bilevel.solvers.lanczos import spectrum
-from bilevel.validation import check_like, check_point, check_trees, find_backend, leaf_names
+from bilevel.validation import (
+    check_like,
+    check_operator,
+    check_point,
+    check_prepared,
+    check_trees,
+    find_backend,
+    leaf_names,
+)
 
 
 def hypergradient(
@@ -79,6 +87,7 @@ def hypergradient(
     backend = find_backend(backend, params, hparams)
     point = Point(params, hparams, inner_args, outer_args, adjoint0)
     check_point(backend, point)
+    check_prepared(backend, solver, "params", params)
     hg: Hypergradient = backend.execute(_hypergradient, solver, problem, point)
     if hg.params is None:
         hg = hg._replace(params=params)
@@ -130,6 +139,8 @@ def hypergradient_from(
         backend, {"grad_params": rhs, "grad_hparams": direct, "adjoint0": adjoint0}, {"adjoint0": "grad_params"}
     )
 
+    check_prepared(backend, solver, "grad_params", rhs)
+
     def checked_hvp(v: Tree) -> Tree:
         product = hvp(v)
         check_like(backend, "hvp(v)", product, "grad_params", rhs)
@@ -164,17 +175,7 @@ def implicit(backend: Backend, solver: Any, linearization: Linearization, adjoin
     """Solve for the adjoint and combine: where an `IHVPSolver` becomes a `HypergradientMethod`."""
     space = backend.space
     value, rhs, direct, hvp, cross_vjp = linearization
-    if isinstance(hvp, Stochastic) and not getattr(solver, "stochastic", False):
-        raise TypeError(
-            f"inner_args is a list, a batch per product, but {type(solver).__name__} needs the same Hessian in all of "
-            'them. Use solver="neumann" or "unrolled", or give one tuple: inner_args=(x, y).'
-        )
-    if isinstance(hvp, NonSymmetric) and not getattr(solver, "nonsymmetric", False):
-        raise TypeError(
-            f"{type(solver).__name__} relies on a symmetric operator, which that of a fixed point or a root is "
-            'not. Use solver="gmres" or "bicgstab", {"name": "neumann", "step_size": 1.0} where the step contracts, '
-            '"exact" where params is small, or "identity".'
-        )
+    check_operator(solver, hvp)
     adjoint, info = solver.solve(hvp, rhs, adjoint0, space)
     indirect = cross_vjp(adjoint)
     grad = direct

@@ -5,7 +5,7 @@ from typing import Any
 
 from bilevel.config import get_solver
 from bilevel.protocols import Backend, BilevelProblem, Point, Tree
-from bilevel.validation import check_like, check_point, find_backend
+from bilevel.validation import check_like, check_operator, check_point, find_backend
 
 
 def prepare(
@@ -28,7 +28,7 @@ def prepare(
         problem: as in `hypergradient`; its outer objective is not evaluated.
         params: w, a tree of floating-point arrays.
         hparams: λ, likewise.
-        inner_args: further arguments of L.
+        inner_args: further arguments of L; of a list of batches, the first is used.
         backend: a name or object; None: by the type of the arrays.
 
     Raises:
@@ -51,6 +51,7 @@ def prepare(
 def _prepare(backend: Backend, solver: Any, problem: BilevelProblem, point: Point) -> dict[str, Any]:
     args = point.inner_args[0] if isinstance(point.inner_args, list) else point.inner_args
     hvp = problem.derivatives(backend, point.params, point.hparams, args).hvp
+    check_operator(solver, hvp)
     return solver.prepare(hvp, point.params, backend.space)
 
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from bilevel.config import get_backend, imported_backends
-from bilevel.protocols import Backend, Point, Tree
+from bilevel.protocols import Backend, NonSymmetric, Point, Stochastic, Tree
 
 TREES = (
     "A tree is made of dicts, lists and tuples of arrays, as in dict(module.named_parameters()); a number becomes an "
@@ -52,6 +52,8 @@ def check_point(backend: Backend, point: Point) -> None:
     if point.params is None or point.hparams is None:
         raise ValueError(f"{'params' if point.params is None else 'hparams'} is None.")
     check_trees(backend, trees, {"adjoint0": "params"})
+    if not backend.space.size(point.params):
+        raise ValueError("params has no entries: all its leaves are empty.")
     if not isinstance(point.inner_args, list):
         args = {"inner_args": point.inner_args}
     elif point.inner_args:
@@ -120,6 +122,44 @@ def check_like(backend: Backend, name: str, tree: Tree, other: str, reference: T
                 f"{f'has shape {expected[path]}' if path in expected else 'does not exist'}; "
                 f"it {f'has shape {shapes[path]}' if path in shapes else 'is missing'}."
             )
+
+
+def check_operator(solver: Any, operator: Any) -> None:
+    """Raise a TypeError if a solver cannot do with an operator of this kind."""
+    if isinstance(operator, Stochastic) and not getattr(solver, "stochastic", False):
+        raise TypeError(
+            f"inner_args is a list, a batch per product, but {type(solver).__name__} needs the same Hessian in all of "
+            'them. Use solver="neumann" or "unrolled", or give one tuple: inner_args=(x, y).'
+        )
+    if isinstance(operator, NonSymmetric) and not getattr(solver, "nonsymmetric", False):
+        raise TypeError(
+            f"{type(solver).__name__} relies on a symmetric operator, which that of a fixed point or a root is "
+            'not. Use solver="gmres" or "bicgstab", {"name": "neumann", "step_size": 1.0} where the step contracts, '
+            '"exact" where params is small, or "identity".'
+        )
+
+
+def check_prepared(backend: Backend, solver: Any, name: str, params: Tree) -> None:
+    """Raise unless the diagonal or the sketch that a solver or its preconditioner holds is one for these params.
+
+    Raises:
+        TypeError, ValueError: naming the leaf.
+    """
+    for prefix, owner in (("", solver), ("preconditioner.", getattr(solver, "preconditioner", None))):
+        diagonal, sketch = getattr(owner, "diagonal", None), getattr(owner, "sketch", None)
+        if diagonal is not None:
+            what = f"{prefix}diagonal"
+            check_trees(backend, {name: params, what: diagonal}, {what: name})
+        if sketch is not None:
+            if not hasattr(sketch, "vectors"):
+                raise TypeError(f"{prefix}sketch: expected one that bl.prepare has made, got {type(sketch).__name__}.")
+            expected, found = (dict(backend.leaves(tree)) for tree in (params, sketch.vectors))
+            for path in {**expected, **found}:
+                a, b = expected.get(path), found.get(path)
+                if a is None or b is None or a.dtype != b.dtype or tuple(a.shape) != tuple(b.shape[1:]):
+                    raise ValueError(
+                        f"{prefix}sketch was prepared for other params: {name}{path} differs. Prepare anew."
+                    )
 
 
 def leaf_names(backend: Backend, name: str, tree: Tree) -> str:

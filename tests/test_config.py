@@ -136,6 +136,11 @@ class TestConfig:
         file.write_text("a = 1\n")
         with pytest.raises(ValueError, match=r"solver\.toml: expected a table \[solver\]"):
             bl.get_solver(file)
+        file.write_text('[solver]\nname = "cg"\n[preconditioner]\nname = "nystrom"\n')
+        with pytest.raises(
+            ValueError, match=r"\[preconditioner\] belongs to the solver: write \[solver\.preconditioner"
+        ):
+            bl.get_solver(file)
         file.write_text("[solver\n")
         with pytest.raises(ValueError, match=r"solver\.toml: this is no TOML"):
             bl.get_solver(file)

@@ -270,10 +270,13 @@ class TestGaussNewton:
             bl.Problem.from_model(lambda w, h, x: w, lambda z: z, lambda w, h: w, penalty=0.1)
 
     def test_without_params_in_the_model(self, autodiff):
-        problem = bl.Problem.from_model(lambda w, h, x: x * h, lambda z: (z**2).sum(), lambda w, h: (w**2).sum())
         params, hparams, x = move(autodiff, (np.ones(2), np.ones(2), np.ones(2)))
-        with pytest.raises(ValueError, match="inner does not depend on params"):
-            bl.hypergradient(problem, params, hparams, inner_args=(x,))
+        for penalty in (None, lambda w, h: (w**2).sum()):  # with one, L still depends on params
+            problem = bl.Problem.from_model(
+                lambda w, h, x: x * h, lambda z: (z**2).sum(), lambda w, h: (w**2).sum(), penalty=penalty
+            )
+            with pytest.raises(ValueError, match=r"output of model does not depend on params|inner does not depend"):
+                bl.hypergradient(problem, params, hparams, inner_args=(x,))
 
     def test_numpy_objects_bring_their_own(self):
         ridge = bl.problems.ridge()

@@ -59,6 +59,10 @@ class TestArguments:
         with pytest.raises(ValueError, match="hparams has no leaves"):
             bl.hypergradient(half_square(0.0), array(backend, 1.0), {})
 
+    def test_params_without_entries(self, backend):
+        with pytest.raises(ValueError, match="params has no entries: all its leaves are empty"):
+            bl.hypergradient(half_square(0.0), {"a": array(backend, np.ones((0, 3)))}, array(backend, 1.0))
+
     def test_mixed_frameworks(self, autodiff):
         with pytest.raises(TypeError, match=r"params must|must be of one framework") as error:
             bl.hypergradient(half_square(0.0), array(autodiff, 1.0), {"reg": np.ones(1)})

@@ -136,12 +136,13 @@ def test_negative_curvature_is_met_with_a_preconditioner_too(backend):
         assert x.any()
 
 
-def quadratic(backend, curvatures):
-    move = backend.from_numpy
-    problem = bl.problems.quadratic(
-        hessian=move(np.diag(curvatures)), coupling=move(np.eye(len(curvatures))), target=move(np.ones(len(curvatures)))
+def quadratic(backend, curvatures, dtype=np.float64):
+    n = len(curvatures)
+    hessian, coupling, target, w, h = (
+        backend.from_numpy(a.astype(dtype))
+        for a in (np.diag(curvatures), np.eye(n), np.ones(n), np.zeros(n), np.ones(n))
     )
-    return problem, move(np.zeros(len(curvatures))), move(np.ones(len(curvatures)))
+    return bl.problems.quadratic(hessian=hessian, coupling=coupling, target=target), w, h
 
 
 class TestPrepare:
@@ -200,8 +201,69 @@ class TestPrepare:
             first, second = (bl.prepare(solver, problem, w, scale * h) for scale in (1.0, 2.0))
             bl.hypergradient(problem, w, h, solver=first)
             traces.clear()
-            bl.hypergradient(problem, w, h, solver=second)
+            bl.hypergradient(problem, w, h, solver=second, on_failure="ignore")  # it is one for another Hessian
             assert not traces
+
+
+class TestWhatASolverHolds:
+    """A sketch or a diagonal that is not for these params is named, and never met by the framework."""
+
+    def trees(self, backend):
+        problem, w, h = quadratic(backend, np.array([1.0, 2.0, 8.0]))
+        return problem, w, h, backend.from_numpy
+
+    @pytest.mark.parametrize("solver", ["nystrom", {"name": "cg", "preconditioner": "nystrom"}])
+    def test_a_sketch_of_other_params(self, backend, solver):
+        problem, w, h, _ = self.trees(backend)
+        for other in (quadratic(backend, np.ones(5)), quadratic(backend, np.ones(3), np.float32)):
+            prepared = bl.prepare(solver, *other)
+            with pytest.raises(
+                ValueError, match=r"sketch was prepared for other params: params.* differs. Prepare anew"
+            ):
+                bl.hypergradient(problem, w, h, solver=prepared)
+
+    def test_a_diagonal_of_other_params(self, backend):
+        problem, w, h, move = self.trees(backend)
+        for diagonal, error, message in (
+            (move(np.ones(4)), ValueError, r"preconditioner\.diagonal: expected the structure of params"),
+            ({"a": move(np.ones(3))}, ValueError, r"preconditioner\.diagonal"),
+            (move(np.ones(3, np.float32)), TypeError, r"preconditioner\.diagonal is .*float32, but params .*float64"),
+            ("ones", TypeError, r"preconditioner\.diagonal: expected an array"),
+        ):
+            with pytest.raises(error, match=message):
+                bl.hypergradient(
+                    problem, w, h, solver=bl.CG(preconditioner=bl.DiagonalPreconditioner(diagonal=diagonal))
+                )
+
+    def test_a_sketch_that_is_none(self):
+        problem, w, h, _ = self.trees(framework("numpy"))
+        with pytest.raises(TypeError, match=r"sketch: expected one that bl\.prepare has made, got ndarray"):
+            bl.hypergradient(problem, w, h, solver=bl.Nystrom(sketch=np.eye(3)))
+
+    def test_a_stale_sketch_is_said(self, backend):
+        problem, w, h, move = self.trees(backend)
+        prepared = bl.prepare(bl.Nystrom(damping=0.1), problem, w, h)
+        moved = bl.problems.quadratic(
+            hessian=move(np.diag([8.0, 2.0, 1.0])), coupling=move(np.eye(3)), target=move(np.ones(3))
+        )
+        with pytest.warns(bl.SolverWarning, match=r"residual .* prepare anew"):
+            hg = bl.hypergradient(moved, w, h, solver=prepared)
+        assert hg.info.status == Status.MAXITER
+
+    def test_a_solver_is_not_prepared_for_what_it_refuses(self):
+        class Halve:
+            def __call__(self, w, h):
+                return w / 2 + h
+
+            def vjp_params(self, w, h, v):
+                return v / 2
+
+            def vjp_hparams(self, w, h, v):
+                return v
+
+        problem, w, h, _ = self.trees(framework("numpy"))
+        with pytest.raises(TypeError, match="Nystrom relies on a symmetric operator"):
+            bl.prepare("nystrom", bl.FixedPoint(Halve(), problem.outer), w, h)
 
 
 class TestExtrapolate:
@@ -249,6 +311,13 @@ class TestBatches:
             for args in (batches[:1], batches[0])
         )
         assert (backend.to_numpy(one.grad) == backend.to_numpy(tuple_.grad)).all()
+
+    def test_no_tolerance_over_batches(self, backend):
+        batches, w, h = self.data(backend)
+        with pytest.raises(TypeError, match=r"Neumann\.rtol: with a new batch for each product there is no one system"):
+            bl.hypergradient(
+                bl.problems.ridge(), w, h, inner_args=batches, outer_args=batches[0], solver=bl.Neumann(rtol=1e-3)
+            )
 
     def test_a_solver_of_one_system_refuses(self, backend):
         batches, w, h = self.data(backend)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from bilevel.model_loss import ModelLoss
 from bilevel.protocols import Operator
 from bilevel.validation import check_scalar
+from bilevel_jax.dependence import depends
 
 
 def gauss_newton(inner: ModelLoss, params: Any, hparams: Any, args: tuple[Any, ...]) -> Operator:
@@ -19,6 +20,11 @@ def gauss_newton(inner: ModelLoss, params: Any, hparams: Any, args: tuple[Any, .
     def model(w: Any) -> list[Any]:
         leaves = jax.tree.leaves(inner.model(w, hparams, x))
         return [leaves[i] for i in varying]
+
+    if not depends(model, params):
+        raise ValueError(
+            "the output of model does not depend on params: use that argument inside it, without jax.lax.stop_gradient."
+        )
 
     def loss(zs: list[Any]) -> Any:
         whole = dict(enumerate(output)) | dict(zip(varying, zs, strict=True))

@@ -80,7 +80,7 @@ def facts(outcome: Outcome, weights: int, errors: list[float], seconds: float) -
     lines = [
         f"hyperparameters            {outcome.hyperparameters:,}",
         f"hypergradients             {outcome.hypergradients}",
-        f"Hessian-vector products    {outcome.steps:,}: one for each solver step; warm starts and checks take more",
+        f"Hessian-vector products    {outcome.steps:,}: one a solver step; checks, sketches, step sizes take more",
         f"hypergradient's error      {errors[0]:.1e}, relative to the one with the dense Hessian of a small instance",
         f"                           ({weights} weights, images at half the resolution)",
     ]

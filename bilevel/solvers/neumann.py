@@ -63,7 +63,8 @@ class Neumann:
     At a fixed point w = step(w, λ) with α = 1 the terms are those of its own iteration, (∂step/∂w)ᵀ applied j times.
     Such terms may grow before they shrink, and so may those over batches of data, a new one for each product (LiSSA:
     Agarwal, Bullins & Hazan, JMLR 2017). They count as ``DIVERGED`` a thousandfold above the first, or if the last
-    one is above it.
+    one is above it. Of such batches ``residual_norm`` tells that the terms fall, not how well v solves the mean system,
+    and a warm start is corrected by the first.
 
     Args:
         terms: products, >= 0; with 0, v = α b.
@@ -113,6 +114,11 @@ class Neumann:
         steady = not isinstance(operator, NonSymmetric | Stochastic)
         growth = 1 + 16 * eps  # more than rounding can do to a term that stays
         early = not (is_python_number(self.rtol) and self.rtol == 0)
+        if early and isinstance(operator, Stochastic):
+            raise TypeError(
+                "Neumann.rtol: with a new batch for each product there is no one system whose residual could be "
+                "measured. Leave it out, and set terms."
+            )
         tolerance = xp.maximum(self.rtol * rhs_norm, eps * rhs_norm) if early else -xp.ones_like(rhs_norm)
 
         def step(s: _State) -> _State:

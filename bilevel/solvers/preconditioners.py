@@ -101,7 +101,7 @@ class NystromPreconditioner:
 
     def prepare(self, operator: Operator, like: Tree, space: VectorSpace) -> dict[str, Any]:
         """Make the sketch, unless it is there."""
-        return {} if self.sketch else {"sketch": sketch(operator, like, self.rank, self.seed, space)}
+        return {} if self.sketch is not None else {"sketch": sketch(operator, like, self.rank, self.seed, space)}
 
     def apply(self, vector: Tree, damping: Any, space: VectorSpace) -> Tree:
         """Shrink the vector along the sketched directions."""
