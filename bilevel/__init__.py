@@ -24,6 +24,7 @@ from bilevel.solvers import (
     NystromPreconditioner,
     Unrolled,
 )
+from bilevel.warm_start import WarmStart
 
 __all__ = [
     "CG",
@@ -46,6 +47,7 @@ __all__ = [
     "SolverWarning",
     "Status",
     "Unrolled",
+    "WarmStart",
     "diagnose",
     "extrapolate",
     "get_backend",

@@ -1,5 +1,6 @@
 """What a failed solve says: what happened, why, and the way out."""
 
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any, Literal, get_args
@@ -33,12 +34,20 @@ def report(
     message = explain(info, solver, curvature) + hint
     if on_failure == "raise" or info.status == Status.NON_FINITE:
         raise SolverError(message)
-    # Level 4 is the line that called bl.hypergradient, or another entry as deep.
-    warnings.warn(SolverWarning(message), stacklevel=4)
+    warnings.warn(SolverWarning(message), stacklevel=_callers_level())
+
+
+def _callers_level() -> int:
+    """Return the stacklevel, for a warning one function up, of the line that called this library or a backend of it."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals["__name__"].startswith("bilevel"):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def explain(info: SolverInfo, solver: Any, curvature: Callable[[], tuple[float, float] | None]) -> str:
     """Say how a solve failed and what to do; see `report`."""
+    solver = getattr(solver, "solver", solver)  # in a WarmStart
     if info.status == Status.MAXITER:
         message = _maxiter(info, solver)
     elif info.status == Status.NON_FINITE:

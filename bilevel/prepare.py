@@ -45,7 +45,7 @@ def prepare(
     check_point(backend, point)
     if not hasattr(solver, "prepare"):
         return solver
-    return _replace(solver, backend.execute(_prepare, solver, problem, point))
+    return prepared(solver, backend.execute(_prepare, solver, problem, point))
 
 
 def _prepare(backend: Backend, solver: Any, problem: BilevelProblem, point: Point) -> dict[str, Any]:
@@ -55,9 +55,10 @@ def _prepare(backend: Backend, solver: Any, problem: BilevelProblem, point: Poin
     return solver.prepare(hvp, point.params, backend.space)
 
 
-def _replace(solver: Any, options: dict[str, Any]) -> Any:
+def prepared(solver: Any, options: dict[str, Any]) -> Any:
+    """Return a solver with the options that its ``prepare`` has returned, nested as they are."""
     parts = {name: getattr(solver, name) for name in options}
-    known = {k: _replace(parts[k], v) if hasattr(parts[k], "prepare") else v for k, v in options.items()}
+    known = {k: prepared(parts[k], v) if hasattr(parts[k], "prepare") else v for k, v in options.items()}
     return dataclasses.replace(solver, **known)
 
 

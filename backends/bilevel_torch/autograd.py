@@ -1,6 +1,8 @@
 """Calls of `torch.autograd` on trees."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -38,23 +40,89 @@ def scalar(role: str, value: Any) -> torch.Tensor:
     return value
 
 
+WAYS_OUT = {
+    ("double backward", "is not implemented", "create_graph=False"): (
+        "A Hessian-vector product differentiates twice, which this operation does not support. Run the module "
+        "uncompiled (a compiled one keeps it as _orig_mod), attention within "
+        "torch.nn.attention.sdpa_kernel(SDPBackend.MATH), and recurrent layers on CUDA within "
+        "torch.backends.cudnn.flags(enabled=False); or differentiate once, by "
+        'bl.Problem(inner, outer, curvature="finite-differences").'
+    ),
+    ("modified by an inplace operation",): (
+        "Something changed in place between the losses and this call, most often the params by optimizer.step(): take "
+        "the step before both losses are computed, or after this call."
+    ),
+    ("backward through the graph a second time",): (
+        "An earlier backward() has freed the graph of a loss: take the hypergradient first, call "
+        "backward(retain_graph=True) there, or compute the loss anew."
+    ),
+    ("use_reentrant=True",): "Use torch.utils.checkpoint.checkpoint(..., use_reentrant=False).",
+}
+"""What PyTorch's errors say, by a sign each, and what to do."""
+
+
 def grad(
     outputs: Sequence[Any], inputs: Sequence[torch.Tensor], grad_outputs: Any, **options: bool
-) -> Sequence[torch.Tensor | None]:
-    """Call autograd.grad; None where an output does not depend on an input."""
-    if not inputs or not any(output.requires_grad for output in outputs):
-        return [None] * len(inputs)
+) -> list[torch.Tensor | None]:
+    """Call autograd.grad; None where an output does not depend on an input, or an input requires no gradient.
+
+    Gradient hooks of the inputs, which are meant for the user's own gradients, do not fire.
+    """
+    grads: list[torch.Tensor | None] = [None] * len(inputs)
+    places = [i for i, t in enumerate(inputs) if t.requires_grad]
+    if not places or not any(output.requires_grad for output in outputs):
+        return grads
+    wanted = [inputs[i] for i in places]
     try:
-        return torch.autograd.grad(outputs, inputs, grad_outputs, allow_unused=True, **options)
+        with _hooks_aside(wanted):
+            found = torch.autograd.grad(outputs, wanted, grad_outputs, allow_unused=True, **options)
     except RuntimeError as error:
-        if any(sign in str(error) for sign in ("double backward", "is not implemented", "create_graph=False")):
-            raise RuntimeError(
-                f"{error}\nA Hessian-vector product differentiates twice, which this operation does not support. Run "
-                "the module uncompiled, attention within torch.nn.attention.sdpa_kernel(SDPBackend.MATH), and "
-                "recurrent layers on CUDA within torch.backends.cudnn.flags(enabled=False); or differentiate once, by "
-                'bl.Problem(inner, outer, curvature="finite-differences").'
-            ) from error
+        for signs, way_out in WAYS_OUT.items():
+            if any(sign in str(error) for sign in signs):
+                raise RuntimeError(f"{error}\n{way_out}") from error
         raise
+    for i, g in zip(places, found, strict=True):
+        grads[i] = g
+    return grads
+
+
+@contextmanager
+def _hooks_aside(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Let no gradient hook of these leaves fire: it would change a product, or log it as a gradient."""
+    hooked = [(t, t._backward_hooks) for t in tensors if t._backward_hooks and t.is_leaf]
+    for t, _ in hooked:
+        t._backward_hooks = None
+    try:
+        yield
+    finally:
+        for t, hooks in hooked:
+            t._backward_hooks = hooks
+
+
+_autocast: ContextVar[Sequence[tuple[str, torch.dtype]]] = ContextVar("what the caller casts to, by device")
+
+
+@contextmanager
+def own_arithmetic(tree: Any) -> Iterator[None]:
+    """Compute on the devices of a tree as a solver does: nothing is recorded, and autocast is off."""
+    kinds = {t.device.type for _, t in leaves_with_paths(tree)}
+    cast = [(kind, torch.get_autocast_dtype(kind)) for kind in kinds if torch.is_autocast_enabled(kind)]
+    before = _autocast.set(cast)
+    try:
+        with torch.no_grad(), ExitStack() as stack:
+            for kind, _ in cast:
+                stack.enter_context(torch.autocast(kind, enabled=False))
+            yield
+    finally:
+        _autocast.reset(before)
+
+
+def evaluate(function: Callable[..., Any], *args: Any) -> Any:
+    """Call a user's function as the user would: recorded, and under the autocast that the caller is in."""
+    with torch.enable_grad(), ExitStack() as stack:
+        for kind, dtype in _autocast.get(()):
+            stack.enter_context(torch.autocast(kind, dtype=dtype))
+        return function(*args)
 
 
 def fill(grads: Sequence[torch.Tensor | None], like: Any) -> Any:
@@ -64,15 +132,27 @@ def fill(grads: Sequence[torch.Tensor | None], like: Any) -> Any:
 
 
 def reaches(outputs: Iterable[torch.Tensor], inputs: Iterable[torch.Tensor]) -> bool:
-    """Tell whether any output depends on any of the inputs, which are leaves of the graph; by walking it."""
+    """Tell whether any output depends on any of the inputs, which are leaves of the graph."""
     goals = {torch.autograd.graph.get_gradient_edge(t).node for t in inputs}
+    return any(node in goals for node in _nodes(outputs))
+
+
+def check_recorded(role: str, loss: torch.Tensor) -> None:
+    """Raise a RuntimeError if a loss hides parameters in a reentrant checkpoint, which would be a silent zero."""
+    if any(node.name() == "CheckpointFunctionBackward" for node in _nodes([loss])):
+        raise RuntimeError(
+            f"{role} hides parameters from autograd.grad by a reentrant checkpoint, so that their derivatives would be "
+            f"silent zeros. {WAYS_OUT['use_reentrant=True',]}"
+        )
+
+
+def _nodes(outputs: Iterable[torch.Tensor]) -> Iterator[Any]:
+    """Yield the nodes of a graph."""
     todo = [torch.autograd.graph.get_gradient_edge(t).node for t in outputs if t.requires_grad]
     seen = set(todo)
     while todo:
         node = todo.pop()
-        if node in goals:
-            return True
+        yield node
         fresh = {child for child, _ in node.next_functions if child is not None} - seen
         seen |= fresh
         todo.extend(fresh)
-    return False

@@ -14,7 +14,7 @@ from bilevel.protocols import Backend, BilevelProblem, InnerDerivatives, OuterDe
 from bilevel.tree import leaves_with_paths
 from bilevel.validation import check_dtypes, check_like, depends_on_nothing, leaf_names, role_of
 from bilevel_torch.aside import aside
-from bilevel_torch.autograd import fill, grad, reaches, scalar, variables
+from bilevel_torch.autograd import check_recorded, evaluate, fill, grad, own_arithmetic, reaches, scalar, variables
 from bilevel_torch.gauss_newton import gauss_newton
 from bilevel_torch.space import TorchSpace, leaves
 
@@ -67,10 +67,14 @@ class TorchBackend(Backend):
     @override
     def inner(self, problem: Problem, params: Any, hparams: Any, args: tuple[Any, ...]) -> InnerDerivatives:
         params, hparams = variables(params, hparams)
-        with torch.enable_grad():
-            value = scalar("inner", problem.inner(params, hparams, *args))
-            grads = grad([value], leaves(params), None, create_graph=True)
-        self._check_influence("inner", any(g is not None for g in grads), params)
+        return self.inner_of(evaluate(problem.inner, params, hparams, *args), params, hparams)
+
+    def inner_of(self, value: Any, params: Any, hparams: Any, role: str = "inner") -> InnerDerivatives:
+        """Differentiate an inner objective that has been evaluated at params and hparams, its variables."""
+        grads = grad([scalar(role, value)], leaves(params), None, create_graph=True)
+        if any(g is None and t.requires_grad for g, t in zip(grads, leaves(params), strict=True)):
+            check_recorded(role, value)
+        self._check_influence(role, any(g is not None for g in grads), params)
         return _products(grads, params, hparams)
 
     @override
@@ -85,8 +89,7 @@ class TorchBackend(Backend):
         self, function: Callable[..., Any], params: Any, hparams: Any, args: tuple[Any, ...], role: str
     ) -> InnerDerivatives:
         params, hparams = variables(params, hparams)
-        with torch.enable_grad():
-            value = function(params, hparams, *args)
+        value = evaluate(function, params, hparams, *args)
         check_like(self, role, value, "params", params)
         check_dtypes(self, role, value, "params", params)
         self._check_influence(role, reaches(leaves(value), leaves(params)), params)
@@ -95,18 +98,25 @@ class TorchBackend(Backend):
     def _check_influence(self, role: str, has_influence: bool, params: Any) -> None:
         if not has_influence:
             raise ValueError(
-                f"{role} does not depend on {leaf_names(self, 'params', params)}. Use the params argument inside it, "
-                "or hand over the module's own parameters (not a state_dict() or detached copies, which the module "
-                "does not use)."
+                f"{role} does not depend on {leaf_names(self, 'params', params)}. Compute it with these very tensors: "
+                "those of the params argument, or the module's own parameters (not a state_dict() or detached copies, "
+                "which the module does not use)."
             )
 
     @override
     def outer(self, problem: BilevelProblem, params: Any, hparams: Any, args: tuple[Any, ...]) -> OuterDerivatives:
         params, hparams = variables(params, hparams)
-        weights, hypers, role = leaves(params), leaves(hparams), role_of(problem.outer)
-        with torch.enable_grad():
-            value = scalar(role, problem.outer(params, hparams, *args))
-            grads = grad([value], [*weights, *hypers], None)
+        value = evaluate(problem.outer, params, hparams, *args)
+        return self.outer_of(value, params, hparams, role_of(problem.outer))
+
+    def outer_of(
+        self, value: Any, params: Any, hparams: Any, role: str, retain_graph: bool = False
+    ) -> OuterDerivatives:
+        """Differentiate an objective in the outer role that has been evaluated at params and hparams."""
+        weights, hypers = leaves(params), leaves(hparams)
+        grads = grad([scalar(role, value)], [*weights, *hypers], None, retain_graph=retain_graph)
+        if any(g is None and t.requires_grad for g, t in zip(grads[: len(weights)], weights, strict=True)):
+            check_recorded(role, value)
         if all(g is None for g in grads):
             raise ValueError(
                 f"{depends_on_nothing(self, role, params, hparams)}: is it detached, converted to a number, or "
@@ -122,12 +132,8 @@ class TorchBackend(Backend):
 
     @override
     def execute(self, function: Any, solver: Solver | None, problem: BilevelProblem, point: Point) -> Any:
-        if torch.is_inference_mode_enabled() or any(t.is_inference() for t in leaves((point.params, point.hparams))):
-            raise RuntimeError(
-                "torch.inference_mode() keeps autograd from recording, so a hypergradient would be a silent zero: "
-                "call this outside of it, with tensors that were made outside of it."
-            )
-        with torch.no_grad():  # the solver's own arithmetic is not recorded
+        refuse_inference((point.params, point.hparams))
+        with own_arithmetic(point.params):
             return function(self, solver, problem, point)
 
     @override
@@ -135,6 +141,16 @@ class TorchBackend(Backend):
     def aside(self, point: Point, double: bool) -> Iterator[Callable[[Any, Any], Point]]:
         with aside(point, double) as at:
             yield at
+
+
+def refuse_inference(tree: Any) -> None:
+    """Raise a RuntimeError in inference mode, or for tensors that were made in it."""
+    tensors = (t for t in leaves(tree) if isinstance(t, torch.Tensor))
+    if torch.is_inference_mode_enabled() or any(t.is_inference() for t in tensors):
+        raise RuntimeError(
+            "torch.inference_mode() keeps autograd from recording, so a hypergradient would be a silent zero: "
+            "call this outside of it, with tensors that were made outside of it."
+        )
 
 
 def _products(outputs: Sequence[torch.Tensor | None], params: Any, hparams: Any) -> InnerDerivatives:

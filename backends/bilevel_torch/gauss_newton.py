@@ -7,7 +7,7 @@ import torch
 from bilevel.model_loss import ModelLoss
 from bilevel.protocols import Operator
 from bilevel.tree import tree_map
-from bilevel_torch.autograd import fill, grad, reaches, scalar
+from bilevel_torch.autograd import evaluate, fill, grad, reaches, scalar
 from bilevel_torch.space import leaves
 
 
@@ -26,14 +26,14 @@ def gauss_newton(inner: ModelLoss, params: Any, hparams: Any, args: tuple[Any, .
     """
     weights, (x, *targets) = leaves(params), args
     with torch.enable_grad():
-        output = tree_map(_own_node, inner.model(params, hparams, x))
+        output = tree_map(_own_node, evaluate(inner.model, params, hparams, x))
         if not reaches((z for z in leaves(output) if isinstance(z, torch.Tensor)), weights):
             raise ValueError(
                 "the output of model does not depend on params: run a module with the weights that are handed over, by "
                 "torch.func.functional_call(module, params, (x,)), and do not detach what it returns."
             )
         nodes = [z for z in leaves(output) if isinstance(z, torch.Tensor) and z.requires_grad]
-        slopes = grad([scalar("loss", inner.loss(output, *targets))], nodes, None, create_graph=True)
+        slopes = grad([scalar("loss", evaluate(inner.loss, output, *targets))], nodes, None, create_graph=True)
         nodes = [z for z, s in zip(nodes, slopes, strict=True) if s is not None]
         slopes = [_own_node(s) for s in slopes if s is not None]
         pulled = grad(nodes, weights, slopes, create_graph=True)
@@ -64,4 +64,4 @@ def _penalty_grads(inner: ModelLoss, params: Any, hparams: Any) -> Any:
     weights = leaves(params)
     if inner.penalty is None:
         return [None] * len(weights)
-    return grad([scalar("penalty", inner.penalty(params, hparams))], weights, None, create_graph=True)
+    return grad([scalar("penalty", evaluate(inner.penalty, params, hparams))], weights, None, create_graph=True)

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 from typing import Any, cast
 
 import numpy as np
@@ -76,7 +77,7 @@ def diagnose(
     >>> [finding.name for finding in far.findings]
     ['not solved']
     """
-    method = get_solver(solver)
+    method = copy(get_solver(solver))  # a WarmStart must not learn from this
     found = find_backend(backend, params, hparams)
     point = Point(params, hparams, inner_args, outer_args)
     check_point(found, point)

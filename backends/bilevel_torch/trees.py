@@ -1,0 +1,29 @@
+"""What PyTorch users hand over as params and hparams, as a tree."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+
+def tree_of(name: str, given: Any) -> Any:
+    """Return a tensor, dict, list or tuple as it is; other mappings as a dict, other iterables as a list.
+
+    Pairs of names and tensors (``module.named_parameters()``) become a dict.
+
+    Raises:
+        TypeError: if it is none of these.
+    """
+    if isinstance(given, torch.Tensor | dict | tuple):
+        return given
+    if isinstance(given, Mapping | torch.nn.ParameterDict):
+        return dict(given.items())
+    if isinstance(given, torch.nn.Module) and not isinstance(given, torch.nn.ParameterList):
+        raise TypeError(f"{name} is a module: pass {name}.parameters(), or {name}.named_parameters() for named errors.")
+    if not isinstance(given, Iterable):
+        raise TypeError(
+            f"{name}: expected a tensor, or an iterable, list or dict of tensors, got {type(given).__name__}."
+        )
+    items = given if isinstance(given, list) else list(given)
+    pairs = [isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str) for item in items]
+    return dict(items) if items and all(pairs) else items

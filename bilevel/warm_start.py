@@ -1,0 +1,129 @@
+"""A solver that remembers: for eager loops, and for the checkpoints of their users."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from bilevel.config import get_solver
+from bilevel.prepare import prepared
+from bilevel.protocols import HypergradientMethod, Operator, Tree, VectorSpace
+from bilevel.results import SolverInfo, Status
+from bilevel.solvers.options import check_int
+from bilevel.solvers.sketch import Sketch
+
+FORMAT = 1
+
+
+class WarmStart:
+    """A linear solver that starts each solve from the solution of the last one, and keeps what it has prepared.
+
+    Give the same object as ``solver=`` to every call of a loop. It has state: save it in your checkpoint beside that of
+    the optimizers, or a resumed run will not continue as the other would have.
+
+    For NumPy and PyTorch. In JAX, state is an argument: pass ``adjoint0=hg.adjoint`` and a solver from `bl.prepare`.
+
+    Args:
+        solver: a linear solver: a name, a mapping with ``name`` and options, a TOML file, or a solver object.
+        extrapolate: start from 2·(last adjoint) − (the one before), as `bl.extrapolate` does, for outer steps that are
+            small and regular.
+        prepare_every: find the step size, sketch or preconditioner anew in every so many calls, and use it in the calls
+            between, as `bl.prepare` does; None: leave it to the solver, at each call.
+
+    Raises:
+        TypeError, ValueError: for options that do not fit, or a method that is no linear solver (``unrolled``).
+
+    >>> import numpy as np, bilevel as bl
+    >>> problem = bl.problems.quadratic(hessian=np.diag([1.0, 4.0]), coupling=np.eye(2), target=np.ones(2))
+    >>> solver = bl.WarmStart("cg")
+    >>> [bl.hypergradient(problem, np.zeros(2), np.zeros(2), solver=solver).info.steps for _ in range(2)]
+    [2, 0]
+    """
+
+    def __init__(self, solver: Any = "cg", *, extrapolate: bool = False, prepare_every: int | None = None) -> None:
+        self.solver = get_solver(solver)
+        if isinstance(self.solver, HypergradientMethod):
+            raise TypeError(
+                f"WarmStart: {type(self.solver).__name__} solves no linear system that could be warm-started."
+            )
+        self.extrapolate = extrapolate
+        self.prepare_every = prepare_every
+        if prepare_every is not None:
+            check_int(self, "prepare_every", least=1)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything, as for params of another shape."""
+        self.calls = 0
+        self.adjoint: Tree | None = None
+        self.previous: Tree | None = None
+        self.options: dict[str, Any] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        """Answer for the solver in it: what operators it takes, what options a failure should name."""
+        if name == "solver":  # not there yet, while this is copied or unpickled
+            raise AttributeError(name)
+        return getattr(self.solver, name)
+
+    def solve(self, operator: Operator, rhs: Tree, x0: Tree | None, space: VectorSpace) -> tuple[Tree, SolverInfo]:
+        last, previous = self.adjoint, self.previous
+        if last is not None and space.size(last) != space.size(rhs):
+            raise ValueError(
+                f"WarmStart: remembers an adjoint of {space.size(last):,} entries, but params has {space.size(rhs):,}. "
+                "Use a WarmStart of its own for each problem, or call reset()."
+            )
+        if x0 is None and last is not None:
+            both = self.extrapolate and previous is not None
+            x0 = space.axpy(-1.0, previous, space.scale(2.0, last)) if both else last
+        solver: Any = self.solver
+        if self.prepare_every is not None and hasattr(solver, "prepare"):
+            if self.calls % self.prepare_every == 0:
+                self.options = solver.prepare(operator, rhs, space)
+            solver = prepared(solver, self.options)
+        adjoint, info = solver.solve(operator, rhs, x0, space)
+        # A step that failed altogether leaves the memory as it was.
+        finite = info.status != int(Status.NON_FINITE)
+        kept = space.zeros_like(rhs) if last is None else last
+        self.calls += 1
+        self.adjoint = space.select(finite, adjoint, kept)
+        if self.extrapolate:
+            self.previous = last
+        return adjoint, info
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state, in arrays, numbers, dicts and lists: `torch.load` takes it with ``weights_only``."""
+        return {
+            "format": FORMAT,
+            "calls": self.calls,
+            "adjoint": self.adjoint,
+            "previous": self.previous,
+            "options": _plain(self.options),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a state that `state_dict` has returned.
+
+        Raises:
+            ValueError: if a key is missing or unknown, or the format is another.
+        """
+        expected = set(self.state_dict())
+        if set(state) != expected:
+            raise ValueError(
+                f"WarmStart.load_state_dict: expected the keys {sorted(expected)}, got {sorted(state)}: this is no "
+                "state of a WarmStart, or one of another version."
+            )
+        if state["format"] != FORMAT:
+            raise ValueError(f"WarmStart.load_state_dict: expected format {FORMAT}, got {state['format']!r}.")
+        self.calls = state["calls"]
+        self.adjoint, self.previous = state["adjoint"], state["previous"]
+        self.options = _restored(state["options"])
+
+
+def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return prepared options without a class of ours in them, which a loader of weights refuses."""
+    of = {"sketch": Sketch._asdict, "preconditioner": _plain}
+    return {name: of[name](value) if name in of else value for name, value in options.items()}
+
+
+def _restored(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Undo `_plain`."""
+    of = {"sketch": lambda fields: Sketch(**fields), "preconditioner": _restored}
+    return {name: of[name](value) if name in of else value for name, value in options.items()}
