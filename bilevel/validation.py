@@ -177,7 +177,7 @@ def depends_on_nothing(backend: Backend, role: str, params: Tree, hparams: Tree)
     in_params = leaf_names(backend, "params", params)
     if role == "inner":
         return f"inner does not depend on {in_params}"
-    return f"outer depends on neither {in_params} nor {leaf_names(backend, 'hparams', hparams)}"
+    return f"{role} depends on neither {in_params} nor {leaf_names(backend, 'hparams', hparams)}"
 
 
 def check_scalar(role: str, value: Any) -> None:

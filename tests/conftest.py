@@ -24,7 +24,10 @@ settings.register_profile(
 settings.register_profile("explore", deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeat"))
 
-collect_ignore = ["thirdparty"]  # a distribution of its own: test_thirdparty.py runs its tests
+collect_ignore = [
+    "thirdparty",  # a distribution of its own: test_thirdparty.py runs its tests
+    "ranks.py",  # run by test_torch_ddp.py, as processes
+]
 
 
 @pytest.fixture(params=FRAMEWORKS, scope="session")

@@ -20,6 +20,12 @@ def variables(params: Any, hparams: Any) -> tuple[Any, Any]:
     def variable(t: torch.Tensor) -> torch.Tensor:
         return t if t.requires_grad and t.is_leaf else t.detach().requires_grad_()
 
+    check_distinct(params, hparams)
+    return tree_map(variable, params), tree_map(variable, hparams)
+
+
+def check_distinct(params: Any, hparams: Any) -> None:
+    """Raise a ValueError if a tensor is there twice."""
     seen: dict[int, str] = {}
     for name, tree in (("params", params), ("hparams", hparams)):
         for path, leaf in leaves_with_paths(tree, name):
@@ -29,7 +35,6 @@ def variables(params: Any, hparams: Any) -> tuple[Any, Any]:
                     "module.named_parameters() does with tied weights."
                 )
             seen[id(leaf)] = path
-    return tree_map(variable, params), tree_map(variable, hparams)
 
 
 def scalar(role: str, value: Any) -> torch.Tensor:

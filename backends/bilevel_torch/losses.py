@@ -9,7 +9,7 @@ from bilevel.failure import OnFailure
 from bilevel.protocols import InnerDerivatives, Linearization, OuterDerivatives, Tree
 from bilevel.results import Hypergradient
 from bilevel.validation import check_trees, leaf_names
-from bilevel_torch.autograd import own_arithmetic
+from bilevel_torch.autograd import check_distinct, own_arithmetic
 from bilevel_torch.backend import TorchBackend, refuse_inference
 from bilevel_torch.space import leaves
 from bilevel_torch.trees import tree_of
@@ -119,6 +119,7 @@ def hypergradient(
 def _check_recorded(backend: TorchBackend, inner_loss: Any, outer_loss: Any, params: Any, hparams: Any) -> None:
     """Raise unless the two losses can be differentiated in hparams and in some of params."""
     refuse_inference((inner_loss, outer_loss, params, hparams))
+    check_distinct(params, hparams)
     for name, loss in (("inner_loss", inner_loss), ("outer_loss", outer_loss)):
         if isinstance(loss, torch.Tensor) and not loss.requires_grad:
             raise ValueError(

@@ -19,11 +19,10 @@ def tree_of(name: str, given: Any) -> Any:
     if isinstance(given, Mapping | torch.nn.ParameterDict):
         return dict(given.items())
     if isinstance(given, torch.nn.Module) and not isinstance(given, torch.nn.ParameterList):
-        raise TypeError(f"{name} is a module: pass {name}.parameters(), or {name}.named_parameters() for named errors.")
+        raise TypeError(f"{name} is a module: pass its parameters(), or its named_parameters() for errors by name.")
     if not isinstance(given, Iterable):
-        raise TypeError(
-            f"{name}: expected a tensor, or an iterable, list or dict of tensors, got {type(given).__name__}."
-        )
+        what = type(given).__name__
+        raise TypeError(f"{name}: expected a tensor, or a list, dict or iterable of tensors, got {what}.")
     items = given if isinstance(given, list) else list(given)
     pairs = [isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str) for item in items]
     return dict(items) if items and all(pairs) else items

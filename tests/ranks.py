@@ -1,0 +1,169 @@
+"""What each process of test_torch_ddp.py computes: `python ranks.py RANK WORLD FOLDER`."""
+
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import bilevel_torch
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import bilevel as bl
+
+F = nn.functional
+SAMPLES, SHARES = 24, {1: [24], 2: [5, 19], 3: [7, 1, 16]}  # of the training data, uneven
+SOLVERS = {
+    "cg": bl.CG(damping=1.0, rtol=1e-12),
+    "minres": bl.MINRES(damping=1.0, rtol=1e-12),
+    "gmres": bl.GMRES(damping=1.0, rtol=1e-12, restart=40),
+    "neumann": bl.Neumann(terms=60, damping=1.0),
+    "exact": bl.Exact(damping=1.0),
+    "preconditioned": bl.CG(damping=1.0, rtol=1e-12, preconditioner=bl.NystromPreconditioner(rank=8)),
+}
+
+
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+
+
+def shard(rank, world):
+    """This rank's training data, its place in all of them, and its validation data, of another unevenness."""
+    generator = torch.Generator().manual_seed(1)
+    x, x_val = torch.randn(2, SAMPLES, 4, generator=generator, dtype=torch.float64)
+    y, y_val = torch.randint(3, (2, SAMPLES), generator=generator)
+    start = sum(SHARES[world][:rank])
+    mine = slice(start, start + SHARES[world][rank])
+    val = slice(rank, None, world)
+    return (x[mine], y[mine], mine), (x_val[val], y_val[val])
+
+
+def backend_for(train, val, world):
+    if world == 1:
+        return bilevel_torch.TorchBackend()
+    return bilevel_torch.DataParallel(inner_samples=len(train[1]), outer_samples=len(val[1]))
+
+
+def loop(net, run, train, val, backend, solver, steps=2):
+    """A few steps of training and tuning, with a weight for each example and a decay for each tensor."""
+    (x, y, mine), (x_val, y_val) = train, val
+    weights = torch.zeros(SAMPLES, dtype=torch.float64, requires_grad=True)
+    decays = [torch.tensor(-3.0, dtype=torch.float64, requires_grad=True) for _ in net.parameters()]
+    inner_optimizer, outer_optimizer = (
+        torch.optim.Adam(net.parameters(), 0.05),
+        torch.optim.Adam([weights, *decays], 0.1),
+    )
+
+    def loss(module):
+        penalty = sum((d.exp() * p**2).sum() for d, p in zip(decays, net.parameters(), strict=True))
+        return (weights[mine].exp() * F.cross_entropy(module(x), y, reduction="none")).mean() + penalty
+
+    for _ in range(steps):
+        for _ in range(3):
+            inner_optimizer.zero_grad()
+            # DDP divides by the number of ranks, not of samples.
+            (loss(run) * (len(y) / SAMPLES * (dist.get_world_size() if run is not net else 1))).backward()
+            inner_optimizer.step()
+        outer_optimizer.zero_grad()
+        bilevel_torch.backward(
+            loss(net),
+            F.cross_entropy(net(x_val), y_val),
+            net.parameters(),
+            {"decays": decays, "weights": weights},
+            solver=solver,
+            backend=backend,
+        )
+        outer_optimizer.step()
+    return [*net.parameters(), weights, *decays, weights.grad, *(d.grad for d in decays)]
+
+
+def with_functions(net, train, val, backend, solver, from_model=False):
+    """The same by functions of params and hparams, as finite differences, unrolling and Gauss-Newton need them."""
+
+    def call(params, x):
+        return torch.func.functional_call(net, params, (x,))
+
+    def penalty(params, log_decay):
+        return log_decay.exp() * sum((p**2).sum() for p in params.values())
+
+    def outer(params, log_decay, x, y):
+        return F.cross_entropy(call(params, x), y)
+
+    if from_model:
+        problem = bl.Problem.from_model(lambda w, h, x: call(w, x), F.cross_entropy, outer, penalty=penalty)
+    else:
+        problem = bl.Problem(lambda w, h, x, y: F.cross_entropy(call(w, x), y) + penalty(w, h), outer)
+    params = {name: p.detach() for name, p in net.named_parameters()}
+    log_decay = torch.tensor(-2.0, dtype=torch.float64)
+    hg = bl.hypergradient(
+        problem, params, log_decay, inner_args=train[:2], outer_args=val, solver=solver, backend=backend
+    )
+    return [hg.grad, hg.value, *hg.adjoint.values()]
+
+
+def influence_of_one(net, train, val, backend, rank, world):
+    """Hyperparameters that only the last rank's loss knows of."""
+    h = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    (x, y, mine), (x_val, y_val) = train, val
+    weights = torch.ones(SAMPLES, dtype=torch.float64)
+    weights = torch.cat([weights[:-1], h[None]]) if rank == world - 1 else weights
+    inner = (weights[mine] * F.cross_entropy(net(x), y, reduction="none")).mean()
+    inner = inner + 0.1 * sum((p**2).sum() for p in net.parameters())
+    outer = F.cross_entropy(net(x_val), y_val)
+    solver = bl.MINRES(damping=1.0, rtol=1e-12)
+    return [bilevel_torch.hypergradient(inner, outer, net.parameters(), h, solver=solver, backend=backend).grad]
+
+
+def compute(rank, world):
+    """All results, by name."""
+    net, (train, val) = model(), shard(rank, world)
+    results = {}
+    for name, solver in SOLVERS.items():
+        net = model()
+        run = net if world == 1 else DistributedDataParallel(net)
+        results[name] = loop(net, run, train, val, backend_for(train, val, world), bl.WarmStart(solver))
+    for name, solver in (
+        ("unrolled", bl.Unrolled(steps=5, step_size=0.1)),
+        ("forward", bl.Unrolled(steps=5, step_size=0.1, mode="forward")),
+    ):
+        results[name] = with_functions(net, train, val, backend_for(train, val, world), solver)
+    gauss_newton = with_functions(net, train, val, backend_for(train, val, world), SOLVERS["cg"], from_model=True)
+    results["gauss-newton"] = gauss_newton
+    results["one rank's"] = influence_of_one(net, train, val, backend_for(train, val, world), rank, world)
+    return {name: [t.detach() for t in tensors] for name, tensors in results.items()}
+
+
+def mishaps(rank, world):
+    """What each rank is told when something is wrong on one of them."""
+    net, (train, val) = model(), shard(rank, world)
+    said = {}
+
+    def attempt(name, spoil, **options):
+        h = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+        inner = F.cross_entropy(net(train[0]), train[1]) + h.exp() * sum((p**2).sum() for p in net.parameters())
+        outer = F.cross_entropy(net(val[0]), val[1])
+        inner, outer = spoil(inner, outer)
+        try:
+            bilevel_torch.backward(
+                inner, outer, net.parameters(), h, backend=backend_for(train, val, world), on_failure="raise", **options
+            )
+        except (bl.SolverError, ValueError) as error:
+            said[name] = f"{type(error).__name__}: {error}"
+
+    last = rank == world - 1
+    attempt("nan", lambda inner, outer: (inner * (float("nan") if last else 1.0), outer))
+    attempt("maxiter", lambda inner, outer: (inner, outer), solver=bl.CG(maxiter=1, damping=1.0))
+    attempt("fine", lambda inner, outer: (inner, outer), solver=bl.CG(damping=2.0))
+    return said
+
+
+if __name__ == "__main__":
+    rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=timedelta(seconds=60)
+    )
+    torch.save({"results": compute(rank, world), "said": mishaps(rank, world)}, folder / f"{rank}.pt")
+    dist.destroy_process_group()

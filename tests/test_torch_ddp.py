@@ -1,0 +1,65 @@
+"""Ranks with different batches, under DistributedDataParallel with gloo: the answer is that of one process."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from frameworks import relative_error
+
+torch = pytest.importorskip("torch")
+bilevel_torch = pytest.importorskip("bilevel_torch")
+if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
+    pytest.skip("this torch is built without gloo", allow_module_level=True)
+import ranks  # noqa: E402
+
+CASES = [*ranks.SOLVERS, "unrolled", "forward", "gauss-newton", "one rank's"]
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def several(request, tmp_path_factory):
+    world, folder = request.param, tmp_path_factory.mktemp("ranks")
+    script, env = Path(__file__).with_name("ranks.py"), {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, script, str(rank), str(world), str(folder)], env=env, stderr=subprocess.PIPE, text=True
+        )
+        for rank in range(world)
+    ]
+    for process in processes:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+    return [torch.load(folder / f"{rank}.pt") for rank in range(world)]
+
+
+@pytest.fixture(scope="module")
+def one():
+    return ranks.compute(0, 1)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_it_is_that_of_one_process_on_the_joined_batch(several, one, case):
+    """After outer steps with training by DDP between them, whose reduction goes on working."""
+    for rank in several:
+        for found, expected in zip(rank["results"][case], one[case], strict=True):
+            assert relative_error(found, expected) <= 1e-10
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_ranks_agree_to_the_last_bit(several, case):
+    first, *others = (rank["results"][case] for rank in several)
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+def test_what_goes_wrong_on_one_rank_is_known_to_all(several):
+    for rank in several:
+        assert rank["said"]["nan"].startswith("SolverError: CG: nan or inf")
+        assert rank["said"]["maxiter"].startswith("SolverError: CG: stopped after 1 steps")
+        assert "fine" not in rank["said"]
+
+
+def test_without_a_process_group_it_says_so():
+    with pytest.raises(ValueError, match=r"there is no process group: call torch\.distributed\.init_process_group"):
+        bilevel_torch.DataParallel()

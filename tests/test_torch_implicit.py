@@ -1,0 +1,163 @@
+"""`bilevel_torch.implicit_minimizer`: a training as a differentiable function of its hyperparameters."""
+
+import pytest
+from frameworks import relative_error
+
+import bilevel as bl
+
+torch = pytest.importorskip("torch")
+bilevel_torch = pytest.importorskip("bilevel_torch")
+
+generator = torch.Generator().manual_seed(0)
+X, y = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((30, 4), (30,)))
+SOLVER = bl.CG(rtol=1e-12)
+
+
+def inner(w, h, X, y):
+    return ((X @ w["a"] - y) ** 2).mean() / 2 + (h["penalty"].exp() * w["a"] ** 2).sum() / 2
+
+
+def minimum(h, X, y):
+    return torch.linalg.solve(X.T @ X / len(y) + torch.diag(h["penalty"].exp()), X.T @ y / len(y))
+
+
+def train(h, X, y):
+    """As people train: with an optimizer, a loss and backward()."""
+    w = {"a": torch.zeros(4, dtype=torch.float64, requires_grad=True)}
+    optimizer = torch.optim.LBFGS(w.values(), max_iter=100, tolerance_grad=1e-13, tolerance_change=0)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = inner(w, h, X, y)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return w
+
+
+def hparams():
+    return {"penalty": torch.linspace(-2, 0, 4, dtype=torch.float64, requires_grad=True)}
+
+
+def outer(w):
+    return (w["a"] ** 3).sum()
+
+
+def test_it_matches_the_closed_form_in_hparams_and_data():
+    solve = bilevel_torch.implicit_minimizer(inner, solver=SOLVER)(train)
+    (h, A), (h_closed, A_closed) = ((hparams(), X.clone().requires_grad_()) for _ in range(2))
+    outer(solve(h, A, y)).backward()
+    outer({"a": minimum(h_closed, A_closed, y)}).backward()
+    assert relative_error(h["penalty"].grad, h_closed["penalty"].grad) <= 1e-9
+    assert relative_error(A.grad, A_closed.grad) <= 1e-9
+
+
+def test_gradcheck():
+    solve = bilevel_torch.implicit_minimizer(inner, solver=SOLVER)(train)
+    assert torch.autograd.gradcheck(
+        lambda penalty: solve({"penalty": penalty}, X, y)["a"], (hparams()["penalty"],), atol=1e-6
+    )
+
+
+def test_the_training_runs_once_and_leaves_no_gradient_of_its_own():
+    calls = []
+
+    def counted(h, X, y):
+        calls.append(h)
+        return train(h, X, y)
+
+    solve = bilevel_torch.implicit_minimizer(inner, solver=SOLVER)(counted)
+    h = hparams()
+    w = solve(h, X, y)
+    assert h["penalty"].grad is None  # though the training calls backward() on a loss of h
+    outer(w).backward()
+    assert len(calls) == 1
+    assert not calls[0]["penalty"].requires_grad
+
+
+def test_part_of_the_result_may_go_unused():
+    def two(h):
+        return [h.detach() / 2, h.detach() / 3]
+
+    def loss(w, h):
+        return ((2 * w[0] - h) ** 2).sum() + ((3 * w[1] - h) ** 2).sum()
+
+    h = torch.tensor([6.0], requires_grad=True)
+    (bilevel_torch.implicit_minimizer(loss)(two)(h)[1] ** 2).sum().backward()
+    assert float(h.grad) == pytest.approx(2 * 2 / 3, rel=1e-5)
+
+
+def test_without_a_gradient_to_pass_on_it_is_the_training():
+    solve = bilevel_torch.implicit_minimizer(inner, solver=SOLVER)(train)
+    fixed = {"penalty": hparams()["penalty"].detach()}
+    assert torch.equal(solve(fixed, X, y)["a"], train(fixed, X, y)["a"].detach())
+    assert not solve(fixed, X, y)["a"].requires_grad
+
+
+def test_a_warm_start_serves_one_backward_pass_after_the_other():
+    solver = bl.WarmStart(bl.CG(rtol=1e-6))
+    solve = bilevel_torch.implicit_minimizer(inner, solver=solver)(train)
+    h = hparams()
+    first, second = (torch.autograd.grad(outer(solve(h, X, y)), h["penalty"])[0] for _ in range(2))
+    assert solver.calls == 2
+    assert relative_error(second, first) <= 1e-5
+
+
+class TestErrors:
+    def test_unrolled_is_no_linear_solver(self):
+        with pytest.raises(TypeError, match="Unrolled differentiates a training of its own"):
+            bilevel_torch.implicit_minimizer(inner, solver="unrolled")
+
+    def test_an_inner_loss_that_runs_a_module_itself(self):
+        net = torch.nn.Linear(4, 1)
+        solve = bilevel_torch.implicit_minimizer(lambda w, h: h * net(X.float()).pow(2).mean())(
+            lambda h: dict(net.named_parameters())
+        )
+        w = solve(torch.ones((), requires_grad=True))
+        with pytest.raises(ValueError, match=r"inner does not depend on params\['bias'\]"):
+            w["weight"].sum().backward()
+
+    def test_hparams_that_are_closed_over(self):
+        h = hparams()
+        solve = bilevel_torch.implicit_minimizer(lambda w, _, X, y: inner(w, h, X, y), solver=SOLVER)(train)
+        with pytest.raises(ValueError, match=r"Neither F nor ∂L/∂w depends on .*closed over"):
+            outer(solve(h, X, y)).backward()
+
+    def test_a_training_that_returns_something_else(self):
+        solve = bilevel_torch.implicit_minimizer(inner)(lambda h, *_: {"a": torch.ones(4), "epochs": 3})
+        with pytest.raises(TypeError, match=r"the result of the training\['epochs'\]: expected an array of torch"):
+            solve(hparams(), X, y)
+
+    def test_a_module_trained_on_before_the_backward_pass(self):
+        net = torch.nn.Linear(1, 1)
+        solve = bilevel_torch.implicit_minimizer(lambda w, h: ((w["weight"] - h) ** 2).sum() + (w["bias"] ** 2).sum())(
+            lambda h: dict(net.named_parameters())
+        )
+        w = solve(torch.ones((), requires_grad=True))
+        with torch.no_grad():
+            net.weight.add_(1.0)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            w["weight"].sum().backward()
+
+    def test_a_failed_solve_warns_and_raises_in_the_backward_pass(self):
+        for on_failure, caught in (
+            ("warn", pytest.warns(bl.SolverWarning, match="CG: stopped after 1 steps")),
+            ("raise", pytest.raises(bl.SolverError, match="CG: stopped after 1 steps")),
+        ):
+            solve = bilevel_torch.implicit_minimizer(inner, solver=bl.CG(maxiter=1), on_failure=on_failure)(train)
+            loss = outer(solve(hparams(), X, y))
+            with caught:
+                loss.backward()
+
+    def test_second_derivatives_are_refused(self):
+        solve = bilevel_torch.implicit_minimizer(inner, solver=SOLVER)(train)
+        h = hparams()
+        (grad,) = torch.autograd.grad(outer(solve(h, X, y)), h["penalty"], create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            grad.sum().backward()
+
+    def test_inference_mode(self):
+        solve = bilevel_torch.implicit_minimizer(inner)(train)
+        with torch.inference_mode(), pytest.raises(RuntimeError, match=r"inference_mode.*silent zero"):
+            solve(hparams(), X, y)

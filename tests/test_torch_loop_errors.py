@@ -1,0 +1,232 @@
+"""What a PyTorch user meets who makes a mistake in the loop: each error names the culprit and the way out."""
+
+import pytest
+
+import bilevel as bl
+
+torch = pytest.importorskip("torch")
+bilevel_torch = pytest.importorskip("bilevel_torch")
+nn = torch.nn
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+
+
+@pytest.fixture
+def decay():
+    return torch.tensor(-1.0, requires_grad=True)
+
+
+X = torch.ones(5, 3)
+
+
+def losses(net, decay, penalize=True):
+    penalty = decay.exp() * sum((p**2).sum() for p in net.parameters()) if penalize else 0.0
+    return (net(X) - 1).pow(2).mean() + penalty, net(X).pow(2).mean()
+
+
+def call(inner, outer, params, hparams, **options):
+    return bilevel_torch.backward(inner, outer, params, hparams, solver=bl.CG(damping=10.0, rtol=1e-4), **options)
+
+
+def test_hparams_without_influence_are_named(net, decay):
+    with pytest.raises(ValueError, match=r"Neither loss depends on hparams\['decay'\]\. .*these very tensors.*detach"):
+        call(*losses(net, decay.detach()), net.parameters(), {"decay": decay})
+
+
+def test_one_of_several_without_influence_is_zero(net, decay):
+    idle = torch.ones(2, requires_grad=True)
+    hg = call(*losses(net, decay), net.parameters(), [decay, idle])
+    assert hg.grad[0] != 0
+    assert not hg.grad[1].any()
+
+
+def test_hparams_that_require_no_gradient_are_named(net):
+    with pytest.raises(ValueError, match=r"hparams\['decay'\] does not require a gradient.*requires_grad_\(\)"):
+        call(*losses(net, torch.tensor(-1.0)), net.parameters(), {"decay": torch.tensor(-1.0)})
+
+
+def test_params_of_another_module_are_named(net, decay):
+    other = nn.Linear(2, 1)
+    with pytest.raises(ValueError, match=r"outer_loss depends on neither params\['weight'\].* nor hparams.*detached"):
+        call(*losses(net, decay), {"weight": other.weight}, decay)
+
+
+def test_copies_of_the_params_are_named(net, decay):
+    copies = {name: p.detach().clone().requires_grad_() for name, p in net.named_parameters()}
+    inner, outer = losses(net, decay)
+    with pytest.raises(ValueError, match=r"inner_loss does not depend on params\['0\.bias'\].*these very tensors"):
+        call(inner, outer + decay, copies, decay)
+
+
+def test_params_that_are_all_frozen(net, decay):
+    inner, outer = losses(net, decay)
+    net.requires_grad_(False)  # as Lightning's toggle_optimizer does
+    with pytest.raises(ValueError, match=r"params\['0\.bias'\].*all frozen"):
+        call(inner, outer, net.named_parameters(), decay)
+
+
+def test_a_step_before_the_hypergradient(net, decay):
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    inner, outer = losses(net, decay)
+    inner.backward(retain_graph=True)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match=r"(?s)modified by an inplace operation.*take\s+the step before both losses"):
+        call(inner, outer, net.parameters(), decay)
+
+
+def test_a_graph_already_freed(net, decay):
+    inner, outer = losses(net, decay)
+    inner.backward()
+    with pytest.raises(RuntimeError, match=r"(?s)second time.*take the hypergradient first.*retain_graph=True"):
+        call(inner, outer, net.parameters(), decay)
+
+
+@pytest.mark.parametrize("role", [0, 1])
+def test_a_loss_without_a_graph(net, decay, role):
+    both = list(losses(net, decay))
+    both[role] = both[role].detach()
+    with pytest.raises(ValueError, match=f"{['inner_loss', 'outer_loss'][role]} has no graph.*no_grad"):
+        call(*both, net.parameters(), decay)
+
+
+def test_a_loss_turned_into_a_number(net, decay):
+    inner, outer = losses(net, decay)
+    with pytest.raises(TypeError, match=r"outer_loss: expected a scalar tensor, got float: do not call \.item\(\)"):
+        call(inner, outer.item(), net.parameters(), decay)
+
+
+def test_a_loss_per_example(net, decay):
+    inner, _ = losses(net, decay)
+    with pytest.raises(ValueError, match=r"outer_loss: expected a scalar, got an array of shape \(5, 1\)"):
+        call(inner, net(X), net.parameters(), decay)
+
+
+def test_inference_mode_around_the_losses(net, decay):
+    with torch.inference_mode():
+        both = losses(net, decay)
+    with pytest.raises(RuntimeError, match=r"inference_mode.*silent zero"):
+        call(*both, net.parameters(), decay)
+
+
+def test_inference_mode_around_the_call(net, decay):
+    both = losses(net, decay)
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"inference_mode.*silent zero"):
+        call(*both, net.parameters(), decay)
+
+
+class TestCheckpoints:
+    def test_a_reentrant_checkpoint_hides_its_parameters(self, net, decay):
+        x = X.clone().requires_grad_()
+        z = torch.utils.checkpoint.checkpoint(net[:2], x, use_reentrant=True)
+        inner = (net[2](z) - 1).pow(2).mean() + decay.exp() * sum((p**2).sum() for p in net[2].parameters())
+        with pytest.raises(RuntimeError, match=r"inner_loss hides parameters.*silent zeros.*use_reentrant=False"):
+            call(inner, net(X).pow(2).mean(), net.parameters(), decay)
+        with pytest.raises(RuntimeError, match=r"outer_loss hides parameters.*silent zeros.*use_reentrant=False"):
+            call(losses(net, decay)[0], net[2](z).pow(2).mean(), net.parameters(), decay)
+
+    def test_between_the_params_and_the_loss_pytorch_refuses_it_itself(self, net, decay):
+        z = torch.utils.checkpoint.checkpoint(net[1], net[0](X) * decay, use_reentrant=True)
+        inner, outer = net[2](z).pow(2).mean(), losses(net, decay)[1]
+        with pytest.raises(RuntimeError, match=r"(?s)use_reentrant=True.*checkpoint\(\.\.\., use_reentrant=False\)"):
+            call(inner, outer, net.parameters(), decay)
+
+
+class TestCompiled:
+    """With a backend that needs no compiler; what is refused is the same."""
+
+    @pytest.fixture
+    def compiled(self, net):
+        return torch.compile(net, backend="aot_eager")
+
+    def test_a_compiled_module_names_the_eager_one(self, net, compiled, decay):
+        inner, outer = losses(compiled, decay)
+        with pytest.raises(RuntimeError, match=r"(?s)double backward.*_orig_mod.*finite-differences"):
+            call(inner, outer, net.parameters(), decay)
+
+    def test_the_eager_module_does(self, net, compiled, decay):
+        hg = call(*losses(compiled._orig_mod, decay), net.parameters(), decay)
+        assert torch.equal(hg.grad, call(*losses(net, decay), net.parameters(), decay).grad)
+
+    def test_finite_differences_do(self, net, compiled, decay):
+        def inner(params, decay):
+            out = torch.func.functional_call(compiled, {f"_orig_mod.{n}": p for n, p in params.items()}, (X,))
+            return (out - 1).pow(2).mean() + decay.exp() * sum((p**2).sum() for p in params.values())
+
+        def outer(params, decay):
+            return torch.func.functional_call(net, params, (X,)).pow(2).mean()
+
+        problem = bl.Problem(inner, outer, curvature="finite-differences")
+        hg = bl.hypergradient(problem, dict(net.named_parameters()), decay, solver=bl.CG(damping=10.0, rtol=1e-2))
+        expected = call(*losses(net, decay), net.parameters(), decay)
+        assert float(hg.grad) == pytest.approx(float(expected.grad), rel=0.02)
+
+
+def test_devices_that_differ_are_named(net, decay):
+    weights = torch.ones(3, device="meta", requires_grad=True)
+    with pytest.raises(ValueError, match=r"hparams\['weights'\] is on meta, but params\['0\.bias'\] on cpu"):
+        call(*losses(net, decay), net.named_parameters(), {"weights": weights})
+
+
+class TestTrees:
+    def test_a_module_in_place_of_its_parameters(self, net, decay):
+        with pytest.raises(TypeError, match=r"params is a module: pass its parameters\(\)"):
+            call(*losses(net, decay), net, decay)
+
+    def test_modules_in_place_of_their_parameters(self, net, decay):
+        with pytest.raises(TypeError, match=r"params\[0\]: expected an array of torch, got Linear"):
+            call(*losses(net, decay), list(net), decay)
+
+    def test_a_number_among_the_hparams(self, net, decay):
+        with pytest.raises(TypeError, match=r"hparams: expected a tensor, or a list.*got float"):
+            call(*losses(net, decay), net.parameters(), -1.0)
+        with pytest.raises(TypeError, match=r"hparams\['lr'\]: expected an array of torch, got float"):
+            call(*losses(net, decay), net.parameters(), {"decay": decay, "lr": 0.1})
+
+    def test_integers_among_the_params(self, net, decay):
+        steps = torch.zeros((), dtype=torch.int64)
+        with pytest.raises(TypeError, match=r"params\['steps'\]: expected a floating-point leaf, got torch\.int64"):
+            call(*losses(net, decay), {**dict(net.named_parameters()), "steps": steps}, decay)
+
+    def test_no_params_at_all(self, net, decay):
+        with pytest.raises(ValueError, match="params has no leaves"):
+            call(*losses(net, decay), nn.Tanh().parameters(), decay)
+
+    def test_a_tensor_that_is_there_twice(self, net, decay):
+        with pytest.raises(ValueError, match=r"params\[1\] is the same tensor as params\[0\]"):
+            call(*losses(net, decay), [net[0].weight, net[0].weight], decay)
+
+    def test_lists_dicts_and_iterables_are_one_and_the_same(self, net):
+        decays = nn.ParameterList(torch.full_like(p, -1.0) for p in net.parameters())
+
+        def both():
+            penalty = sum((d.exp() * p**2).sum() for d, p in zip(decays, net.parameters(), strict=True))
+            return (net(X) - 1).pow(2).mean() + penalty, net(X).pow(2).mean()
+
+        expected = call(*both(), list(net.parameters()), list(decays)).grad
+        names = ["a", "b", "c", "d"]
+        for params in (net.parameters, net.named_parameters, lambda: list(net.named_parameters())):
+            for hparams in (decays, list(decays), nn.ParameterDict(dict(zip(names, decays, strict=True)))):
+                hg = call(*both(), params(), hparams)
+                found = [hg.grad[n] for n in names] if isinstance(hg.grad, dict) else hg.grad
+                for a, b in zip(found, expected, strict=True):
+                    torch.testing.assert_close(a, b)
+
+
+def test_an_adjoint_of_other_params(net, decay):
+    with pytest.raises(ValueError, match=r"adjoint0\['0\.bias'\]: expected the structure of params"):
+        call(*losses(net, decay), net.named_parameters(), decay, adjoint0={"w": torch.ones(1)})
+
+
+def test_unrolled_needs_the_losses_as_functions(net, decay):
+    with pytest.raises(TypeError, match=r"Unrolled needs the problem itself: use bl\.hypergradient"):
+        bilevel_torch.backward(*losses(net, decay), net.parameters(), decay, solver="unrolled")
+
+
+def test_a_warning_points_at_the_users_line(net, decay):
+    with pytest.warns(bl.SolverWarning) as caught:
+        bilevel_torch.backward(*losses(net, decay), net.parameters(), decay, solver=bl.CG(maxiter=1))
+    assert caught[0].filename == __file__

@@ -1,0 +1,167 @@
+"""`bl.WarmStart`: a solver with a memory, in every eager framework."""
+
+from copy import deepcopy
+
+import numpy as np
+import pytest
+from frameworks import framework, relative_error, symmetric
+
+import bilevel as bl
+from bilevel.protocols import Linearization
+
+EAGER = ["numpy", "torch"]
+H = symmetric(np.geomspace(0.1, 10, 30))
+RHS = np.random.default_rng(1).standard_normal((6, 30))
+
+
+def run(name, solver, first=0, last=6, **options):
+    """Solve systems that move a little from call to call; return adjoints and steps."""
+    backend = framework(name)
+    matrix, found = backend.from_numpy(H), []
+    for t in range(first, last):
+        rhs = backend.from_numpy(RHS[0] + 0.01 * t * RHS[1])
+        lin = Linearization(rhs[0], rhs, None, lambda v: matrix @ v, lambda v: v)
+        found.append(bl.hypergradient_from(lin, solver=solver, **options))
+    return [backend.to_numpy(hg.adjoint) for hg in found], [hg.info.steps for hg in found]
+
+
+@pytest.mark.parametrize("name", EAGER)
+def test_each_solve_starts_from_the_last_solution(name):
+    cold, cold_steps = run(name, "cg")
+    warm, warm_steps = run(name, bl.WarmStart("cg"))
+    _, straight_steps = run(name, bl.WarmStart("cg", extrapolate=True))
+    assert warm_steps[0] == cold_steps[0]
+    assert sum(straight_steps[2:]) < sum(warm_steps[2:]) < sum(cold_steps[2:])
+    for a, b in zip(cold, warm, strict=True):
+        assert relative_error(a, b) <= 1e-3
+
+
+@pytest.mark.parametrize("name", EAGER)
+def test_a_start_that_is_given_takes_precedence(name):
+    solver, backend = bl.WarmStart("cg"), framework(name)
+    run(name, solver, 0, 1)
+    exact = backend.from_numpy(np.linalg.solve(H, RHS[0]))
+    assert run(name, solver, 0, 1, adjoint0=exact)[1] == [0]
+
+
+@pytest.mark.parametrize("name", EAGER)
+@pytest.mark.parametrize(
+    "spec", [{"name": "neumann", "terms": 5}, {"name": "cg", "preconditioner": {"name": "nystrom", "rank": 4}}], ids=str
+)
+def test_what_is_prepared_serves_so_many_calls(name, spec):
+    products = []
+
+    def count(solver, calls):
+        backend = framework(name)
+        matrix, rhs = backend.from_numpy(H), backend.from_numpy(RHS[0])
+        products.clear()
+        for _ in range(calls):
+            lin = Linearization(rhs[0], rhs, None, lambda v: products.append(1) or matrix @ v, lambda v: v)
+            bl.hypergradient_from(lin, solver=solver)
+        return len(products)
+
+    preparing = 12 if spec["name"] == "neumann" else 4
+    each = count(bl.WarmStart(spec), 6)
+    assert each - count(bl.WarmStart(spec, prepare_every=3), 6) == 4 * preparing
+
+
+@pytest.mark.parametrize("name", EAGER)
+def test_a_solve_that_is_not_finite_is_forgotten(name):
+    solver, backend = bl.WarmStart("cg", extrapolate=True), framework(name)
+    run(name, solver, 0, 2)
+    rhs = backend.from_numpy(RHS[0] * np.nan)
+    bl.hypergradient_from(
+        Linearization(rhs[0], rhs, None, lambda v: v, lambda v: v), solver=solver, on_failure="ignore"
+    )
+    assert np.isfinite(backend.to_numpy(solver.adjoint)).all()
+    with pytest.raises(bl.SolverError):
+        bl.hypergradient_from(Linearization(rhs[0], rhs, None, lambda v: v, lambda v: v), solver=bl.WarmStart())
+    assert run(name, solver, 2, 3)[1][0] < run(name, "cg", 2, 3)[1][0]
+
+
+class TestState:
+    @pytest.mark.parametrize("name", EAGER)
+    @pytest.mark.parametrize(
+        "spec",
+        [
+            "cg",
+            {"name": "neumann", "terms": 5},
+            {"name": "nystrom", "rank": 30, "damping": 0.1},
+            {"name": "cg", "preconditioner": {"name": "nystrom", "rank": 4}},
+            {"name": "cg", "preconditioner": "diagonal"},
+        ],
+        ids=str,
+    )
+    def test_a_run_that_resumes_is_the_run_that_went_on(self, name, spec, tmp_path):
+        def new():
+            return bl.WarmStart(spec, extrapolate=True, prepare_every=4)
+
+        whole, _ = run(name, new())
+        first = new()
+        run(name, first, 0, 3)
+        resumed = new()
+        resumed.load_state_dict(self.stored(name, first.state_dict(), tmp_path))
+        rest, _ = run(name, resumed, 3, 6)
+        for a, b in zip(whole[3:], rest, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+    @staticmethod
+    def stored(name, state, folder):
+        if name == "numpy":
+            return deepcopy(state)
+        torch = pytest.importorskip("torch")
+        torch.save(state, folder / "state.pt")
+        return torch.load(folder / "state.pt", weights_only=True)
+
+    def test_a_new_one_has_a_state_too(self):
+        solver = bl.WarmStart("neumann")
+        solver.load_state_dict(bl.WarmStart("neumann").state_dict())
+        assert solver.calls == 0
+
+    def test_another_state_is_refused(self):
+        solver = bl.WarmStart()
+        with pytest.raises(
+            ValueError, match=r"expected the keys \['adjoint', .*got \['adjoint'\].*no state of a WarmStart"
+        ):
+            solver.load_state_dict({"adjoint": None})
+        with pytest.raises(ValueError, match=r"expected format 1, got 2"):
+            solver.load_state_dict({**solver.state_dict(), "format": 2})
+
+
+class TestErrors:
+    def test_unrolled_solves_no_linear_system(self):
+        with pytest.raises(TypeError, match="WarmStart: Unrolled solves no linear system"):
+            bl.WarmStart("unrolled")
+
+    def test_prepare_every_is_a_number_of_calls(self):
+        with pytest.raises(ValueError, match=r"WarmStart\.prepare_every: expected an integer >= 1, got 0"):
+            bl.WarmStart(prepare_every=0)
+
+    def test_params_of_another_size(self):
+        solver = bl.WarmStart()
+        run("numpy", solver, 0, 1)
+        lin = Linearization(0.0, np.ones(2), None, lambda v: v, lambda v: v)
+        with pytest.raises(ValueError, match=r"remembers an adjoint of 30 entries, but params has 2\. .*reset\(\)"):
+            bl.hypergradient_from(lin, solver=solver)
+        solver.reset()
+        assert bl.hypergradient_from(lin, solver=solver).info.status is bl.Status.CONVERGED
+
+    def test_a_failure_names_the_solver_in_it(self):
+        lin = Linearization(0.0, np.ones(30), None, lambda v: H @ v, lambda v: v)
+        with pytest.warns(bl.SolverWarning, match="CG: stopped after 2 steps"):
+            bl.hypergradient_from(lin, solver=bl.WarmStart(bl.CG(maxiter=2)))
+
+    def test_what_the_solver_refuses_is_refused(self):
+        problem = bl.problems.ridge()
+        X, y, w, h = np.eye(3), np.ones(3), np.full(3, 0.5), np.zeros(3)
+        with pytest.raises(TypeError, match=r"batch per product, but .* needs the same Hessian"):
+            bl.hypergradient(problem, w, h, inner_args=[(X, y), (X, y)], outer_args=(X, y), solver=bl.WarmStart("cg"))
+
+
+def test_diagnose_leaves_the_memory_alone():
+    problem = bl.problems.quadratic(hessian=np.diag([1.0, 4.0]), coupling=np.eye(2), target=np.ones(2))
+    solver = bl.WarmStart("cg")
+    report = bl.diagnose(problem, np.array([1.0, 0.25]), np.ones(2), solver=solver)
+    assert report.ok
+    assert solver.calls == 0
+    assert solver.adjoint is None
