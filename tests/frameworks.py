@@ -1,6 +1,8 @@
 """The same systems and problems in every framework that is installed."""
 
 import importlib.util
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ from bilevel.protocols import Point
 
 FRAMEWORKS = ["numpy", "torch", "jax"]
 DTYPES = [np.float32, np.float64]
+EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 def framework(name: str) -> Any:
@@ -64,3 +67,13 @@ def failures(checks: Any) -> dict[str, str]:
         except AssertionError as error:
             said[check.name] = str(error)
     return said
+
+
+def example(path: str) -> ModuleType:
+    """Import one of the examples."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, EXAMPLES / path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

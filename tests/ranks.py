@@ -4,13 +4,13 @@ import sys
 from datetime import timedelta
 from pathlib import Path
 
-import bilevel_torch
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import bilevel as bl
+import bilevel_torch
 
 F = nn.functional
 SAMPLES, SHARES = 24, {1: [24], 2: [5, 19], 3: [7, 1, 16]}  # of the training data, uneven

@@ -1,0 +1,111 @@
+"""The examples in plain PyTorch, small: what they are for happens, and a killed run ends as if nothing had."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+
+import pytest
+from frameworks import EXAMPLES, example
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("sklearn")
+pytest.importorskip("tqdm")
+
+CONFIG = ["--config", str(EXAMPLES / "solver.toml")]
+
+
+def test_plain_loop_cleans_its_training_set(capsys):
+    found = example("pytorch/plain_loop.py").main([*CONFIG, "--steps", "40"])
+    assert found["tuned weights, validation loss"] < 0.5 * found["equal weights, validation loss"]
+    assert found["tuned weights, test loss"] < 0.7 * found["equal weights, test loss"]
+    assert found["weight of the wrong"] < 0.3 < 0.7 < found["weight of the right"]
+    assert "tuned weights, test accuracy" in capsys.readouterr().out
+
+
+def test_ddp_loop_prints_the_same_on_two_ranks_as_on_one(tmp_path):
+    script = [str(EXAMPLES / "pytorch" / "ddp_loop.py"), *CONFIG, "--steps", "5"]
+    env = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
+    printed = []
+    for ranks in (1, 2):
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(ranks),
+            *script,
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path, env=env)
+        assert done.returncode == 0, done.stderr
+        printed.append([line for line in done.stdout.splitlines() if line.startswith("step")])
+        assert f"{ranks} ranks, 2,410 decays" in done.stdout
+    assert len(printed[0]) == 2
+    assert printed[0] == printed[1]
+
+
+STEPS = 24
+
+
+@pytest.fixture(scope="module")
+def resumable():
+    return example("pytorch/resumable.py")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(resumable):
+    """The digest of a run that nothing disturbs."""
+    run = resumable.Run()
+    for _ in range(STEPS):
+        run.advance()
+    return run.digest()
+
+
+def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(resumable, undisturbed, tmp_path):
+    checkpoint, moments, kills = tmp_path / "run.pt", random.Random(0), 0
+    command = [sys.executable, resumable.__file__, "--checkpoint", checkpoint, "--steps", str(STEPS)]
+    while True:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            kill_at = moments.randrange(2, 9) if kills < 3 else STEPS
+            lines = []
+            for line in process.stdout:
+                lines.append(line)
+                if len(lines) == kill_at:
+                    process.kill()  # while it writes the checkpoint of that step, or computes the next
+        if process.returncode != -signal.SIGKILL:
+            break
+        kills += 1
+    assert process.returncode == 0
+    assert kills == 3
+    assert lines[-1].split() == ["digest", undisturbed]
+
+
+@pytest.fixture(scope="module")
+def halfway(resumable, tmp_path_factory):
+    path, run = tmp_path_factory.mktemp("state") / "run.pt", resumable.Run()
+    for _ in range(STEPS // 2 + 1):
+        run.advance()
+    resumable.save(run.state(), path)
+    return path
+
+
+def resume(resumable, halfway, without=None):
+    run, state, fresh = resumable.Run(), torch.load(halfway), resumable.Run().state()
+    run.load({**state, **({without: fresh[without]} if without else {})})
+    while run.step < STEPS:
+        run.advance()
+    return run.digest()
+
+
+def test_a_whole_checkpoint_resumes_bit_for_bit(resumable, undisturbed, halfway):
+    assert resume(resumable, halfway) == undisturbed
+
+
+@pytest.mark.parametrize(
+    "part", ["net", "decays", "optimizer", "scheduler", "outer_optimizer", "solver", "random", "step"]
+)
+@pytest.mark.filterwarnings("ignore::bilevel.SolverWarning")  # fresh weights are far from where the run was
+def test_nothing_in_a_checkpoint_could_be_left_out(resumable, undisturbed, halfway, part):
+    assert resume(resumable, halfway, without=part) != undisturbed
