@@ -40,7 +40,7 @@ def report(
 def _callers_level() -> int:
     """Return the stacklevel, for a warning one function up, of the line that called this library or a backend of it."""
     level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals["__name__"].startswith("bilevel"):
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("bilevel"):
         level, frame = level + 1, frame.f_back
     return level
 
