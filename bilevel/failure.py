@@ -34,10 +34,10 @@ def report(
     message = explain(info, solver, curvature) + hint
     if on_failure == "raise" or info.status == Status.NON_FINITE:
         raise SolverError(message)
-    warnings.warn(SolverWarning(message), stacklevel=_callers_level())
+    warnings.warn(SolverWarning(message), stacklevel=callers_level())
 
 
-def _callers_level() -> int:
+def callers_level() -> int:
     """Return the stacklevel, for a warning one function up, of the line that called this library or a backend of it."""
     level, frame = 1, sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("bilevel"):

@@ -1,6 +1,7 @@
 """What each process of test_torch_ddp.py computes: `python ranks.py RANK WORLD FOLDER`."""
 
 import sys
+import warnings
 from datetime import timedelta
 from pathlib import Path
 
@@ -138,24 +139,28 @@ def compute(rank, world):
 def mishaps(rank, world):
     """What each rank is told when something is wrong on one of them."""
     net, (train, val) = model(), shard(rank, world)
-    said = {}
+    said, backend = {}, backend_for(train, val, world)
 
-    def attempt(name, spoil, **options):
+    def attempt(name, spoil, backend=backend, **options):
         h = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
         inner = F.cross_entropy(net(train[0]), train[1]) + h.exp() * sum((p**2).sum() for p in net.parameters())
         outer = F.cross_entropy(net(val[0]), val[1])
         inner, outer = spoil(inner, outer)
         try:
-            bilevel_torch.backward(
-                inner, outer, net.parameters(), h, backend=backend_for(train, val, world), on_failure="raise", **options
-            )
-        except (bl.SolverError, ValueError) as error:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                bilevel_torch.backward(
+                    inner, outer, net.parameters(), h, backend=backend, on_failure="raise", **options
+                )
+        except (bl.SolverError, UserWarning) as error:
             said[name] = f"{type(error).__name__}: {error}"
 
     last = rank == world - 1
     attempt("nan", lambda inner, outer: (inner * (float("nan") if last else 1.0), outer))
-    attempt("maxiter", lambda inner, outer: (inner, outer), solver=bl.CG(maxiter=1, damping=1.0))
-    attempt("fine", lambda inner, outer: (inner, outer), solver=bl.CG(damping=2.0))
+    attempt("maxiter", lambda *both: both, solver=bl.CG(maxiter=1, damping=1.0))
+    attempt("fine", lambda *both: both, solver=bl.CG(damping=2.0))
+    attempt("alone", lambda *both: both, backend=None)
+    attempt("alone on purpose", lambda *both: both, backend=bilevel_torch.TorchBackend(), solver=bl.CG(damping=2.0))
     return said
 
 

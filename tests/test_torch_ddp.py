@@ -57,9 +57,31 @@ def test_what_goes_wrong_on_one_rank_is_known_to_all(several):
     for rank in several:
         assert rank["said"]["nan"].startswith("SolverError: CG: nan or inf")
         assert rank["said"]["maxiter"].startswith("SolverError: CG: stopped after 1 steps")
-        assert "fine" not in rank["said"]
+        assert set(rank["said"]) == {"nan", "maxiter", "alone"}
+
+
+def test_a_rank_without_the_others_is_warned(several):
+    for rank in several:
+        assert f"one of {len(several)} ranks" in rank["said"]["alone"]
+        assert "backend=bilevel_torch.DataParallel(" in rank["said"]["alone"]
 
 
 def test_without_a_process_group_it_says_so():
     with pytest.raises(ValueError, match=r"there is no process group: call torch\.distributed\.init_process_group"):
         bilevel_torch.DataParallel()
+
+
+def test_sharded_parameters_are_refused():
+    from torch.distributed.fsdp import fully_shard
+
+    dist = torch.distributed
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        net, h = torch.nn.Linear(2, 1), torch.zeros((), requires_grad=True)
+        fully_shard(net, mesh=dist.device_mesh.init_device_mesh("cpu", (1,)))
+        params = list(net.named_parameters())  # after a forward pass, they would be gathered
+        inner, outer = h.exp() * net(torch.ones(3, 2)).pow(2).mean(), net(torch.ones(3, 2)).mean()
+        with pytest.raises(TypeError, match=r"\['params'\]\['bias'\] is a DTensor: .*DistributedDataParallel"):
+            bilevel_torch.backward(inner, outer, params, h)
+    finally:
+        dist.destroy_process_group()

@@ -132,7 +132,7 @@ class TorchBackend(Backend):
 
     @override
     def execute(self, function: Any, solver: Solver | None, problem: BilevelProblem, point: Point) -> Any:
-        refuse_inference((point.params, point.hparams))
+        check_supported({"params": point.params, "hparams": point.hparams})
         with own_arithmetic(point.params):
             return function(self, solver, problem, point)
 
@@ -143,14 +143,25 @@ class TorchBackend(Backend):
             yield at
 
 
-def refuse_inference(tree: Any) -> None:
-    """Raise a RuntimeError in inference mode, or for tensors that were made in it."""
-    tensors = (t for t in leaves(tree) if isinstance(t, torch.Tensor))
-    if torch.is_inference_mode_enabled() or any(t.is_inference() for t in tensors):
+def check_supported(tree: Any) -> None:
+    """Raise for tensors whose derivatives would be silent zeros or wrong.
+
+    Raises:
+        RuntimeError: in inference mode, or for tensors that were made in it.
+        TypeError: for sharded tensors.
+    """
+    tensors = [(path, t) for path, t in leaves_with_paths(tree) if isinstance(t, torch.Tensor)]
+    if torch.is_inference_mode_enabled() or any(t.is_inference() for _, t in tensors):
         raise RuntimeError(
             "torch.inference_mode() keeps autograd from recording, so a hypergradient would be a silent zero: "
             "call this outside of it, with tensors that were made outside of it."
         )
+    for path, t in tensors:
+        if type(t).__name__ == "DTensor":  # importing the class takes as long as all of this package
+            raise TypeError(
+                f"{path} is a DTensor: sharded parameters (fully_shard, tensor parallelism) are not supported. "
+                "Replicate them, as DistributedDataParallel does, and use bilevel_torch.DataParallel."
+            )
 
 
 def _products(outputs: Sequence[torch.Tensor | None], params: Any, hparams: Any) -> InnerDerivatives:

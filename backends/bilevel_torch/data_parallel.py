@@ -1,5 +1,6 @@
 """Ranks that hold different batches of one problem, as under DistributedDataParallel."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +9,7 @@ import torch
 import torch.distributed as dist
 from typing_extensions import override
 
+from bilevel.failure import callers_level
 from bilevel.model_loss import ModelLoss
 from bilevel.protocols import InnerDerivatives, OuterDerivatives, Tree
 from bilevel.tree import tree_map
@@ -26,8 +28,8 @@ class DataParallel(TorchBackend):
     Each loss is that of the rank's own batch, a mean over its samples (a penalty in it is not divided). The problem
     solved is that of the means over all samples: every Hessian-vector product is averaged over the ranks, weighted by
     their numbers of samples, in one all-reduce of one flat buffer per dtype. (The mean of the solutions of the ranks'
-    own problems would be another answer, from 1 % to several times off.) Whatever steers the solver is a number that
-    all ranks have agreed on, so that they take the same branches.
+    own problems would be another answer: a mean of inverses is not the inverse of the mean.) Whatever steers the solver
+    is a number that all ranks have agreed on, so that they take the same branches.
 
     Compute the losses with the bare module, ``ddp.module``: DDP reduces in ``loss.backward()`` alone, not in the
     products that are needed here, and its wrapper, called in between, may stop reducing in your training step
@@ -122,6 +124,18 @@ class DataParallel(TorchBackend):
             for i, part in zip(places, flat.split([tensors[i].numel() for i in places]), strict=True):
                 sums[i] = part.reshape(tensors[i].shape)
         return sums
+
+
+def this_process() -> TorchBackend:
+    """Return the backend of one process; warn if there are others."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        warnings.warn(
+            f"This process is one of {dist.get_world_size()} ranks, and the hypergradient is that of its own batches. "
+            "For that of all ranks' data, on all ranks, pass backend=bilevel_torch.DataParallel(inner_samples=..., "
+            "outer_samples=...); if it is meant so, backend=bilevel_torch.TorchBackend().",
+            stacklevel=callers_level(),
+        )
+    return TorchBackend()
 
 
 @dataclass(frozen=True)

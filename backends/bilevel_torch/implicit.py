@@ -16,7 +16,8 @@ from bilevel.protocols import HypergradientMethod, Linearization
 from bilevel.tree import tree_map
 from bilevel.validation import check_trees
 from bilevel_torch.autograd import own_arithmetic
-from bilevel_torch.backend import TorchBackend, refuse_inference
+from bilevel_torch.backend import TorchBackend, check_supported
+from bilevel_torch.data_parallel import this_process
 from bilevel_torch.space import leaves
 
 Train = Callable[..., Any]
@@ -74,13 +75,12 @@ def implicit_minimizer(
             "bl.hypergradient, or a linear solver here."
         )
     check_on_failure(on_failure)
-    call = _Call(inner, method, on_failure, backend or TorchBackend())
 
     def decorate(train: Train) -> Train:
         @wraps(train)
         def solve(hparams: Any, *args: Any) -> Any:
-            refuse_inference((hparams, args))
-            return call(train, hparams, args)
+            check_supported({"hparams": hparams, "args": args})
+            return _Call(inner, method, on_failure, backend or this_process())(train, hparams, args)
 
         return solve
 

@@ -10,7 +10,8 @@ from bilevel.protocols import InnerDerivatives, Linearization, OuterDerivatives,
 from bilevel.results import Hypergradient
 from bilevel.validation import check_trees, leaf_names
 from bilevel_torch.autograd import check_distinct, own_arithmetic
-from bilevel_torch.backend import TorchBackend, refuse_inference
+from bilevel_torch.backend import TorchBackend, check_supported
+from bilevel_torch.data_parallel import this_process
 from bilevel_torch.space import leaves
 from bilevel_torch.trees import tree_of
 
@@ -104,8 +105,11 @@ def hypergradient(
         RuntimeError: from PyTorch, with what to do about it: for operations without a second derivative, params
             changed since, a graph already freed, inference mode, reentrant checkpoints.
         SolverError: if the solve failed and ``on_failure`` says so.
+
+    Warns:
+        UserWarning: if there are several ranks, but no backend is given.
     """
-    backend = TorchBackend() if backend is None else backend
+    backend = this_process() if backend is None else backend
     params, hparams = tree_of("params", params), tree_of("hparams", hparams)
     adjoint0 = None if adjoint0 is None else tree_of("adjoint0", adjoint0)
     check_trees(backend, {"params": params, "hparams": hparams, "adjoint0": adjoint0}, {"adjoint0": "params"})
@@ -118,7 +122,7 @@ def hypergradient(
 
 def _check_recorded(backend: TorchBackend, inner_loss: Any, outer_loss: Any, params: Any, hparams: Any) -> None:
     """Raise unless the two losses can be differentiated in hparams and in some of params."""
-    refuse_inference((inner_loss, outer_loss, params, hparams))
+    check_supported({"inner_loss": inner_loss, "outer_loss": outer_loss, "params": params, "hparams": hparams})
     check_distinct(params, hparams)
     for name, loss in (("inner_loss", inner_loss), ("outer_loss", outer_loss)):
         if isinstance(loss, torch.Tensor) and not loss.requires_grad:
