@@ -88,14 +88,15 @@ class TestSparsePenalties:
     def ran(self):
         return run(sparse_penalties, "--rows", "2000", "--steps", "4")
 
-    def test_a_penalty_per_feature_beats_the_shared_one_on_the_folds(self, ran):
-        assert ran["tuned"]["validation"] < ran["shared"]["validation"] - 0.005
+    def test_a_penalty_per_feature_beats_the_shared_one(self, ran):
+        assert ran["tuned"]["validation"] < ran["shared"]["validation"] - 0.01
+        assert ran["tuned"]["test"] < ran["shared"]["test"] - 0.001
 
-    def test_penalties_stay_within_their_bounds_and_differ(self, ran):
+    def test_penalties_rise_from_the_shared_one_and_differ(self, ran):
         assert ran["C"].shape == (124,)
         assert ran["C"].min() >= 1e-4 * (1 - 1e-9)
-        assert ran["C"].max() <= 1e4 * (1 + 1e-9)
-        assert ran["C"].max() > 100 * ran["C"].min()
+        assert ran["C"].max() <= ran["shared C"] * (1 + 1e-9)
+        assert ran["C"].max() > 10 * ran["C"].min()
 
     def test_the_config_serves_here_too(self):
         options = "--rows", "1000", "--steps", "1"
