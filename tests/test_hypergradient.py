@@ -125,9 +125,13 @@ class TestModels:
             return (X, rng.standard_normal(30)), (Xv, rng.standard_normal(20)), rng.standard_normal(5)
         if kind == "ridge with three targets":
             return (X, rng.standard_normal((30, 3))), (Xv, rng.standard_normal((20, 3))), rng.standard_normal((5, 3))
+        if kind == "logistic_regression of two classes":
+            return (X, rng.integers(0, 2, 30)), (Xv, rng.integers(0, 2, 20)), rng.standard_normal(5)
         return (X, rng.integers(0, 3, 30)), (Xv, rng.integers(0, 3, 20)), rng.standard_normal((5, 3))
 
-    @pytest.mark.parametrize("kind", ["ridge", "ridge with three targets", "logistic_regression"])
+    @pytest.mark.parametrize(
+        "kind", ["ridge", "ridge with three targets", "logistic_regression", "logistic_regression of two classes"]
+    )
     @pytest.mark.parametrize("penalty", HPARAMS)
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_analytic_and_automatic_derivatives_agree(self, kind, penalty, dtype):
@@ -199,10 +203,20 @@ class TestModels:
         )
         assert relative_error(hg.grad, gathered) <= 1e-9
 
-    def test_sparse_features_give_the_same(self):
+    def test_two_classes_are_softmax_with_the_first_logit_zero(self, backend):
+        (X, y), _, w = self.data("logistic_regression of two classes")
+        problem, none = bl.problems.logistic_regression(), backend.from_numpy(np.full(5, -800.0))  # exp(-800) is zero
+        losses = [
+            backend.to_host(problem.inner(backend.from_numpy(params), none, *map(backend.from_numpy, (X, t))))
+            for params, t in ((np.stack([0 * w, w], 1), y), (w, y), (w, 2 * y - 1), (w, y.astype(float)))
+        ]
+        assert losses == pytest.approx([losses[0]] * 4, rel=1e-12)
+
+    @pytest.mark.parametrize("kind", ["logistic_regression", "logistic_regression of two classes"])
+    def test_sparse_features_give_the_same(self, kind):
         from scipy import sparse
 
-        train, val, w = self.data("logistic_regression")
+        train, val, w = self.data(kind)
         problem = bl.problems.logistic_regression()
         dense, sparse_ = (
             bl.hypergradient(

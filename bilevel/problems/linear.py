@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+from scipy import special
 
 from bilevel.problem import Problem
 from bilevel.problems.namespace import namespace
@@ -35,13 +36,17 @@ class _CrossEntropy:
         return cross_entropy(X @ w, y)
 
     def grad(self, w: Any, X: Any, y: Any) -> Any:
-        errors = _softmax(X @ w)
-        errors[np.arange(len(y)), y] -= 1
+        errors = _probabilities(X @ w)
+        if w.ndim == 1:
+            errors -= y > 0
+        else:
+            errors[np.arange(len(y)), y] -= 1
         return X.T @ errors / len(y)
 
     def hvp(self, w: Any, v: Any, X: Any, y: Any) -> Any:
-        p, z = _softmax(X @ w), X @ v
-        return X.T @ (p * (z - (p * z).sum(1, keepdims=True))) / len(y)
+        p, z = _probabilities(X @ w), X @ v
+        mean = p * z if w.ndim == 1 else (p * z).sum(1, keepdims=True)
+        return X.T @ (p * (z - mean)) / len(y)
 
 
 @dataclass(frozen=True)
@@ -115,10 +120,11 @@ def ridge(groups: Any = None) -> Problem:
 
 
 def logistic_regression(groups: Any = None) -> Problem:
-    """Return multinomial logistic regression whose penalties are the hyperparameters.
+    """Return logistic regression whose penalties are the hyperparameters.
 
-    As `ridge`, with the mean cross-entropy of softmax(Xw): ``params`` has shape (d, k) for k classes and y holds
-    class numbers, of shape (n,). For an intercept, append a column of ones to X.
+    As `ridge`, with the mean cross-entropy. Of two classes: ``params`` has shape (d,), and y is 0 or -1 for the first,
+    1 for the second. Multinomial: ``params`` has shape (d, k) for k classes, and y holds class numbers. For an
+    intercept, append a column of ones to X.
 
     Args:
         groups: for each of the d features the index of its group.
@@ -132,13 +138,18 @@ def _problem(fit: _DataFit, groups: Any) -> Problem:
 
 
 def cross_entropy(logits: Any, y: Any) -> Any:
-    """Return the mean cross-entropy of logits of shape (n, k) and class numbers of shape (n,), in any framework."""
+    """Return the mean cross-entropy in any framework: of logits of shape (n, k), or (n,), and y as above."""
     xp = namespace(logits)
+    if logits.ndim == 1:
+        return xp.logaddexp(xp.zeros_like(logits), xp.where(y > 0, -logits, logits)).mean()
     top = xp.amax(logits, axis=1, keepdims=True)
     log_total = xp.log(xp.exp(logits - top).sum(1)) + top[:, 0]
     return (log_total - logits[np.arange(len(y)), y]).mean()
 
 
-def _softmax(logits: Any) -> Any:
+def _probabilities(logits: Any) -> Any:
+    """Return the softmax of logits of shape (n, k), or the probability of the second class of logits of shape (n,)."""
+    if logits.ndim == 1:
+        return special.expit(logits)
     p = np.exp(logits - logits.max(1, keepdims=True))
     return p / p.sum(1, keepdims=True)
