@@ -20,6 +20,7 @@ from bilevel.results import SolverInfo, Status
 from bilevel.validation import check_scalar, leaf_names
 from bilevel_jax.backend import JaxBackend, backend, cross_products
 from bilevel_jax.dependence import depends
+from bilevel_jax.sharding import unvarying
 from bilevel_jax.static import join_solver, split_solver
 
 
@@ -78,7 +79,8 @@ def attach_derivative(
             return x
 
         rhs = product(_minus_cross_jvp, list(moves.values()))
-        return params, lax.custom_linear_solve(partial(product, _hvp), rhs, solve, symmetric=True)
+        change = lax.custom_linear_solve(partial(product, _hvp), rhs, solve, symmetric=True)
+        return params, unvarying(change, params)
 
     return attach(params, [leaf for array, leaf in zip(is_array, leaves, strict=True) if array])
 

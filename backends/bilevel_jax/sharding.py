@@ -67,6 +67,16 @@ def check_collectives(role: str, jaxpr: Any) -> None:
                 )
 
 
+def unvarying(tree: Any, like: Any) -> Any:
+    """Return a tree whose leaves vary like those of another, where JAX has lost sight of their being the same."""
+
+    def average(leaf: Any, other: Any) -> Any:
+        axes = tuple(_varying(leaf) - _varying(other))
+        return lax.pmean(leaf, axes) if axes else leaf
+
+    return jax.tree.map(average, tree, like)
+
+
 def _varying(x: Any) -> frozenset[Any]:
     """Return the mesh axes of a ``shard_map`` along which a value may differ."""
     kind = typeof(x)
