@@ -104,6 +104,21 @@ class TestDerivatives:
 
         agree(transform(closed)(h, X), transform(exact)(h, X))
 
+    def test_some_params_may_follow_hparams_through_others_only(self):
+        def coupled(params, h):
+            w, b = params
+            return jnp.sum((w - 1) ** 2 + jnp.exp(h) * w**2) + jnp.sum((b - 3 * w) ** 2)
+
+        def minimum(h):
+            w = 1 / (1 + jnp.exp(h))
+            return w, 3 * w
+
+        h = jnp.array([0.5, -1.0])
+        solve = bilevel_jax.implicit_minimizer(coupled, solver=TIGHT)(minimum)
+        ours, exact = (jax.grad(lambda h, f=f: jnp.sum(f(h)[0] * f(h)[1])) for f in (solve, minimum))
+        agree(ours(h), exact(h))
+        agree(jax.jit(jax.jacrev(ours))(h), jax.jacrev(exact)(h))
+
     def test_it_is_the_hypergradient(self, case):
         h, X, y, outer = case
         solver = {"name": "neumann", "terms": 3}

@@ -78,9 +78,12 @@ def attach_derivative(
                 jax.debug.callback(partial(_tell, solver, on_failure), *info)
             return x
 
-        rhs = product(_minus_cross_jvp, list(moves.values()))
-        change = lax.custom_linear_solve(partial(product, _hvp), rhs, solve, symmetric=True)
-        return params, unvarying(change, params)
+        # JAX transposes no solve of which only some leaves move, weights with a penalty but not a bias without. A
+        # barrier ties them together, in all that may be a right-hand side, in derivatives of this rule too.
+        tied = lax.optimization_barrier
+        rhs = tied(product(_minus_cross_jvp, list(moves.values())))
+        change = lax.custom_linear_solve(lambda v: tied(product(_hvp, v)), rhs, solve, symmetric=True)
+        return params, unvarying(tied(change), params)
 
     return attach(params, [leaf for array, leaf in zip(is_array, leaves, strict=True) if array])
 
