@@ -1,5 +1,6 @@
 """What a failed solve says: what happened, why, and the way out."""
 
+import math
 import sys
 import warnings
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from bilevel.errors import SolverError, SolverWarning
 from bilevel.results import SolverInfo, Status
 
 OnFailure = Literal["raise", "warn", "ignore"]
+UNKNOWN = (math.nan, math.nan)  # for ``curvature``, where nothing can be measured
 
 
 def check_on_failure(on_failure: str) -> None:
@@ -27,7 +29,7 @@ def report(
     """Warn or raise if a solve failed; a result that is not finite raises even where a warning was asked for.
 
     ``curvature`` returns the smallest and largest eigenvalue of the undamped Hessian, about, or None where it is
-    not symmetric; only called if needed.
+    not symmetric, or `UNKNOWN`; only called if needed.
     """
     if on_failure == "ignore" or info.status == Status.CONVERGED:
         return
@@ -86,13 +88,18 @@ def _maxiter(info: SolverInfo, solver: Any) -> str:
 
 def _negative_curvature(info: SolverInfo, smallest: float, largest: float) -> str:
     if smallest < -1e-6 * largest:
-        spectrum, damping = f"eigenvalues from about {smallest:.2g} to {largest:.2g}", -smallest
-    else:  # too close to zero, or too rare, for a few products to tell
-        spectrum, damping = f"largest eigenvalue about {largest:.2g}, smallest one zero or just below", 1e-3 * largest
-    advice = f"add damping above {damping:.2g}, " if damping > 0 else ""
+        spectrum, damping = (
+            f" (eigenvalues from about {smallest:.2g} to {largest:.2g})",
+            f"damping above {-smallest:.2g}",
+        )
+    elif largest > 0:  # too close to zero, or too rare, for a few products to tell
+        spectrum = f" (largest eigenvalue about {largest:.2g}, smallest one zero or just below)"
+        damping = f"damping above {1e-3 * largest:.2g}"
+    else:
+        spectrum, damping = "", "damping"
     return (
         f"met non-positive curvature at step {info.steps} and stopped at the last good iterate, with a "
-        f"{_residual(info)}. The Hessian is not positive definite ({spectrum}): {advice}"
+        f"{_residual(info)}. The Hessian is not positive definite{spectrum}: add {damping}, "
         'train the inner problem further, use solver="minres", which takes eigenvalues of either sign, or the '
         "Gauss-Newton matrix in place of the Hessian (bl.Problem.from_model)."
     )
@@ -100,6 +107,11 @@ def _negative_curvature(info: SolverInfo, smallest: float, largest: float) -> st
 
 def _diverged(info: SolverInfo, smallest: float, largest: float, damping: float) -> str:
     message = f"diverged at step {info.steps}, with a {_residual(info)}. "
+    if math.isnan(largest):
+        return message + (
+            "Its step_size must stay below 2 over the largest eigenvalue of the Hessian, and none may be "
+            'negative: use step_size="auto", or add damping.'
+        )
     if smallest + damping < -1e-6 * abs(largest):
         return message + (
             f"The Hessian has a negative eigenvalue (about {smallest:.2g}), so that no step size holds: add "

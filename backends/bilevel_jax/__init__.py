@@ -1,8 +1,7 @@
 """The JAX backend."""
 
-from bilevel_jax.backend import JaxBackend
+from bilevel_jax.backend import JaxBackend, backend
+from bilevel_jax.implicit import implicit_minimizer
 from bilevel_jax.space import JaxSpace
 
-backend = JaxBackend()
-
-__all__ = ["JaxBackend", "JaxSpace", "backend"]
+__all__ = ["JaxBackend", "JaxSpace", "backend", "implicit_minimizer"]

@@ -15,8 +15,9 @@ from bilevel.model_loss import ModelLoss
 from bilevel.problem import Problem
 from bilevel.protocols import Backend, BilevelProblem, InnerDerivatives, OuterDerivatives, Point, Solver
 from bilevel.validation import check_dtypes, check_like, check_scalar, depends_on_nothing, leaf_names, role_of
-from bilevel_jax.dependence import depends
+from bilevel_jax.dependence import depends, reaches, trace
 from bilevel_jax.gauss_newton import gauss_newton
+from bilevel_jax.sharding import check_alike, check_collectives
 from bilevel_jax.space import JaxSpace
 from bilevel_jax.static import join_solver, join_tree, split_solver, split_tree
 
@@ -72,16 +73,16 @@ class JaxBackend(Backend):
 
     @override
     def inner(self, problem: Problem, params: Any, hparams: Any, args: tuple[Any, ...]) -> InnerDerivatives:
-        slope = self._inner_slope(problem.inner, params, hparams, args)
+        slope = self.inner_slope(problem.inner, params, hparams, args)
         # Linearized here, outside the solver's loop: its body must not trace the loss again.
         grad, hvp = jax.linearize(lambda w: slope(w, hparams), params)
-        return InnerDerivatives(grad, hvp, *_cross_products(slope, params, hparams))
+        return InnerDerivatives(grad, hvp, *cross_products(slope, params, hparams))
 
     @override
     def gauss_newton(self, inner: ModelLoss, params: Any, hparams: Any, args: tuple[Any, ...]) -> InnerDerivatives:
-        slope = self._inner_slope(inner, params, hparams, args)
+        slope = self.inner_slope(inner, params, hparams, args)
         product = gauss_newton(inner, params, hparams, args)
-        return InnerDerivatives(slope(params, hparams), product, *_cross_products(slope, params, hparams))
+        return InnerDerivatives(slope(params, hparams), product, *cross_products(slope, params, hparams))
 
     @override
     def jacobian(
@@ -91,23 +92,26 @@ class JaxBackend(Backend):
             value = function(w, h, *args)
             check_like(self, role, value, "params", params)
             check_dtypes(self, role, value, "params", params)
+            check_alike(role, value, w, h)
             return jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(value))
 
         self._check_influence(role, value_of, params, hparams)
         value, pull = jax.vjp(lambda w: value_of(w, hparams), params)  # outside the solver's loop, too
-        return InnerDerivatives(value, lambda v: pull(v)[0], *_cross_products(value_of, params, hparams))
+        return InnerDerivatives(value, lambda v: pull(v)[0], *cross_products(value_of, params, hparams))
 
-    def _inner_slope(self, inner: Any, params: Any, hparams: Any, args: tuple[Any, ...]) -> Callable[[Any, Any], Any]:
+    def inner_slope(self, inner: Any, params: Any, hparams: Any, args: tuple[Any, ...]) -> Callable[[Any, Any], Any]:
         """Return (w, λ) -> ∂L/∂w."""
 
         def loss(w: Any, h: Any) -> Any:
-            return _scalar("inner", inner(w, h, *args))
+            return _scalar("inner", inner(w, h, *args), w, h)
 
         self._check_influence("inner", loss, params, hparams)
         return jax.grad(loss)
 
     def _check_influence(self, role: str, function: Callable[[Any, Any], Any], params: Any, hparams: Any) -> None:
-        if not depends(lambda w: function(w, hparams), params):
+        jaxpr = trace(lambda w: function(w, hparams), params)
+        check_collectives(role, jaxpr)
+        if not reaches(jaxpr):
             raise ValueError(
                 f"{role} does not depend on {leaf_names(self, 'params', params)}. Use the params argument inside it."
             )
@@ -117,9 +121,11 @@ class JaxBackend(Backend):
         role = role_of(problem.outer)
 
         def loss(w: Any, h: Any) -> Any:
-            return _scalar(role, problem.outer(w, h, *args))
+            return _scalar(role, problem.outer(w, h, *args), w, h)
 
-        if not depends(lambda h: loss(params, h), hparams):
+        jaxpr = trace(lambda h: loss(params, h), hparams)
+        check_collectives(role, jaxpr)
+        if not reaches(jaxpr):
             if not depends(lambda w: loss(w, hparams), params):
                 raise ValueError(f"{depends_on_nothing(self, role, params, hparams)}: use the arguments inside it.")
             return OuterDerivatives(*jax.value_and_grad(loss)(params, hparams), None)
@@ -130,8 +136,16 @@ class JaxBackend(Backend):
     def execute(
         self, function: Callable[..., Any], solver: Solver | None, problem: BilevelProblem, point: Point
     ) -> Any:
+        check_stateless(solver)
         if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(point)):
             return function(self, solver, problem, point)
+        return self.compiled(function, solver, problem, point)
+
+    def compiled(self, function: Callable[..., Any], solver: Any, problem: Any, point: Any) -> Any:
+        """Do the same through a ``jit`` that is cached by everything but the arrays, where that can be compared.
+
+        ``point`` is any tree; nothing else may hold a tracer.
+        """
         arrays: list[Any] = []
         try:
             static = (function, self, problem, split_tree(point, arrays), split_solver(solver, arrays))
@@ -151,6 +165,16 @@ class JaxBackend(Backend):
             yield lambda params, hparams: jax.tree.map(convert, point._replace(params=params, hparams=hparams))
 
 
+def check_stateless(solver: Any) -> None:
+    """Raise a TypeError if a solver is one that remembers: compiled code would not."""
+    if hasattr(solver, "load_state_dict"):
+        raise TypeError(
+            f"{type(solver).__name__} keeps a state from call to call, which code that JAX compiles cannot. Carry the "
+            "state yourself: pass adjoint0=hg.adjoint of the last call (return it with what your step returns), and "
+            "the solver of bl.prepare for a step size, sketch or preconditioner found once."
+        )
+
+
 @partial(jax.jit, static_argnums=0)
 def _compiled(static: Any, arrays: list[Any]) -> Any:
     function, backend, problem, point, solver = static
@@ -159,7 +183,7 @@ def _compiled(static: Any, arrays: list[Any]) -> Any:
     return function(backend, join_solver(solver, supply), problem, point)
 
 
-def _cross_products(
+def cross_products(
     function: Callable[[Any, Any], Any], params: Any, hparams: Any
 ) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
     """Return v -> (∂function/∂λ)ᵀ v, None where it does not depend on λ, and u -> (∂function/∂λ) u."""
@@ -179,6 +203,10 @@ def _cross_products(
     return cross_vjp, cross_jvp
 
 
-def _scalar(role: str, value: Any) -> Any:
+def _scalar(role: str, value: Any, params: Any, hparams: Any) -> Any:
     check_scalar(role, value)
+    check_alike(role, value, params, hparams)
     return value
+
+
+backend = JaxBackend()

@@ -12,7 +12,16 @@ def depends(function: Callable[[Any], Any], x: Any) -> bool:
     Follows the data through the trace, into jitted functions too. A loop or branch counts as depending on all that
     enters it: the answer errs towards True.
     """
-    jaxpr = jax.make_jaxpr(function)(x).jaxpr
+    return reaches(trace(function, x))
+
+
+def trace(function: Callable[[Any], Any], x: Any) -> Any:
+    """Return the jaxpr of a function at x."""
+    return jax.make_jaxpr(function)(x).jaxpr
+
+
+def reaches(jaxpr: Any) -> bool:
+    """Tell whether an output can depend on an input."""
     return any(_reach(jaxpr, [True] * len(jaxpr.invars)))
 
 

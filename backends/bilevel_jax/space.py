@@ -9,6 +9,8 @@ import numpy as np
 from jax import lax
 from jax.flatten_util import ravel_pytree
 
+from bilevel_jax.sharding import explicitly_sharded
+
 
 class JaxSpace:
     """See `bilevel.protocols.VectorSpace`."""
@@ -36,7 +38,8 @@ class JaxSpace:
     def normal_like(self, x: Any, seed: int) -> Any:
         leaves, structure = jax.tree.flatten(x)
         keys = jax.random.split(jax.random.key(seed), len(leaves))
-        draws = [jax.random.normal(key, a.shape, a.dtype) for key, a in zip(keys, leaves, strict=True)]
+        # Zeros of the leaf, here and below, to be typed like it: varying over the axes of a shard_map, sharded.
+        draws = [jnp.zeros_like(a) + jax.random.normal(k, a.shape, a.dtype) for k, a in zip(keys, leaves, strict=True)]
         return jax.tree.unflatten(structure, draws)
 
     def max_abs(self, x: Any) -> jax.Array:
@@ -53,7 +56,7 @@ class JaxSpace:
         return sum(leaf.size for leaf in jax.tree.leaves(x))
 
     def stack_like(self, x: Any, count: int) -> Any:
-        return jax.tree.map(lambda a: jnp.zeros((count, *a.shape), a.dtype), x)
+        return jax.tree.map(lambda a: jnp.broadcast_to(jnp.zeros_like(a), (count, *a.shape)), x)
 
     def put(self, stack: Any, i: Any, x: Any) -> Any:
         return jax.tree.map(lambda s, a: s.at[i].set(a), stack, x)
@@ -100,7 +103,8 @@ class JaxSpace:
 
     def dense(self, operator: Callable, like: Any) -> jax.Array:
         flat, unravel = ravel_pytree(like)
-        rows = lax.map(lambda e: self.ravel(operator(unravel(e))), jnp.eye(flat.size, dtype=flat.dtype))
+        units = jnp.eye(flat.size, dtype=flat.dtype) + jnp.zeros_like(flat)
+        rows = lax.map(lambda e: self.ravel(operator(unravel(e))), units)
         return rows.T
 
     def on_host(self, function: Callable, *arrays: Any) -> jax.Array:
@@ -109,7 +113,8 @@ class JaxSpace:
         def call(*host: Any) -> np.ndarray:
             return function(*(np.asarray(a, np.float64) for a in host)).astype(like.dtype)
 
-        return jax.pure_callback(call, jax.ShapeDtypeStruct(like.shape, like.dtype), *arrays, vmap_method="sequential")
+        result = jax.ShapeDtypeStruct(like.shape, like.dtype)
+        return jnp.zeros_like(like) + jax.pure_callback(call, result, *arrays, vmap_method="sequential")
 
 
 def _accumulator(a: Any, b: Any) -> Any:
@@ -118,11 +123,15 @@ def _accumulator(a: Any, b: Any) -> Any:
 
 def _dot(a: Any, b: Any) -> jax.Array:
     dtype = _accumulator(a, b)
+    if explicitly_sharded(a):  # a contraction of sharded axes would have to be told the sharding of its result
+        return jnp.sum(a.astype(dtype) * b.astype(dtype))
     return jnp.vdot(a.astype(dtype), b.astype(dtype), precision=lax.Precision.HIGHEST)
 
 
 def _project(s: Any, a: Any) -> jax.Array:
     dtype = _accumulator(s, a)
+    if explicitly_sharded(a):
+        return jnp.sum(s.astype(dtype) * a.astype(dtype), axis=tuple(range(1, s.ndim)))
     return jnp.matmul(
         s.reshape(len(s), a.size).astype(dtype), a.reshape(-1).astype(dtype), precision=lax.Precision.HIGHEST
     )
