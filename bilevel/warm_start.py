@@ -79,11 +79,13 @@ class WarmStart:
                 self.options = solver.prepare(operator, rhs, space)
             solver = prepared(solver, self.options)
         adjoint, info = solver.solve(operator, rhs, x0, space)
-        # A step that failed altogether leaves the memory as it was.
-        finite = info.status != int(Status.NON_FINITE)
+        # A solve that failed altogether leaves the memory as it was. So does one that an indefinite Hessian has led
+        # astray: the next would set out from there, and the one after from further away.
+        status, worse = info.status, info.residual_norm > info.rhs_norm
+        lost = (status == int(Status.NON_FINITE)) | ((status != int(Status.MAXITER)) & worse)
         kept = space.zeros_like(rhs) if last is None else last
         self.calls += 1
-        self.adjoint = space.select(finite, adjoint, kept)
+        self.adjoint = space.select(lost, kept, adjoint)
         if self.extrapolate:
             self.previous = last
         return adjoint, info

@@ -79,6 +79,20 @@ def test_a_solve_that_is_not_finite_is_forgotten(name):
     assert run(name, solver, 2, 3)[1][0] < run(name, "cg", 2, 3)[1][0]
 
 
+@pytest.mark.parametrize("name", EAGER)
+def test_what_an_indefinite_system_leaves_is_not_built_upon(name):
+    """As in a training loop whose batches have Hessians that are not positive definite, each in its own way."""
+    solver, backend = bl.WarmStart({"name": "cg", "rtol": 1e-2}, extrapolate=True), framework(name)
+    rhs, norms = backend.from_numpy(RHS[0]), []
+    for seed in range(60):
+        matrix = backend.from_numpy(symmetric(np.linspace(-0.5, 2, 30), seed))
+        lin = Linearization(rhs[0], rhs, None, lambda v, matrix=matrix: matrix @ v, lambda v: v)
+        hg = bl.hypergradient_from(lin, solver=solver, on_failure="ignore")
+        assert hg.info.status is bl.Status.NEGATIVE_CURVATURE
+        norms.append(np.linalg.norm(backend.to_numpy(solver.adjoint)))
+    assert max(norms[30:]) <= 2 * max(norms[:30])
+
+
 class TestState:
     @pytest.mark.parametrize("name", EAGER)
     @pytest.mark.parametrize(
