@@ -56,6 +56,7 @@ class WarmStart:
         self.adjoint: Tree | None = None
         self.previous: Tree | None = None
         self.options: dict[str, Any] = {}
+        self.loaded = False
 
     def __getattr__(self, name: str) -> Any:
         """Answer for the solver in it: what operators it takes, what options a failure should name."""
@@ -70,6 +71,9 @@ class WarmStart:
                 f"WarmStart: remembers an adjoint of {space.size(last):,} entries, but params has {space.size(rhs):,}. "
                 "Use a WarmStart of its own for each problem, or call reset()."
             )
+        if self.loaded:  # from a file, most often to the CPU
+            last, previous = (None if v is None else space.unravel(space.ravel(v), rhs) for v in (last, previous))
+            self.loaded = False
         if x0 is None and last is not None:
             both = self.extrapolate and previous is not None
             x0 = space.axpy(-1.0, previous, space.scale(2.0, last)) if both else last
@@ -101,7 +105,7 @@ class WarmStart:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a state that `state_dict` has returned.
+        """Take over a state that `state_dict` has returned; the next solve brings it to the device of params.
 
         Raises:
             ValueError: if a key is missing or unknown, or the format is another.
@@ -117,6 +121,7 @@ class WarmStart:
         self.calls = state["calls"]
         self.adjoint, self.previous = state["adjoint"], state["previous"]
         self.options = _restored(state["options"])
+        self.loaded = True
 
 
 def _plain(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -127,6 +127,17 @@ class TestState:
         torch.save(state, folder / "state.pt")
         return torch.load(folder / "state.pt", weights_only=True)
 
+    def test_a_state_of_another_layout_is_brought_into_that_of_params(self):
+        """A dtype stands for what needs a second device: Accelerate and Lightning load to the CPU, for one."""
+        torch = pytest.importorskip("torch")
+        solver, rhs = bl.WarmStart("cg", extrapolate=True), torch.ones(2)
+        stored = torch.full((2,), 0.5, dtype=torch.float64)
+        solver.load_state_dict({**solver.state_dict(), "adjoint": stored, "previous": stored})
+        lin = Linearization(rhs[0], rhs, None, lambda v: 2 * v, lambda v: v)
+        hg = bl.hypergradient_from(lin, solver=solver)
+        assert hg.info.steps == 0
+        assert hg.adjoint.dtype is solver.state_dict()["previous"].dtype is torch.float32
+
     def test_a_new_one_has_a_state_too(self):
         solver = bl.WarmStart("neumann")
         solver.load_state_dict(bl.WarmStart("neumann").state_dict())
