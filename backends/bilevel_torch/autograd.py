@@ -48,7 +48,7 @@ def scalar(role: str, value: Any) -> torch.Tensor:
 WAYS_OUT = {
     ("double backward", "is not implemented", "create_graph=False"): (
         "A Hessian-vector product differentiates twice, which this operation does not support. Run the module "
-        "uncompiled (a compiled one keeps it as _orig_mod), attention within "
+        "uncompiled (a compiled one keeps it as _orig_mod, Fabric's wrapper as module), attention within "
         "torch.nn.attention.sdpa_kernel(SDPBackend.MATH), and recurrent layers on CUDA within "
         "torch.backends.cudnn.flags(enabled=False); or differentiate once, by "
         'bl.Problem(inner, outer, curvature="finite-differences").'
@@ -60,6 +60,10 @@ WAYS_OUT = {
     ("backward through the graph a second time",): (
         "An earlier backward() has freed the graph of a loss: take the hypergradient first, call "
         "backward(retain_graph=True) there, or compute the loss anew."
+    ),
+    ("call `fabric.backward(loss)`",): (
+        "That is for the training step: compute the two losses of a hypergradient by the bare modules, which Fabric's "
+        "wrappers keep as module, within fabric.autocast()."
     ),
     ("use_reentrant=True",): "Use torch.utils.checkpoint.checkpoint(..., use_reentrant=False).",
 }

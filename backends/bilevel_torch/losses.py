@@ -124,20 +124,23 @@ def _check_recorded(backend: TorchBackend, inner_loss: Any, outer_loss: Any, par
     """Raise unless the two losses can be differentiated in hparams and in some of params."""
     check_supported({"inner_loss": inner_loss, "outer_loss": outer_loss, "params": params, "hparams": hparams})
     check_distinct(params, hparams)
-    for name, loss in (("inner_loss", inner_loss), ("outer_loss", outer_loss)):
-        if isinstance(loss, torch.Tensor) and not loss.requires_grad:
-            raise ValueError(
-                f"{name} has no graph: compute it from params and hparams with gradients on, outside of "
-                "torch.no_grad(), and do not detach it."
-            )
     for path, leaf in backend.leaves(hparams):
         if not leaf.requires_grad:
             raise ValueError(
                 f"hparams{path} does not require a gradient, so that the losses do not know it: call requires_grad_() "
-                "on it before they are computed."
+                "on it before they are computed (in Lightning, untoggle_optimizer())."
             )
     if not any(leaf.requires_grad for leaf in leaves(params)):
-        raise ValueError(f"{leaf_names(backend, 'params', params)}: all frozen; none requires a gradient.")
+        raise ValueError(
+            f"{leaf_names(backend, 'params', params)}: all frozen; none requires a gradient. Call requires_grad_() on "
+            "them before the losses are computed (in Lightning, untoggle_optimizer())."
+        )
+    for name, loss in (("inner_loss", inner_loss), ("outer_loss", outer_loss)):
+        if isinstance(loss, torch.Tensor) and not loss.requires_grad:
+            raise ValueError(
+                f"{name} has no graph: compute it from params and hparams while they require gradients, outside of "
+                "torch.no_grad(), and do not detach it."
+            )
 
 
 def _linearize(
@@ -158,7 +161,8 @@ def _linearize(
         if product is None and of_outer.grad_hparams is None:
             raise ValueError(
                 f"Neither loss depends on {leaf_names(backend, 'hparams', hparams)}. Compute the losses with these "
-                "very tensors: not with copies, .data, .detach(), .item() or numbers made of them."
+                "very tensors, while they require gradients: not with copies, .data, .detach(), .item() or numbers "
+                "made of them."
             )
         return product
 
