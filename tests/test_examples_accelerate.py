@@ -139,6 +139,23 @@ def test_while_gradients_accumulate_the_outer_optimizer_does_not_step_either():
     assert relative_error(flat(log_decays), -expected()) <= 1e-6
 
 
+def test_a_grad_scaler_would_scale_the_hypergradient_down():
+    accelerator, net, _, log_decays = prepared()
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)  # as mixed_precision="fp16" does on a GPU
+    bare = torch.optim.SGD(log_decays, lr=1.0)
+    outer_optimizer = accelerator.prepare_optimizer(bare)
+    accelerator.backward(losses(net, log_decays)[0])
+    steps = []
+    for optimizer in (outer_optimizer, bare):
+        before = flat(log_decays).clone()
+        outer_optimizer.zero_grad()
+        bilevel_torch.backward(*losses(net, log_decays), net.parameters(), log_decays, solver=SOLVER)
+        optimizer.step()
+        steps.append(before - flat(log_decays))
+    assert relative_error(steps[0] * 2**10, expected()) <= 1e-3
+    assert relative_error(steps[1], expected()) <= 0.01  # at decays that have moved a little
+
+
 def test_a_step_between_the_losses_and_the_hypergradient():
     accelerator, net, optimizer, log_decays = prepared()
     both = losses(net, log_decays)

@@ -196,6 +196,28 @@ class TestLightning:
         assert abs(expected()) > 1e-3
         assert float(abs(clipped)) == pytest.approx(1e-3, rel=1e-3)
 
+    def test_a_grad_scaler_would_scale_the_hypergradient_down(self):
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+
+        def step(loop, inner, outer):
+            loop.manual_backward(loop.losses()[0])
+            inner.step()
+            solver, both = bl.CG(damping=2.0, rtol=1e-2), loop.losses()
+            outer.zero_grad()
+            hg = bilevel_torch.backward(
+                *both, loop.net.parameters(), loop.log_decay, solver=solver, loss_scale=scaler.get_scale()
+            )
+            steps = []
+            for optimizer in (outer.optimizer, outer):
+                before = loop.log_decay.item()
+                optimizer.step()
+                steps.append(before - loop.log_decay.item())
+            assert steps[0] == pytest.approx(0.1 * float(hg.grad), rel=1e-5)
+            assert steps[1] == pytest.approx(steps[0] / 2**10, rel=0.1)
+
+        plugin = L.pytorch.plugins.MixedPrecision("16-mixed", "cpu", scaler)
+        trainer(limit_val_batches=0, plugins=[plugin]).fit(Loop(step), [0], [0])
+
     def test_a_compiled_network_keeps_the_bare_one(self, compiler):
         with pytest.raises(RuntimeError, match=r"(?s)differentiates twice.*keeps it as _orig_mod"):
             fit(lambda loop, inner, outer: loop.backward_(loop.losses()), compiled=True)
