@@ -140,6 +140,7 @@ class TestCompiled:
 
     @pytest.fixture
     def compiled(self, net):
+        torch._dynamo.reset()  # what other tests have compiled would change the error
         return torch.compile(net, backend="aot_eager")
 
     def test_a_compiled_module_names_the_eager_one(self, net, compiled, decay):
