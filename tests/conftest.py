@@ -27,6 +27,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeat"))
 collect_ignore = [
     "thirdparty",  # a distribution of its own: test_thirdparty.py runs its tests
     "ranks.py",  # run by test_torch_ddp.py, as processes
+    "eight_devices.py",  # run by test_jax_sharding.py, likewise
 ]
 
 
