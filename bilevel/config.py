@@ -70,6 +70,8 @@ def get_solver(spec: Any, **overrides: Any) -> Solver:
             f"hypergradient(), got {spec!r}."
         )
     if overrides:
+        if not dataclasses.is_dataclass(spec):
+            raise TypeError(f"solver: the options of a {type(spec).__name__} cannot be changed: make another one.")
         _check_options("solver", type(spec).__name__, type(spec), overrides)
         return dataclasses.replace(spec, **_nested(overrides))  # pyright: ignore[reportArgumentType, reportReturnType]
     return spec

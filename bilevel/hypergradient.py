@@ -4,7 +4,7 @@ from functools import partial
 from typing import Any
 
 from bilevel.config import get_solver
-from bilevel.failure import OnFailure, check_on_failure, report
+from bilevel.failure import UNKNOWN, OnFailure, check_on_failure, report
 from bilevel.protocols import (
     Backend,
     BilevelProblem,
@@ -212,6 +212,8 @@ def _spectrum(backend: Backend, solver: Solver, problem: BilevelProblem, point: 
 
 
 def _ends(backend: Backend, linearization: Linearization) -> tuple[Any, Any] | None:
+    if getattr(backend, "collective", False):
+        return UNKNOWN
     if isinstance(linearization.hvp, NonSymmetric):
         return None
     ends = spectrum(linearization.hvp, linearization.grad_params, backend.space)
@@ -229,7 +231,7 @@ def _conclude(
 
     def on_host() -> tuple[float, float] | None:
         found = ends()
-        return None if found is None else (backend.to_host(found[0]), backend.to_host(found[1]))
+        return found if found is None or found is UNKNOWN else (backend.to_host(found[0]), backend.to_host(found[1]))
 
     report(info, solver, on_failure, on_host, hint)
     return hg._replace(info=info)

@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from bilevel.results import Hypergradient, SolverInfo
 
@@ -288,6 +288,8 @@ class Backend(Protocol):
     name: str
     """Also the name of the framework's top-level module, by which its arrays are recognised."""
     space: VectorSpace
+    collective: ClassVar[bool] = False
+    """Whether a product takes part of all processes, so that none is taken which not all of them are sure to take."""
 
     @abstractmethod
     def owns(self, leaf: Any) -> bool:

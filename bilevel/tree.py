@@ -38,7 +38,7 @@ def tree_map(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
     if isinstance(tree, dict):
         mapped = {key: tree_map(function, tree[key], *(r[key] for r in rest)) for key in _sorted(tree)}
         if type(tree) is dict:
-            return mapped
+            return {key: mapped[key] for key in tree}  # leaves are met in sorted order, but come back as they came
         like = copy(tree)  # an OrderedDict, a defaultdict with its factory
         like.update(mapped)
         return like

@@ -9,6 +9,7 @@ from bilevel.protocols import HypergradientMethod, Operator, Tree, VectorSpace
 from bilevel.results import SolverInfo, Status
 from bilevel.solvers.options import check_int
 from bilevel.solvers.sketch import Sketch
+from bilevel.tree import leaves_with_paths
 
 FORMAT = 1
 
@@ -22,7 +23,8 @@ class WarmStart:
     For NumPy and PyTorch. In JAX, state is an argument: pass ``adjoint0=hg.adjoint`` and a solver from `bl.prepare`.
 
     Args:
-        solver: a linear solver: a name, a mapping with ``name`` and options, a TOML file, or a solver object.
+        solver: a linear solver: a name, a mapping with ``name`` and options, a TOML file, or a solver object. A run
+            that resumes with another one keeps the adjoint, and prepares anew.
         extrapolate: start from 2·(last adjoint) − (the one before), as `bl.extrapolate` does, for outer steps that are
             small and regular.
         prepare_every: find the step size, sketch or preconditioner anew in every so many calls, and use it in the calls
@@ -60,16 +62,20 @@ class WarmStart:
 
     def __getattr__(self, name: str) -> Any:
         """Answer for the solver in it: what operators it takes, what options a failure should name."""
-        if name == "solver":  # not there yet, while this is copied or unpickled
+        # The solver is not there yet while this is copied or unpickled; to prepare is this object's own business.
+        if name in ("solver", "prepare"):
             raise AttributeError(name)
         return getattr(self.solver, name)
 
+    def __repr__(self) -> str:
+        return f"WarmStart({self.solver!r}, extrapolate={self.extrapolate}, prepare_every={self.prepare_every})"
+
     def solve(self, operator: Operator, rhs: Tree, x0: Tree | None, space: VectorSpace) -> tuple[Tree, SolverInfo]:
         last, previous = self.adjoint, self.previous
-        if last is not None and space.size(last) != space.size(rhs):
+        if last is not None and _shapes(last) != _shapes(rhs):
             raise ValueError(
-                f"WarmStart: remembers an adjoint of {space.size(last):,} entries, but params has {space.size(rhs):,}. "
-                "Use a WarmStart of its own for each problem, or call reset()."
+                "WarmStart: remembers an adjoint of another structure than that of params, or of other shapes. Use a "
+                "WarmStart of its own for each problem, or call reset()."
             )
         if self.loaded:  # from a file, most often to the CPU
             last, previous = (None if v is None else space.unravel(space.ravel(v), rhs) for v in (last, previous))
@@ -98,6 +104,7 @@ class WarmStart:
         """Return the state, in arrays, numbers, dicts and lists: `torch.load` takes it with ``weights_only``."""
         return {
             "format": FORMAT,
+            "solver": repr(self.solver),
             "calls": self.calls,
             "adjoint": self.adjoint,
             "previous": self.previous,
@@ -120,8 +127,13 @@ class WarmStart:
             raise ValueError(f"WarmStart.load_state_dict: expected format {FORMAT}, got {state['format']!r}.")
         self.calls = state["calls"]
         self.adjoint, self.previous = state["adjoint"], state["previous"]
-        self.options = _restored(state["options"])
+        # An adjoint serves any solver, what was prepared for one no other.
+        self.options = _restored(state["options"]) if state["solver"] == repr(self.solver) else {}
         self.loaded = True
+
+
+def _shapes(x: Tree) -> dict[str, tuple[int, ...]]:
+    return {path: tuple(leaf.shape) for path, leaf in leaves_with_paths(x)}
 
 
 def _plain(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -141,8 +141,8 @@ def mishaps(rank, world):
     net, (train, val) = model(), shard(rank, world)
     said, backend = {}, backend_for(train, val, world)
 
-    def attempt(name, spoil, backend=backend, **options):
-        h = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    def attempt(name, spoil, backend=backend, value=0.3, **options):
+        h = torch.tensor(value, dtype=torch.float64, requires_grad=True)
         inner = F.cross_entropy(net(train[0]), train[1]) + h.exp() * sum((p**2).sum() for p in net.parameters())
         outer = F.cross_entropy(net(val[0]), val[1])
         inner, outer = spoil(inner, outer)
@@ -152,13 +152,16 @@ def mishaps(rank, world):
                 bilevel_torch.backward(
                     inner, outer, net.parameters(), h, backend=backend, on_failure="raise", **options
                 )
-        except (bl.SolverError, UserWarning) as error:
+        except (bl.SolverError, ValueError, UserWarning) as error:
             said[name] = f"{type(error).__name__}: {error}"
 
     last = rank == world - 1
     attempt("nan", lambda inner, outer: (inner * (float("nan") if last else 1.0), outer))
     attempt("maxiter", lambda *both: both, solver=bl.CG(maxiter=1, damping=1.0))
     attempt("fine", lambda *both: both, solver=bl.CG(damping=2.0))
+    some = bilevel_torch.DataParallel(inner_samples=len(train[1]) if last else None)
+    attempt("given on some", lambda *both: both, backend=some)
+    attempt("unequal", lambda *both: both, value=float(rank))
     attempt("alone", lambda *both: both, backend=None)
     attempt("alone on purpose", lambda *both: both, backend=bilevel_torch.TorchBackend(), solver=bl.CG(damping=2.0))
     return said

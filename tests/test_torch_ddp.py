@@ -57,7 +57,9 @@ def test_what_goes_wrong_on_one_rank_is_known_to_all(several):
     for rank in several:
         assert rank["said"]["nan"].startswith("SolverError: CG: nan or inf")
         assert rank["said"]["maxiter"].startswith("SolverError: CG: stopped after 1 steps")
-        assert set(rank["said"]) == {"nan", "maxiter", "alone"}
+        assert "inner_samples: given on some ranks only" in rank["said"]["given on some"]
+        assert "hparams are not the same on all ranks" in rank["said"]["unequal"]
+        assert set(rank["said"]) == {"nan", "maxiter", "given on some", "unequal", "alone"}
 
 
 def test_a_rank_without_the_others_is_warned(several):

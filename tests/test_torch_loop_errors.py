@@ -128,11 +128,11 @@ class TestCheckpoints:
         with pytest.raises(RuntimeError, match=r"outer_loss hides parameters.*silent zeros.*use_reentrant=False"):
             call(losses(net, decay)[0], net[2](z).pow(2).mean(), net.parameters(), decay)
 
-    def test_between_the_params_and_the_loss_pytorch_refuses_it_itself(self, net, decay):
-        z = torch.utils.checkpoint.checkpoint(net[1], net[0](X) * decay, use_reentrant=True)
-        inner, outer = net[2](z).pow(2).mean(), losses(net, decay)[1]
-        with pytest.raises(RuntimeError, match=r"(?s)use_reentrant=True.*checkpoint\(\.\.\., use_reentrant=False\)"):
-            call(inner, outer, net.parameters(), decay)
+    def test_it_hides_them_though_a_penalty_reaches_all(self, net, decay):
+        z = torch.utils.checkpoint.checkpoint(net[:2], X.clone().requires_grad_(), use_reentrant=True)
+        inner = net[2](z).pow(2).mean() + decay.exp() * sum((p**2).sum() for p in net.parameters())
+        with pytest.raises(RuntimeError, match=r"inner_loss hides parameters"):
+            call(inner, net(X).pow(2).mean(), net.parameters(), decay)
 
 
 class TestCompiled:
@@ -194,7 +194,11 @@ class TestTrees:
 
     def test_no_params_at_all(self, net, decay):
         with pytest.raises(ValueError, match="params has no leaves"):
-            call(*losses(net, decay), nn.Tanh().parameters(), decay)
+            call(*losses(net, decay), [], decay)
+        used_up = net.parameters()
+        list(used_up)
+        with pytest.raises(ValueError, match=r"params: the iterator is empty; .* serves one call only"):
+            call(*losses(net, decay), used_up, decay)
 
     def test_a_tensor_that_is_there_twice(self, net, decay):
         with pytest.raises(ValueError, match=r"params\[1\] is the same tensor as params\[0\]"):
@@ -215,6 +219,64 @@ class TestTrees:
                 found = [hg.grad[n] for n in names] if isinstance(hg.grad, dict) else hg.grad
                 for a, b in zip(found, expected, strict=True):
                     torch.testing.assert_close(a, b)
+
+
+class TestComputedHyperparameters:
+    def test_one_made_of_another_would_count_twice(self, net):
+        raw = torch.tensor(-1.0, requires_grad=True)
+        decay = raw * 1
+        with pytest.raises(ValueError, match=r"hparams\[1\] is computed from hparams\[0\].*counts twice"):
+            call(*losses(net, decay), net.parameters(), [raw, decay])
+
+    def test_two_parts_of_one_operation_are_not_made_of_each_other(self, net):
+        a, b = torch.tensor([-1.0, 0.5], requires_grad=True).unbind()
+        inner, outer = losses(net, a)
+        call(inner + b * net[0].weight.pow(2).sum(), outer, net.parameters(), [a, b])
+
+    def test_one_made_anew_in_the_call_is_known_to_no_loss(self, net, decay):
+        raw = torch.tensor(-1.0, requires_grad=True)
+        inner, outer = losses(net, decay)
+        with pytest.raises(ValueError, match=r"hparams\['b'\] is computed from other tensors, but no loss from it"):
+            call(inner + raw.exp() * net[0].weight.pow(2).sum(), outer, net.parameters(), {"a": decay, "b": raw.exp()})
+
+    def test_a_hook_on_one_would_act_on_every_product(self, net):
+        decay = torch.tensor(-1.0, requires_grad=True) * 1
+        decay.register_hook(lambda g: 2 * g)
+        with pytest.raises(ValueError, match=r"hparams has a gradient hook.*Register the hook on those"):
+            call(*losses(net, decay), net.parameters(), decay)
+
+
+def test_sparse_gradients(decay):
+    embed = nn.Embedding(3, 2, sparse=True)
+    loss = embed(torch.tensor([0, 1])).pow(2).sum() * decay.exp()
+    with pytest.raises(TypeError, match=r"a gradient of shape \(3, 2\) is sparse.*sparse=True"):
+        call(loss, embed(torch.tensor([2])).sum(), embed.parameters(), decay)
+
+
+def test_a_scale_of_the_loss_is_a_number_above_zero(net, decay):
+    for scale in (0, float("inf"), "a"):
+        with pytest.raises(ValueError, match="loss_scale: expected a finite number > 0, got"):
+            call(*losses(net, decay), net.parameters(), decay, loss_scale=scale)
+
+
+def test_a_module_that_runs_itself_beside_a_penalty_on_copies(net, decay):
+    """The loss depends on params all the same, by its penalty."""
+    copies = {name: p.detach() for name, p in net.named_parameters()}
+
+    def inner(params, decay):
+        return (net(X) - 1).pow(2).mean() + decay.exp() * sum((p**2).sum() for p in params.values())
+
+    problem = bl.Problem(inner, lambda params, decay: params["0.weight"].sum())
+    with pytest.raises(ValueError, match=r"inner was computed with another tensor than params\['.*functional_call"):
+        bl.hypergradient(problem, copies, decay.detach(), solver=bl.CG(damping=10.0))
+
+
+def test_dicts_come_back_in_the_order_they_came_in(net, decay):
+    params = dict(net.named_parameters())
+    hg = call(*losses(net, decay), params, {"b": decay})
+    assert list(hg.adjoint) == list(params) != sorted(params)
+    for p, v in zip(params.values(), hg.adjoint.values(), strict=True):
+        assert p.shape == v.shape
 
 
 def test_an_adjoint_of_other_params(net, decay):

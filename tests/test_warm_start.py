@@ -143,6 +143,14 @@ class TestState:
         solver.load_state_dict(bl.WarmStart("neumann").state_dict())
         assert solver.calls == 0
 
+    def test_another_solver_takes_over_the_adjoint_and_prepares_anew(self):
+        first = bl.WarmStart({"name": "neumann", "terms": 300}, prepare_every=4)
+        run("numpy", first, 0, 2)
+        other = bl.WarmStart("cg", prepare_every=4)
+        other.load_state_dict(first.state_dict())
+        assert other.options == {}
+        assert run("numpy", other, 2, 3)[1][0] < run("numpy", "cg", 2, 3)[1][0]
+
     def test_another_state_is_refused(self):
         solver = bl.WarmStart()
         with pytest.raises(
@@ -166,10 +174,19 @@ class TestErrors:
         solver = bl.WarmStart()
         run("numpy", solver, 0, 1)
         lin = Linearization(0.0, np.ones(2), None, lambda v: v, lambda v: v)
-        with pytest.raises(ValueError, match=r"remembers an adjoint of 30 entries, but params has 2\. .*reset\(\)"):
+        with pytest.raises(ValueError, match=r"remembers an adjoint of another structure.*reset\(\)"):
             bl.hypergradient_from(lin, solver=solver)
         solver.reset()
         assert bl.hypergradient_from(lin, solver=solver).info.status is bl.Status.CONVERGED
+
+    def test_it_prints_what_it_is(self):
+        assert (
+            str(bl.WarmStart(bl.Identity())) == "WarmStart(Identity(scale=1.0), extrapolate=False, prepare_every=None)"
+        )
+
+    def test_its_options_are_not_changed_from_outside(self):
+        with pytest.raises(TypeError, match="options of a WarmStart cannot be changed"):
+            bl.get_solver(bl.WarmStart(), maxiter=3)
 
     def test_a_failure_names_the_solver_in_it(self):
         lin = Linearization(0.0, np.ones(30), None, lambda v: H @ v, lambda v: v)

@@ -75,7 +75,7 @@ def grad(
 ) -> list[torch.Tensor | None]:
     """Call autograd.grad; None where an output does not depend on an input, or an input requires no gradient.
 
-    Gradient hooks of the inputs, which are meant for the user's own gradients, do not fire.
+    Gradient hooks of leaves, which are meant for the user's own gradients, do not fire.
     """
     grads: list[torch.Tensor | None] = [None] * len(inputs)
     places = [i for i, t in enumerate(inputs) if t.requires_grad]
@@ -91,6 +91,11 @@ def grad(
                 raise RuntimeError(f"{error}\n{way_out}") from error
         raise
     for i, g in zip(places, found, strict=True):
+        if g is not None and g.is_sparse:
+            raise TypeError(
+                f"a gradient of shape {tuple(g.shape)} is sparse, which has no second derivative: leave out "
+                "sparse=True, as in torch.nn.Embedding(n, d)."
+            )
         grads[i] = g
     return grads
 
@@ -146,13 +151,57 @@ def reaches(outputs: Iterable[torch.Tensor], inputs: Iterable[torch.Tensor]) -> 
     return any(node in goals for node in _nodes(outputs))
 
 
-def check_recorded(role: str, loss: torch.Tensor) -> None:
-    """Raise a RuntimeError if a loss hides parameters in a reentrant checkpoint, which would be a silent zero."""
-    if any(node.name() == "CheckpointFunctionBackward" for node in _nodes([loss])):
-        raise RuntimeError(
-            f"{role} hides parameters from autograd.grad by a reentrant checkpoint, so that their derivatives would be "
-            f"silent zeros. {WAYS_OUT['use_reentrant=True',]}"
-        )
+def check_recorded(role: str, loss: torch.Tensor, params: Any) -> None:
+    """Raise where part of the way from params to a loss is not recorded: a derivative would be wrong in silence.
+
+    Raises:
+        RuntimeError: for a reentrant checkpoint.
+        ValueError: for a module that was run with the weights in it, where ``params`` are copies of them. (With a
+            penalty on params, a loss depends on them all the same.)
+    """
+    handed = {t.data_ptr(): (path, t) for path, t in leaves_with_paths(params, "params") if t.numel()}
+    for node in _nodes([loss]):
+        if node.name() == "CheckpointFunctionBackward":
+            raise RuntimeError(
+                f"{role} hides parameters from autograd.grad by a reentrant checkpoint, so that their derivatives "
+                f"would be silent zeros. {WAYS_OUT['use_reentrant=True',]}"
+            )
+        own = getattr(node, "variable", None)
+        path, copy = handed.get(own.data_ptr(), ("", own)) if own is not None and own.numel() else ("", own)
+        if copy is not own:
+            raise ValueError(
+                f"{role} was computed with another tensor than {path}, which is a copy of it: a module runs with the "
+                "weights in it. Run it by torch.func.functional_call(module, params, (x,)), or hand over the module's "
+                "own parameters."
+            )
+
+
+def check_computed(params: Any, hparams: Any, losses: Sequence[torch.Tensor]) -> None:
+    """Raise a ValueError where tensors that are computed from others could not have the derivative that is meant.
+
+    That of one in the other would count twice; and one that no loss was computed from was most likely made anew.
+    """
+    tensors = [*leaves_with_paths(params, "params"), *leaves_with_paths(hparams, "hparams")]
+    nodes = {path: torch.autograd.graph.get_gradient_edge(t).node for path, t in tensors if t.requires_grad}
+    used: set[Any] = set()
+    for path, t in tensors:
+        if not t.requires_grad or t.is_leaf:
+            continue
+        if t._backward_hooks:
+            raise ValueError(
+                f"{path} has a gradient hook, which would act on every product, since it is computed from other "
+                "tensors. Register the hook on those."
+            )
+        above = set(_nodes([t])) - {nodes[path]}
+        for other, node in nodes.items():
+            if node in above:
+                raise ValueError(f"{path} is computed from {other}: pass one of them, or its gradient counts twice.")
+        used = used or set(_nodes(losses))
+        if path.startswith("hparams") and nodes[path] not in used:
+            raise ValueError(
+                f"{path} is computed from other tensors, but no loss from it: compute it once, the losses with it, and "
+                "pass that very tensor."
+            )
 
 
 def _nodes(outputs: Iterable[torch.Tensor]) -> Iterator[Any]:

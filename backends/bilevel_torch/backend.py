@@ -71,9 +71,8 @@ class TorchBackend(Backend):
 
     def inner_of(self, value: Any, params: Any, hparams: Any, role: str = "inner") -> InnerDerivatives:
         """Differentiate an inner objective that has been evaluated at params and hparams, its variables."""
-        grads = grad([scalar(role, value)], leaves(params), None, create_graph=True)
-        if any(g is None and t.requires_grad for g, t in zip(grads, leaves(params), strict=True)):
-            check_recorded(role, value)
+        check_recorded(role, scalar(role, value), params)
+        grads = grad([value], leaves(params), None, create_graph=True)
         self._check_influence(role, any(g is not None for g in grads), params)
         return _products(grads, params, hparams)
 
@@ -98,8 +97,8 @@ class TorchBackend(Backend):
     def _check_influence(self, role: str, has_influence: bool, params: Any) -> None:
         if not has_influence:
             raise ValueError(
-                f"{role} does not depend on {leaf_names(self, 'params', params)}. Compute it with these very tensors: "
-                "those of the params argument, or the module's own parameters (not a state_dict() or detached copies, "
+                f"{role} does not depend on {leaf_names(self, 'params', params)}. Use the params argument inside it, "
+                "or hand over these very tensors: the module's own parameters (not a state_dict() or detached copies, "
                 "which the module does not use)."
             )
 
@@ -114,9 +113,8 @@ class TorchBackend(Backend):
     ) -> OuterDerivatives:
         """Differentiate an objective in the outer role that has been evaluated at params and hparams."""
         weights, hypers = leaves(params), leaves(hparams)
-        grads = grad([scalar(role, value)], [*weights, *hypers], None, retain_graph=retain_graph)
-        if any(g is None and t.requires_grad for g, t in zip(grads[: len(weights)], weights, strict=True)):
-            check_recorded(role, value)
+        check_recorded(role, scalar(role, value), params)
+        grads = grad([value], [*weights, *hypers], None, retain_graph=retain_graph)
         if all(g is None for g in grads):
             raise ValueError(
                 f"{depends_on_nothing(self, role, params, hparams)}: is it detached, converted to a number, or "

@@ -42,8 +42,11 @@ class DataParallel(TorchBackend):
         group: the process group; None: the default one.
 
     Raises:
-        ValueError: if there is no process group, or a count is negative.
+        ValueError: if there is no process group, or a count is negative; when called, on all ranks, if counts are given
+            on some of them only, or params or hparams differ.
     """
+
+    collective = True
 
     def __init__(
         self, *, inner_samples: float | None = None, outer_samples: float | None = None, group: Any = None
@@ -56,17 +59,32 @@ class DataParallel(TorchBackend):
         super().__init__(AgreedSpace(group=group))
         self.samples = (inner_samples, outer_samples)
         self.group = group
-        self._known_shares: tuple[float, ...] | None = None
 
-    def _shares(self, device: torch.device) -> tuple[float, ...]:
-        """Return this rank's shares of the inner and the outer samples; asks the other ranks once."""
-        if self._known_shares is None:
-            counts = torch.tensor([1.0 if n is None else float(n) for n in self.samples], device=device)
-            totals = self._sum([counts])[0]
-            if not (totals > 0).all():
-                raise ValueError("DataParallel: no rank has any samples.")
-            self._known_shares = tuple((counts.double() / totals.double()).tolist())
-        return self._known_shares
+    def _shares(self, device: torch.device) -> tuple[float, float]:
+        """Return this rank's shares of the inner and the outer samples."""
+        counts = [1.0 if n is None else float(n) for n in self.samples]
+        unknown = [float(n is None) for n in self.samples]
+        totals = self._sum([torch.tensor([*counts, *unknown], dtype=torch.float64, device=device)])[0].tolist()
+        for name, total, without in zip(("inner_samples", "outer_samples"), totals[:2], totals[2:], strict=True):
+            if without not in (0, dist.get_world_size(self.group)):
+                raise ValueError(f"DataParallel.{name}: given on some ranks only; give it on all of them, or on none.")
+            if not total > 0:
+                raise ValueError(f"DataParallel.{name}: zero on all ranks.")
+        return counts[0] / totals[0], counts[1] / totals[1]
+
+    def _check_equal(self, **trees: Tree) -> None:
+        """Raise a ValueError on all ranks unless each of these trees is the same on all of them, by its sum."""
+        tensors = {name: leaves(tree) for name, tree in trees.items()}
+        parts = [torch.stack([t.detach().sum(dtype=torch.float64) for t in part]) for part in tensors.values()]
+        sums = torch.stack([part.sum() for part in parts])
+        ends = torch.cat([sums, -sums])
+        dist.all_reduce(ends, dist.ReduceOp.MAX, group=self.group)
+        for name, most, least in zip(trees, *ends.view(2, -1).tolist(), strict=True):
+            if most > -least:  # not so for nan, which has a status
+                raise ValueError(
+                    f"DataParallel: {name} are not the same on all ranks. Seed all ranks alike before they are made, "
+                    "or broadcast them from one, and move them by equal optimizers."
+                )
 
     @override
     def inner_of(self, value: Any, params: Any, hparams: Any, role: str = "inner") -> InnerDerivatives:
@@ -84,35 +102,39 @@ class DataParallel(TorchBackend):
     def outer_of(
         self, value: Any, params: Any, hparams: Any, role: str, retain_graph: bool = False
     ) -> OuterDerivatives:
+        if not role.startswith("inner"):
+            self._check_equal(params=params, hparams=hparams)
         own = super().outer_of(value, params, hparams, role, retain_graph)
         share = self._shares(own.value.device)[0 if role.startswith("inner") else 1]
-        return OuterDerivatives(*self._mean((own.value, own.grad_params), share, own.grad_hparams, hparams))
+        mean, grad_params = self._mean((own.value, own.grad_params), share)
+        return OuterDerivatives(mean, grad_params, self._mean_or_none(own.grad_hparams, hparams, share))
 
     def _joined(self, own: InnerDerivatives, hparams: Any) -> InnerDerivatives:
         share, cross_jvp = self._shares(leaves(own.grad)[0].device)[0], own.cross_jvp
         return InnerDerivatives(
-            grad=self._mean((own.grad,), share)[0],
-            hvp=lambda v: self._mean((own.hvp(v),), share)[0],
-            cross_vjp=lambda v: self._mean((), share, own.cross_vjp(v), hparams)[0],
-            cross_jvp=None if cross_jvp is None else lambda u: self._mean((cross_jvp(u),), share)[0],
+            grad=self._mean(own.grad, share),
+            hvp=lambda v: self._mean(own.hvp(v), share),
+            cross_vjp=lambda v: self._mean_or_none(own.cross_vjp(v), hparams, share),
+            cross_jvp=None if cross_jvp is None else lambda u: self._mean(cross_jvp(u), share),
         )
 
-    def _mean(self, trees: tuple[Any, ...], share: float, by_hparams: Tree | None = None, like: Any = ()) -> list[Any]:
-        """Return the trees' weighted means over the ranks, and that of a derivative by ``like``, the hparams.
-
-        That is None where a rank's loss does not depend on them: then it counts as zero, and is None again if it is on
-        all ranks.
-        """
-        counted = [*trees, self.space.zeros_like(like) if by_hparams is None else by_hparams]
+    def _mean(self, tree: Tree, share: float) -> Tree:
+        """Return the weighted mean over the ranks."""
         # Without data, a loss may be nan.
-        scaled = tree_map(lambda t: t * share if share else torch.zeros_like(t), counted)
-        influence = torch.full_like(leaves(scaled)[0].flatten()[:1], float(by_hparams is not None))
-        *means, ranks = self._sum([*leaves(scaled), influence])
-        it = iter(means)
-        result = tree_map(lambda _: next(it), counted)
-        if leaves(like) and not ranks.any():
-            result[-1] = None
-        return result
+        it = iter(self._sum([t * share if share else torch.zeros_like(t) for t in leaves(tree)]))
+        return tree_map(lambda _: next(it), tree)
+
+    def _mean_or_none(self, tree: Tree | None, like: Tree, share: float) -> Tree | None:
+        """Return the mean of what is None, and counts as zero, where a rank's loss does not depend on hparams.
+
+        None if it is on all ranks.
+        """
+        if not leaves(like):
+            return tree
+        own = self.space.zeros_like(like) if tree is None else tree
+        influence = leaves(like)[0].new_full((), float(tree is not None))
+        mean = self._mean(own, share), self._sum([influence])[0]
+        return mean[0] if mean[1] > 0 else None
 
     def _sum(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Return sums over the ranks, by one all-reduce per dtype: hundreds of small ones would cost a hundredfold."""

@@ -3,32 +3,26 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from bilevel import hypergradient_from
 from bilevel.config import get_solver
 from bilevel.failure import OnFailure, check_on_failure
-from bilevel.problem import Problem
 from bilevel.protocols import HypergradientMethod, Linearization
 from bilevel.tree import tree_map
 from bilevel.validation import check_trees
-from bilevel_torch.autograd import own_arithmetic
+from bilevel_torch.autograd import evaluate, own_arithmetic, variables
 from bilevel_torch.backend import TorchBackend, check_supported
-from bilevel_torch.data_parallel import this_process
 from bilevel_torch.space import leaves
+from bilevel_torch.trees import tree_of
 
 Train = Callable[..., Any]
 
 
 def implicit_minimizer(
-    inner: Callable[..., torch.Tensor],
-    solver: Any = "cg",
-    *,
-    on_failure: OnFailure = "warn",
-    backend: TorchBackend | None = None,
+    inner: Callable[..., torch.Tensor], solver: Any = "cg", *, on_failure: OnFailure = "warn"
 ) -> Callable[[Train], Train]:
     """Return a decorator that makes a training function differentiable, by the implicit function theorem.
 
@@ -44,22 +38,25 @@ def implicit_minimizer(
     gradient. The result is only as good as the minimum: see `bl.diagnose`.
 
     Args:
-        inner: L, (params, hparams, *args) -> scalar, which ``train`` minimizes over params. It must compute with the
-            params it is handed (`torch.func.functional_call`), and is evaluated once per backward pass.
+        inner: L, (params, hparams, *args) -> scalar, which ``train`` minimizes over params; it takes the very arguments
+            that ``train`` takes. It must compute with the params it is handed (`torch.func.functional_call`). Each
+            backward pass evaluates it once: in train mode BatchNorm's statistics move, and dropout draws.
         solver: a linear solver, as in `hypergradient`; `bilevel.WarmStart` starts each solve from the last.
         on_failure: as in `hypergradient`; raised or warned of in the backward pass.
-        backend: as in `hypergradient`.
 
     Returns:
-        The decorator. ``hparams`` is a tree of tensors, ``args`` are anything; the result has the structure of what
-        ``train`` returns, a tree of floating-point tensors. Do not change it in place before the backward pass: a
-        module's own parameters may be returned, if they are not trained on before that.
+        The decorator. ``hparams`` is a tree of tensors, ``args`` are anything, in dicts, lists and tuples (pass a
+        module's parameters as a dict for them to have a derivative). The result has the structure of what ``train``
+        returns, a tree of floating-point tensors; compute the outer loss with it, not with the module that was trained.
+        Do not change it in place before the backward pass: a module's own parameters may be returned, if they are not
+        trained on before that.
 
     Raises:
         TypeError, ValueError: for a solver that is no linear one (``unrolled``), or a ``train`` that returns no such
             tree; in the backward pass, if L does not depend on params or hparams.
 
-    The derivative is one of first order: for ``create_graph=True`` there is `bilevel_jax.implicit_minimizer`.
+    The derivative is one of first order, and of this process's data alone: for ``create_graph=True`` there is
+    `bilevel_jax.implicit_minimizer`, for several ranks `hypergradient` with `DataParallel`.
 
     >>> import torch, bilevel_torch
     >>> solve = bilevel_torch.implicit_minimizer(lambda w, h: ((w - h) ** 2).sum())(lambda h: h.clone())
@@ -80,7 +77,7 @@ def implicit_minimizer(
         @wraps(train)
         def solve(hparams: Any, *args: Any) -> Any:
             check_supported({"hparams": hparams, "args": args})
-            return _Call(inner, method, on_failure, backend or this_process())(train, hparams, args)
+            return _Call(inner, method, on_failure)(train, tree_of("hparams", hparams), args)
 
         return solve
 
@@ -94,7 +91,7 @@ class _Call:
     inner: Callable[..., torch.Tensor]
     solver: Any
     on_failure: OnFailure
-    backend: TorchBackend
+    backend: ClassVar[TorchBackend] = TorchBackend()
 
     def __call__(self, train: Train, hparams: Any, args: tuple[Any, ...]) -> Any:
         given = [hparams, *args]
@@ -108,9 +105,9 @@ class _Call:
     def pull(self, params: Any, given: list[Any], varied: list[torch.Tensor], grads: Any) -> Any:
         """Return dF by what is varied from dF by params."""
         varied = [t.detach().requires_grad_() for t in varied]
-        problem = Problem(lambda w, varied: self.inner(w, *_replace(given, varied)), self.inner)
         with own_arithmetic(params):
-            at = problem.derivatives(self.backend, params, varied, ())
+            w, _ = variables(params, ())
+            at = self.backend.inner_of(evaluate(self.inner, w, *_replace(given, varied)), w, varied)
             linearization = Linearization(torch.zeros(()), grads, None, at.hvp, at.cross_vjp)
             return hypergradient_from(
                 linearization, solver=self.solver, backend=self.backend, on_failure=self.on_failure
@@ -126,8 +123,12 @@ class _Minimum(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if torch.is_grad_enabled():  # PyTorch's once_differentiable would let some callers read a zero
+            raise RuntimeError(
+                "implicit_minimizer has a first derivative only, so it cannot be differentiated with "
+                "create_graph=True, nor be part of an inner loss. bilevel_jax.implicit_minimizer has higher ones."
+            )
         saved, cotangents = iter(ctx.saved_tensors), iter(grad_outputs)
         params = tree_map(lambda _: next(saved), ctx.structure)
         grads = tree_map(lambda _: next(cotangents), ctx.structure)

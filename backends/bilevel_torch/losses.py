@@ -1,5 +1,6 @@
 """Hypergradients from two losses that a training loop has just computed."""
 
+from numbers import Real
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from bilevel.failure import OnFailure
 from bilevel.protocols import InnerDerivatives, Linearization, OuterDerivatives, Tree
 from bilevel.results import Hypergradient
 from bilevel.validation import check_trees, leaf_names
-from bilevel_torch.autograd import check_distinct, own_arithmetic
+from bilevel_torch.autograd import check_computed, check_distinct, own_arithmetic
 from bilevel_torch.backend import TorchBackend, check_supported
 from bilevel_torch.data_parallel import this_process
 from bilevel_torch.space import leaves
@@ -31,8 +32,9 @@ def backward(
     """Add the hypergradient to the ``.grad`` of hparams, as ``loss.backward()`` adds a gradient.
 
     Hparams that are computed from other tensors pass it on to these; hooks on hparams fire. The ``.grad`` of params is
-    not touched, nor is anything else, and nothing at all if this raises. The two losses keep their graphs, as after
-    ``backward(retain_graph=True)``: a step of the inner optimizer may still use them, and they go when the losses do.
+    not touched, and that of hparams only once the hypergradient is there and finite. The two losses keep their graphs,
+    as after ``backward(retain_graph=True)``: a step of the inner optimizer may still use them, and they go when the
+    losses do.
 
     See `hypergradient` for arguments, what is returned (the loss, the adjoint and how the solve went, for a log and the
     next call) and errors.
@@ -109,6 +111,8 @@ def hypergradient(
     Warns:
         UserWarning: if there are several ranks, but no backend is given.
     """
+    if not (isinstance(loss_scale, Real) and 0 < loss_scale < float("inf")):
+        raise ValueError(f"loss_scale: expected a finite number > 0, got {loss_scale!r}.")
     backend = this_process() if backend is None else backend
     params, hparams = tree_of("params", params), tree_of("hparams", hparams)
     adjoint0 = None if adjoint0 is None else tree_of("adjoint0", adjoint0)
@@ -141,6 +145,7 @@ def _check_recorded(backend: TorchBackend, inner_loss: Any, outer_loss: Any, par
                 f"{name} has no graph: compute it from params and hparams while they require gradients, outside of "
                 "torch.no_grad(), and do not detach it."
             )
+    check_computed(params, hparams, [loss for loss in (inner_loss, outer_loss) if isinstance(loss, torch.Tensor)])
 
 
 def _linearize(

@@ -55,10 +55,10 @@ class TorchSpace:
 
     def normal_like(self, x: Any, seed: int) -> Any:
         """Draw on the CPU, so that every device sees the same numbers."""
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator("cpu").manual_seed(seed)
 
         def draw(a: torch.Tensor) -> torch.Tensor:
-            return torch.randn(a.shape, generator=generator, dtype=torch.float32).to(a)
+            return torch.randn(a.shape, generator=generator, dtype=torch.float32, device="cpu").to(a)
 
         return tree_map(draw, x)
 

@@ -14,7 +14,7 @@ def tree_of(name: str, given: Any) -> Any:
     Raises:
         TypeError: if it is none of these.
     """
-    if isinstance(given, torch.Tensor | dict | tuple):
+    if isinstance(given, torch.Tensor | dict):
         return given
     if isinstance(given, Mapping | torch.nn.ParameterDict):
         return dict(given.items())
@@ -23,6 +23,8 @@ def tree_of(name: str, given: Any) -> Any:
     if not isinstance(given, Iterable):
         what = type(given).__name__
         raise TypeError(f"{name}: expected a tensor, or a list, dict or iterable of tensors, got {what}.")
-    items = given if isinstance(given, list) else list(given)
+    items = given if isinstance(given, list | tuple) else list(given)
+    if not items and iter(given) is given:
+        raise ValueError(f"{name}: the iterator is empty; one such as module.parameters() serves one call only.")
     pairs = [isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str) for item in items]
     return dict(items) if items and all(pairs) else items
