@@ -50,6 +50,7 @@ def callers_level() -> int:
 def explain(info: SolverInfo, solver: Any, curvature: Callable[[], tuple[float, float] | None]) -> str:
     """Say how a solve failed and what to do; see `report`."""
     solver = getattr(solver, "solver", solver)  # in a WarmStart
+    damping = float(getattr(solver, "damping", 0.0))
     if info.status == Status.MAXITER:
         message = _maxiter(info, solver)
     elif info.status == Status.NON_FINITE:
@@ -62,9 +63,9 @@ def explain(info: SolverInfo, solver: Any, curvature: Callable[[], tuple[float, 
     elif (ends := curvature()) is None:
         message = _no_contraction(info)
     elif info.status == Status.NEGATIVE_CURVATURE:
-        message = _negative_curvature(info, *ends)
+        message = _negative_curvature(info, *ends, damping)
     else:
-        message = _diverged(info, *ends, getattr(solver, "damping", 0.0))
+        message = _diverged(info, *ends, damping)
     return f"{type(solver).__name__}: {message}"
 
 
@@ -86,20 +87,19 @@ def _maxiter(info: SolverInfo, solver: Any) -> str:
     return f"stopped after {info.steps} steps above its tolerance, with a {_residual(info)}. {remedy}"
 
 
-def _negative_curvature(info: SolverInfo, smallest: float, largest: float) -> str:
+def _negative_curvature(info: SolverInfo, smallest: float, largest: float, damping: float) -> str:
     if smallest < -1e-6 * largest:
-        spectrum, damping = (
-            f" (eigenvalues from about {smallest:.2g} to {largest:.2g})",
-            f"damping above {-smallest:.2g}",
-        )
+        spectrum, needed = f" (eigenvalues from about {smallest:.2g} to {largest:.2g})", -smallest
     elif largest > 0:  # too close to zero, or too rare, for a few products to tell
-        spectrum = f" (largest eigenvalue about {largest:.2g}, smallest one zero or just below)"
-        damping = f"damping above {1e-3 * largest:.2g}"
+        spectrum, needed = f" (largest eigenvalue about {largest:.2g}, smallest one zero or just below)", 1e-3 * largest
     else:
-        spectrum, damping = "", "damping"
+        spectrum, needed = "", 0.0
+    # The estimate errs towards zero: damping that is there already has been found to be too little.
+    needed = max(needed, damping)
+    advice = f"damping above {needed:.2g}" if needed else "damping"
     return (
-        f"met non-positive curvature at step {info.steps} and stopped at the last good iterate, with a "
-        f"{_residual(info)}. The Hessian is not positive definite{spectrum}: add {damping}, "
+        f"met non-positive curvature at step {info.steps} and stopped before it, with a {_residual(info)}. The Hessian "
+        f"is not positive definite{spectrum}: {'raise' if damping else 'add'} {advice}, "
         'train the inner problem further, use solver="minres", which takes eigenvalues of either sign, or the '
         "Gauss-Newton matrix in place of the Hessian (bl.Problem.from_model)."
     )

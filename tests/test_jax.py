@@ -6,6 +6,7 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import pytest
 from frameworks import relative_error
 
@@ -189,3 +190,34 @@ for solver in ("cg", bl.Neumann(terms=200), "exact", bl.Unrolled(steps=200)):
 """
     env = {**os.environ, "JAX_ENABLE_X64": "0"}
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, env=env)
+
+
+def test_a_lambda_behind_stop_gradient_or_integers_has_no_influence():
+    w, h, train, val = case()
+    for cut in (jax.lax.stop_gradient, lambda h: h.astype(int).astype(float)):
+        problem = bl.Problem(lambda w, h, X, y, cut=cut: inner(w, cut(h), X, y), outer)
+        with pytest.raises(ValueError, match="Neither F nor ∂L/∂w depends on hparams"):
+            bl.hypergradient(problem, w, h, inner_args=train, outer_args=val)
+    problem = bl.Problem(lambda w, h, X, y: inner(jax.lax.stop_gradient(w), h, X, y), outer)
+    with pytest.raises(ValueError, match="inner does not depend on params"):
+        bl.hypergradient(problem, w, h, inner_args=train, outer_args=val)
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [jax.nn.relu, jnp.tanh, jax.jit(jnp.sin), np.dtype("float32"), np.int64(3)],
+    ids=["custom_jvp", "jitted", "jitted twice", "dtype", "int64"],
+)
+def test_functions_and_numbers_of_numpy_among_the_arguments_do_not_trace_again(argument):
+    traces = []
+
+    def counted(w, h, X, y, extra):
+        traces.append(1)
+        return inner(w, h, X, y)
+
+    problem, (w, h, train, val) = bl.Problem(counted, outer), case()
+    for repeat in range(3):
+        bl.hypergradient(problem, w, h, inner_args=(*train, argument), outer_args=val)
+        if repeat == 0:
+            first = len(traces)
+    assert len(traces) == first

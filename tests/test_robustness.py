@@ -131,7 +131,7 @@ class TestNothingIsSilent:
         H = np.diag([-2.0, 1.0])
         problem = bl.problems.quadratic(*(backend.from_numpy(a) for a in (H, np.eye(2), np.ones(2))))
         w = backend.from_numpy(np.zeros(2))
-        with pytest.warns(bl.SolverWarning, match="add damping above 2,"):
+        with pytest.warns(bl.SolverWarning, match="raise damping above 2,"):
             bl.hypergradient(problem, w, w + 0, solver=bl.CG(damping=1.0))
 
     @pytest.mark.parametrize("name", ["torch", "jax"])

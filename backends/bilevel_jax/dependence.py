@@ -4,13 +4,14 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 
 def depends(function: Callable[[Any], Any], x: Any) -> bool:
     """Tell whether function(x) can depend on x.
 
     Follows the data through the trace, into jitted functions too. A loop or branch counts as depending on all that
-    enters it: the answer errs towards True.
+    enters it: the answer errs towards True. What passes through integers or `jax.lax.stop_gradient` does not depend.
     """
     return reaches(trace(function, x))
 
@@ -39,7 +40,9 @@ def _reach(jaxpr: Any, inputs: list[bool]) -> list[bool]:
             continue
         if equation.primitive.name in ("jit", "pjit"):
             out = _reach(equation.params["jaxpr"].jaxpr, into)
-        else:
-            out = [True] * len(equation.outvars)
+        elif equation.primitive.name == "stop_gradient":
+            continue
+        else:  # what is no real number has no derivative
+            out = [jnp.issubdtype(v.aval.dtype, jnp.inexact) for v in equation.outvars]
         reached.update(v for v, hit in zip(equation.outvars, out, strict=True) if hit)
     return marked(jaxpr.outvars)

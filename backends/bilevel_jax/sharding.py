@@ -4,12 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-from jax import lax
-
-try:
-    from jax import typeof
-except ImportError:  # JAX before 0.6
-    from jax.core import get_aval as typeof  # pyright: ignore
+from jax import lax, typeof
 
 # With them in a loss, JAX without its types of varying values differentiates wrongly.
 COLLECTIVES = ("psum", "pmax", "pmin", "ppermute", "all_gather", "all_to_all", "reduce_scatter", "psum_scatter")

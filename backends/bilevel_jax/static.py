@@ -5,13 +5,14 @@ from dataclasses import fields, is_dataclass
 from enum import Enum
 from functools import cache
 from inspect import signature
-from types import FunctionType
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import jax
 import numpy as np
 
-_CONSTANTS = (bool, int, float, str, bytes, type(None), Enum, FunctionType, type)
+_FUNCTIONS = (FunctionType, BuiltinFunctionType, np.ufunc, jax.custom_jvp, jax.custom_vjp, type(jax.jit(lambda: 0)))
+_CONSTANTS = (bool, int, float, str, bytes, type(None), Enum, type, np.dtype, np.integer, np.bool_, *_FUNCTIONS)
 
 
 def split_tree(tree: Any, arrays: list[Any]) -> tuple[Any, ...]:

@@ -31,7 +31,7 @@ class CG(Iterative):
     has confirmed it. Residuals are those of the dtype's own arithmetic: an ``rtol`` below its epsilon asks for no more
     than that.
 
-    Where a direction has no positive curvature (to rounding), the solve stops at the last good iterate with
+    Where a direction has no positive curvature (to rounding), the solve stops at the iterate before it with
     ``NEGATIVE_CURVATURE``. If that is the very first direction, there is none: without a warm start v is then
     the right-hand side over its own absolute curvature, as in truncated Newton methods (Dembo & Steihaug 1983).
 
