@@ -16,6 +16,7 @@ from bilevel.protocols import (
     Solver,
     Stochastic,
     Tree,
+    same_kind,
 )
 from bilevel.results import Hypergradient, SolverInfo, Status
 from bilevel.solvers.lanczos import spectrum
@@ -141,14 +142,18 @@ def hypergradient_from(
 
     check_prepared(backend, solver, "grad_params", rhs)
 
-    def checked_hvp(v: Tree) -> Tree:
-        product = hvp(v)
-        check_like(backend, "hvp(v)", product, "grad_params", rhs)
-        return product
+    unchecked = ["hvp(v)"]  # the first of all products is looked at
 
-    linearization = linearization._replace(
-        hvp=NonSymmetric(checked_hvp) if isinstance(hvp, NonSymmetric) else checked_hvp
-    )
+    def checked(product: Operator) -> Operator:
+        def checked_hvp(v: Tree) -> Tree:
+            found = product(v)
+            while unchecked:
+                check_like(backend, unchecked.pop(), found, "grad_params", rhs)
+            return found
+
+        return checked_hvp
+
+    linearization = linearization._replace(hvp=same_kind(hvp, checked))
     hg = _check_result(implicit(backend, solver, linearization, adjoint0), backend, direct)
     return _conclude(hg, backend, solver, on_failure, lambda: _ends(backend, linearization))
 

@@ -256,6 +256,15 @@ class Stochastic:
         return self.product(v)
 
 
+def same_kind(operator: Operator, change: Callable[[Operator], Operator]) -> Operator:
+    """Return an operator of the same kind with its products changed."""
+    if isinstance(operator, NonSymmetric):
+        return NonSymmetric(change(operator.product))
+    if isinstance(operator, Stochastic):
+        return Stochastic(change(operator.product), lambda i: change(operator.sample(i)))
+    return change(operator)
+
+
 @runtime_checkable
 class IHVPSolver(Protocol):
     """Solves A v = b: an inverse-Hessian-vector product.

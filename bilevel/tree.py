@@ -3,7 +3,7 @@
 ``None`` is a tree without leaves, and dicts are read in the order of their sorted keys, both as in JAX.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from copy import copy
 from typing import Any
 
@@ -25,6 +25,40 @@ def leaves_with_paths(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
             yield from leaves_with_paths(child, f"{path}[{i}]")
     elif tree is not None:
         yield path, tree
+
+
+def leaves(tree: Any) -> list[Any]:
+    """Return the leaves, in order.
+
+    >>> leaves({"a": 1.0, "b": [2.0, 3.0]})
+    [1.0, 2.0, 3.0]
+    """
+    if _is_flat(tree):
+        return tree
+    if isinstance(tree, dict):
+        return [leaf for key in _sorted(tree) for leaf in leaves(tree[key])]
+    if isinstance(tree, list | tuple):
+        return [leaf for child in tree for leaf in leaves(child)]
+    return [] if tree is None else [tree]
+
+
+def with_leaves(tree: Any, new: Iterable[Any]) -> Any:
+    """Return a tree of this structure with other leaves.
+
+    >>> with_leaves({"a": 1.0, "b": [2.0, 3.0]}, [10, 20, 30])
+    {'a': 10, 'b': [20, 30]}
+    """
+    if _is_flat(tree):
+        return list(new)
+    it = iter(new)
+    return tree_map(lambda _: next(it), tree)
+
+
+def _is_flat(tree: Any) -> bool:
+    """Tell whether a tree is a list of leaves already."""
+    if type(tree) is not list:
+        return False
+    return not any(child is None or isinstance(child, dict | list | tuple) for child in tree)
 
 
 def tree_map(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:

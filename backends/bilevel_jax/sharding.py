@@ -49,7 +49,7 @@ def check_collectives(role: str, jaxpr: Any) -> None:
     Raises:
         ValueError: naming the axis.
     """
-    for equation in _equations(jaxpr):
+    for equation in equations(jaxpr):
         if equation.primitive.name.removesuffix("_invariant") not in COLLECTIVES:
             continue
         names = equation.params.get("axes", equation.params.get("axis_name", ()))
@@ -79,11 +79,12 @@ def _varying(x: Any) -> frozenset[Any]:
     return getattr(kind, "varying", getattr(kind, "vma", frozenset()))  # vma: JAX 0.7 to 0.9
 
 
-def _equations(jaxpr: Any) -> Iterator[Any]:
+def equations(jaxpr: Any) -> Iterator[Any]:
+    """Yield the equations of a jaxpr, and of those in it."""
     for equation in jaxpr.eqns:
         if "mesh" in equation.params:  # a shard_map of the loss's own, with axes of its own
             continue
         yield equation
         for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
             if hasattr(inner, "eqns"):
-                yield from _equations(inner)
+                yield from equations(inner)

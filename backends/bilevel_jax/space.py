@@ -9,7 +9,9 @@ import numpy as np
 from jax import lax
 from jax.flatten_util import ravel_pytree
 
-from bilevel_jax.sharding import explicitly_sharded
+from bilevel_jax.sharding import equations, explicitly_sharded
+
+UNROLLED = 20  # steps: the terms that neumann takes by default; compiling takes longer with each
 
 
 class JaxSpace:
@@ -80,6 +82,11 @@ class JaxSpace:
         return lambda i: jax.tree.unflatten(structure, [leaf(i % count) for leaf in leaves])
 
     def while_loop(self, live: Callable, body: Callable, state: Any, max_steps: int) -> Any:
+        if _unrolls(body, state, max_steps):
+            for _ in range(max_steps):  # without an end before: once its flag is down, a body changes nothing
+                state = body(state)
+            return state
+
         def counted_live(carry: Any) -> Any:
             return (carry[0] < max_steps) & live(carry[1])
 
@@ -89,7 +96,9 @@ class JaxSpace:
         return lax.while_loop(counted_live, counted_body, (0, state))[1]
 
     def scan(self, body: Callable, state: Any, xs: Any, length: int, reverse: bool = False) -> tuple[Any, Any]:
-        return lax.scan(body, state, xs, length=length, reverse=reverse)
+        first = None if xs is None else jax.tree.map(lambda a: a[0], xs)
+        unroll = _unrolls(lambda s: body(s, first), state, length)
+        return lax.scan(body, state, xs, length=length, reverse=reverse, unroll=unroll)
 
     def cond(self, flag: Any, body: Callable, state: Any) -> Any:
         return lax.cond(flag, body, lambda s: s, state)
@@ -115,6 +124,17 @@ class JaxSpace:
 
         result = jax.ShapeDtypeStruct(like.shape, like.dtype)
         return jnp.zeros_like(like) + jax.pure_callback(call, result, *arrays, vmap_method="sequential")
+
+
+def _unrolls(body: Callable, state: Any, steps: int) -> bool:
+    """Tell whether to unroll a loop: a short one with a convolution, on CPUs.
+
+    XLA's CPU code for a convolution inside a loop takes some ten times as long as outside (jax#12868).
+    """
+    if not 0 < steps <= UNROLLED or jax.default_backend() != "cpu":
+        return False
+    jaxpr = jax.make_jaxpr(body)(state).jaxpr
+    return any(equation.primitive.name == "conv_general_dilated" for equation in equations(jaxpr))
 
 
 def _accumulator(a: Any, b: Any) -> Any:

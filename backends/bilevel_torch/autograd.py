@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from bilevel.tree import leaves_with_paths, tree_map
+from bilevel.tree import leaves, leaves_with_paths, tree_map, with_leaves
 from bilevel.validation import check_scalar
 
 
@@ -141,8 +141,8 @@ def evaluate(function: Callable[..., Any], *args: Any) -> Any:
 
 def fill(grads: Sequence[torch.Tensor | None], like: Any) -> Any:
     """Give gradients the structure of a tree, with zeros for None."""
-    it = iter(grads)
-    return tree_map(lambda t: torch.zeros_like(t, requires_grad=False) if (g := next(it)) is None else g, like)
+    pairs = zip(grads, leaves(like), strict=True)
+    return with_leaves(like, [torch.zeros_like(t, requires_grad=False) if g is None else g for g, t in pairs])
 
 
 def reaches(outputs: Iterable[torch.Tensor], inputs: Iterable[torch.Tensor]) -> bool:

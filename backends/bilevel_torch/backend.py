@@ -10,13 +10,20 @@ from typing_extensions import override
 
 from bilevel.model_loss import ModelLoss
 from bilevel.problem import Problem
-from bilevel.protocols import Backend, BilevelProblem, InnerDerivatives, OuterDerivatives, Point, Solver
-from bilevel.tree import leaves_with_paths
+from bilevel.protocols import (
+    Backend,
+    BilevelProblem,
+    InnerDerivatives,
+    OuterDerivatives,
+    Point,
+    Solver,
+)
+from bilevel.tree import leaves, leaves_with_paths
 from bilevel.validation import check_dtypes, check_like, depends_on_nothing, leaf_names, role_of
 from bilevel_torch.aside import aside
 from bilevel_torch.autograd import check_recorded, evaluate, fill, grad, own_arithmetic, reaches, scalar, variables
 from bilevel_torch.gauss_newton import gauss_newton
-from bilevel_torch.space import TorchSpace, leaves
+from bilevel_torch.space import TorchSpace
 
 
 class TorchBackend(Backend):

@@ -12,9 +12,9 @@ from typing_extensions import override
 from bilevel.failure import callers_level
 from bilevel.model_loss import ModelLoss
 from bilevel.protocols import InnerDerivatives, OuterDerivatives, Tree
-from bilevel.tree import tree_map
+from bilevel.tree import leaves, tree_map
 from bilevel_torch.backend import TorchBackend
-from bilevel_torch.space import TorchSpace, leaves
+from bilevel_torch.space import TorchSpace
 
 
 class DataParallel(TorchBackend):

@@ -6,9 +6,8 @@ import torch
 
 from bilevel.model_loss import ModelLoss
 from bilevel.protocols import Operator
-from bilevel.tree import tree_map
+from bilevel.tree import leaves, tree_map
 from bilevel_torch.autograd import evaluate, fill, grad, reaches, scalar
-from bilevel_torch.space import leaves
 
 
 class Curved(NamedTuple):

@@ -11,11 +11,10 @@ from bilevel import hypergradient_from
 from bilevel.config import get_solver
 from bilevel.failure import OnFailure, check_on_failure
 from bilevel.protocols import HypergradientMethod, Linearization
-from bilevel.tree import tree_map
+from bilevel.tree import leaves, tree_map
 from bilevel.validation import check_trees
 from bilevel_torch.autograd import evaluate, own_arithmetic, variables
 from bilevel_torch.backend import TorchBackend, check_supported
-from bilevel_torch.space import leaves
 from bilevel_torch.trees import tree_of
 
 Train = Callable[..., Any]

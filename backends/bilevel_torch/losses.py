@@ -9,11 +9,11 @@ from bilevel import hypergradient_from
 from bilevel.failure import OnFailure
 from bilevel.protocols import InnerDerivatives, Linearization, OuterDerivatives, Tree
 from bilevel.results import Hypergradient
+from bilevel.tree import leaves
 from bilevel.validation import check_trees, leaf_names
 from bilevel_torch.autograd import check_computed, check_distinct, own_arithmetic
 from bilevel_torch.backend import TorchBackend, check_supported
 from bilevel_torch.data_parallel import this_process
-from bilevel_torch.space import leaves
 from bilevel_torch.trees import tree_of
 
 

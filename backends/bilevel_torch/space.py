@@ -1,4 +1,6 @@
 """Trees of tensors as vectors, without a host synchronisation per operation."""
+# pyright: reportPrivateImportUsage=false
+# (PyTorch documents its foreach functions, and exports them with an underscore.)
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,17 +10,26 @@ import numpy as np
 import torch
 
 from bilevel import loops
-from bilevel.tree import leaves_with_paths, tree_map
+from bilevel.tree import leaves, tree_map, with_leaves
+
+WIDE = (torch.float32, torch.float64)  # enough to add up dots in
 
 
-def leaves(tree: Any) -> list[torch.Tensor]:
-    """Return the tensors of a tree."""
-    return [leaf for _, leaf in leaves_with_paths(tree)]
+class _Namespace:
+    """PyTorch's functions, with one of them made of two operations in place of five."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    def isfinite(self, x: torch.Tensor) -> torch.Tensor:
+        return (x - x) == 0
 
 
 @dataclass(frozen=True)
 class TorchSpace:
     """See `bilevel.protocols.VectorSpace`.
+
+    A vector is any tree of tensors; a list of them is quickest.
 
     Args:
         check_every: read a loop's flag, and so wait for the device, every so many steps; None: at each one
@@ -26,21 +37,41 @@ class TorchSpace:
     """
 
     check_every: int | None = None
-    xp = torch
+    xp = _Namespace()
 
     def dot(self, x: Any, y: Any) -> torch.Tensor:
         dots = [_dot(a, b) for a, b in zip(leaves(x), leaves(y), strict=True)]
         return sum(dots[1:], start=dots[0])
 
     def axpy(self, alpha: Any, x: Any, y: Any) -> Any:
-        if isinstance(alpha, torch.Tensor):  # add(alpha=tensor) would synchronise
-            return tree_map(lambda a, b: torch.addcmul(b, a, alpha.to(b.dtype)), x, y)
-        return tree_map(lambda a, b: torch.add(b, a, alpha=alpha), x, y)
+        xs, ys = leaves(x), leaves(y)
+        number = self._number(alpha)
+        if isinstance(number, torch.Tensor):  # add(alpha=tensor) would synchronise
+            return with_leaves(y, [torch.addcmul(b, a, number.to(b.dtype)) for a, b in zip(xs, ys, strict=True)])
+        return with_leaves(y, torch._foreach_add(ys, xs, alpha=number))
+
+    def update(self, flag: Any, alpha: Any, x: Any, beta: Any, y: Any) -> Any:
+        """See `bilevel.solvers.operators.update`: in place."""
+        xs, ys = leaves(x), leaves(y)
+        if not self._reads_freely(flag):
+            for a, b in zip(xs, ys, strict=True):
+                b.copy_(torch.where(flag, alpha * a + beta * b, b))
+        elif flag:
+            beta = self._number(beta)
+            if isinstance(beta, torch.Tensor) or beta != 1:
+                torch._foreach_mul_(ys, beta)
+            torch._foreach_add_(ys, xs, alpha=self._number(alpha))
+        return y
 
     def scale(self, alpha: Any, x: Any) -> Any:
-        if isinstance(alpha, torch.Tensor):  # two zero-dimensional tensors would promote
-            return tree_map(lambda a: a * alpha.to(a.dtype), x)
-        return tree_map(lambda a: a * alpha, x)
+        xs, number = leaves(x), self._number(alpha)
+        if isinstance(number, torch.Tensor):  # two zero-dimensional tensors would promote
+            return with_leaves(x, [a * number.to(a.dtype) for a in xs])
+        return with_leaves(x, torch._foreach_mul(xs, number))
+
+    def _number(self, alpha: Any) -> Any:
+        """Return a scalar as a Python number where that can be read freely."""
+        return alpha.item() if isinstance(alpha, torch.Tensor) and self._reads_freely(alpha) else alpha
 
     def zeros_like(self, x: Any) -> Any:
         return tree_map(lambda a: torch.zeros_like(a, requires_grad=False), x)
@@ -129,8 +160,10 @@ def _accumulator(a: torch.Tensor, b: torch.Tensor) -> torch.dtype:
 
 
 def _dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    dtype = _accumulator(a, b)
-    return torch.dot(a.reshape(-1).to(dtype), b.reshape(-1).to(dtype))
+    if not (a.dtype == b.dtype and a.dtype in WIDE):
+        dtype = _accumulator(a, b)
+        a, b = a.to(dtype), b.to(dtype)
+    return torch.dot(a.reshape(-1), b.reshape(-1))
 
 
 def _project(s: torch.Tensor, a: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from bilevel.protocols import Operator, Tree, VectorSpace
 from bilevel.results import SolverInfo, Status
 from bilevel.solvers.confirm import Iterative, Sweep, iterate
-from bilevel.solvers.operators import damped, norm, residual, scale_free
+from bilevel.solvers.operators import copy, damped, norm, residual, scale_free, update
 from bilevel.solvers.preconditioners import Preconditioner, check_preconditioner
 
 
@@ -79,20 +79,20 @@ class CG(Iterative):
                 curvature = space.dot(s.p, Ap) / s.pp
                 largest = xp.maximum(s.largest, xp.abs(curvature))
                 alpha = s.rz / (s.pp * curvature)
-                r = space.axpy(-alpha, Ap, s.r)
-                rr = space.dot(r, r)
                 finite = xp.isfinite(curvature)
                 # Relative to the largest curvature met, so free of scale: on a null direction it is rounding noise of
                 # either sign. Comparisons with nan are false.
-                positive = (curvature > eps * largest) & xp.isfinite(rr)
+                positive = curvature > eps * largest
+                # 0 * nan is nan: a zero alpha would not protect r.
+                r = update(s.live & positive & finite, -alpha, Ap, 1, s.r, space)
+                rr = space.dot(r, r)
+                positive = positive & xp.isfinite(rr)
                 ok = s.live & positive & finite
-                # 0 * nan is nan: a zero alpha would not protect x.
-                x = space.select(ok, space.axpy(alpha, s.p, s.x), s.x)
-                r = space.select(ok, r, s.r)
+                x = update(ok, alpha, s.p, 1, s.x, space)
                 rr = xp.where(ok, rr, s.rr)
                 z, rz = precondition(r, rr)
                 beta = rz / s.rz
-                p = space.select(ok, space.axpy(beta, s.p, z), s.p)
+                p = update(ok, 1, z, beta, s.p, space)
                 done = xp.sqrt(rr) <= tolerance
                 status = xp.where(done, int(Status.CONVERGED), s.status)
                 status = xp.where(positive, status, int(Status.NEGATIVE_CURVATURE))
@@ -114,7 +114,8 @@ class CG(Iterative):
             # A preconditioner may be nan where no product is: its own were taken before.
             running = xp.where(xp.isfinite(rz), xp.full_like(steps, int(Status.MAXITER)), int(Status.NON_FINITE))
             pp = start if M is None else space.dot(z, z)
-            s = _State(x, r, z, start, rz, pp, xp.zeros_like(start), steps, running, live & (rz > 0))
+            work = (copy(x, space), copy(r, space), copy(z, space))
+            s = _State(*work, start, rz, pp, xp.zeros_like(start), steps, running, live & (rz > 0))
             s = space.while_loop(lambda s: s.live, step, s, self.maxiter)
             return Sweep(s.x, xp.sqrt(s.rr), s.steps, s.status)
 

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 from bilevel.protocols import NonSymmetric, Operator, Stochastic, Tree, VectorSpace
 from bilevel.results import SolverInfo, Status
 from bilevel.solvers.lanczos import spectrum
-from bilevel.solvers.operators import damped, norm, residual, scale_free
+from bilevel.solvers.operators import copy, damped, norm, residual, scale_free, update
 from bilevel.solvers.options import check_int, check_real, is_python_number
 
 
@@ -123,15 +123,15 @@ class Neumann:
 
         def step(s: _State) -> _State:
             B = damped(operator.sample(s.index), self.damping, space) if isinstance(operator, Stochastic) else A
-            term = space.axpy(-alpha, B(s.term), s.term)
+            term = update(s.live, -alpha, B(s.term), 1, s.term, space)  # of the last one, only the norm matters
             size = norm(term, space)
             finite, grown = xp.isfinite(size), size > (growth * s.least if steady else 1e3 * start_norm)
             ok = s.live & finite & ~grown
             status = xp.where(grown, int(Status.DIVERGED), s.status)
             status = xp.where(finite, status, int(Status.NON_FINITE))
             return _State(
-                total=space.select(ok, space.axpy(1.0, term, s.total), s.total),
-                term=space.select(ok, term, s.term),
+                total=update(ok, 1, term, 1, s.total, space),
+                term=term,
                 norm=xp.where(ok, size, s.norm),
                 least=xp.where(ok, xp.minimum(size, s.least), s.least),
                 index=s.index + 1,
@@ -149,8 +149,8 @@ class Neumann:
         finite = xp.isfinite(start_norm) & xp.isfinite(start_norm * alpha)
         steps = xp.zeros_like(start_norm, dtype=xp.int32)
         s = _State(
-            total=start,
-            term=start,
+            total=copy(start, space),
+            term=copy(start, space),
             norm=start_norm,
             least=start_norm,
             index=0,

@@ -15,6 +15,23 @@ def damped(operator: Operator, damping: Any, space: VectorSpace) -> Operator:
     return lambda v: space.axpy(damping, v, operator(v))
 
 
+def copy(x: Tree, space: VectorSpace) -> Tree:
+    """Return a vector of new memory, for `update` to use up."""
+    return space.scale(1.0, x)
+
+
+def update(flag: Any, alpha: Any, x: Tree, beta: Any, y: Tree, space: VectorSpace) -> Tree:
+    """Return alpha x + beta y where the flag holds, else y; the memory may be that of y, which is used up.
+
+    A space may have a method of that name, without the last argument, that does it in place.
+    """
+    in_place = getattr(space, "update", None)
+    if in_place is not None:
+        return in_place(flag, alpha, x, beta, y)
+    scaled = y if is_python_number(beta) and beta == 1 else space.scale(beta, y)
+    return space.select(flag, space.axpy(alpha, x, scaled), y)
+
+
 def residual(operator: Operator, rhs: Tree, x: Tree, space: VectorSpace) -> Tree:
     """Return b - A x, by one product."""
     return space.axpy(-1.0, operator(x), rhs)
@@ -33,9 +50,13 @@ def scale_free(
     extreme = (xp.abs(exponent) > 30) & xp.isfinite(exponent)
     most = 120.0 if xp.finfo(exponent.dtype).bits == 32 else 1000.0  # so that 1 / scale is finite
     scale = xp.exp2(xp.clip(xp.where(extreme, exponent, 0.0), -most, most))
-    x, info = solve(space.scale(1 / scale, rhs), x0 if x0 is None else space.scale(1 / scale, x0), scale)
+
+    def scaled(factor: Any, v: Tree) -> Tree:
+        return space.cond(extreme, lambda v: space.scale(factor, v), v)  # no copy where there is nothing to do
+
+    x, info = solve(scaled(1 / scale, rhs), x0 if x0 is None else scaled(1 / scale, x0), scale)
     info = info._replace(residual_norm=scale * info.residual_norm, rhs_norm=scale * info.rhs_norm)
-    return space.scale(scale, x), info
+    return scaled(scale, x), info
 
 
 def norm(x: Tree, space: VectorSpace) -> Any:
