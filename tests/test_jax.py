@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -15,6 +15,7 @@ from bilevel import Status
 
 jax = pytest.importorskip("jax")
 jnp = jax.numpy
+equations = pytest.importorskip("bilevel_jax.sharding").equations
 
 
 def inner(w, h, X, y):
@@ -221,3 +222,47 @@ def test_functions_and_numbers_of_numpy_among_the_arguments_do_not_trace_again(a
         if repeat == 0:
             first = len(traces)
     assert len(traces) == first
+
+
+class TestConvolutions:
+    """On CPUs XLA's code for their derivatives takes some ten times as long inside a loop."""
+
+    W, X = jnp.ones((2, 1, 3, 3)) / 9, jax.random.normal(jax.random.key(0), (2, 1, 6, 6))
+
+    @staticmethod
+    def inner(w, h, x):
+        z = jax.lax.conv_general_dilated(x, w, (1, 1), "SAME")
+        return jnp.mean(jnp.tanh(z) ** 2) + jnp.sum(jnp.exp(h) * w**2)
+
+    def call(self, solver, h):
+        problem = bl.Problem(self.inner, lambda w, h: jnp.sum(w**2))
+        return bl.hypergradient(problem, self.W, h, inner_args=(self.X,), solver=solver, on_failure="ignore").grad
+
+    def loops_with_convolutions(self, solver):
+        """The loops that are left in the program."""
+        jaxpr = jax.make_jaxpr(partial(self.call, solver))(self.W * 0).jaxpr
+        loops = [e for e in equations(jaxpr) if e.primitive.name == "while"]
+        loops += [e for e in equations(jaxpr) if e.primitive.name == "scan" and e.params["unroll"] < e.params["length"]]
+        return [e for e in loops if "conv_general_dilated" in str(e)]
+
+    @pytest.mark.skipif(jax.default_backend() != "cpu", reason="elsewhere a loop costs nothing")
+    @pytest.mark.parametrize(
+        "short",
+        [bl.Neumann(terms=5, step_size=0.1), bl.Neumann(terms=5), bl.Unrolled(steps=5, step_size=0.1)],
+        ids=repr,
+    )
+    def test_a_short_loop_of_products_is_unrolled(self, short):
+        longer = replace(short, **{"terms" if isinstance(short, bl.Neumann) else "steps": 50})
+        assert not self.loops_with_convolutions(short)
+        assert self.loops_with_convolutions(longer)
+
+    @pytest.mark.skipif(jax.default_backend() != "cpu", reason="elsewhere a loop costs nothing")
+    def test_loops_in_loops_stay_as_they_are(self):
+        assert self.loops_with_convolutions(bl.CG(maxiter=5))
+
+    def test_the_result_is_that_of_a_loop(self):
+        short = bl.Neumann(terms=20, step_size=0.2)
+        longer = bl.Neumann(terms=60, step_size=0.2, rtol=1e-12)
+        exact = self.call("exact", self.W * 0)
+        assert relative_error(self.call(longer, self.W * 0), exact) <= 1e-10
+        assert relative_error(self.call(short, self.W * 0), exact) <= 2e-4

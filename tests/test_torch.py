@@ -11,6 +11,7 @@ import bilevel as bl
 from bilevel import Status
 
 torch = pytest.importorskip("torch")
+bilevel_torch = pytest.importorskip("bilevel_torch")
 nn, F = torch.nn, torch.nn.functional
 
 
@@ -228,3 +229,49 @@ def test_cuda_gives_the_same(data):
     for a, b in zip(gpu.grad, cpu.grad, strict=True):
         assert a.is_cuda
         assert relative_error(a.cpu(), b) <= 1e-8
+
+
+@pytest.mark.parametrize("check_every", [None, 8], ids=["host", "device"])
+@pytest.mark.parametrize(
+    "solver",
+    [
+        bl.CG(maxiter=3),
+        bl.CG(maxiter=3, damping=0.5, preconditioner=bl.NystromPreconditioner(rank=2)),
+        bl.MINRES(maxiter=3),
+        bl.GMRES(restart=3),
+        bl.BiCGStab(maxiter=3),
+        bl.Neumann(terms=3),
+        bl.Nystrom(rank=2),
+        bl.Identity(),
+    ],
+    ids=repr,
+)
+def test_a_solver_that_works_in_place_leaves_what_it_was_handed(solver, check_every):
+    """The operator hands out its own memory, too: that of the vector itself, where it is a multiple of the identity."""
+    space = bilevel_torch.TorchSpace(check_every=check_every)
+    rhs, x0, scale = [torch.tensor([1.0, 2.0]), torch.tensor([3.0])], [torch.ones(2), torch.ones(1)], torch.ones(())
+    before = [t.clone() for t in (*rhs, *x0)]
+
+    def operator(v):
+        return v if scale == 1 else [scale * t for t in v]
+
+    for warm in (None, x0):
+        x, _ = solver.solve(operator, rhs, warm, space)
+        assert all(torch.equal(a, b) for a, b in zip(before, (*rhs, *x0), strict=True))
+        if not isinstance(solver, bl.Nystrom):  # a sketch of the identity is of its rank
+            factor = 1 + getattr(solver, "damping", 0.0)
+            for found, b in zip(x, rhs, strict=True):
+                torch.testing.assert_close(factor * found, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("check_every", [None, 8], ids=["host", "device"])
+@pytest.mark.parametrize("flag", [True, False])
+@pytest.mark.parametrize("beta", [1, torch.tensor(0.5)], ids=["one", "half"])
+def test_update_is_its_definition_in_place(check_every, flag, beta):
+    space = bilevel_torch.TorchSpace(check_every=check_every)
+    x, y = [torch.tensor([1.0, float("nan") if not flag else 2.0])], [torch.tensor([3.0, 4.0])]
+    expected = 2 * x[0] + beta * y[0] if flag else y[0].clone()
+    memory = y[0].data_ptr()
+    result = space.update(torch.tensor(flag), torch.tensor(2.0), x, beta, y)
+    torch.testing.assert_close(result[0], expected)
+    assert result[0].data_ptr() == memory

@@ -1,6 +1,8 @@
 """Pytrees as vectors, and `jax.lax` loops, so that a whole hypergradient compiles."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any
 
 import jax
@@ -93,12 +95,14 @@ class JaxSpace:
         def counted_body(carry: Any) -> Any:
             return carry[0] + 1, body(carry[1])
 
-        return lax.while_loop(counted_live, counted_body, (0, state))[1]
+        with _in_loop():
+            return lax.while_loop(counted_live, counted_body, (0, state))[1]
 
     def scan(self, body: Callable, state: Any, xs: Any, length: int, reverse: bool = False) -> tuple[Any, Any]:
         first = None if xs is None else jax.tree.map(lambda a: a[0], xs)
         unroll = _unrolls(lambda s: body(s, first), state, length)
-        return lax.scan(body, state, xs, length=length, reverse=reverse, unroll=unroll)
+        with nullcontext() if unroll else _in_loop():
+            return lax.scan(body, state, xs, length=length, reverse=reverse, unroll=unroll)
 
     def cond(self, flag: Any, body: Callable, state: Any) -> Any:
         return lax.cond(flag, body, lambda s: s, state)
@@ -126,15 +130,29 @@ class JaxSpace:
         return jnp.zeros_like(like) + jax.pure_callback(call, result, *arrays, vmap_method="sequential")
 
 
-def _unrolls(body: Callable, state: Any, steps: int) -> bool:
-    """Tell whether to unroll a loop: a short one with a convolution, on CPUs.
+_looping: ContextVar[bool] = ContextVar("whether the body of a loop is being traced", default=False)
 
-    XLA's CPU code for a convolution inside a loop takes some ten times as long as outside (jax#12868).
+
+@contextmanager
+def _in_loop() -> Iterator[None]:
+    before = _looping.set(True)
+    try:
+        yield
+    finally:
+        _looping.reset(before)
+
+
+def _unrolls(body: Callable, state: Any, steps: int) -> bool:
+    """Tell whether to unroll a loop: a short one with a convolution, on CPUs, in no other and with no other in it.
+
+    XLA's CPU code for a convolution's derivatives takes some ten times as long inside a loop as outside (jax#12868).
     """
-    if not 0 < steps <= UNROLLED or jax.default_backend() != "cpu":
+    if not 0 < steps <= UNROLLED or _looping.get() or jax.default_backend() != "cpu":
         return False
-    jaxpr = jax.make_jaxpr(body)(state).jaxpr
-    return any(equation.primitive.name == "conv_general_dilated" for equation in equations(jaxpr))
+    with _in_loop():
+        jaxpr = jax.make_jaxpr(body)(state).jaxpr
+    names = {equation.primitive.name for equation in equations(jaxpr)}
+    return "conv_general_dilated" in names and names.isdisjoint(("while", "scan", "cond"))
 
 
 def _accumulator(a: Any, b: Any) -> Any:
