@@ -1,15 +1,18 @@
 # `make demo` and `make test` are all that a bare machine with Python >= 3.11 needs.
 #   PYTHON=python3.12  the interpreter that .venv is made with
 #   HIDE=torch         for test: run as if torch (or jax, or torch,jax) were not installed
+#   BENCH=--quick      for bench: what else to tell it; see python -m benchmarks.speed --help
 # On Linux, a plain torch brings several GB of CUDA; any torch 2.13.0 that pip finds first, or that is
 # already in .venv, is kept.
 
 PYTHON ?= python3
 HIDE ?=
+BENCH ?=
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+PEERS := .venv-peers
 
-.PHONY: demo test docs lint clean
+.PHONY: demo test docs lint bench clean
 
 demo: $(INSTALLED)
 	$(BIN)/bilevel demo --backend numpy --out demo-output/
@@ -31,6 +34,17 @@ lint: $(INSTALLED)
 	$(BIN)/pyright
 	$(BIN)/lint-imports --no-logo
 
+# The libraries that are compared with have an environment of their own; those that do not install are left out.
+bench: $(PEERS)/.installed
+	$(PEERS)/bin/python -m benchmarks.speed $(BENCH)
+
+$(PEERS)/.installed: pyproject.toml constraints.txt benchmarks/speed/peers.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/pip install --constraint constraints.txt --editable '.[torch,jax,demo]'
+	for peer in $$(grep -v '^#' benchmarks/speed/peers.txt); do \
+		$(PEERS)/bin/pip install --constraint constraints.txt $$peer || echo "left out: $$peer"; done
+	@touch $@
+
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("bilevel needs Python >= 3.11, but $(PYTHON) is " + sys.version.split()[0] + "; try: make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
@@ -38,5 +52,5 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf .venv .cache .hypothesis .import_linter_cache .pytest_cache .ruff_cache build dist demo-output
+	rm -rf .venv $(PEERS) .cache .hypothesis .import_linter_cache .pytest_cache .ruff_cache build dist demo-output
 	find bilevel backends tests -name __pycache__ -type d -prune -exec rm -rf {} +

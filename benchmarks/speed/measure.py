@@ -31,6 +31,8 @@ def interleave(
     """
     order, rng = list(columns), random.Random(seed)
     seconds: dict[str, list[float]] = {name: [] for name in columns}
+    gc.collect()
+    gc.freeze()  # collecting looks at what is new only
     start = time.perf_counter()
     for done in range(most):
         if done >= least and time.perf_counter() - start > budget:
@@ -42,6 +44,7 @@ def interleave(
             result = columns[name]()
             seconds[name].append(time.perf_counter() - before)
             del result
+    gc.unfreeze()
     return seconds
 
 
@@ -65,21 +68,23 @@ def compare(
     Where there are several baselines, whose names all begin like ``baseline``, each column is divided by the fastest of
     them too. ``unchecked`` have another answer by design, such as a plain training step.
     """
-    expected = as_arrays(columns[reference]())
-    result: dict[str, Any] = {}
+    expected: list[np.ndarray] = []
+    result: dict[str, Any] = {name: {} for name in columns}
     working = dict(columns)
-    for name, call in columns.items():
+    for name in sorted(columns, key=lambda name: name != reference):  # it goes first, for the others to be checked
         try:
-            answer = call()
+            answer = as_arrays(columns[name]())
         except Exception as error:  # a peer that cannot do this; said in the table
             del working[name]
-            result[name] = {"failed": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
+            result[name] |= {"failed": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
             if name in (reference, baseline):
                 raise
             continue
-        result[name] = {} if name in unchecked else {"error": relative_error(as_arrays(answer), expected)}
-        del answer
-    del expected
+        if name == reference:
+            expected = answer
+        if name not in unchecked:
+            result[name]["error"] = relative_error(answer, expected)
+    del answer, expected
     seconds = {name: np.asarray(values) for name, values in interleave(working, budget).items()}
     best = min((name for name in seconds if name.startswith(baseline)), key=lambda name: np.median(seconds[name]))
     for name, values in seconds.items():

@@ -22,7 +22,7 @@ class Size(NamedTuple):
 FULL = {
     "logistic": Size(features=200),
     "mlp": Size(width=680, features=784),
-    "convnet": Size(width=12, features=8),
+    "convnet": Size(width=8, features=6),
     "lstm": Size(width=64, features=16, length=12),
     "transformer": Size(width=32, length=8, depth=2),
 }
