@@ -35,7 +35,7 @@ def main() -> int:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--frameworks", nargs="+", default=["torch", "jax"], choices=["torch", "jax"])
     parser.add_argument("--only", nargs="+", metavar="JOB", help="kinds of jobs, such as times or memory")
-    parser.add_argument("--budget", type=float, default=5.0, help="seconds for the rounds of each cell (default: 5)")
+    parser.add_argument("--budget", type=float, default=3.0, help="seconds for the rounds of each cell (default: 3)")
     parser.add_argument("--data", metavar="DIR", help="where MNIST's idx files are, for the amortised outer step")
     parser.add_argument("--json", type=Path, metavar="FILE", help="default: results/speed-DEVICE.json")
     parser.add_argument("--tables", type=Path, metavar="FILE", help="default: RESULTS.md; between its markers")

@@ -198,8 +198,9 @@ def _joint(records: list[Record]) -> list[str]:
             products = f"{c['products'][1]:.0f}" if "products" in c else ""
             rows.append([name, _seconds(c["seconds"][1]), _spread(c["ratio"]), products, used])
     head = ["10 training steps and an outer step", "time", "/ standard", "products", "peak memory, MiB"]
+    weights = next((f"{r['weights']:,}" for r in records if "weights" in r), "?")
     return [
-        "**Joint training beside standard training: an MLP of about 1 M weights on digits, batch 256**",
+        f"**Joint training beside standard training: an MLP of {weights} weights on digits, batch 256**",
         _table(head, rows),
     ]
 
