@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from bilevel import loops
+from bilevel.solvers.operators import is_one
 from bilevel.tree import leaves, tree_map, with_leaves
 
 WIDE = (torch.float32, torch.float64)  # enough to add up dots in
@@ -54,12 +55,12 @@ class TorchSpace:
         """See `bilevel.solvers.operators.update`: in place."""
         xs, ys = leaves(x), leaves(y)
         if not self._reads_freely(flag):
-            for a, b in zip(xs, ys, strict=True):
-                b.copy_(torch.where(flag, alpha * a + beta * b, b))
+            new = leaves(self.axpy(alpha, xs, ys if is_one(beta) else self.scale(beta, ys)))
+            for a, b in zip(new, ys, strict=True):
+                b.copy_(torch.where(flag, a, b))
         elif flag:
-            beta = self._number(beta)
-            if isinstance(beta, torch.Tensor) or beta != 1:
-                torch._foreach_mul_(ys, beta)
+            if not is_one(beta):
+                torch._foreach_mul_(ys, self._number(beta))
             torch._foreach_add_(ys, xs, alpha=self._number(alpha))
         return y
 

@@ -28,8 +28,13 @@ def update(flag: Any, alpha: Any, x: Tree, beta: Any, y: Tree, space: VectorSpac
     in_place = getattr(space, "update", None)
     if in_place is not None:
         return in_place(flag, alpha, x, beta, y)
-    scaled = y if is_python_number(beta) and beta == 1 else space.scale(beta, y)
+    scaled = y if is_one(beta) else space.scale(beta, y)
     return space.select(flag, space.axpy(alpha, x, scaled), y)
+
+
+def is_one(number: Any) -> bool:
+    """Tell whether a factor can be left out; an array's value is not looked at."""
+    return is_python_number(number) and number == 1
 
 
 def residual(operator: Operator, rhs: Tree, x: Tree, space: VectorSpace) -> Tree:
