@@ -271,6 +271,15 @@ def test_a_module_that_runs_itself_beside_a_penalty_on_copies(net, decay):
         bl.hypergradient(problem, copies, decay.detach(), solver=bl.CG(damping=10.0))
 
 
+def test_views_of_one_flat_tensor_are_no_copies(decay):
+    flat = torch.linspace(-1, 1, 6, requires_grad=True)
+    w, b = flat[:4].view(2, 2), flat[4:]
+    x = torch.tensor([[1.0, 2.0], [0.5, -1.0]])
+    inner, outer = (x @ w + b - 1).pow(2).mean() + decay.exp() * (w.pow(2).sum() + b.pow(2).sum()), (x @ w + b).sum()
+    whole = call(inner, outer, flat, decay).grad
+    torch.testing.assert_close(call(inner, outer, [w, b], decay).grad, whole)
+
+
 def test_dicts_come_back_in_the_order_they_came_in(net, decay):
     params = dict(net.named_parameters())
     hg = call(*losses(net, decay), params, {"b": decay})

@@ -159,7 +159,9 @@ def check_recorded(role: str, loss: torch.Tensor, params: Any) -> None:
         ValueError: for a module that was run with the weights in it, where ``params`` are copies of them. (With a
             penalty on params, a loss depends on them all the same.)
     """
-    handed = {t.data_ptr(): (path, t) for path, t in leaves_with_paths(params, "params") if t.numel()}
+    # A view that the graph goes through shares memory with its base as well, but is a part of it and no copy.
+    named = leaves_with_paths(params, "params")
+    handed = {t.data_ptr(): (path, t) for path, t in named if t.is_leaf and t.numel()}
     for node in _nodes([loss]):
         if node.name() == "CheckpointFunctionBackward":
             raise RuntimeError(
