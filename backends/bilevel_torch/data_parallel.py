@@ -12,7 +12,7 @@ from typing_extensions import override
 from bilevel.failure import callers_level
 from bilevel.model_loss import ModelLoss
 from bilevel.protocols import InnerDerivatives, OuterDerivatives, Tree
-from bilevel.tree import leaves, tree_map
+from bilevel.tree import leaves, with_leaves
 from bilevel_torch.backend import TorchBackend
 from bilevel_torch.space import TorchSpace
 
@@ -121,8 +121,7 @@ class DataParallel(TorchBackend):
     def _mean(self, tree: Tree, share: float) -> Tree:
         """Return the weighted mean over the ranks."""
         # Without data, a loss may be nan.
-        it = iter(self._sum([t * share if share else torch.zeros_like(t) for t in leaves(tree)]))
-        return tree_map(lambda _: next(it), tree)
+        return with_leaves(tree, self._sum([t * share if share else torch.zeros_like(t) for t in leaves(tree)]))
 
     def _mean_or_none(self, tree: Tree | None, like: Tree, share: float) -> Tree | None:
         """Return the mean of what is None, and counts as zero, where a rank's loss does not depend on hparams.

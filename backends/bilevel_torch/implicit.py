@@ -11,7 +11,7 @@ from bilevel import hypergradient_from
 from bilevel.config import get_solver
 from bilevel.failure import OnFailure, check_on_failure
 from bilevel.protocols import HypergradientMethod, Linearization
-from bilevel.tree import leaves, tree_map
+from bilevel.tree import leaves, tree_map, with_leaves
 from bilevel.validation import check_trees
 from bilevel_torch.autograd import evaluate, own_arithmetic, variables
 from bilevel_torch.backend import TorchBackend, check_supported
@@ -98,8 +98,7 @@ class _Call:
         with torch.enable_grad():
             found = train(*_replace(given, [t.detach() for t in varied]))
         check_trees(self.backend, {"the result of the training": found}, {})
-        it = iter(_Minimum.apply(self, found, given, *varied))
-        return tree_map(lambda _: next(it), found)
+        return with_leaves(found, _Minimum.apply(self, found, given, *varied))
 
     def pull(self, params: Any, given: list[Any], varied: list[torch.Tensor], grads: Any) -> Any:
         """Return dF by what is varied from dF by params."""
@@ -128,10 +127,9 @@ class _Minimum(torch.autograd.Function):
                 "implicit_minimizer has a first derivative only, so it cannot be differentiated with "
                 "create_graph=True, nor be part of an inner loss. bilevel_jax.implicit_minimizer has higher ones."
             )
-        saved, cotangents = iter(ctx.saved_tensors), iter(grad_outputs)
-        params = tree_map(lambda _: next(saved), ctx.structure)
-        grads = tree_map(lambda _: next(cotangents), ctx.structure)
-        return None, None, None, *ctx.call.pull(params, ctx.given, list(saved), grads)
+        count = len(grad_outputs)
+        params, grads = (with_leaves(ctx.structure, new) for new in (ctx.saved_tensors[:count], grad_outputs))
+        return None, None, None, *ctx.call.pull(params, ctx.given, list(ctx.saved_tensors[count:]), grads)
 
 
 def _is_varied(leaf: Any) -> bool:
