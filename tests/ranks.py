@@ -174,4 +174,5 @@ if __name__ == "__main__":
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=timedelta(seconds=60)
     )
     torch.save({"results": compute(rank, world), "said": mishaps(rank, world)}, folder / f"{rank}.pt")
+    dist.barrier()  # a thread of gloo's may still hold tensors, and must not at the interpreter's end
     dist.destroy_process_group()

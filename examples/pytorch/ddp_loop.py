@@ -33,6 +33,7 @@ def main(argv: list[str] | None = None) -> None:
     dist.init_process_group("gloo")
     try:
         run(arguments, dist.get_rank(), dist.get_world_size())
+        dist.barrier()  # a thread of gloo's may still hold tensors, and must not at the interpreter's end
     finally:
         dist.destroy_process_group()
 
