@@ -1,6 +1,7 @@
 # `make demo` and `make test` are all that a bare machine with Python >= 3.11 needs.
 #   PYTHON=python3.12  the interpreter that .venv is made with
 #   HIDE=torch         for test: run as if torch (or jax, or torch,jax) were not installed
+#   DATA=DIR           for paper: the folder with mnist/ and the like
 #   BENCH=--quick      for bench: what else to tell it; see python -m benchmarks.speed --help
 # On Linux, a plain torch brings several GB of CUDA; any torch 2.13.0 that pip finds first, or that is
 # already in .venv, is kept.
@@ -8,11 +9,12 @@
 PYTHON ?= python3
 HIDE ?=
 BENCH ?=
+DATA ?=
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 PEERS := .venv-peers
 
-.PHONY: demo test docs lint bench clean
+.PHONY: demo test docs lint paper bench clean
 
 demo: $(INSTALLED)
 	$(BIN)/bilevel demo --backend numpy --out demo-output/
@@ -33,6 +35,13 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports --no-logo
+
+# Each system's runs that have no history yet, then the page of all.
+paper: $(INSTALLED)
+	$(if $(DATA),,$(error make paper needs DATA=DIR, the folder with mnist/ and the like; see examples/paper/data.py))
+	set -e; for system in $$($(BIN)/python examples/paper/page.py --list); do \
+		$(BIN)/python examples/paper/$$system.py --data '$(DATA)'; done
+	$(BIN)/python examples/paper/page.py
 
 # The libraries that are compared with have an environment of their own; those that do not install are left out.
 bench: $(PEERS)/.installed
