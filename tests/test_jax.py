@@ -257,8 +257,10 @@ class TestConvolutions:
         assert self.loops_with_convolutions(longer)
 
     @pytest.mark.skipif(jax.default_backend() != "cpu", reason="elsewhere a loop costs nothing")
-    def test_loops_in_loops_stay_as_they_are(self):
-        assert self.loops_with_convolutions(bl.CG(maxiter=5))
+    def test_the_first_sweep_of_an_iterative_solver_is_unrolled(self):
+        sweeps = self.loops_with_convolutions(bl.CG(maxiter=5))  # that of the restarts, and its own within
+        assert len(sweeps) == 2
+        assert len(self.loops_with_convolutions(bl.CG(maxiter=50))) == 3
 
     def test_the_result_is_that_of_a_loop(self):
         short = bl.Neumann(terms=20, step_size=0.2)
@@ -266,3 +268,5 @@ class TestConvolutions:
         exact = self.call("exact", self.W * 0)
         assert relative_error(self.call(longer, self.W * 0), exact) <= 1e-10
         assert relative_error(self.call(short, self.W * 0), exact) <= 2e-4
+        for cg in (bl.CG(maxiter=20, rtol=1e-13), bl.CG(maxiter=50, rtol=1e-13)):  # without and with a loop
+            assert relative_error(self.call(cg, self.W * 0), exact) <= 1e-10

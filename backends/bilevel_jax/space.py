@@ -84,9 +84,12 @@ class JaxSpace:
         return lambda i: jax.tree.unflatten(structure, [leaf(i % count) for leaf in leaves])
 
     def while_loop(self, live: Callable, body: Callable, state: Any, max_steps: int) -> Any:
-        if _unrolls(body, state, max_steps):
-            for _ in range(max_steps):  # without an end before: once its flag is down, a body changes nothing
-                state = body(state)
+        # Without an end before: once its flag is down, a body changes nothing.
+        unrolled = min(max_steps, _steps_outside(body, state, max_steps))
+        for _ in range(unrolled):
+            state = body(state)
+        max_steps -= unrolled
+        if not max_steps:
             return state
 
         def counted_live(carry: Any) -> Any:
@@ -100,7 +103,7 @@ class JaxSpace:
 
     def scan(self, body: Callable, state: Any, xs: Any, length: int, reverse: bool = False) -> tuple[Any, Any]:
         first = None if xs is None else jax.tree.map(lambda a: a[0], xs)
-        unroll = _unrolls(lambda s: body(s, first), state, length)
+        unroll = 0 < length == _steps_outside(lambda s: body(s, first), state, length)
         with nullcontext() if unroll else _in_loop():
             return lax.scan(body, state, xs, length=length, reverse=reverse, unroll=unroll)
 
@@ -142,17 +145,23 @@ def _in_loop() -> Iterator[None]:
         _looping.reset(before)
 
 
-def _unrolls(body: Callable, state: Any, steps: int) -> bool:
-    """Tell whether to unroll a loop: a short one with a convolution, on CPUs, in no other and with no other in it.
+def _steps_outside(body: Callable, state: Any, steps: int) -> int:
+    """Return how many steps of a loop to take outside of it, where it has a convolution and runs on a CPU.
 
-    XLA's CPU code for a convolution's derivatives takes some ten times as long inside a loop as outside (jax#12868).
+    XLA's CPU code for a convolution's derivatives takes some ten times as long inside a loop as outside (jax#12868). So
+    a short loop is unrolled, unless it is in another. Of one that has another in it, such as the sweeps of an iterative
+    solver, the first step goes before it, and does the same to the loop within.
     """
-    if not 0 < steps <= UNROLLED or _looping.get() or jax.default_backend() != "cpu":
-        return False
+    if _looping.get() or jax.default_backend() != "cpu":
+        return 0
     with _in_loop():
         jaxpr = jax.make_jaxpr(body)(state).jaxpr
     names = {equation.primitive.name for equation in equations(jaxpr)}
-    return "conv_general_dilated" in names and names.isdisjoint(("while", "scan", "cond"))
+    if "conv_general_dilated" not in names:
+        return 0
+    if names.isdisjoint(("while", "scan", "cond")):
+        return steps if steps <= UNROLLED else 0
+    return 1
 
 
 def _accumulator(a: Any, b: Any) -> Any:

@@ -95,7 +95,9 @@ class TorchSpace:
         return tree_map(draw, x)
 
     def max_abs(self, x: Any) -> torch.Tensor:
-        parts = [leaf.abs().amax().to(_accumulator(leaf, leaf)) for leaf in leaves(x) if leaf.numel()]
+        # By its ends: the absolute values would be one more vector.
+        ends = [torch.maximum(leaf.amax(), -leaf.amin()) for leaf in leaves(x) if leaf.numel()]
+        parts = [end.to(_accumulator(end, end)) for end in ends]
         return torch.stack(parts).amax() if parts else self.dot(x, x)
 
     def isfinite(self, x: Any) -> torch.Tensor:
