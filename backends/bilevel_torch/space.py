@@ -39,6 +39,7 @@ class TorchSpace:
 
     check_every: int | None = None
     xp = _Namespace()
+    keeps_derivatives = True  # of the steps of an unroll: a gradient costs more than the graph that it leaves
 
     def dot(self, x: Any, y: Any) -> torch.Tensor:
         dots = [_dot(a, b) for a, b in zip(leaves(x), leaves(y), strict=True)]

@@ -11,7 +11,7 @@ IMPLICIT = ("neumann", "cg")
 IN_PLACE = f"{HAND}, in place"
 COLUMNS = {  # whose memory is measured; those that are not installed drop out
     ("torch", "implicit"): (STEP, HAND, IN_PLACE, OURS, "ours, functions", "TorchOpt", "Betty"),
-    ("torch", "unrolled"): (HAND, OURS, "ours, checkpoints", "TorchOpt", "higher"),
+    ("torch", "unrolled"): (HAND, OURS, "ours, iterates", "ours, checkpoints", "TorchOpt", "higher"),
     ("jax", "implicit"): (STEP, HAND, OURS, "JAXopt", "Lineax", "Optimistix"),
     ("jax", "unrolled"): (HAND, f"{HAND}, remat", OURS, "ours, checkpoints", "JAXopt", "Optimistix"),
 }

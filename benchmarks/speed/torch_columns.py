@@ -18,7 +18,8 @@ def columns(w: Workload, method: str, count: int) -> dict[str, Callable[[], Tens
     made: dict[str, Callable[[], Any]] = {"plain step": plain_step(w)}
     if method == "unrolled":
         made |= {"hand-written": lambda: unrolled(w, count)}
-        made |= {"ours": lambda: ours(w, bl.Unrolled(count, w.step_size))}
+        made |= {"ours": lambda: ours(w, bl.Unrolled(count, w.step_size, checkpoint=False))}
+        made |= {"ours, iterates": lambda: ours(w, bl.Unrolled(count, w.step_size))}
         made |= {"ours, checkpoints": lambda: ours(w, bl.Unrolled(count, w.step_size, checkpoint=True))}
         return _waiting(made, w)
     hand, in_place = {"neumann": (neumann, neumann_in_place), "cg": (cg, cg_in_place)}[method]

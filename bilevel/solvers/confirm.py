@@ -71,7 +71,7 @@ def iterate(
 
     Args:
         sweep: (x, r, steps, live, tolerance) -> `Sweep`, from x with the residual r; with ``live`` false it must do
-            nothing. It may use up the memory of x and of r. Ends with ``CONVERGED`` below the tolerance, else ``MAXITER`` at ``maxiter`` steps in all,
+            nothing. Ends with ``CONVERGED`` below the tolerance, else ``MAXITER`` at ``maxiter`` steps in all,
             or what went wrong.
         operator: A.
         rhs: b.

@@ -87,10 +87,14 @@ class Recording:
     With ``checkpoint``, only the states at the starts of segments are stored, and `back` runs each segment again
     (Chen et al., 2016). There are √K segments of √K steps, and fewer than √K steps left over, which come first and are
     recorded at once: no more than 3√K + 1 states live at any time, for one more gradient per step.
+
+    With ``keep`` each step's derivatives are recorded, too, in place of being computed once more on the way back, where
+    the space ``keeps_derivatives``: in torch they hold the step's graph.
     """
 
-    def __init__(self, run: Run, start: State, count: int, checkpoint: bool) -> None:
+    def __init__(self, run: Run, start: State, count: int, checkpoint: bool, keep: bool) -> None:
         self._run, self._space = run, run.backend.space
+        self._keep = keep and getattr(run.backend.space, "keeps_derivatives", False)
         self._length = isqrt(count) if checkpoint else count + 1
         self._segments, self._single = divmod(count, self._length)
         state, self._steps = self._record(start, self._single)
@@ -114,14 +118,18 @@ class Recording:
         return self._ascend(a, self._steps, self._single)
 
     def _record(self, s: State, count: int) -> tuple[State, Any]:
-        def step(s: State, _: None) -> tuple[State, State]:
-            return self._run.step(s), s._replace(optimizer=self._run.optimizer.keep(s.optimizer))
+        def step(s: State, _: None) -> tuple[State, tuple[State, InnerDerivatives | None]]:
+            at = self._run.derivatives(s.params, s.t) if self._keep else None
+            kept = s._replace(optimizer=self._run.optimizer.keep(s.optimizer))
+            return self._run.step(s, None if at is None else at.grad), (kept, at)
 
         return self._space.scan(step, s, None, count) if count else (s, None)
 
     def _ascend(self, a: Adjoint, steps: Any, count: int) -> Adjoint:
-        def step(a: Adjoint, stored: State) -> tuple[Adjoint, None]:
-            return self._run.ascend(a, self._run.derivatives(stored.params, stored.t), stored.optimizer), None
+        def step(a: Adjoint, stored: tuple[State, InnerDerivatives | None]) -> tuple[Adjoint, None]:
+            s, at = stored
+            at = self._run.derivatives(s.params, s.t) if at is None else at
+            return self._run.ascend(a, at, s.optimizer), None
 
         return self._space.scan(step, a, steps, count, reverse=True)[0] if count else a
 

@@ -60,9 +60,11 @@ class Unrolled:
         momentum: heavy-ball factor of descent, >= 0 and < 1.
         mode: "reverse" or "forward".
         truncation: differentiate through the last so many steps only (Shaban et al., AISTATS 2019); None: all.
-        checkpoint: in reverse mode, store some 3√K states instead of K and run the steps between them again (Chen et
-            al., 2016), with the same result. "auto": if 100 steps or more are differentiated, since the iterates of
-            fewer seldom outweigh what a single step needs.
+        checkpoint: in reverse mode, what to store, with the same result. True: some 3√K states instead of K, and run
+            the steps between them again (Chen et al., 2016). False: all that going back needs; in PyTorch that is each
+            step's graph, which spares a gradient per step in the memory that autograd itself would take. "auto": the
+            iterates, or checkpoints if 100 steps or more are differentiated: the iterates of fewer seldom outweigh what
+            a single step needs.
         optimizer: "descent" or "adam".
         beta1: Adam's factor for the average of gradients, >= 0 and < 1.
         beta2: Adam's factor for the average of their squares, likewise.
@@ -139,7 +141,7 @@ class Unrolled:
     def _reverse(self, run: Run, start: State, count: int, point: Point, influences: bool) -> Hypergradient:
         space = run.backend.space
         checkpoint = count >= MANY_STEPS if isinstance(self.checkpoint, str) else self.checkpoint
-        recording = Recording(run, start, count, checkpoint)
+        recording = Recording(run, start, count, checkpoint, keep=self.checkpoint is False)
         params = recording.end.params
         value, grad_params, direct = run.backend.outer(run.problem, params, run.hparams, point.outer_args)
         a = recording.back(run.adjoint(grad_params, space.zeros_like(run.hparams) if influences else None))
