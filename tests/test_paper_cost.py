@@ -15,5 +15,5 @@ def test_each_variant_is_measured_once(tmp_path, monkeypatch):
     few, many = (history["result"] for history in histories.values())
     assert few["hyperparameters"] == many["hyperparameters"] == 64 * 32 + 32 + 32 * 32 + 32 + 32 * 10 + 10
     assert many["gradients"] > few["gradients"] > 1
-    monkeypatch.setattr(cost, "alone", None)
+    monkeypatch.setattr(cost, "measure", None)
     assert cost.main(given) == histories

@@ -18,7 +18,7 @@ class Loop:
         steps: how many.
         state: what changes, by name: anything with a ``state_dict``, or tensors, which are restored in place.
         every: save after so many steps.
-        about: what the run is, for the bar; a checkpoint of something else is ignored.
+        about: what the run is, for the bar.
     """
 
     def __init__(self, path: Path, steps: int, state: dict[str, Any], every: int = 100, about: str = "") -> None:
@@ -49,7 +49,6 @@ class Loop:
 
     def _save(self, step: int) -> None:
         saved = {
-            "about": self.about,
             "step": step,
             "rows": self.rows,
             "cpu_seconds": self.cpu_seconds,
@@ -62,8 +61,6 @@ class Loop:
 
     def _restore(self) -> int:
         saved = torch.load(self.path, weights_only=False)
-        if saved["about"] != self.about:
-            return 0
         for name, value in self.state.items():
             if isinstance(value, torch.Tensor):
                 value.data.copy_(saved["state"][name])

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable
 from datetime import date
+from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ def stored(
         system: names the folder.
         variant: names the file, with its seed if it has one.
         settings: what the run depends on, for the file.
-        run: is given a path for checkpoints, and returns the history: ``rows``, ``result``, what else there is to keep.
+        run: is given a path for checkpoints, of these settings alone, and returns the history: ``rows``, ``result``, what else there is to keep.
 
     Raises:
         FloatingPointError: if a number in the history is not finite.
@@ -67,7 +68,7 @@ def stored(
         "settings": settings,
         "date": date.today().isoformat(),
         "versions": {name: version(name) for name in ("bilevel", "numpy")},
-        **run(path.with_suffix(".checkpoint")),
+        **run(path.with_suffix(f".{sha256(json.dumps(settings).encode()).hexdigest()[:8]}.checkpoint")),
     }
     for row in (*history.get("rows", ()), history["result"]):
         for name, value in row.items():

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from runs import RESULTS
 
 from report.common import by_variant, draw, table
+from runs import RESULTS
 
 TITLE = "Cost"
 TIME, MEMORY = "joint / training, time", "joint / training, memory"
@@ -39,12 +39,12 @@ def section(histories: dict[str, Any], pictures: Path) -> str:
     flat = products[20][MEMORY] / products[1][MEMORY]
     assert abs(flat - 1) < 0.1  # what is said below
     text = (
-        f"A decay for each of {products[3]['hyperparameters']:,} weights of an MLP with two layers of {sizes['hidden']:,}, "
-        f"batches of {sizes['batch']}. A hypergradient with K Neumann terms takes {start:.1f} + {slope:.2f} K training "
-        f"gradients (fitted to K = 1, 3, 5, 20; ours, measured earlier at 0.6 million weights by hand-written loops: "
-        f"2.0 + 1.1 K), and {flat:.2f} times the memory with K = 20 of that with K = 1. Algorithm 1 as a whole is five "
-        "training steps with Adam for each step of the hyperparameters, over the five steps alone; memory is that above a "
-        "process that has loaded model and data. `unrolled T` differentiates through T steps of its own.\n\n"
+        f"A decay for each of {products[3]['hyperparameters']:,} weights of an MLP with two layers of "
+        f"{sizes['hidden']:,} units, batches of {sizes['batch']}. A hypergradient with K Neumann terms takes "
+        f"{start:.1f} + {slope:.2f} K training gradients (fitted to K = 1, 3, 5, 20), and {flat:.2f} times the memory "
+        "with K = 20 of that with K = 1. Algorithm 1 as a whole is five training steps with Adam for each step of the "
+        "hyperparameters, over the five steps alone; memory is that above a process that has loaded model and data. "
+        "`unrolled T` differentiates through T steps of its own.\n\n"
     )
     text += table(["method", "training gradients", "joint / training, time", "joint / training, memory"], lines)
     text += "\n" + _systems() + "\n" + draw(pictures / "cost.png", (9, 3.6), lambda figure: _fill(figure, results))
