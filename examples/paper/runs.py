@@ -52,7 +52,8 @@ def stored(
         system: names the folder.
         variant: names the file, with its seed if it has one.
         settings: what the run depends on, for the file.
-        run: is given a path for checkpoints, of these settings alone, and returns the history: ``rows``, ``result``, what else there is to keep.
+        run: is given a path for checkpoints, of these settings alone, and returns the history: ``rows``, ``result``,
+            and what else there is to keep.
 
     Raises:
         FloatingPointError: if a number in the history is not finite.
