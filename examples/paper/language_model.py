@@ -40,7 +40,7 @@ FULL = {
     "outer_learning_rate": 0.1,
 }
 FAST = FULL | {"vocabulary": 200, "size": 16, "window": 10, "batch": 8, "train": 800, "held_out": 200}
-LEARNING_RATE, CLIP, TEMPERATURE, TRIALS = 4e-3, 0.25, 0.1, 2
+LEARNING_RATE, CLIP, TEMPERATURE, TRIALS = 4e-3, 0.25, 0.1, 2  # as many trials as fit into the time of a tuned run
 START = {"input": 0.05, "output": 0.05, "recurrent": 0.05, "activation": 1e-2, "slowness": 1e-2}
 MOST = 2.0  # of a logit: dropout of 0.88, above which the scale 1 / (1 - rate) of what is left explodes
 SOLVERS = {
@@ -126,9 +126,8 @@ def run(parts, sizes, seed, rates, many, solver, path):
         if solver is not None and step % sizes["every"] == 0:
             outer_optimizer.zero_grad()  # of what loss.backward() has left there
             held_out = outer_loss(net, draw(parts["tune"], sizes["batch"]))
-            bilevel_torch.backward(
-                loss, held_out, net.parameters(), dict(regularizers.named_parameters()), solver=solver
-            )
+            hparams = dict(regularizers.named_parameters())
+            bilevel_torch.backward(loss, held_out, net.parameters(), hparams, solver=solver)
             outer_optimizer.step()
             regularizers.project()
         optimizer.step()
@@ -136,8 +135,8 @@ def run(parts, sizes, seed, rates, many, solver, path):
             loop.row(epoch=(step + 1) // epoch, **measure(net, regularizers, parts))
     best = min(loop.rows, key=lambda row: row["choose"])
     counted = {"weights": net, "hyperparameters": regularizers}
-    sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in counted.items()}
-    return loop.history(**sizes, **best)
+    counts = {name: sum(p.numel() for p in module.parameters()) for name, module in counted.items()}
+    return loop.history(**counts, **best)
 
 
 @torch.no_grad()

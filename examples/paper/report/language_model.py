@@ -1,0 +1,136 @@
+"""Table 4: perplexity of a language model by what tuned its regularizers."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from report.common import by_variant, draw, spread, table
+
+NAMES = {
+    "none": "no tuning",
+    "random": "random search",
+    "few": "few, identity",
+    "many": "many, identity",
+    "many_neumann": "many, 1 Neumann term",
+    "config": "many, --config",
+}
+RATES = {"input": "dropout, input", "output": "dropout, output", "recurrent": "DropConnect", "slowness": "slowness"}
+
+
+def row(histories: dict[str, Any]) -> tuple[str, str, str]:
+    """Return title, the paper's figures, and ours."""
+    runs = variants(histories)
+    count = runs["many"][0]["result"]["hyperparameters"]
+    ours = "; ".join(
+        f"{mean(runs[name], 'choose'):.1f} {said}"
+        for name, said in (("none", "without tuning"), ("many", f"with {count:,}"), ("random", "by random search"))
+    )
+    return (
+        "A language model",
+        "validation perplexity 75.72 without tuning, 68.18 with 1,691,951 hyperparameters (second-hand)",
+        ours,
+    )
+
+
+def section(histories: dict[str, Any], pictures: Path) -> str:
+    """Return the section."""
+    runs = variants(histories)
+    settings = runs["none"][0]["settings"]
+    trials = sum(name.startswith("random") for name in by_variant(histories))
+    seeds = len(runs["none"])
+    weights = runs["none"][0]["result"]["weights"]
+    rows = [
+        [
+            NAMES[name],
+            f"{found[0]['result']['hyperparameters']:,}" if name != "none" else "0",
+            *(spread(found, key, ".2f") for key in ("tune", "choose", "test")),
+            spread(found, "epoch", ".1f"),
+            f"{np.mean([history['cpu_seconds'] for history in found]):.0f}",
+        ]
+        for name, found in runs.items()
+    ]
+    head = ["tuned by", "hyperparameters", "tuned on", "validation", "test", "best epoch", "CPU seconds"]
+    return "\n".join(
+        [
+            f"An LSTM of {settings['size']} units with tied embeddings, {weights:,} weights, on {settings['train']:,} "
+            f"words of {settings['data']}. Perplexities at the epoch that is best on validation; what is tuned on is a "
+            f"text of its own. Mean over {seeds} seed{'s' * (seeds > 1)}; random search is the better of {trials} runs "
+            "by validation, its time that of all:",
+            "",
+            table(head, rows),
+            draw(pictures / "language_model.png", (9, 3.8), lambda figure: fill(figure, runs)),
+            " ".join(findings(runs)),
+            "",
+            f"Scaled down: {settings['vocabulary']:,} words and one layer (the paper: Penn Treebank, 10,000 words, two "
+            f"layers of 650), {settings['epochs']} epochs of Adam on windows of {settings['window']} words that each "
+            f"start from a state of zero, a step of the hyperparameters after every {settings['every']} of training "
+            "(the paper: each). One layer has 5 scalar regularizers where the paper's two have 7. All start at "
+            f"dropout of {settings['rates']['input']} and penalties of {settings['rates']['slowness']}; 'no tuning' "
+            "stays there.",
+        ]
+    )
+
+
+def findings(runs: dict[str, list]) -> list[str]:
+    """Return what the table says, in words that follow from its numbers."""
+    none, tests = mean(runs["none"], "test"), {name: mean(found, "test") for name, found in runs.items()}
+    first = min(tests, key=tests.__getitem__)
+    said = [f"The best test perplexity is that of '{NAMES[first]}', {tests[first]:.2f}, against {none:.2f} untuned."]
+    for name in ("few", "many", "many_neumann"):
+        gain = none - tests[name]
+        said.append(f"'{NAMES[name]}' {'gains' if gain > 0 else 'loses'} {abs(gain):.2f}.")
+    better = tests["many"] < tests["random"]
+    said.append(
+        f"Random search of a few runs is {'behind' if better else 'ahead of'} many tuned hyperparameters here"
+        + ("." if better else ": a wide draw of rates gets further than this many steps from small ones.")
+    )
+    last = runs["many"][0]["rows"][-1]
+    said.append(
+        "In the end the mean rates of many are "
+        + ", ".join(f"{last[name + '_rate']:.2f} ({said})" for name, said in RATES.items() if name != "slowness")
+        + " (first seed)."
+    )
+    return said
+
+
+def fill(figure: Figure, runs: dict[str, list]) -> None:
+    """Draw perplexities, and rates while they are tuned."""
+    left, right = figure.subplots(1, 2)
+    for i, (name, found) in enumerate(runs.items()):
+        left.plot(*curve(found, "choose"), "-o", color=f"C{i}", markersize=3, label=NAMES[name])
+    lowest = min(min(curve(found, "choose")[1]) for found in runs.values())
+    left.set(xlabel="epoch", ylabel="validation perplexity", ylim=(0.97 * lowest, 1.4 * lowest))
+    for i, (name, said) in enumerate(list(RATES.items())[:3]):
+        right.plot(*curve(runs["many"], f"{name}_rate"), color=f"C{i}", label=f"{said}, many (mean)")
+        right.plot(*curve(runs["few"], f"{name}_rate"), "--", color=f"C{i}", label=f"{said}, few")
+    right.set(xlabel="epoch", ylabel="rate", ylim=(0, None))
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+
+
+def variants(histories: dict[str, Any]) -> dict[str, list]:
+    """Return histories by variant, the trials of a random search as one of the best by validation."""
+    runs = by_variant(histories)
+    trials = [runs.pop(name) for name in list(runs) if name.startswith("random")]
+    runs["random"] = [
+        {
+            **min(of_seed, key=lambda history: history["result"]["choose"]),
+            "cpu_seconds": sum(history["cpu_seconds"] for history in of_seed),
+        }
+        for of_seed in zip(*trials, strict=True)
+    ]
+    return {name: runs[name] for name in NAMES if name in runs}
+
+
+def mean(histories: list, key: str) -> float:
+    """Return the mean of a result over seeds."""
+    return float(np.mean([history["result"][key] for history in histories]))
+
+
+def curve(histories: list, key: str) -> tuple[list, np.ndarray]:
+    """Return epochs, and the mean of a number over seeds."""
+    epochs = [row["epoch"] for row in histories[0]["rows"]]
+    return epochs, np.mean([[row[key] for row in history["rows"]] for history in histories], 0)

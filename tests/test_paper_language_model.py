@@ -1,0 +1,76 @@
+"""A language model with tuned regularizers: the paper's table 4 in small, with its report."""
+
+import pytest
+from frameworks import paper, relative_error
+
+torch = pytest.importorskip("torch")
+bilevel_torch = pytest.importorskip("bilevel_torch")
+pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
+pytest.importorskip("tqdm")
+
+
+@pytest.fixture(scope="module")
+def system():
+    return paper("language_model")
+
+
+def test_the_hypergradient_agrees_with_the_dense_hessian_under_the_same_noise(system):
+    torch.manual_seed(0)
+    net = system.LanguageModel(5, 2).double()
+    regularizers = system.Regularizers({**system.START, "input": 0.4, "output": 0.5, "recurrent": 0.3}, 2, many=True)
+    regularizers = regularizers.double()
+    words, held_out = torch.randint(5, (3, 5)), torch.randint(5, (4, 5))
+    damping, names = 0.5, [name for name, _ in net.named_parameters()]
+    sizes = [p.numel() for p in net.parameters()]
+
+    def loss(flat):
+        torch.manual_seed(1)
+        params = {n: f.view_as(p) for n, f, p in zip(names, flat.split(sizes), net.parameters(), strict=True)}
+        call = torch.func.functional_call
+        return system.inner_loss(lambda words, noise: call(net, params, (words, noise)), regularizers, words)
+
+    flat = torch.nn.utils.parameters_to_vector(net.parameters()).detach().requires_grad_()
+    hessian = torch.autograd.functional.hessian(loss, flat)
+    outer = torch.autograd.grad(system.outer_loss(net, held_out), net.parameters())
+    adjoint = torch.linalg.solve(hessian + damping * torch.eye(len(flat)), torch.cat([g.flatten() for g in outer]))
+    (grad,) = torch.autograd.grad(loss(flat), flat, create_graph=True)
+    expected = torch.autograd.grad(-(grad @ adjoint.detach()), list(regularizers.parameters()))
+
+    torch.manual_seed(1)
+    hparams = dict(regularizers.named_parameters())
+    solver = {"name": "exact", "damping": damping}
+    bilevel_torch.backward(
+        system.inner_loss(net, regularizers, words), system.outer_loss(net, held_out), net.parameters(), hparams,
+        solver=solver,
+    )  # fmt: skip
+    for raw, gradient in zip(regularizers.parameters(), expected, strict=True):
+        assert relative_error(raw.grad, gradient) < 1e-8
+
+
+def test_the_counts_are_those_of_the_page(system):
+    net, regularizers = system.LanguageModel(2000, 128), system.Regularizers(system.START, 128, many=True)
+    assert sum(p.numel() for p in regularizers.parameters()) == 65_794
+    assert sum(p.numel() for p in net.parameters()) == 390_096
+
+
+def test_the_command_makes_each_history_once_and_the_report_reads_them(system, tmp_path, monkeypatch):
+    command = ["--fast", "--out", str(tmp_path)]
+    histories = system.main(command)
+    assert set(histories) == {f"{variant}-0" for variant in system.SOLVERS}
+    for history in histories.values():
+        rows = history["rows"]
+        assert rows[-1]["choose"] < rows[0]["choose"] < system.FAST["vocabulary"]
+        assert history["result"]["choose"] == min(row["choose"] for row in rows)
+    for name in ("few-0", "many-0", "many_neumann-0"):  # tuned: away from the start
+        assert abs(histories[name]["rows"][-1]["output_rate"] - system.START["output"]) > 1e-3
+    assert histories["none-0"]["rows"][-1]["output_rate"] == pytest.approx(system.START["output"])
+
+    monkeypatch.setattr(system, "run", None)
+    assert system.main(command) == histories
+
+    report = paper("report.language_model")
+    assert len(report.row(histories)) == 3
+    text = report.section(histories, tmp_path)
+    assert "| --- |" in text
+    assert (tmp_path / "language_model.png").stat().st_size > 0
