@@ -78,9 +78,8 @@ def findings(runs: dict[str, list]) -> list[str]:
     none, tests = mean(runs["none"], "test"), {name: mean(found, "test") for name, found in runs.items()}
     first = min(tests, key=tests.__getitem__)
     said = [f"The best test perplexity is that of '{NAMES[first]}', {tests[first]:.2f}, against {none:.2f} untuned."]
-    for name in ("few", "many", "many_neumann"):
-        gain = none - tests[name]
-        said.append(f"To tune {NAMES[name]}, {'gains' if gain > 0 else 'loses'} {abs(gain):.2f}.")
+    changes = "; ".join(f"{NAMES[name]}: {tests[name] - none:+.2f}" for name in tests if name != "none")
+    said.append(f"Changes against no tuning, in test perplexity: {changes}.")
     better = tests["many"] < tests["random"]
     said.append(
         f"Random search of a few runs is {'behind' if better else 'ahead of'} many tuned hyperparameters here"
