@@ -1,0 +1,69 @@
+"""Networks that the systems train or tune."""
+
+import torch
+from torch import nn
+
+
+class ExampleWeights(nn.Module):
+    """A weight between 0 and 1 for each training example, whatever it looks like."""
+
+    def __init__(self, examples: int) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(torch.zeros(examples))
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return self.logits.sigmoid()
+
+
+class WeightNet(nn.Module):
+    """A weight between 0 and 1 from an image and its label: one output per class, of which the label picks its own."""
+
+    def __init__(self, pixels: int, classes: int, width: int = 32) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(pixels, width), nn.Tanh(), nn.Linear(width, classes))
+        nn.init.zeros_(self.layers[-1].weight)  # so that all weights start at one half
+        nn.init.zeros_(self.layers[-1].bias)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return self.layers(x).gather(1, y[:, None])[:, 0].sigmoid()
+
+
+def small_cnn(channels: int, side: int, classes: int = 10) -> nn.Sequential:
+    """Return two convolutions with strides and a linear layer; 28,938 weights for MNIST."""
+    return nn.Sequential(
+        nn.Conv2d(channels, 16, 5, stride=2, padding=2),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 5, stride=2, padding=2),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(32 * (side // 4) ** 2, classes),
+    )
+
+
+class Augmentation(nn.Module):
+    """The paper's augmentation: x + tanh(U(x, noise)), with a U-Net of depth 2 and a number of noise per image.
+
+    It starts as the identity, since the last layer of the U-Net starts at zero.
+    """
+
+    def __init__(self, channels: int, filters: int = 8) -> None:
+        super().__init__()
+        self.down = _convolutions(channels + 1, filters)
+        self.bottom = nn.Sequential(nn.MaxPool2d(2), _convolutions(filters, 2 * filters))
+        self.up = nn.ConvTranspose2d(2 * filters, filters, 2, stride=2)
+        self.merge = _convolutions(2 * filters, filters)
+        self.last = nn.Conv2d(filters, channels, 1)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
+
+    def forward(self, x: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        noise = noise[:, None, None, None].expand(-1, 1, *x.shape[2:])
+        fine = self.down(torch.cat([x, noise], 1))
+        merged = self.merge(torch.cat([self.up(self.bottom(fine)), fine], 1))
+        return x + self.last(merged).tanh()
+
+
+def _convolutions(before: int, after: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(before, after, 3, padding=1), nn.ReLU(), nn.Conv2d(after, after, 3, padding=1), nn.ReLU()
+    )

@@ -1,0 +1,71 @@
+"""Weights of training examples, as in the paper's code."""
+
+import numpy as np
+import pytest
+from frameworks import paper, relative_error
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("sklearn")
+pytest.importorskip("tqdm")
+bilevel_torch = pytest.importorskip("bilevel_torch")
+
+
+@pytest.fixture(scope="module")
+def system():
+    return paper("reweighting")
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    return tmp_path_factory.mktemp("reweighting")
+
+
+@pytest.fixture(scope="module")
+def histories(system, out):
+    return system.main(["--fast", "--out", str(out)])
+
+
+def test_tuned_weights_tell_wrong_labels_from_right_ones(histories):
+    for variant in ("identity", "neumann", "cg", "network"):
+        rows, result = histories[f"{variant}-0"]["rows"], histories[f"{variant}-0"]["result"]
+        assert rows[-1]["val_loss"] < 0.9 * rows[0]["val_loss"]
+        assert result["auc"] > 0.85
+        assert result["weight_wrong"] < result["weight_right"] - 0.2
+    assert histories["network-0"]["result"]["auc_unseen"] > 0.8
+
+
+def test_training_with_tuned_weights_beats_training_on_all(histories):
+    loss = {name: history["result"]["test_loss"] for name, history in histories.items()}
+    for variant in ("identity", "neumann", "cg", "network"):
+        assert loss["clean-0"] < loss[f"{variant}-0"] < 0.9 * loss["all-0"]
+
+
+def test_stored_histories_are_read_not_made_again(system, histories, out, monkeypatch):
+    monkeypatch.setattr(system, "run", None)
+    assert system.main(["--fast", "--out", str(out)]) == histories
+
+
+@pytest.mark.parametrize("network", [False, True])
+def test_hypergradient_agrees_with_the_exact_one(system, network):
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(30, 4, generator=generator).double(), torch.arange(30) % 3
+    examples = system.Examples(x, y, y < 0)
+    weigh = (system.WeightNet(4, 3) if network else system.ExampleWeights(30)).double()
+    model = torch.nn.Linear(4, 3).double()
+    grads = []
+    for solver in ("exact", {"name": "cg", "maxiter": 200, "rtol": 1e-10}):
+        inner = system.inner_loss(model, examples, weigh(x, y), 0.01)
+        outer = torch.nn.functional.cross_entropy(model(x + 1), y)
+        hg = bilevel_torch.hypergradient(inner, outer, model.parameters(), weigh.parameters(), solver=solver)
+        grads.append(np.concatenate([grad.numpy().ravel() for grad in hg.grad]))
+    assert np.linalg.norm(grads[0]) > 0
+    assert relative_error(grads[1], grads[0]) < 1e-7
+
+
+def test_report_has_a_table_and_a_picture(histories, tmp_path):
+    pytest.importorskip("matplotlib")
+    report = paper("report.reweighting")
+    assert all(isinstance(text, str) and text for text in report.row(histories))
+    section = report.section(histories, tmp_path)
+    assert section.count("\n| ") == len(histories) + 2
+    assert (tmp_path / "reweighting.png").exists()
