@@ -1,0 +1,83 @@
+"""The learned augmentation of the paper."""
+
+import numpy as np
+import pytest
+from frameworks import paper, relative_error
+
+import bilevel as bl
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("sklearn")
+pytest.importorskip("tqdm")
+
+
+@pytest.fixture(scope="module")
+def system():
+    return paper("augmentation")
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    return tmp_path_factory.mktemp("augmentation")
+
+
+@pytest.fixture(scope="module")
+def histories(system, out):
+    return system.main(["--fast", "--out", str(out)])
+
+
+@pytest.mark.parametrize(("channels", "expected"), [(1, 6497), (3, 6659)])
+def test_augmentation_has_as_many_parameters_as_the_papers_and_starts_as_the_identity(channels, expected):
+    augment = paper("models").Augmentation(channels)
+    assert sum(parameter.numel() for parameter in augment.parameters()) == expected
+    x = torch.rand(2, channels, 8, 8)
+    assert torch.equal(augment(x, torch.randn(2)), x)
+
+
+def test_network_that_is_trained_has_as_many_weights_as_documented():
+    assert sum(parameter.numel() for parameter in paper("models").small_cnn(1, 28).parameters()) == 28938
+
+
+def test_tuned_augmentations_lower_the_validation_loss(histories):
+    loss = {name: history["result"]["val_loss"] for name, history in histories.items()}
+    for variant in ("identity", "neumann", "unrolled"):
+        assert loss[f"{variant}-0"] < loss["none-0"]
+        assert histories[f"{variant}-0"]["result"]["change"] > 0.01
+
+
+def test_stored_histories_are_read_not_made_again(system, histories, out, monkeypatch):
+    def again(*arguments):
+        pytest.fail("was run again")
+
+    monkeypatch.setattr(system, "run", again)
+    assert system.main(["--fast", "--out", str(out)]) == histories
+
+
+def test_hypergradient_agrees_with_the_exact_one(system):
+    torch.manual_seed(0)
+    augment = paper("models").Augmentation(1, filters=2).double()
+    torch.nn.init.normal_(augment.last.weight)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 3)).double()
+    x, y, noise = torch.rand(12, 1, 4, 4).double(), torch.arange(12) % 3, torch.randn(12).double()
+    grads = []
+    for solver in ("exact", {"name": "cg", "maxiter": 500, "rtol": 1e-10}):
+        hg = bl.hypergradient(
+            system.problem_of(model, augment, decay=0.1),
+            dict(model.named_parameters()),
+            dict(augment.named_parameters()),
+            inner_args=(x, y, noise),
+            outer_args=(1 - x, y),
+            solver=solver,
+        )
+        grads.append(np.concatenate([grad.numpy().ravel() for grad in hg.grad.values()]))
+    assert np.linalg.norm(grads[0]) > 0
+    assert relative_error(grads[1], grads[0]) < 1e-7
+
+
+def test_report_has_a_table_and_a_picture(histories, tmp_path):
+    pytest.importorskip("matplotlib")
+    report = paper("report.augmentation")
+    assert all(isinstance(text, str) and text for text in report.row(histories))
+    section = report.section(histories, tmp_path)
+    assert section.count("\n| ") == len(histories) + 2
+    assert (tmp_path / "augmentation.png").exists()
