@@ -40,7 +40,7 @@ def test_network_that_is_trained_has_as_many_weights_as_documented():
 
 def test_tuned_augmentations_lower_the_validation_loss(histories):
     loss = {name: history["result"]["val_loss"] for name, history in histories.items()}
-    for variant in ("identity", "neumann", "unrolled"):
+    for variant in ("identity", "neumann", "unrolled", "automatic"):
         assert loss[f"{variant}-0"] < loss["none-0"]
         assert histories[f"{variant}-0"]["result"]["change"] > 0.01
 

@@ -45,8 +45,9 @@ class Sizes:
 FULL, FAST = Sizes(), Sizes(validation=300, steps=192, warmup=48)
 SOLVERS = {
     "identity": "identity",
-    "neumann": {"name": "neumann", "terms": 3, "damping": 1.0},
+    "neumann": {"name": "neumann", "terms": 3, "step_size": 0.02},
     "unrolled": {"name": "unrolled", "steps": 3, "step_size": 0.02},
+    "automatic": {"name": "neumann", "terms": 3, "damping": 1.0},
 }
 
 
