@@ -84,8 +84,8 @@ def _comparison(runs: dict[str, list[dict[str, Any]]]) -> str:
     )
     words = (
         "Judged by the objective, a lower validation loss than without augmentation in the end, on average: "
-        f"{better('val_loss', -1)} (reductions, seed by seed: {gaps}). A lower test loss: {better('test_loss', -1)}. A higher test "
-        f"accuracy: {better('test_accuracy', 1)}. The paper gains 2.5 points of validation accuracy by 3 Neumann terms "
+        f"{better('val_loss', -1)} (reductions, seed by seed: {gaps}). A lower test loss: {better('test_loss', -1)}. A "
+        f"higher test accuracy: {better('test_accuracy', 1)}. The paper gains 2.5 points of validation accuracy by 3 Neumann terms "
         f"(second-hand); here they change it by {val:+.1f} points, and test accuracy by {test:+.1f}, over "
         f"{len(runs['none'])} seed(s)."
     )
@@ -93,8 +93,8 @@ def _comparison(runs: dict[str, list[dict[str, Any]]]) -> str:
     if any(flat.values()):
         counts = ", ".join(f"{NAMES[name]} ({n} of {len(runs[name])})" for name, n in flat.items() if n)
         words += (
-            f" Beware of what has been learned: in some runs the tanh has saturated, by {counts}. The augmentation then "
-            "adds or takes away almost 1 everywhere, which regularizes, but varies nothing."
+            f" Beware of what has been learned: in some runs the tanh has saturated, by {counts}. The augmentation "
+            "then adds or takes away almost 1 everywhere, which regularizes, but varies nothing."
         )
     return words
 
