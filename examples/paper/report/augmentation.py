@@ -86,8 +86,8 @@ def _comparison(runs: dict[str, list[dict[str, Any]]]) -> str:
         "Judged by the objective, a lower validation loss than without augmentation in the end, on average: "
         f"{better('val_loss', -1)} (reductions, seed by seed: {gaps}). A lower test loss: {better('test_loss', -1)}. A "
         f"higher test accuracy: {better('test_accuracy', 1)}. The paper gains 2.5 points of validation "
-        f"accuracy by 3 Neumann terms (second-hand); here they change it by {val:+.1f} points, and test accuracy by {test:+.1f}, over "
-        f"{len(runs['none'])} seed(s)."
+        f"accuracy by 3 Neumann terms (second-hand); here they change it by {val:+.1f} points, and test "
+        f"accuracy by {test:+.1f}, over {len(runs['none'])} seed(s)."
     )
     flat = {name: sum(h["result"]["change"] > SATURATED for h in runs[name]) for name in tuned}
     if any(flat.values()):
