@@ -66,7 +66,7 @@ def _mean(histories: list[dict[str, Any]], key: str) -> float:
 
 def _reductions(tuned: list[dict[str, Any]], untuned: list[dict[str, Any]]) -> str:
     """Return by how much each seed's validation loss is lower than without augmentation."""
-    pairs = zip(tuned, untuned, strict=True)
+    pairs = zip(tuned, untuned, strict=False)
     return ", ".join(f"{1 - a['result']['val_loss'] / b['result']['val_loss']:+.0%}" for a, b in pairs)
 
 
@@ -75,19 +75,23 @@ def _comparison(runs: dict[str, list[dict[str, Any]]]) -> str:
     tuned = [name for name in runs if name != "none"]
 
     def better(key: str, sign: int) -> str:
-        names = [NAMES[name] for name in tuned if sign * (_mean(runs[name], key) - _mean(runs["none"], key)) > 0]
-        return ", ".join(names) if names else "none of them"
+        names = []
+        for name in tuned:
+            pairs = zip(runs[name], runs["none"], strict=False)  # one may have run with fewer seeds
+            if all(sign * (a["result"][key] - b["result"][key]) > 0 for a, b in pairs):
+                names.append(NAMES[name])
+        return ", ".join(names) if names else "nothing"
 
     gaps = "; ".join(f"{NAMES[name]} {_reductions(runs[name], runs['none'])}" for name in tuned)
     val, test = (
         100 * (_mean(runs["neumann"], key) - _mean(runs["none"], key)) for key in ("val_accuracy", "test_accuracy")
     )
     words = (
-        "Judged by the objective, a lower validation loss than without augmentation in the end, on average: "
-        f"{better('val_loss', -1)} (reductions, seed by seed: {gaps}). A lower test loss: {better('test_loss', -1)}. A "
-        f"higher test accuracy: {better('test_accuracy', 1)}. The paper gains 2.5 points of validation "
-        f"accuracy by 3 Neumann terms (second-hand); here they change it by {val:+.1f} points, and test "
-        f"accuracy by {test:+.1f}, over {len(runs['none'])} seed(s)."
+        "Judged by the objective, a lower validation loss than without augmentation, with every seed: "
+        f"{better('val_loss', -1)} (reductions, seed by seed: {gaps}). A lower test loss with every seed: "
+        f"{better('test_loss', -1)}. A higher test accuracy with every seed: {better('test_accuracy', 1)}. The "
+        "paper gains 2.5 points of validation accuracy by 3 Neumann terms (second-hand); here they change its mean by "
+        f"{val:+.1f} points, and that of test accuracy by {test:+.1f}, over {len(runs['none'])} seed(s)."
     )
     flat = {name: sum(h["result"]["change"] > SATURATED for h in runs[name]) for name in tuned}
     if any(flat.values()):
