@@ -101,8 +101,8 @@ def _comparison(runs: dict[str, list[dict[str, Any]]]) -> str:
     stopped = float(np.mean([_lowest(history) for history in runs["none"]]))
     ended = [name for name in tuned if _mean(runs[name], "val_loss") < stopped]
     words += (
-        f" Without augmentation, but stopped at its lowest validation loss, training would have ended at {stopped:.3f}; "
-        f"{len(ended)} of the {len(tuned)} variants end below that on average."
+        f" Without augmentation, but stopped at its lowest validation loss, training would have ended at "
+        f"{stopped:.3f}; {len(ended)} of the {len(tuned)} variants end below that on average."
     )
     flat = {name: sum(h["result"]["change"] > SATURATED for h in runs[name]) for name in tuned}
     if any(flat.values()):
