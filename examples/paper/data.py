@@ -72,7 +72,7 @@ def housing(folder: Path | None) -> tuple[str, np.ndarray, np.ndarray]:
 
         x, y = load_diabetes(return_X_y=True, scaled=False)
         return "diabetes", x, y
-    table = np.genfromtxt(_find(folder / "boston", ["*.csv"]), delimiter=",", skip_header=1)
+    table = np.loadtxt(_find(folder / "boston", ["*.csv"]), delimiter=",", skiprows=1, quotechar='"')
     return "Boston housing", table[:, :-1], table[:, -1]
 
 
