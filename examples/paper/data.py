@@ -1,14 +1,16 @@
 """The data sets of the paper's experiments from a folder, and small stand-ins for them.
 
 ``mnist/`` holds the usual idx files (or those of the first 10,000 images, ``train10k-…``), ``cifar10_7k/`` an npz with
-``x_train`` and so on, ``boston/`` a csv file with the target in the last column, ``wikitext2_validtest/`` text files.
+``x_train`` and so on, ``boston/`` a csv file with the target in the last column, ``wikitext2_validtest/`` text files,
+``a9a/`` LIBSVM's a9a and a9a.t.
 """
 
 import gzip
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from scipy import sparse
 
 
 class Images(NamedTuple):
@@ -86,6 +88,22 @@ def words(folder: Path | None) -> tuple[str, list[str], list[str]]:
         return "descriptions of data sets", text[: 2 * len(text) // 3], text[2 * len(text) // 3 :]
     texts = (_find(folder / "wikitext2_validtest", [name]).read_text("utf-8") for name in ("valid.txt", "test.txt"))
     return ("WikiText-2 (validation and test files)", *(text.replace("\n", " <eos> ").split() for text in texts))
+
+
+def adult(folder: Path | None) -> tuple[str, Any, Any, Any, Any]:
+    """Return the name, sparse features and labels to train on and to test, of a9a or scikit-learn's breast cancer."""
+    if folder is None:
+        from sklearn.datasets import load_breast_cancer
+
+        x, y = load_breast_cancer(return_X_y=True)
+        x = sparse.csr_array((x - x.mean(0)) / x.std(0))[np.random.default_rng(0).permutation(len(y))]
+        y = y[np.random.default_rng(0).permutation(len(y))]
+        return "breast cancer", x[:400], y[:400], x[400:], y[400:]
+    from sklearn.datasets import load_svmlight_files
+
+    files = [str(_find(folder / "a9a", [name])) for name in ("a9a", "a9a.t")]
+    x, y, x_test, y_test = load_svmlight_files(files, n_features=123)
+    return "a9a", sparse.csr_array(x), y > 0, sparse.csr_array(x_test), y_test > 0
 
 
 def _digits() -> Split:

@@ -47,8 +47,8 @@ def section(histories: Histories, pictures: Path) -> str:
 Theorem 2 of the paper says that K Neumann products give what differentiating K + 1 steps of gradient descent from the
 optimum gives, and that both tend to the implicit hypergradient, by a factor of at most 1 − αμ a product. Here α is
 1/λmax, all is in float64, and each system is solved until the norm of its gradient is below 1e-10. *Difference*:
-between the hypergradient of the series and that of the unrolled steps, the largest over
-K from {terms[0]} to {terms[-1]:,}. *Error*: against the implicit hypergradient by the dense Hessian. Both are relative to its norm.
+between the hypergradient of the series and that of the unrolled steps, the largest over K from {terms[0]} to
+{terms[-1]:,}. *Error*: against the implicit hypergradient by the dense Hessian. Both are relative to its norm.
 
 {table([*head, "factor seen", "1 − αμ"], lines)}
 {draw(pictures / "theorem.png", (9, 3.6), lambda figure: _fill(figure, measured))}

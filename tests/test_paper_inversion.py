@@ -1,0 +1,71 @@
+"""Approximate inverse Hessians on diabetes, small."""
+
+import numpy as np
+import pytest
+from frameworks import paper
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
+
+
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory):
+    return ["--fast", "--out", str(tmp_path_factory.mktemp("inversion"))]
+
+
+@pytest.fixture(scope="module")
+def histories(arguments):
+    return paper("inversion").main(arguments)
+
+
+def test_cg_is_exact_after_as_many_products_as_weights(histories):
+    history = histories["linear-diabetes-0"]
+    assert history["result"]["weights"] == 11
+    assert history["rows"][-1]["CG error"] < 1e-8
+    neumann = [row["Neumann cosine"] for row in history["rows"]]
+    assert np.all(np.diff(neumann) > 0)
+    assert 0.5 < neumann[-1] < 0.95
+
+
+def test_gauss_newton_is_the_hessian_of_a_linear_model_only(histories):
+    for row in histories["linear-diabetes-0"]["rows"]:
+        assert row["Gauss-Newton CG cosine"] == pytest.approx(row["CG cosine"], abs=1e-6)
+    last = histories["network-diabetes-0"]["rows"][-1]
+    assert last["Gauss-Newton CG cosine"] != pytest.approx(last["CG cosine"], abs=1e-6)
+
+
+def test_failures_on_raw_features_are_flagged(histories):
+    result = histories["raw-diabetes-0"]["result"]
+    assert result["condition"] > 1e7
+    assert result["unguarded 20 error"] > 1e10
+    assert result["fixed step status"] == "DIVERGED"
+    assert result["automatic step status"] == "CONVERGED"
+    assert result["float32 CG status"] != "CONVERGED"
+    assert result["float32 CG error"] > 0.1
+    assert result["float64 CG status"] == "CONVERGED"
+    assert result["float64 CG error"] < 1e-4
+
+
+def test_a_step_that_is_too_large_is_refused():
+    import bilevel as bl
+
+    regression = paper("regression")
+    train, validation, params, log_decay = regression.prepare("raw", None, 0, 0)
+    solver = bl.Neumann(step_size=paper("inversion").STEP)
+    data = {"inner_args": train, "outer_args": validation}
+    with pytest.raises(bl.SolverError, match="diverged"):
+        bl.hypergradient(regression.PROBLEM, params, log_decay, solver=solver, on_failure="raise", **data)
+
+
+def test_a_second_call_reads_what_the_first_has_stored(arguments, histories):
+    assert paper("inversion").main(arguments) == histories
+
+
+def test_the_report_has_a_table_and_a_picture(histories, tmp_path):
+    report = paper("report.inversion")
+    title, _, ours = report.row(histories)
+    assert title == "Approximate inversion"
+    assert "CG" in ours
+    assert "| tanh network, diabetes |" in report.section(histories, tmp_path)
+    assert (tmp_path / "inversion.png").exists()
