@@ -8,6 +8,7 @@ Gauss-Newton, CG, and the identity of T1-T2 (Luketina et al. 2016), all against 
 """
 
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +29,7 @@ START, BOUNDS = -4.0, (-8.0, 0.0)  # of the log penalties
 INNER_STEPS, OUTER_RATE = 20, 0.1  # the rate falls to zero, so that the inner problem catches up
 PROBLEM = bl.problems.logistic_regression()
 SIGMA = 100.0  # F2SA's weight of the inner objective
+SETTINGS = {"start": START, "bounds": BOUNDS, "rate": OUTER_RATE, "sigma": SIGMA}
 
 
 class Method(NamedTuple):
@@ -79,29 +81,27 @@ def optimum(hparams: np.ndarray, params: np.ndarray, X: Any, y: Any) -> np.ndarr
     return params
 
 
-def gauss_newton(data: Data) -> Any:
-    """Return what computes hypergradients by Gauss-Newton products, in PyTorch, where models are differentiated."""
-
-    def loss(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return binary_cross_entropy_with_logits(logits, y)
-
+def hypergradients(name: str, data: Data) -> Callable[..., np.ndarray]:
+    """Return what computes hypergradients from params, hparams and a solver: for Gauss-Newton products, PyTorch."""
+    if name != "gauss-newton":
+        data_args = {"inner_args": data.train, "outer_args": data.validation}
+        return lambda w, hparams, solver: bl.hypergradient(PROBLEM, w, hparams, solver=solver, **data_args).grad
+    loss = binary_cross_entropy_with_logits
     problem = bl.Problem.from_model(
         lambda params, hparams, X: X @ params,
         loss,
         lambda params, hparams, X, y: loss(X @ params, y),
         penalty=lambda params, hparams: 0.5 * (hparams.exp() * params**2).sum(),
     )
-    inner_args, outer_args = (
+    train, validation = (
         (torch.from_numpy(X.toarray()), torch.from_numpy(y.astype(float))) for X, y in (data.train, data.validation)
     )
 
-    def hypergradient(params: np.ndarray, hparams: np.ndarray, solver: Any) -> np.ndarray:
-        point = torch.from_numpy(params), torch.from_numpy(hparams)
-        return bl.hypergradient(
-            problem, *point, inner_args=inner_args, outer_args=outer_args, solver=solver
-        ).grad.numpy()
+    def by_gauss_newton(w: np.ndarray, hparams: np.ndarray, solver: Any) -> np.ndarray:
+        point = torch.from_numpy(w), torch.from_numpy(hparams)
+        return bl.hypergradient(problem, *point, inner_args=train, outer_args=validation, solver=solver).grad.numpy()
 
-    return hypergradient
+    return by_gauss_newton
 
 
 def loop(name: str, method: Method, data: Data, sizes: dict[str, int]) -> list[tuple[float, np.ndarray, np.ndarray]]:
@@ -111,11 +111,12 @@ def loop(name: str, method: Method, data: Data, sizes: dict[str, int]) -> list[t
     penalized = w  # F2SA's second copy, which minimizes L + F/σ
     most = np.full_like(hparams, BOUNDS[1])  # the curvature is largest there
     step_size = bl.prepare("neumann", PROBLEM, w, most, inner_args=data.train).step_size
-    solver = None if method.solver is None else bl.get_solver(method.solver)
-    if isinstance(solver, bl.Neumann | bl.Identity):
-        solver = bl.get_solver(method.solver, **{"step_size" if hasattr(solver, "step_size") else "scale": step_size})
+    solver = method.solver and bl.get_solver(method.solver)
+    for option in ("step_size", "scale"):  # of Neumann and the identity, unless it is the user's solver
+        if hasattr(solver, option) and name != "config":
+            solver = bl.get_solver(solver, **{option: step_size})
     solver = solver and bl.WarmStart(solver, prepare_every=10)
-    by_gauss_newton = gauss_newton(data) if name == "gauss-newton" else None
+    hypergradient = hypergradients(name, data)
     moment, square, seen, seconds = 0.0, 0.0, [], 0.0
     for step in range(1, sizes["steps"] + 1):
         began = time.process_time()
@@ -126,12 +127,8 @@ def loop(name: str, method: Method, data: Data, sizes: dict[str, int]) -> list[t
                 penalized = penalized - step_size * (PROBLEM.inner.grad(penalized, hparams, X, y) + outer_grad / SIGMA)
         if solver is None:
             grad = SIGMA * np.exp(hparams) * (penalized**2 - w**2) / 2
-        elif by_gauss_newton:
-            grad = by_gauss_newton(w, hparams, solver)
         else:
-            grad = bl.hypergradient(
-                PROBLEM, w, hparams, inner_args=data.train, outer_args=data.validation, solver=solver
-            ).grad
+            grad = hypergradient(w, hparams, solver)
         at = hparams
         moment, square = 0.9 * moment + 0.1 * grad, 0.999 * square + 0.001 * grad**2  # Adam
         update = moment / (1 - 0.9**step) / (np.sqrt(square / (1 - 0.999**step)) + 1e-12)
@@ -193,15 +190,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, Any]]:
     for name, method in variants(arguments, METHODS).items():
         method = Method(INNER_STEPS, method) if name == "config" else method
         for seed in arguments.seeds:
-            settings = {
-                **sizes,
-                "data": data_name,
-                "method": method,
-                "start": START,
-                "bounds": BOUNDS,
-                "rate": OUTER_RATE,
-                "seed": seed,
-            }
+            settings = {**sizes, **SETTINGS, "data": data_name, "method": method, "seed": seed}
             runner = partial(run, name, method, arguments.data, sizes, seed)
             histories[f"{name}-{seed}"] = stored(arguments, "successors", f"{name}-{seed}", settings, runner)
     show(histories)
