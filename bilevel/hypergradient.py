@@ -222,7 +222,9 @@ def _ends(backend: Backend, linearization: Linearization) -> tuple[Any, Any] | N
     if isinstance(linearization.hvp, NonSymmetric):
         return None
     ends = spectrum(linearization.hvp, linearization.grad_params, backend.space)
-    return ends.smallest - ends.smallest_error, ends.largest + ends.largest_error
+    # An estimate is inside the spectrum: below zero it is sure that an eigenvalue is, while its error bound alone is not.
+    smallest = backend.space.xp.where(ends.smallest < 0, ends.smallest - ends.smallest_error, ends.smallest)
+    return smallest, ends.largest + ends.largest_error
 
 
 def _conclude(
