@@ -67,3 +67,29 @@ def _convolutions(before: int, after: int) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(before, after, 3, padding=1), nn.ReLU(), nn.Conv2d(after, after, 3, padding=1), nn.ReLU()
     )
+
+
+def linear(inputs: int) -> nn.Module:
+    """Return logistic regression on images of so many pixels."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(inputs, 10))
+
+
+def mlp(inputs: int) -> nn.Module:
+    """Return a network with one hidden layer, as wide as the image has pixels."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(inputs, inputs), nn.ReLU(), nn.Linear(inputs, 10))
+
+
+def cnn(channels: int, size: int) -> nn.Module:
+    """Return two convolutions and two dense layers, for square images of a size that 4 divides."""
+    return nn.Sequential(
+        nn.Conv2d(channels, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(32, 64, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(64 * (size // 4) ** 2, 128),
+        nn.ReLU(),
+        nn.Linear(128, 10),
+    )
