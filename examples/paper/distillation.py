@@ -65,7 +65,7 @@ class Setup:
     outer_lr: float = 1e-2
 
 
-FULL, FAST = Setup(steps=750, validation=8000), Setup(steps=100, validation=600)
+FULL, FAST = Setup(steps=750, validation=8000), Setup(steps=50, validation=600)
 
 
 def problem(xp: Any) -> bl.Problem:

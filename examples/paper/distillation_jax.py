@@ -48,7 +48,7 @@ def distil(
 
     began, rows, unsolved = time.process_time(), [], 0
     labels, real, weights = jax.tree.map(jnp.asarray, (labels, real, start))
-    images = jnp.zeros((10, real[0].shape[1]))
+    images = jnp.zeros_like(real[0][:10])
     state = weights, optimizer.init(weights), images, outer_optimizer.init(images)
     for step in tqdm(range(setup.every, setup.steps + 1, setup.every), "jax"):
         state, (values, statuses) = steps(state, real)
