@@ -62,7 +62,7 @@ def test_hypergradient_is_the_exact_one(distillation, name):
 
 def test_stored_histories_are_not_run_again(distillation, found, monkeypatch):
     out, histories = found
-    monkeypatch.setattr(distillation, "run", None)
+    monkeypatch.setattr(distillation, "refit", None)
     assert distillation.main(["--fast", "--out", str(out)]) == histories
 
 

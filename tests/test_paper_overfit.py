@@ -60,7 +60,7 @@ def test_hypergradient_is_the_exact_one(overfit):
 
 def test_stored_histories_are_not_run_again(overfit, found, monkeypatch):
     out, histories = found
-    monkeypatch.setattr(overfit, "run", None)
+    monkeypatch.setattr(overfit, "Loop", None)
     assert overfit.main(["--fast", "--out", str(out)]) == histories
 
 
