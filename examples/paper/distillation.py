@@ -161,9 +161,10 @@ def control(method: str, x: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray
 
 
 def refit(images: np.ndarray, targets: np.ndarray, start: Any) -> dict[str, torch.Tensor]:
-    """Train on some images from scratch, to the minimum."""
-    fit = scipy_fit(problem(torch), inner_args=(torch.as_tensor(targets),), gtol=1e-5)
-    return fit(torch.tensor(images), {name: torch.as_tensor(w) for name, w in start.items()})
+    """Train on some images from scratch, to the minimum, which float32 does not always reach."""
+    double = partial(torch.tensor, dtype=torch.float64)
+    fit = scipy_fit(problem(torch), inner_args=(double(targets),), gtol=1e-5)
+    return fit(double(images), {name: double(w) for name, w in start.items()})
 
 
 def accuracy(weights: Any, images: tuple[np.ndarray, np.ndarray]) -> float:

@@ -63,8 +63,8 @@ On images that neither loss has seen, {sum(_gap(run) > 0.1 for run in tuned)} of
 than ten points than on validation. {_collapse(runs)}
 
 Scaled down: the paper's code takes learning rates of 1e-5 to 7e-4 and stops at 100 %; here it is
-{setup["lr"]:g} (and {setup["outer_lr"]:g} on λ) for a fixed number of steps. AlexNet and ResNet-44, which the paper
-overfits too, were left out: the largest network here has {max(r["result"]["weights"] for r in tuned):,} weights. The
+{setup["lr"]:g} (and {setup["outer_lr"]:g} on λ) for a fixed number of steps. AlexNet and ResNet-44, which the paper's
+code has, too, were left out: the largest network here has {max(r["result"]["weights"] for r in tuned):,} weights. The
 solver that the code uses is the identity; damped CG (not on the convolutional network, where it is too slow for a CPU)
 has taken {_cost(runs)} times as long on the network with a hidden layer. Tests are on {setup["test"]:,} images.
 """
