@@ -177,7 +177,7 @@ def pack(images: np.ndarray) -> dict[str, Any]:
     """Return images as text, in 256 levels from -scale to scale."""
     scale = float(np.abs(images).max())
     levels = np.round((images / scale + 1) * 127.5).astype(np.uint8)
-    return {"scale": scale, "shape": images.shape, "levels": base64.b64encode(levels.tobytes()).decode()}
+    return {"scale": scale, "shape": list(images.shape), "levels": base64.b64encode(levels.tobytes()).decode()}
 
 
 if __name__ == "__main__":
