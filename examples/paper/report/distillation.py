@@ -125,6 +125,6 @@ def _images(figure: Any, runs: Runs, shown: list[str]) -> None:
     for line, name in zip(axes, shown, strict=True):
         images = _unpack(runs[name][0]["images"], stretch="rows" in runs[name][0])
         for ax, image in zip(line, images, strict=True):
-            ax.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=1)
+            ax.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
             ax.set(xticks=[], yticks=[])
         line[0].set_ylabel(ROWS[name], rotation=0, ha="right", va="center", fontsize=9)
