@@ -222,7 +222,7 @@ def _ends(backend: Backend, linearization: Linearization) -> tuple[Any, Any] | N
     if isinstance(linearization.hvp, NonSymmetric):
         return None
     ends = spectrum(linearization.hvp, linearization.grad_params, backend.space)
-    # An estimate is inside the spectrum: below zero it is sure that an eigenvalue is, while its error bound alone is not.
+    # Estimates lie inside the spectrum: if one is below zero, so is an eigenvalue. Its error bound proves nothing.
     smallest = backend.space.xp.where(ends.smallest < 0, ends.smallest - ends.smallest_error, ends.smallest)
     return smallest, ends.largest + ends.largest_error
 

@@ -271,6 +271,11 @@ class TestFailedSolves:
         ):
             bl.hypergradient(*quadratic(backend, [-1.0, 3.0]), solver="neumann")
 
+    def test_divergence_claims_no_negative_eigenvalue_of_an_ill_conditioned_hessian(self, backend):
+        eigenvalues = np.geomspace(1e-8, 1.0, 30)  # of which 12 products find none below 1e-4, give or take 1e-3
+        with pytest.warns(bl.SolverWarning, match=r"largest eigenvalue of the Hessian is about 1: .* below 2\b"):
+            bl.hypergradient(*quadratic(backend, eigenvalues), solver=bl.Neumann(step_size=2.5))
+
     def test_maxiter_says_the_residual(self, backend):
         with pytest.warns(
             bl.SolverWarning,

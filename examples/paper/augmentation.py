@@ -14,16 +14,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import data
-import runs
 import torch
-from loop import Loop
-from models import Augmentation, small_cnn
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 import bilevel as bl
+import data
+import runs
+from loop import Loop
+from models import Augmentation, small_cnn
 
 
 @dataclass(frozen=True)

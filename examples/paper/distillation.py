@@ -16,14 +16,14 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import data
 import numpy as np
-import runs
 import torch
-from loop import Loop
 
 import bilevel as bl
+import data
+import runs
 from bilevel.fit import scipy_fit
+from loop import Loop
 
 CG = {"name": "cg", "maxiter": 10, "rtol": 0.1, "damping": 0.02}  # damped, so that ten steps are enough
 SOLVERS = {

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from regression import GAUSS_NEWTON, prepare
-from runs import options, show, stored, variants
 
 import bilevel as bl
+from regression import GAUSS_NEWTON, prepare
+from runs import options, show, stored, variants
 
 FULL = {"products": 50, "hidden": 13}
 FAST = {"products": 12, "hidden": 3}

@@ -17,16 +17,16 @@ import math
 from collections import Counter
 from functools import partial
 
-import data
 import numpy as np
-import runs
 import torch
-from loop import Loop
 from torch import nn
 from torch.nn.functional import cross_entropy
 
 import bilevel as bl
 import bilevel_torch
+import data
+import runs
+from loop import Loop
 
 FULL = {
     "vocabulary": 2000,

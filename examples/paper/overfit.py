@@ -14,15 +14,15 @@ from itertools import cycle, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import data
-import models
-import runs
 import torch
-from loop import Loop
 from torch import nn
 from torch.nn.functional import cross_entropy
 
 import bilevel_torch
+import data
+import models
+import runs
+from loop import Loop
 
 METHODS = {
     "identity": "identity",

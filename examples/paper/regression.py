@@ -5,11 +5,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from data import housing
-from optimum import newton, optimum
 from torch.nn.functional import mse_loss
 
 import bilevel as bl
+from data import housing
+from optimum import newton, optimum
 
 LOG_DECAY = -7.0  # of the published code
 BACKEND = bl.get_backend("torch")

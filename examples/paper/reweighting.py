@@ -12,17 +12,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import data
-import runs
 import torch
-from loop import Loop
-from models import ExampleWeights, WeightNet
 from scipy.stats import rankdata
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import bilevel as bl
 import bilevel_torch
+import data
+import runs
+from loop import Loop
+from models import ExampleWeights, WeightNet
 
 
 @dataclass(frozen=True)

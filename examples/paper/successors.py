@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from data import adult
-from runs import options, show, stored, variants
 from scipy import special
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 import bilevel as bl
 from bilevel.fit import scipy_fit
+from data import adult
+from runs import options, show, stored, variants
 
 FULL = {"steps": 200, "judged": 8, "iterations": 40}
 FAST = {"steps": 100, "judged": 2, "iterations": 30}

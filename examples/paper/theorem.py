@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from optimum import optimum
-from runs import options, show, stored, variants
 
 import bilevel as bl
 from bilevel.testing import check_hypergradient
+from optimum import optimum
+from runs import options, show, stored, variants
 
 FULL = {"terms": [0, 1, 3, 10, 30, 100, 300, 1000, 3000], "hidden": 8}
 FAST = {"terms": [0, 100], "hidden": 3}

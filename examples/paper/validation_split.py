@@ -17,14 +17,14 @@ import math
 import time
 from functools import cache, partial
 
-import data
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import runs
 
 import bilevel as bl
+import data
+import runs
 
 FULL = {
     "points": (100, 1600),
