@@ -69,7 +69,7 @@ with products, {_best(runs, "mnist")}, is {_ahead(runs, "mnist")} the identity. 
 {lagging["settings"]["lr"]:g}; the paper's code has 1e-4), the best, {_best(runs, "lagging")}, is
 {_ahead(runs, "lagging")} the identity. The accuracy along with the images says little about what
 the images are worth without the weights that have seen them change: the two differ by up to {_gap(runs):.1f} points.
-All trainings, those on real images too, have the same weight decay: the figure for all images is no upper bound.
+All trainings, those on real images too, have the same weight decay, which is tuned for none of them.
 
 The losses are written once, for arrays of either framework. At the end of {len(jax)} runs in JAX the hypergradients of
 JAX and PyTorch at the same point differ by at most {max(r["difference_from_torch"] for r in jax):.0e} of their norm, in
