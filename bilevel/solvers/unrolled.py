@@ -62,7 +62,7 @@ class Unrolled:
         truncation: differentiate through the last so many steps only (Shaban et al., AISTATS 2019); None: all.
         checkpoint: in reverse mode, what to store, with the same result. True: some 3√K states instead of K, and run
             the steps between them again (Chen et al., 2016). False: all that going back needs; in PyTorch that is each
-            step's graph, which spares a gradient per step in the memory that autograd itself would take. "auto": the
+            step's graph, which spares a gradient per step and takes more memory than autograd itself. "auto": the
             iterates, or checkpoints if 100 steps or more are differentiated: the iterates of fewer seldom outweigh what
             a single step needs.
         optimizer: "descent" or "adam".
