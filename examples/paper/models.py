@@ -93,3 +93,37 @@ def cnn(channels: int, size: int) -> nn.Module:
         nn.ReLU(),
         nn.Linear(128, 10),
     )
+
+
+def alexnet(channels: int, size: int) -> nn.Module:
+    """Return five convolutions and three dense layers like AlexNet's, narrow, for square images that 8 divides."""
+    layers: list[nn.Module] = []
+    for before, after, pool in ((channels, 32, 2), (32, 96, 2), (96, 192, 1), (192, 128, 1), (128, 128, 2)):
+        layers += [nn.Conv2d(before, after, 3, padding=1), nn.ReLU(), nn.MaxPool2d(pool)]
+    dense = [nn.Linear(128 * (size // 8) ** 2, 512), nn.ReLU(), nn.Linear(512, 256), nn.ReLU(), nn.Linear(256, 10)]
+    return nn.Sequential(*layers, nn.Flatten(), *dense)
+
+
+class Residual(nn.Module):
+    """Two convolutions beside a shortcut, normalised by groups: unlike batches', their statistics are no state."""
+
+    def __init__(self, before: int, after: int, stride: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(before, after, 3, stride, padding=1, bias=False),
+            nn.GroupNorm(8, after),
+            nn.ReLU(),
+            nn.Conv2d(after, after, 3, padding=1, bias=False),
+            nn.GroupNorm(8, after),
+        )
+        self.shortcut = nn.Identity() if stride == 1 else nn.Conv2d(before, after, 1, stride, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.body(x) + self.shortcut(x)).relu()
+
+
+def resnet8(channels: int) -> nn.Module:
+    """Return a residual network of eight layers, 16, 32 and 64 channels wide."""
+    blocks = (Residual(16, 16, 1), Residual(16, 32, 2), Residual(32, 64, 2))
+    start = (nn.Conv2d(channels, 16, 3, padding=1, bias=False), nn.GroupNorm(8, 16), nn.ReLU())
+    return nn.Sequential(*start, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))

@@ -37,13 +37,22 @@ class Net(NamedTuple):
 
     load: Callable[[Path | None], data.Split]
     build: Callable[[torch.Tensor], nn.Module]  # for images such as this one
-    slow: bool = False  # takes twice the steps, and is spared the many products of "cg"
+    methods: tuple[str, ...] = ("identity", "cg", "global", "untuned")
+    seeds: int | None = None  # at most; None: all that are asked for
+    start: float = -4.0  # of the logarithm of each decay; deep networks would not come off the ground with that
+    slow: bool = False  # takes twice the steps
 
 
 NETS = {
     "linear": Net(data.mnist, lambda image: models.linear(image.numel())),
     "mlp": Net(data.mnist, lambda image: models.mlp(image.numel())),
-    "cnn": Net(data.cifar10, lambda image: models.cnn(*image.shape[:2]), slow=True),
+    "cnn": Net(data.cifar10, lambda image: models.cnn(*image.shape[:2]), ("identity", "global", "untuned"), slow=True),
+    "alexnet": Net(
+        data.cifar10, lambda image: models.alexnet(*image.shape[:2]), ("identity", "untuned"), 1, start=-7.0, slow=True
+    ),
+    "resnet": Net(
+        data.cifar10, lambda image: models.resnet8(len(image)), ("identity", "untuned"), 1, start=-7.0, slow=True
+    ),
 }
 
 
@@ -56,7 +65,7 @@ class Setup:
     inner_steps: int = 5  # of training, for each of them
     lr: float = 1e-3
     outer_lr: float = 0.1
-    start: float = -4.0  # of the logarithm of each decay
+    start: float = -4.0
     images: int = 50  # to train on, and as many to validate on
     test: int = 1000
 
@@ -69,11 +78,11 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, Any]]:
     arguments = runs.options(__doc__, argv)
     histories = {}
     for name, net in NETS.items():
-        setup, split = FAST if arguments.fast else FULL, net.load(arguments.data)
+        setup, split = replace(FAST if arguments.fast else FULL, start=net.start), net.load(arguments.data)
         if net.slow:
             setup = replace(setup, steps=2 * setup.steps, every=4 * setup.every)
-        for (method, solver), seed in product(runs.variants(arguments, METHODS).items(), arguments.seeds):
-            if net.slow and method == "cg":
+        for (method, solver), seed in product(runs.variants(arguments, METHODS).items(), arguments.seeds[: net.seeds]):
+            if method in METHODS and method not in net.methods:
                 continue
             settings = {**asdict(setup), "data": split.name, "net": name, "solver": solver, "seed": seed}
             variant, job = f"{name}-{method}-{seed}", partial(run, net, method, solver, setup, seed, split)

@@ -12,7 +12,7 @@ from runs import RESULTS
 
 TITLE = "Cost"
 TIME, MEMORY = "joint / training, time", "joint / training, memory"
-CONTROLS = ("none", "no-ho")  # what systems call the run that tunes nothing
+CONTROLS = ("none", "untuned")  # what systems call the run that tunes nothing, behind the network's name if it has one
 
 
 def row(histories: dict[str, Any]) -> tuple[str, str, str]:
@@ -61,9 +61,13 @@ def _systems() -> str:
             for name, found in by_variant(files).items()
             if all("cpu_seconds" in history for history in found)
         }
-        control = next((seconds.pop(name) for name in CONTROLS if name in seconds), None)
-        if control:
-            lines += [(folder.name.replace("_", " "), name, f"{s / control:.1f}") for name, s in seconds.items()]
+        for control in [name for name in seconds if name.endswith(CONTROLS)]:
+            network = control.rpartition("-")[0]
+            lines += [
+                (folder.name.replace("_", " "), name, f"{spent / seconds[control]:.1f}")
+                for name, spent in seconds.items()
+                if name != control and name.startswith(network)
+            ]
     if not lines:
         return ""
     return (
