@@ -10,14 +10,7 @@ from typing_extensions import override
 
 from bilevel.model_loss import ModelLoss
 from bilevel.problem import Problem
-from bilevel.protocols import (
-    Backend,
-    BilevelProblem,
-    InnerDerivatives,
-    OuterDerivatives,
-    Point,
-    Solver,
-)
+from bilevel.protocols import Backend, BilevelProblem, InnerDerivatives, OuterDerivatives, Point, Solver
 from bilevel.tree import leaves, leaves_with_paths
 from bilevel.validation import check_dtypes, check_like, depends_on_nothing, leaf_names, role_of
 from bilevel_torch.aside import aside
