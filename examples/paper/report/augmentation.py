@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from report.common import by_variant, draw, spread, table
+from report.common import by_variant, draw, mean, spread, table
 
 NAMES = {
     "none": "none",
@@ -63,10 +63,6 @@ early stopping would have kept.
 """
 
 
-def _mean(histories: list[dict[str, Any]], key: str) -> float:
-    return float(np.mean([history["result"][key] for history in histories]))
-
-
 def _lowest(history: dict[str, Any]) -> float:
     return min(row["val_loss"] for row in history["rows"])
 
@@ -91,7 +87,7 @@ def _comparison(runs: dict[str, list[dict[str, Any]]]) -> str:
 
     gaps = "; ".join(f"{NAMES[name]} {_reductions(runs[name], runs['none'])}" for name in tuned)
     val, test = (
-        100 * (_mean(runs["neumann"], key) - _mean(runs["none"], key)) for key in ("val_accuracy", "test_accuracy")
+        100 * (mean(runs["neumann"], key) - mean(runs["none"], key)) for key in ("val_accuracy", "test_accuracy")
     )
     words = (
         "Judged by the objective, a lower validation loss than without augmentation, with every seed: "
@@ -101,7 +97,7 @@ def _comparison(runs: dict[str, list[dict[str, Any]]]) -> str:
         f"{val:+.1f} points, and that of test accuracy by {test:+.1f}, over {len(runs['none'])} seed(s)."
     )
     stopped = float(np.mean([_lowest(history) for history in runs["none"]]))
-    ended = [name for name in tuned if _mean(runs[name], "val_loss") < stopped]
+    ended = [name for name in tuned if mean(runs[name], "val_loss") < stopped]
     words += (
         f" Without augmentation, but stopped at its lowest validation loss, training would have ended at "
         f"{stopped:.3f}; {len(ended)} of the {len(tuned)} variants end below that on average."

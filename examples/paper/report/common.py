@@ -17,6 +17,11 @@ def by_variant(histories: dict[str, dict[str, Any]]) -> dict[str, list[dict[str,
     return found
 
 
+def mean(histories: Iterable[dict[str, Any]], key: str) -> float:
+    """Return the mean over seeds of a result."""
+    return float(np.mean([history["result"][key] for history in histories]))
+
+
 def spread(histories: Iterable[dict[str, Any]], key: str, form: str = ".3f") -> str:
     """Return mean ± standard deviation over seeds of a result; the number alone if there is one."""
     values = [history["result"][key] for history in histories]

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from report.common import by_variant, draw, spread, table
+from report.common import by_variant, draw, mean, spread, table
 
 SOLVERS = {"identity": "identity", "neumann-5": "Neumann 5", "neumann-20": "Neumann 20", "cg-10": "CG 10, damped"}
 METHODS = {
@@ -89,7 +89,7 @@ def _pair(runs: Runs, name: str) -> tuple[str, str]:
 
 
 def _refitted(runs: Runs, name: str) -> float:
-    return float(np.mean([run["result"]["refitted_accuracy"] for run in runs[name]]))
+    return mean(runs[name], "refitted_accuracy")
 
 
 def _top(runs: Runs, task: str) -> str:

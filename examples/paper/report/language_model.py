@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from report.common import by_variant, draw, spread, table
+from report.common import by_variant, draw, mean, spread, table
 
 NAMES = {
     "none": "no tuning",
@@ -127,11 +127,6 @@ def variants(histories: dict[str, Any]) -> dict[str, list]:
         for of_seed in zip(*trials, strict=True)
     ]
     return {name: runs[name] for name in NAMES if name in runs}
-
-
-def mean(histories: list, key: str) -> float:
-    """Return the mean of a result over seeds."""
-    return float(np.mean([history["result"][key] for history in histories]))
 
 
 def curve(histories: list, key: str) -> tuple[list, np.ndarray]:

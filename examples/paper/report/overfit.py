@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from report.common import by_variant, draw, spread, table
+from report.common import by_variant, draw, mean, spread, table
 
 NETS = {
     "linear": "linear, MNIST",
@@ -28,14 +28,14 @@ def row(histories: dict[str, dict[str, Any]]) -> tuple[str, str, str]:
     """Return title, the paper's result, and ours."""
     runs = by_variant(histories)
     compared = [name for name in runs if name.endswith("-identity") and name.replace("identity", "global") in runs]
-    largest = max(compared, key=lambda name: _of(runs, name, "hparams"))
+    largest = max(compared, key=lambda name: mean(runs[name], "hparams"))
     shared = largest.replace("identity", "global")
     return (
         "Overfitting a validation set",
         "100 % on validation with large networks, far less on test (second-hand)",
-        f"{_of(runs, largest, 'hparams'):,.0f} decays: {_of(runs, largest, 'val_accuracy'):.0%} on validation, "
-        f"{_of(runs, largest, 'test_accuracy'):.0%} on test; one decay: {_of(runs, shared, 'val_accuracy'):.0%} and "
-        f"{_of(runs, shared, 'test_accuracy'):.0%}",
+        f"{mean(runs[largest], 'hparams'):,.0f} decays: {mean(runs[largest], 'val_accuracy'):.0%} on validation, "
+        f"{mean(runs[largest], 'test_accuracy'):.0%} on test; one decay: {mean(runs[shared], 'val_accuracy'):.0%} and "
+        f"{mean(runs[shared], 'test_accuracy'):.0%}",
     )
 
 
@@ -87,10 +87,6 @@ def _known(runs: Runs) -> list[tuple[str, str, list[dict[str, Any]]]]:
     return [(net, method, runs[f"{net}-{method}"]) for net in NETS for method in METHODS if f"{net}-{method}" in runs]
 
 
-def _of(runs: Runs, name: str, key: str) -> float:
-    return float(np.mean([run["result"][key] for run in runs[name]]))
-
-
 def _perfect(run: dict[str, Any]) -> bool:
     return run["result"]["reached"] is not None
 
@@ -107,7 +103,7 @@ def _reached(found: list[dict[str, Any]]) -> str:
 
 def _collapse(runs: Runs) -> str:
     """Say what one decay does to the network that overfits most."""
-    shared, untuned = _of(runs, "cnn-global", "val_loss"), _of(runs, "cnn-untuned", "val_loss")
+    shared, untuned = mean(runs["cnn-global"], "val_loss"), mean(runs["cnn-untuned"], "val_loss")
     if not shared < untuned:
         return ""
     return (

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from report.common import by_variant, draw, spread, table
+from report.common import by_variant, draw, mean, spread, table
 
 NAMES = {
     "all": "all labels, equal weights",
@@ -59,18 +59,14 @@ label too, without which nobody could tell that it is wrong, and ends in a sigmo
 """
 
 
-def _mean(histories: list[dict[str, Any]], key: str) -> float:
-    return float(np.mean([history["result"][key] for history in histories]))
-
-
 def _comparison(runs: dict[str, list[dict[str, Any]]]) -> str:
     """Say what the numbers show, in words that follow from them."""
-    accuracy = {name: _mean(of, "test_accuracy") for name, of in runs.items()}
+    accuracy = {name: mean(of, "test_accuracy") for name, of in runs.items()}
     tuned = [name for name in TUNED if name in runs]
     above_all = [NAMES[name] for name in tuned if accuracy[name] > accuracy["all"]]
     above_validation = [NAMES[name] for name in tuned if accuracy[name] > accuracy["validation"]]
-    best_auc = max(tuned, key=lambda name: _mean(runs[name], "auc"))
-    fitted = min(tuned, key=lambda name: _mean(runs[name], "val_loss"))
+    best_auc = max(tuned, key=lambda name: mean(runs[name], "auc"))
+    fitted = min(tuned, key=lambda name: mean(runs[name], "val_loss"))
     regained = (accuracy["cg"] - accuracy["all"]) / (accuracy["clean"] - accuracy["all"])
     words = (
         f"{len(above_all)} of the {len(tuned)} kinds of tuned weights beat equal weights, {len(above_validation)} beat "
@@ -100,7 +96,7 @@ def _fill(figure: Figure, runs: dict[str, list[dict[str, Any]]]) -> None:
     counts.legend(fontsize=7)
     names = list(runs)[::-1]
     colours = ["C0" if name in TUNED else "0.6" for name in names]
-    bars.barh([NAMES[name] for name in names], [_mean(runs[name], "test_accuracy") for name in names], color=colours)
-    lowest = min(_mean(of, "test_accuracy") for of in runs.values())
+    bars.barh([NAMES[name] for name in names], [mean(runs[name], "test_accuracy") for name in names], color=colours)
+    lowest = min(mean(of, "test_accuracy") for of in runs.values())
     bars.set(title="Trained from scratch", xlabel="test accuracy", xlim=(lowest - 0.05, None))
     bars.tick_params(axis="y", labelsize=7)

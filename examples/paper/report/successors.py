@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from report.common import by_variant, draw, spread, table
+from report.common import by_variant, draw, mean, spread, table
 
 Histories = dict[str, dict[str, Any]]
 LABELS = {
@@ -85,7 +85,7 @@ def _groups(histories: Histories) -> dict[str, list[dict[str, Any]]]:
 
 
 def _mean(groups: dict[str, list[dict[str, Any]]], key: str) -> dict[str, float]:
-    return {name: float(np.mean([history["result"][key] for history in group])) for name, group in groups.items()}
+    return {name: mean(group, key) for name, group in groups.items()}
 
 
 def _gaps(groups: dict[str, list[dict[str, Any]]], name: str) -> list[float]:
