@@ -102,15 +102,23 @@ def grad(
 
 @contextmanager
 def _hooks_aside(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
-    """Let no gradient hook of these leaves fire: it would change a product, or log it as a gradient."""
+    """Let no gradient hook of these leaves fire: it would change a product, or log it as a gradient.
+
+    Nor is a product left in the ``.grad`` that ``retain_grad()`` keeps of those that are no leaves.
+    """
     hooked = [(t, t._backward_hooks) for t in tensors if t._backward_hooks and t.is_leaf]
+    retained = [(t, t.grad) for t in tensors if t.retains_grad]
     for t, _ in hooked:
         t._backward_hooks = None
+    for t, _ in retained:
+        t.grad = None
     try:
         yield
     finally:
         for t, hooks in hooked:
             t._backward_hooks = hooks
+        for t, kept in retained:
+            t.grad = kept
 
 
 _autocast: ContextVar[Sequence[tuple[str, torch.dtype]]] = ContextVar("what the caller casts to, by device")
