@@ -180,12 +180,16 @@ def data_of(x):
 
 
 MUTANTS = {  # and the derivative that is to blame
-    "weight norm": (lambda: mlp_with_weight_norm(), "inner hvp"),
-    "once differentiable": (lambda: mlp(Function(once)), "inner hvp"),
     "intermediates on ctx": (lambda: mlp(Function(keeper)), "inner hvp"),
     "detach": (lambda: mlp(Function(half_detached)), "inner grad"),
     "spectral norm, train": (lambda: mlp_with_spectral_norm(), "inner hvp"),
     "data": (lambda: mlp(Function(data_of)), "inner grad"),
+}
+
+
+REFUSED = {  # by every call, and what the error names
+    "weight norm": (lambda: mlp_with_weight_norm(), "weight_norm is wrong"),
+    "once differentiable": (lambda: mlp(Function(once)), r"backward\(\) of Tanh has no derivative"),
 }
 
 
@@ -298,9 +302,19 @@ def test_a_wrong_second_derivative_is_caught(name, style):
         assert blamed(report) == {derivative}
     text = words(report)
     assert f"{derivative} contradicts differences of" in text
-    assert {"weight norm": "weight_norm", "spectral norm, train": "spectral_norm"}.get(name, "detach()") in text
+    assert {"spectral norm, train": "spectral_norm"}.get(name, "detach()") in text
     assert not report.ok
     assert not report.suggestions
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_second_derivative_that_is_known_to_be_wrong_is_refused(name, style):
+    make, error = REFUSED[name]
+    net = build(make)
+    problem, params, hparams, data = case(net, style)
+    with untouched(net), pytest.raises(RuntimeError, match=error):
+        bl.diagnose(problem, params, hparams, solver=bl.CG(damping=1.0), **data)
 
 
 def test_checkpoint_with_other_weights_than_the_modules_own_is_caught():

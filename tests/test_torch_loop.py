@@ -449,6 +449,44 @@ class TestNothingChanges:
         inner.backward()
         assert sorted(calls) == [1, 2]  # for their own gradients they are there again
 
+    def test_buffers_do_not_move_where_a_checkpoint_runs_a_module_again(self, loop):
+        net, log_decay, _ = loop
+        x, y, calls = torch.randn(16, 4), torch.randint(2, (16,)), []
+
+        def call(x):
+            calls.append(1)
+            return net(x)
+
+        def losses():
+            out = torch.utils.checkpoint.checkpoint(call, x, use_reentrant=False)
+            penalty = log_decay.exp() * sum((p**2).sum() for p in net.parameters())
+            return F.cross_entropy(out, y) + penalty, F.cross_entropy(net(x), y)
+
+        both = losses()
+        before = [*(b.clone() for b in net.buffers()), torch.get_rng_state()]
+        held = [id(b) for b in net.buffers()]
+        bilevel_torch.backward(*both, net.parameters(), log_decay, solver=bl.CG(damping=10.0))
+        assert len(calls) > 3  # the checkpoint does run it again, for each product
+        assert all(torch.equal(a, b) for a, b in zip(before, [*net.buffers(), torch.get_rng_state()], strict=True))
+        assert [id(b) for b in net.buffers()] == held
+        both[0].backward()
+        assert net[1].num_batches_tracked == before[2] + 1  # PyTorch's own affair
+
+    def test_what_is_retained_of_a_hyperparameter_is_the_hypergradient_alone(self, loop):
+        """Products would be added to it as well, and the last one takes the hypergradient away again."""
+        net, raw, _ = loop
+        decay = raw.exp()
+        decay.retain_grad()
+        x, y = torch.randn(16, 4), torch.randint(2, (16,))
+        inner = F.cross_entropy(net(x), y) + decay * sum((p**2).sum() for p in net.parameters())
+        outer, solver = F.cross_entropy(net(x), y), bl.CG(damping=10.0)
+        bilevel_torch.hypergradient(inner, outer, net.parameters(), decay, solver=solver)
+        assert decay.grad is None
+        for repeat in (1, 2):
+            hg = bilevel_torch.backward(inner, outer, net.parameters(), decay, solver=solver)
+            torch.testing.assert_close(decay.grad, repeat * hg.grad)
+            torch.testing.assert_close(raw.grad, repeat * hg.grad * decay)
+
     def test_nothing_is_left_of_a_call_that_raises(self, loop):
         net, log_decay, losses = loop
         inner, outer = losses()

@@ -23,9 +23,21 @@ def decay():
 X = torch.ones(5, 3)
 
 
-def losses(net, decay, penalize=True):
-    penalty = decay.exp() * sum((p**2).sum() for p in net.parameters()) if penalize else 0.0
+def losses(net, decay, of=None):
+    penalty = decay.exp() * sum((p**2).sum() for p in (of or net).parameters())
     return (net(X) - 1).pow(2).mean() + penalty, net(X).pow(2).mean()
+
+
+class Bent(nn.Module):
+    """A module of one's own, which torch.compile takes whole; those of PyTorch it may run as they are."""
+
+    def __init__(self, bend=torch.tanh):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.bend = nn.Linear(3, 4), nn.Linear(4, 1), bend
+
+    def forward(self, x):
+        return self.second(self.bend(self.first(x)))
 
 
 def call(inner, outer, params, hparams, **options):
@@ -67,6 +79,11 @@ def test_params_that_are_all_frozen(net, decay):
     net.requires_grad_(False)  # as Lightning's toggle_optimizer does
     with pytest.raises(ValueError, match=r"params\['0\.bias'\].*all frozen"):
         call(inner, outer, net.named_parameters(), decay)
+
+
+def test_params_of_a_state_dict(net, decay):
+    with pytest.raises(ValueError, match=r"params\['0\.bias'\].*all frozen.*not its state_dict\(\)"):
+        call(*losses(net, decay), net.state_dict(), decay)
 
 
 def test_a_step_before_the_hypergradient(net, decay):
@@ -148,6 +165,21 @@ class TestCompiled:
         with pytest.raises(RuntimeError, match=r"(?s)double backward.*_orig_mod.*finite-differences"):
             call(inner, outer, net.parameters(), decay)
 
+    @pytest.mark.parametrize("in_place", [False, True])
+    def test_the_same_after_a_training_step_and_force_eager_does(self, in_place, decay):
+        """A step leaves its graph with buffers to reuse, about which PyTorch has another error."""
+        torch._dynamo.reset()
+        net = Bent()
+        if in_place:
+            net.compile(backend="aot_eager")
+        module = net if in_place else torch.compile(net, backend="aot_eager")
+        losses(module, decay)[0].backward()
+        with pytest.raises(RuntimeError, match=r"(?s)create_graph=False.*set_stance\('force_eager'\)"):
+            call(*losses(module, decay), net.parameters(), decay)
+        with torch.compiler.set_stance("force_eager"):
+            found = call(*losses(module, decay), net.parameters(), decay)
+        assert torch.equal(found.grad, call(*losses(net.forward, decay, net), net.parameters(), decay).grad)
+
     def test_the_eager_module_does(self, net, compiled, decay):
         hg = call(*losses(compiled._orig_mod, decay), net.parameters(), decay)
         assert torch.equal(hg.grad, call(*losses(net, decay), net.parameters(), decay).grad)
@@ -164,6 +196,123 @@ class TestCompiled:
         hg = bl.hypergradient(problem, dict(net.named_parameters()), decay, solver=bl.CG(damping=10.0, rtol=1e-2))
         expected = call(*losses(net, decay), net.parameters(), decay)
         assert float(hg.grad) == pytest.approx(float(expected.grad), rel=0.02)
+
+
+def function(backward, forward=lambda x, *_: x.tanh(), once=False):
+    """An autograd.Function of a tensor and whatever else it is handed."""
+
+    class Custom(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *args):
+            ctx.save_for_backward(args[0])
+            ctx.set_materialize_grads(False)
+            return forward(*args)
+
+    def pull(ctx, *grads):
+        return backward(ctx.saved_tensors[0], *grads)
+
+    Custom.backward = staticmethod(torch.autograd.function.once_differentiable(pull) if once else pull)
+    return Custom.apply
+
+
+def slope(x, g):
+    return g * (1 - x.tanh() ** 2)
+
+
+class TestSecondDerivativesThatAreLost:
+    """Beside a penalty, which has a second derivative, they would count as zero."""
+
+    @pytest.fixture(
+        params=[function(slope, once=True), function(lambda x, g: torch.from_numpy(slope(x, g).detach().numpy()))],
+        ids=["once differentiable", "in NumPy"],
+    )
+    def hiding(self, request):
+        return request.param
+
+    MESSAGE = r"backward\(\) of Custom has no derivative.*in silence.*saved_tensors.*finite-differences"
+
+    def test_by_an_autograd_function(self, hiding, decay):
+        net = Bent(hiding)
+        with pytest.raises(RuntimeError, match=self.MESSAGE):
+            call(*losses(net, decay), net.parameters(), decay)
+        assert decay.grad is None
+
+    def test_in_a_problem_too_where_finite_differences_do(self, hiding, decay):
+        net, eager = Bent(hiding), Bent()
+
+        def problem(net, **options):
+            def outputs(params):
+                return torch.func.functional_call(net, params, (X,))
+
+            def inner(params, h):
+                return (outputs(params) - 1).pow(2).mean() + h.exp() * sum((p**2).sum() for p in params.values())
+
+            return bl.Problem(inner, lambda params, h: outputs(params).pow(2).mean(), **options)
+
+        point, solver = (dict(net.named_parameters()), decay), bl.CG(damping=10.0, rtol=1e-2)
+        with pytest.raises(RuntimeError, match=self.MESSAGE):
+            bl.hypergradient(problem(net), *point, solver=solver)
+        found = bl.hypergradient(problem(net, curvature="finite-differences"), *point, solver=solver)
+        expected = bl.hypergradient(problem(eager), *point, solver=solver)
+        assert float(found.grad) == pytest.approx(float(expected.grad), rel=0.02)
+
+    def test_of_a_loss_that_ends_in_one_that_says_so(self, decay):
+        square = function(lambda x, g: 2 * x * g, lambda x: x**2, once=True)
+        net = Bent()
+        inner = square(net(X)).mean() + losses(net, decay)[0]
+        with pytest.raises(RuntimeError, match=self.MESSAGE):
+            call(inner, net(X).mean(), net.parameters(), decay)
+
+    def test_by_weight_norm(self, decay):
+        net = Bent()
+        nn.utils.parametrizations.weight_norm(net.first)
+        state = torch.get_rng_state()
+        with pytest.raises(RuntimeError, match=r"weight_norm is wrong in this.*v / v\.norm.*finite-differences"):
+            call(*losses(net, decay), net.parameters(), decay)
+        assert torch.equal(torch.get_rng_state(), state)
+
+    def test_where_no_product_passes_they_do_no_harm(self, hiding, decay):
+        """Upstream of hparams alone, and in the outer loss."""
+        net, augment = Bent(), nn.Linear(3, 3)
+        nn.utils.parametrizations.weight_norm(augment)
+
+        def both(bend):
+            out = net(X + bend(augment(X)))
+            return 0.1 * (out - 1).pow(2).mean() + losses(net, decay)[0], bend(net(X)).pow(2).mean()
+
+        hparams = [decay, *augment.parameters()]
+        found, expected = (call(*both(bend), net.parameters(), hparams).grad for bend in (hiding, torch.tanh))
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b)
+
+    @pytest.mark.parametrize(
+        ("bend", "same_as"),
+        [
+            (function(slope), torch.tanh),
+            (function(lambda x, g: g, torch.round), lambda x: x + (x.round() - x).detach()),
+            (function(lambda x, g: torch.zeros_like(x), torch.round), torch.round),
+            (function(lambda x, g: -g, torch.clone), lambda x: 2 * x.detach() - x),
+        ],
+        ids=["differentiable", "straight through", "no gradient", "reversed gradient"],
+    )
+    def test_other_functions_are_not_refused(self, bend, same_as, decay):
+        found, expected = (
+            call(*losses(net, decay), net.parameters(), decay).grad for net in (Bent(bend), Bent(same_as))
+        )
+        torch.testing.assert_close(found, expected)
+
+    def test_a_function_that_passes_one_loss_on_beside_what_others_are_made_of(self, net, decay):
+        """As DistributedDataParallel's does: the gradient of the former is a constant, and rightly so."""
+        passing = function(lambda _, *g: (*g, None), lambda *args: tuple(a.clone() for a in args[:2]))
+
+        def inner(pass_on):
+            out, own = pass_on(net(X), net[0].weight.pow(2).sum(), "other arguments")[:2]
+            return (out - 1).pow(2).mean() + own + decay.exp() * net[2].weight.pow(2).sum()
+
+        found, expected = (
+            call(inner(p), net(X).mean(), net.parameters(), decay).grad for p in (passing, lambda *args: args)
+        )
+        torch.testing.assert_close(found, expected)
 
 
 def test_devices_that_differ_are_named(net, decay):

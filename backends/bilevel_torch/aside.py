@@ -41,6 +41,18 @@ def aside(point: Point, double: bool) -> Iterator[Callable[[Any, Any], Point]]:
         _restore(states)
 
 
+@contextmanager
+def buffers_aside() -> Iterator[None]:
+    """Let a module that a checkpoint runs again move copies of its buffers."""
+    stand_ins = _StandIns(double=False)
+    hook = register_module_forward_pre_hook(lambda module, _: stand_ins.hold(module))
+    try:
+        yield
+    finally:
+        hook.remove()
+        stand_ins.give_back()
+
+
 class _StandIns:
     """What modules hold instead of their own tensors, each from its first call until `give_back`."""
 
@@ -60,9 +72,14 @@ class _StandIns:
         return self._remember(own, torch.nn.Parameter(self.convert(value.detach()).clone()))
 
     def enter(self, module: torch.nn.Module, args: tuple[Any, ...]) -> Any:
-        """Stand in for the tensors of a module that is about to run, and convert what it is about to see.
+        """Stand in for the tensors of a module that is about to run, and convert what it is about to see."""
+        self.hold(module)
+        return tree_map(self.convert, args)
 
-        Those of the modules in it too: not all of these are called (attention reads the weights of its projections).
+    def hold(self, module: torch.nn.Module) -> None:
+        """Stand in for the tensors of a module and of those in it.
+
+        Not all of these are called: attention reads the weights of its projections.
         """
         for part in module.modules():
             if isinstance(part, torch.jit.ScriptModule):  # does not let go of its tensors
@@ -71,7 +88,6 @@ class _StandIns:
                 self._hold(part, name, own, self._parameter(own))
             for name, own in [*part.named_buffers(recurse=False, remove_duplicate=False)]:
                 self._hold(part, name, own, self._buffer(own))
-        return tree_map(self.convert, args)
 
     def _hold(self, module: torch.nn.Module, name: str, own: torch.Tensor, stand_in: torch.Tensor) -> None:
         if stand_in is not own:

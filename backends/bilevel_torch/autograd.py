@@ -1,7 +1,7 @@
 """Calls of `torch.autograd` on trees."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -9,6 +9,8 @@ import torch
 
 from bilevel.tree import leaves, leaves_with_paths, tree_map, with_leaves
 from bilevel.validation import check_scalar
+from bilevel_torch.aside import buffers_aside
+from bilevel_torch.graph import INSTEAD, functions_recorded, nodes_of
 
 
 def variables(params: Any, hparams: Any) -> tuple[Any, Any]:
@@ -48,10 +50,9 @@ def scalar(role: str, value: Any) -> torch.Tensor:
 WAYS_OUT = {
     ("double backward", "is not implemented", "create_graph=False"): (
         "A Hessian-vector product differentiates twice, which this operation does not support. Run the module "
-        "uncompiled (a compiled one keeps it as _orig_mod, Fabric's wrapper as module), attention within "
-        "torch.nn.attention.sdpa_kernel(SDPBackend.MATH), and recurrent layers on CUDA within "
-        "torch.backends.cudnn.flags(enabled=False); or differentiate once, by "
-        'bl.Problem(inner, outer, curvature="finite-differences").'
+        "uncompiled (within torch.compiler.set_stance('force_eager'); a compiled one keeps it as _orig_mod, Fabric's "
+        "wrapper as module), attention within torch.nn.attention.sdpa_kernel(SDPBackend.MATH), and recurrent layers on "
+        f"CUDA within torch.backends.cudnn.flags(enabled=False); {INSTEAD}"
     ),
     ("modified by an inplace operation",): (
         "Something changed in place between the losses and this call, most often the params by optimizer.step(): take "
@@ -75,15 +76,17 @@ def grad(
 ) -> list[torch.Tensor | None]:
     """Call autograd.grad; None where an output does not depend on an input, or an input requires no gradient.
 
-    Gradient hooks of leaves, which are meant for the user's own gradients, do not fire.
+    Gradient hooks of leaves, which are meant for the user's own gradients, do not fire, and buffers do not move where a
+    checkpoint runs a module again.
     """
     grads: list[torch.Tensor | None] = [None] * len(inputs)
     places = [i for i, t in enumerate(inputs) if t.requires_grad]
     if not places or not any(output.requires_grad for output in outputs):
         return grads
     wanted = [inputs[i] for i in places]
+    again = functions_recorded(outputs) if options.get("create_graph") else nullcontext()
     try:
-        with _hooks_aside(wanted):
+        with _hooks_aside(wanted), buffers_aside(), again:
             found = torch.autograd.grad(outputs, wanted, grad_outputs, allow_unused=True, **options)
     except RuntimeError as error:
         for signs, way_out in WAYS_OUT.items():
@@ -156,7 +159,7 @@ def fill(grads: Sequence[torch.Tensor | None], like: Any) -> Any:
 def reaches(outputs: Iterable[torch.Tensor], inputs: Iterable[torch.Tensor]) -> bool:
     """Tell whether any output depends on any of the inputs, which are leaves of the graph."""
     goals = {torch.autograd.graph.get_gradient_edge(t).node for t in inputs}
-    return any(node in goals for node in _nodes(outputs))
+    return any(node in goals for node in nodes_of(outputs))
 
 
 def check_recorded(role: str, loss: torch.Tensor, params: Any) -> None:
@@ -170,7 +173,7 @@ def check_recorded(role: str, loss: torch.Tensor, params: Any) -> None:
     # A view that the graph goes through shares memory with its base as well, but is a part of it and no copy.
     named = leaves_with_paths(params, "params")
     handed = {t.data_ptr(): (path, t) for path, t in named if t.is_leaf and t.numel()}
-    for node in _nodes([loss]):
+    for node in nodes_of([loss]):
         if node.name() == "CheckpointFunctionBackward":
             raise RuntimeError(
                 f"{role} hides parameters from autograd.grad by a reentrant checkpoint, so that their derivatives "
@@ -202,25 +205,13 @@ def check_computed(params: Any, hparams: Any, losses: Sequence[torch.Tensor]) ->
                 f"{path} has a gradient hook, which would act on every product, since it is computed from other "
                 "tensors. Register the hook on those."
             )
-        above = set(_nodes([t])) - {nodes[path]}
+        above = set(nodes_of([t])) - {nodes[path]}
         for other, node in nodes.items():
             if node in above:
                 raise ValueError(f"{path} is computed from {other}: pass one of them, or its gradient counts twice.")
-        used = used or set(_nodes(losses))
+        used = used or set(nodes_of(losses))
         if path.startswith("hparams") and nodes[path] not in used:
             raise ValueError(
                 f"{path} is computed from other tensors, but no loss from it: compute it once, the losses with it, and "
                 "pass that very tensor."
             )
-
-
-def _nodes(outputs: Iterable[torch.Tensor]) -> Iterator[Any]:
-    """Yield the nodes of a graph."""
-    todo = [torch.autograd.graph.get_gradient_edge(t).node for t in outputs if t.requires_grad]
-    seen = set(todo)
-    while todo:
-        node = todo.pop()
-        yield node
-        fresh = {child for child, _ in node.next_functions if child is not None} - seen
-        seen |= fresh
-        todo.extend(fresh)

@@ -16,6 +16,7 @@ from bilevel.validation import check_dtypes, check_like, depends_on_nothing, lea
 from bilevel_torch.aside import aside
 from bilevel_torch.autograd import check_recorded, evaluate, fill, grad, own_arithmetic, reaches, scalar, variables
 from bilevel_torch.gauss_newton import gauss_newton
+from bilevel_torch.graph import weight_norm_right
 from bilevel_torch.space import TorchSpace
 
 
@@ -72,7 +73,8 @@ class TorchBackend(Backend):
     def inner_of(self, value: Any, params: Any, hparams: Any, role: str = "inner") -> InnerDerivatives:
         """Differentiate an inner objective that has been evaluated at params and hparams, its variables."""
         check_recorded(role, scalar(role, value), params)
-        grads = grad([value], leaves(params), None, create_graph=True)
+        with weight_norm_right(value):
+            grads = grad([value], leaves(params), None, create_graph=True)
         self._check_influence(role, any(g is not None for g in grads), params)
         return _products(grads, params, hparams)
 

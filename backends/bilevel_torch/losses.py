@@ -136,8 +136,9 @@ def _check_recorded(backend: TorchBackend, inner_loss: Any, outer_loss: Any, par
             )
     if not any(leaf.requires_grad for leaf in leaves(params)):
         raise ValueError(
-            f"{leaf_names(backend, 'params', params)}: all frozen; none requires a gradient. Call requires_grad_() on "
-            "them before the losses are computed (in Lightning, untoggle_optimizer())."
+            f"{leaf_names(backend, 'params', params)}: all frozen; none requires a gradient. Pass module.parameters(), "
+            "not its state_dict(), and call requires_grad_() on them before the losses are computed (in Lightning, "
+            "untoggle_optimizer())."
         )
     for name, loss in (("inner_loss", inner_loss), ("outer_loss", outer_loss)):
         if isinstance(loss, torch.Tensor) and not loss.requires_grad:

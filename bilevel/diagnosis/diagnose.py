@@ -45,9 +45,8 @@ def diagnose(
 
     It looks at whether the inner problem is solved, at the curvature, whether the losses repeat themselves, at the
     symmetry of the Hessian-vector products, every derivative against differences of what it is derived from, and the
-    residual that the solver really leaves. What goes wrong in silence shows here: ``weight_norm`` in PyTorch,
-    ``detach()`` in a forward pass, custom functions with a wrong second derivative, dropout left on, a mistake in a
-    formula.
+    residual that the solver really leaves. What goes wrong in silence shows here: ``detach()`` in a forward pass,
+    custom functions with a wrong second derivative, dropout left on, a mistake in a formula.
 
     Differences are taken in float64 on copies of everything, modules included, where the objectives can; else in the
     dtype there is, which the report says, and which may leave them too noisy to tell. A small batch of the data is
@@ -66,7 +65,7 @@ def diagnose(
         are the numbers.
 
     Raises:
-        TypeError, ValueError: for input that `bl.hypergradient` refuses too, and within ``jit``.
+        TypeError, ValueError, RuntimeError: for what `bl.hypergradient` refuses too, and within ``jit``.
 
     >>> import numpy as np, bilevel as bl
     >>> problem = bl.problems.quadratic(hessian=np.diag([1.0, 4.0]), coupling=np.eye(2), target=np.ones(2))

@@ -18,12 +18,11 @@ GRAD_CAUSES = (
     "grad is wrong, or a state outside the arguments moves with each evaluation (spectral_norm in train mode: eval())."
 )
 HVP_CAUSES = (
-    "An operation has a right first and a wrong second derivative. In PyTorch: nn.utils.parametrizations.weight_norm "
-    "(write g * v / v.norm() out instead); an autograd.Function that is once_differentiable or keeps intermediates on "
-    "ctx (save inputs and outputs by save_for_backward, compute backward by differentiable operations); "
-    "checkpoint(use_reentrant=False) under functional_call (hand the weights to it as arguments); detach(); "
-    "spectral_norm in train mode (call eval()). In JAX: a custom_vjp whose backward pass hides what it depends on; "
-    "stop_gradient; a loss that is not pure. In NumPy: the formula of hvp."
+    "An operation has a right first and a wrong second derivative. In PyTorch: an autograd.Function that keeps "
+    "intermediates on ctx (save inputs and outputs by save_for_backward, and compute backward by differentiable "
+    "operations); checkpoint(use_reentrant=False) under functional_call (hand the weights to it as arguments); "
+    "detach(); spectral_norm in train mode (call eval()). In JAX: a custom_vjp whose backward pass hides what it "
+    "depends on; stop_gradient; a loss that is not pure. In NumPy: the formula of hvp."
 )
 CROSS_CAUSES = (
     "The way from hparams to ∂L/∂w is cut somewhere (detach(), .data, stop_gradient, a conversion to numbers), or the "

@@ -1,0 +1,103 @@
+"""The graph that autograd records: its nodes, and what it would lose in silence when a gradient is differentiated."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from inspect import unwrap
+from typing import Any
+
+import torch
+from torch.autograd.function import BackwardCFunction, once_differentiable
+
+INSTEAD = 'or differentiate once, by bl.Problem(inner, outer, curvature="finite-differences").'
+
+
+def nodes_of(outputs: Iterable[torch.Tensor]) -> Iterator[Any]:
+    """Yield the nodes of a graph."""
+    todo = [torch.autograd.graph.get_gradient_edge(t).node for t in outputs if t.requires_grad]
+    seen = set(todo)
+    while todo:
+        node = todo.pop()
+        yield node
+        fresh = {child for child, _ in node.next_functions if child is not None} - seen
+        seen |= fresh
+        todo.extend(fresh)
+
+
+@contextmanager
+def functions_recorded(outputs: Iterable[torch.Tensor]) -> Iterator[None]:
+    """Raise a RuntimeError if a gradient taken meanwhile passes an autograd.Function that hides what it depends on.
+
+    PyTorch's own error about `once_differentiable` stands where no way leads on to a parameter: beside a penalty,
+    which has a way of its own, nobody meets it.
+    """
+    hiding: set[str] = set()
+
+    def watch(node: Any) -> Any:
+        if not isinstance(node, BackwardCFunction):
+            return None
+        function: Any = node._forward_cls  # pyright: ignore[reportAttributeAccessIssue]
+        once = _is_once(unwrap(function.backward, stop=_is_once))
+        needed = [child is not None for child, _ in node.next_functions]
+
+        def look(found: Any, handed: Any) -> None:
+            # backward() is linear: if all it is handed is recorded, nothing but zero can come out unrecorded.
+            recorded = all(g is None or g.requires_grad for g in handed)
+            cut = (g for g, need in zip(found, needed, strict=True) if need and g is not None and not g.requires_grad)
+            if once or (recorded and any(g.any() for g in cut)):
+                hiding.add(function.__name__)
+
+        return node.register_hook(look)
+
+    with _hooked(outputs, watch):
+        yield
+    if hiding:
+        raise RuntimeError(
+            f"The backward() of {', '.join(sorted(hiding))} has no derivative, so that Hessian-vector products would "
+            "leave it out in silence. Let it compute by differentiable operations on ctx.saved_tensors, without "
+            f"once_differentiable, {INSTEAD}"
+        )
+
+
+@contextmanager
+def weight_norm_right(loss: torch.Tensor) -> Iterator[None]:
+    """Raise a RuntimeError if a gradient taken meanwhile passes a weight_norm whose second derivative is wrong."""
+    passed: list[bool] = []
+
+    def watch(node: Any) -> Any:
+        if node.name() != "WeightNormInterfaceBackward0" or _weight_norm_is_right():
+            return None
+        return node.register_hook(lambda *_: passed.append(True))
+
+    with _hooked([loss], watch):
+        yield
+    if passed:
+        raise RuntimeError(
+            "The second derivative of torch.nn.utils.parametrizations.weight_norm is wrong in this version of PyTorch. "
+            f"Write it out, as a parametrization that returns g * v / v.norm(dim=1, keepdim=True), {INSTEAD}"
+        )
+
+
+@contextmanager
+def _hooked(outputs: Iterable[torch.Tensor], watch: Callable[[Any], Any]) -> Iterator[None]:
+    handles = [handle for node in nodes_of(outputs) if (handle := watch(node)) is not None]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+_ONCE = once_differentiable(lambda _: None).__code__  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def _is_once(function: Any) -> bool:
+    return getattr(function, "__code__", None) is _ONCE
+
+
+@cache
+def _weight_norm_is_right() -> bool:
+    with torch.enable_grad():
+        v, g, along = (torch.ones(1, n, dtype=torch.float64, requires_grad=True) for n in (2, 1, 2))
+        norm = torch._weight_norm  # pyright: ignore[reportPrivateImportUsage]
+        return torch.autograd.gradgradcheck(norm, (v, g), (along,), raise_exception=False)
