@@ -49,6 +49,12 @@ def test_hparams_without_influence_are_named(net, decay):
         call(*losses(net, decay.detach()), net.parameters(), {"decay": decay})
 
 
+def test_hparams_in_a_term_without_params_have_no_influence(net, decay):
+    inner, outer = losses(net, decay.detach())
+    with pytest.raises(ValueError, match=r"Neither loss depends on hparams.*A term of inner_loss without params"):
+        call(inner + decay.exp(), outer, net.parameters(), decay)
+
+
 def test_one_of_several_without_influence_is_zero(net, decay):
     idle = torch.ones(2, requires_grad=True)
     hg = call(*losses(net, decay), net.parameters(), [decay, idle])
@@ -150,6 +156,34 @@ class TestCheckpoints:
         inner = net[2](z).pow(2).mean() + decay.exp() * sum((p**2).sum() for p in net.parameters())
         with pytest.raises(RuntimeError, match=r"inner_loss hides parameters"):
             call(inner, net(X).pow(2).mean(), net.parameters(), decay)
+
+
+class TestOperationsWithoutASecondDerivative:
+    def test_attention_names_the_kernel_that_has_one(self, net, decay):
+        x, attend = torch.randn(2, 5, 4), nn.MultiheadAttention(4, 2, batch_first=True)
+
+        def inner():
+            out = attend(x, x, x, need_weights=False)[0]
+            return (out - 1).pow(2).mean() + decay.exp() * sum((p**2).sum() for p in attend.parameters())
+
+        outer = attend(x, x, x)[0].mean()
+        with pytest.raises(RuntimeError, match=r"(?s)flash_attention.*sdpa_kernel\(SDPBackend\.MATH\)"):
+            call(inner(), outer, attend.parameters(), decay)
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            assert call(inner(), outer, attend.parameters(), decay).grad != 0
+
+    def test_an_operator_of_ones_own(self, net, decay):
+        def operator(name, function, schema):
+            return torch.library.custom_op(f"bilevel_test::{name}", function, mutates_args=(), schema=schema)
+
+        slope = operator("slope", lambda x, g: 2 * x * g, "(Tensor x, Tensor g) -> Tensor")
+        square = operator("square", torch.square, "(Tensor x) -> Tensor")
+        square.register_autograd(
+            lambda ctx, g: slope(ctx.saved_tensors[0], g),
+            setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[0]),
+        )
+        with pytest.raises(RuntimeError, match=r"(?s)no autograd formula.*differentiates twice.*finite-differences"):
+            call(square(net(X)).mean() + losses(net, decay)[0], net(X).mean(), net.parameters(), decay)
 
 
 class TestCompiled:

@@ -48,7 +48,7 @@ def scalar(role: str, value: Any) -> torch.Tensor:
 
 
 WAYS_OUT = {
-    ("double backward", "is not implemented", "create_graph=False"): (
+    ("double backward", "is not implemented", "create_graph=False", "no autograd formula"): (
         "A Hessian-vector product differentiates twice, which this operation does not support. Run the module "
         "uncompiled (within torch.compiler.set_stance('force_eager'); a compiled one keeps it as _orig_mod, Fabric's "
         "wrapper as module), attention within torch.nn.attention.sdpa_kernel(SDPBackend.MATH), and recurrent layers on "
