@@ -41,6 +41,7 @@ class Trust(nn.Module):
 def train(arguments: argparse.Namespace, tune: bool) -> dict[str, float]:
     """Train one network; return its losses and accuracies, and the weights of right and wrong examples."""
     fabric = Fabric(accelerator="cpu", devices=1, precision=arguments.precision)
+    fabric.launch()
     fabric.seed_everything(arguments.seed, verbose=False)
     (x, y), val, test = (
         (torch.as_tensor(part.X, dtype=torch.float32), torch.as_tensor(part.y)) for part in load(arguments.seed)
