@@ -2,6 +2,7 @@
 
 import gc
 import resource
+import threading
 from contextlib import nullcontext
 
 import numpy as np
@@ -471,6 +472,20 @@ class TestNothingChanges:
         assert [id(b) for b in net.buffers()] == held
         both[0].backward()
         assert net[1].num_batches_tracked == before[2] + 1  # PyTorch's own affair
+
+    def test_buffers_of_what_another_thread_trains_meanwhile_do_move(self, loop):
+        net, log_decay, losses = loop
+        other, x = nn.BatchNorm1d(4), torch.randn(16, 4)
+
+        def train(_):
+            thread = threading.Thread(target=other, args=(x,))
+            thread.start()
+            thread.join()
+
+        inner, outer = losses()
+        inner.register_hook(train)  # in the midst of a gradient
+        bilevel_torch.backward(inner, outer, net.parameters(), log_decay, solver=bl.CG(damping=10.0))
+        assert other.num_batches_tracked > 0
 
     def test_what_is_retained_of_a_hyperparameter_is_the_hypergradient_alone(self, loop):
         """Products would be added to it as well, and the last one takes the hypergradient away again."""

@@ -45,7 +45,12 @@ def aside(point: Point, double: bool) -> Iterator[Callable[[Any, Any], Point]]:
 def buffers_aside() -> Iterator[None]:
     """Let a module that a checkpoint runs again move copies of its buffers."""
     stand_ins = _StandIns(double=False)
-    hook = register_module_forward_pre_hook(lambda module, _: stand_ins.hold(module))
+
+    def enter(module: torch.nn.Module, args: tuple[Any, ...]) -> None:
+        if torch._C._current_graph_task_id() != -1:  # in a backward pass: what other threads train is their own affair
+            stand_ins.hold(module)
+
+    hook = register_module_forward_pre_hook(enter)
     try:
         yield
     finally:

@@ -131,8 +131,8 @@ def _check_recorded(backend: TorchBackend, inner_loss: Any, outer_loss: Any, par
     for path, leaf in backend.leaves(hparams):
         if not leaf.requires_grad:
             raise ValueError(
-                f"hparams{path} does not require a gradient, so that the losses do not know it: call requires_grad_() "
-                "on it before they are computed (in Lightning, untoggle_optimizer())."
+                f"hparams{path} does not require a gradient, so that the losses do not know it: leave it out, or call "
+                "requires_grad_() on it before they are computed (in Lightning, untoggle_optimizer())."
             )
     if not any(leaf.requires_grad for leaf in leaves(params)):
         raise ValueError(
