@@ -143,7 +143,8 @@ def mishaps(rank, world):
 
     def attempt(name, spoil, backend=backend, value=0.3, **options):
         h = torch.tensor(value, dtype=torch.float64, requires_grad=True)
-        inner = F.cross_entropy(net(train[0]), train[1]) + h.exp() * sum((p**2).sum() for p in net.parameters())
+        penalty = h.exp().mean() * sum((p**2).sum() for p in net.parameters())
+        inner = F.cross_entropy(net(train[0]), train[1]) + penalty
         outer = F.cross_entropy(net(val[0]), val[1])
         inner, outer = spoil(inner, outer)
         try:
@@ -162,6 +163,17 @@ def mishaps(rank, world):
     some = bilevel_torch.DataParallel(inner_samples=len(train[1]) if last else None)
     attempt("given on some", lambda *both: both, backend=some)
     attempt("unequal", lambda *both: both, value=float(rank))
+    attempt("own weights", lambda *both: both, value=[0.0] * len(train[1]))
+    net[0].bias.requires_grad_(rank > 0)
+    attempt("frozen on one", lambda *both: both)
+    net[0].bias.requires_grad_(True)
+    group = dist.new_group(range(1, world))
+    try:
+        attempt(
+            "in a group", lambda *both: both, backend=bilevel_torch.DataParallel(group=group), solver=bl.CG(damping=2.0)
+        )
+    except ValueError as error:
+        said["not in the group"] = str(error)
     attempt("alone", lambda *both: both, backend=None)
     attempt("alone on purpose", lambda *both: both, backend=bilevel_torch.TorchBackend(), solver=bl.CG(damping=2.0))
     return said

@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from zlib import crc32
 
 import torch
 import torch.distributed as dist
@@ -12,7 +13,7 @@ from typing_extensions import override
 from bilevel.failure import callers_level
 from bilevel.model_loss import ModelLoss
 from bilevel.protocols import InnerDerivatives, OuterDerivatives, Tree
-from bilevel.tree import leaves, with_leaves
+from bilevel.tree import leaves, leaves_with_paths, with_leaves
 from bilevel_torch.backend import TorchBackend
 from bilevel_torch.space import TorchSpace
 
@@ -42,8 +43,8 @@ class DataParallel(TorchBackend):
         group: the process group; None: the default one.
 
     Raises:
-        ValueError: if there is no process group, or a count is negative; when called, on all ranks, if counts are given
-            on some of them only, or params or hparams differ.
+        ValueError: if there is no process group, this process is not in it, or a count is negative; when called, on all
+            ranks, if counts are given on some of them only, or params or hparams differ.
     """
 
     collective = True
@@ -53,6 +54,8 @@ class DataParallel(TorchBackend):
     ) -> None:
         if not (dist.is_available() and dist.is_initialized()):
             raise ValueError("DataParallel: there is no process group: call torch.distributed.init_process_group().")
+        if dist.get_rank(group) < 0:  # its reductions would do nothing, in silence
+            raise ValueError(f"DataParallel: rank {dist.get_rank()} is not in the group; make none there.")
         for name, samples in (("inner_samples", inner_samples), ("outer_samples", outer_samples)):
             if samples is not None and not samples >= 0:
                 raise ValueError(f"DataParallel.{name}: expected a number >= 0, got {samples!r}.")
@@ -73,14 +76,25 @@ class DataParallel(TorchBackend):
         return counts[0] / totals[0], counts[1] / totals[1]
 
     def _check_equal(self, **trees: Tree) -> None:
-        """Raise a ValueError on all ranks unless each of these trees is the same on all of them, by its sum."""
-        tensors = {name: leaves(tree) for name, tree in trees.items()}
-        parts = [torch.stack([t.detach().sum(dtype=torch.float64) for t in part]) for part in tensors.values()]
-        sums = torch.stack([part.sum() for part in parts])
-        ends = torch.cat([sums, -sums])
+        """Raise a ValueError on all ranks unless each of these trees is the same on all of them, by layout and sums."""
+        named = [[*leaves_with_paths(tree)] for tree in trees.values()]
+        layouts = [[(path, t.shape, t.dtype, t.requires_grad) for path, t in part] for part in named]
+        sums = [torch.stack([t.detach().sum(dtype=torch.float64) for _, t in part]) for part in named]
+        places = [torch.arange(1, len(part) + 1, dtype=part.dtype, device=part.device) for part in sums]
+        marks = torch.stack([torch.dot(part, place) for part, place in zip(sums, places, strict=True)])
+        marks = torch.cat([marks.new_tensor([crc32(repr(layout).encode()) for layout in layouts]), marks])
+        ends = torch.cat([marks, -marks])
         dist.all_reduce(ends, dist.ReduceOp.MAX, group=self.group)
-        for name, most, least in zip(trees, *ends.view(2, -1).tolist(), strict=True):
-            if most > -least:  # not so for nan, which has a status
+        # Those of nan do not differ, and have a status.
+        differ = [most > -least for most, least in zip(*ends.view(2, -1).tolist(), strict=True)]
+        for name, layout, values in zip(trees, differ, differ[len(trees) :], strict=False):
+            if layout:
+                raise ValueError(
+                    f"DataParallel: {name} are other tensors on some ranks, by their order, names, shapes, dtypes or "
+                    "requires_grad. Of what belongs to a rank's own examples, such as their weights, hand over that of "
+                    "all examples on every rank, and use its part."
+                )
+            if values:
                 raise ValueError(
                     f"DataParallel: {name} are not the same on all ranks. Seed all ranks alike before they are made, "
                     "or broadcast them from one, and move them by equal optimizers."
