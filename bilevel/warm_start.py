@@ -78,8 +78,8 @@ class WarmStart:
                 "WarmStart of its own for each problem, or call reset()."
             )
         if self.loaded:  # from a file, most often to the CPU
-            last, previous = (None if v is None else space.unravel(space.ravel(v), rhs) for v in (last, previous))
-            self.loaded = False
+            last, previous = (None if v is None else _brought(v, rhs, space) for v in (last, previous))
+            self.options, self.loaded = _restored(self.options, rhs, space), False
         if x0 is None and last is not None:
             both = self.extrapolate and previous is not None
             x0 = space.axpy(-1.0, previous, space.scale(2.0, last)) if both else last
@@ -108,7 +108,7 @@ class WarmStart:
             "calls": self.calls,
             "adjoint": self.adjoint,
             "previous": self.previous,
-            "options": _plain(self.options),
+            "options": self.options if self.loaded else _plain(self.options),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -128,7 +128,7 @@ class WarmStart:
         self.calls = state["calls"]
         self.adjoint, self.previous = state["adjoint"], state["previous"]
         # An adjoint serves any solver, what was prepared for one no other.
-        self.options = _restored(state["options"]) if state["solver"] == repr(self.solver) else {}
+        self.options = state["options"] if state["solver"] == repr(self.solver) else {}
         self.loaded = True
 
 
@@ -142,7 +142,23 @@ def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: of[name](value) if name in of else value for name, value in options.items()}
 
 
-def _restored(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Undo `_plain`."""
-    of = {"sketch": lambda fields: Sketch(**fields), "preconditioner": _restored}
-    return {name: of[name](value) if name in of else value for name, value in options.items()}
+def _restored(options: Mapping[str, Any], like: Tree, space: VectorSpace) -> dict[str, Any]:
+    """Undo `_plain`, for vectors like this one."""
+
+    def restored(name: str, value: Any) -> Any:
+        if name == "preconditioner":
+            return _restored(value, like, space)
+        if name == "diagonal":
+            return _brought(value, like, space)
+        if name != "sketch":
+            return value  # a number
+        vectors = _brought(value["vectors"], space.stack_like(like, len(value["eigenvalues"])), space)
+        eigenvalues = _brought(value["eigenvalues"], space.project(vectors, like), space)
+        return Sketch(vectors, eigenvalues, _brought(value["smallest"], space.dot(like, like), space))
+
+    return {name: restored(name, value) for name, value in options.items()}
+
+
+def _brought(x: Tree, like: Tree, space: VectorSpace) -> Tree:
+    """Return arrays in the dtype and on the device of others."""
+    return space.unravel(space.ravel(x), like)

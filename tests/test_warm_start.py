@@ -12,6 +12,13 @@ from bilevel.protocols import Linearization
 EAGER = ["numpy", "torch"]
 H = symmetric(np.geomspace(0.1, 10, 30))
 RHS = np.random.default_rng(1).standard_normal((6, 30))
+SPECS = [
+    "cg",
+    {"name": "neumann", "terms": 5},
+    {"name": "nystrom", "rank": 30, "damping": 0.1},
+    {"name": "cg", "preconditioner": {"name": "nystrom", "rank": 4}},
+    {"name": "cg", "preconditioner": "diagonal"},
+]
 
 
 def run(name, solver, first=0, last=6, **options):
@@ -95,17 +102,7 @@ def test_what_an_indefinite_system_leaves_is_not_built_upon(name):
 
 class TestState:
     @pytest.mark.parametrize("name", EAGER)
-    @pytest.mark.parametrize(
-        "spec",
-        [
-            "cg",
-            {"name": "neumann", "terms": 5},
-            {"name": "nystrom", "rank": 30, "damping": 0.1},
-            {"name": "cg", "preconditioner": {"name": "nystrom", "rank": 4}},
-            {"name": "cg", "preconditioner": "diagonal"},
-        ],
-        ids=str,
-    )
+    @pytest.mark.parametrize("spec", SPECS, ids=str)
     def test_a_run_that_resumes_is_the_run_that_went_on(self, name, spec, tmp_path):
         def new():
             return bl.WarmStart(spec, extrapolate=True, prepare_every=4)
@@ -137,6 +134,25 @@ class TestState:
         hg = bl.hypergradient_from(lin, solver=solver)
         assert hg.info.steps == 0
         assert hg.adjoint.dtype is solver.state_dict()["previous"].dtype is torch.float32
+
+    @pytest.mark.parametrize("spec", [spec for spec in SPECS if spec != "cg"], ids=str)
+    def test_what_was_prepared_is_brought_into_it_too(self, spec):
+        torch = pytest.importorskip("torch")
+        solver, matrix, rhs = bl.WarmStart(spec, prepare_every=4), torch.as_tensor(H), torch.as_tensor(RHS[0])
+
+        def solve(solver, dtype):
+            A, b = matrix.to(dtype), rhs.to(dtype)
+            lin = Linearization(b[0], b, None, lambda v: A @ v, lambda v: v)
+            return bl.hypergradient_from(lin, solver=solver, on_failure="ignore").adjoint
+
+        solve(solver, torch.float64)
+        state = solver.state_dict()
+        resumed = bl.WarmStart(spec, prepare_every=4)
+        resumed.load_state_dict(state)
+        assert resumed.state_dict() == state  # before it is of use, too
+        found = solve(resumed, torch.float32)
+        assert found.dtype is torch.float32
+        assert relative_error(found.double(), solve(solver, torch.float64)) <= 1e-3
 
     def test_a_new_one_has_a_state_too(self):
         solver = bl.WarmStart("neumann")
