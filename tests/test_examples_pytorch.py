@@ -92,8 +92,15 @@ def halfway(resumable, tmp_path_factory):
 
 
 def resume(resumable, halfway, without=None):
-    run, state, fresh = resumable.Run(), torch.load(halfway), resumable.Run().state()
-    run.load({**state, **({without: fresh[without]} if without else {})})
+    """Go on from a checkpoint, one part of which is that of a new run: `optimizer`, or `solver.calls`."""
+    run, state = resumable.Run(), torch.load(halfway)
+    if without:
+        *parents, part = without.split(".")
+        inside, fresh = state, resumable.Run().state()
+        for parent in parents:
+            inside, fresh = inside[parent], fresh[parent]
+        inside[part] = fresh[part]
+    run.load(state)
     while run.step < STEPS:
         run.advance()
     return run.digest()
@@ -103,9 +110,17 @@ def test_a_whole_checkpoint_resumes_bit_for_bit(resumable, undisturbed, halfway)
     assert resume(resumable, halfway) == undisturbed
 
 
-@pytest.mark.parametrize(
-    "part", ["net", "decays", "optimizer", "scheduler", "outer_optimizer", "solver", "random", "step"]
-)
+PARTS = ["net", "decays", "optimizer", "scheduler", "outer_optimizer", "solver", "random", "step"]
+MEMORY = ["solver.adjoint", "solver.previous", "solver.options", "solver.calls"]
+
+
+def test_all_that_is_in_a_checkpoint_is_tried_below(halfway):
+    state = torch.load(halfway)
+    assert sorted(state) == sorted(PARTS)
+    assert {f"solver.{name}" for name in state["solver"]} == {*MEMORY, "solver.format", "solver.solver"}
+
+
+@pytest.mark.parametrize("part", PARTS + MEMORY)
 @pytest.mark.filterwarnings("ignore::bilevel.SolverWarning")  # fresh weights are far from where the run was
 def test_nothing_in_a_checkpoint_could_be_left_out(resumable, undisturbed, halfway, part):
     assert resume(resumable, halfway, without=part) != undisturbed
