@@ -2,6 +2,7 @@
 
 import sys
 import warnings
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -117,6 +118,51 @@ def influence_of_one(net, train, val, backend, rank, world):
     return [bilevel_torch.hypergradient(inner, outer, net.parameters(), h, solver=solver, backend=backend).grad]
 
 
+@contextmanager
+def gathered(net):
+    """Hold whole parameters, as plain tensors, on every rank: as in docs/distributed.md."""
+    from torch.distributed.fsdp import FSDPModule
+
+    parts = [part for part in net.modules() if isinstance(part, FSDPModule)]
+    for part in parts:
+        part.unshard()
+        part.set_reshard_after_forward(False, recurse=False)
+        part.set_reshard_after_backward(False, recurse=False)
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.set_reshard_after_forward(part is not net, recurse=False)
+            part.set_reshard_after_backward(True, recurse=False)
+            part.reshard()
+
+
+def sharded(net, train, val, backend, world):
+    """A few steps of training by fully_shard, with parameters that are gathered for each hypergradient."""
+    from torch.distributed.fsdp import fully_shard
+
+    if world > 1:
+        mesh = dist.device_mesh.init_device_mesh("cpu", (world,))
+        for part in (net[0], net[2], net):
+            fully_shard(part, mesh=mesh)
+    (x, y, _), (x_val, y_val) = train, val
+    decay = torch.tensor(-3.0, dtype=torch.float64, requires_grad=True)
+    inner_optimizer, outer_optimizer = torch.optim.Adam(net.parameters(), 0.05), torch.optim.Adam([decay], 0.1)
+    for _ in range(2):
+        for _ in range(3):
+            inner_optimizer.zero_grad()
+            (F.cross_entropy(net(x), y) * (len(y) / SAMPLES * world)).backward()
+            inner_optimizer.step()
+        outer_optimizer.zero_grad()
+        with gathered(net):
+            inner = F.cross_entropy(net(x), y) + decay.exp() * sum((p**2).sum() for p in net.parameters())
+            outer = F.cross_entropy(net(x_val), y_val)
+            bilevel_torch.backward(inner, outer, net.parameters(), decay, solver=SOLVERS["cg"], backend=backend)
+        outer_optimizer.step()
+    whole = [p if world == 1 else p.full_tensor() for p in net.parameters()]  # which only a DTensor has
+    return [*whole, decay, decay.grad]
+
+
 def compute(rank, world):
     """All results, by name."""
     net, (train, val) = model(), shard(rank, world)
@@ -133,6 +179,7 @@ def compute(rank, world):
     gauss_newton = with_functions(net, train, val, backend_for(train, val, world), SOLVERS["cg"], from_model=True)
     results["gauss-newton"] = gauss_newton
     results["one rank's"] = influence_of_one(net, train, val, backend_for(train, val, world), rank, world)
+    results["fully_shard"] = sharded(model(), train, val, backend_for(train, val, world), world)
     return {name: [t.detach() for t in tensors] for name, tensors in results.items()}
 
 

@@ -14,7 +14,7 @@ if not torch.distributed.is_available() or not torch.distributed.is_gloo_availab
     pytest.skip("this torch is built without gloo", allow_module_level=True)
 import ranks  # noqa: E402
 
-CASES = [*ranks.SOLVERS, "unrolled", "forward", "gauss-newton", "one rank's"]
+CASES = [*ranks.SOLVERS, "unrolled", "forward", "gauss-newton", "one rank's", "fully_shard"]
 
 
 @pytest.fixture(scope="module", params=[2, 3])
@@ -81,7 +81,7 @@ def test_without_a_process_group_it_says_so():
         bilevel_torch.DataParallel()
 
 
-def test_sharded_parameters_are_refused():
+def test_sharded_parameters_are_refused_unless_they_are_gathered():
     from torch.distributed.fsdp import fully_shard
 
     dist = torch.distributed
@@ -91,7 +91,9 @@ def test_sharded_parameters_are_refused():
         fully_shard(net, mesh=dist.device_mesh.init_device_mesh("cpu", (1,)))
         params = list(net.named_parameters())  # after a forward pass, they would be gathered
         inner, outer = h.exp() * net(torch.ones(3, 2)).pow(2).mean(), net(torch.ones(3, 2)).mean()
-        with pytest.raises(TypeError, match=r"\['params'\]\['bias'\] is a DTensor: .*DistributedDataParallel"):
+        with pytest.raises(
+            TypeError, match=r"\['params'\]\['bias'\] is a DTensor, but .*Gather them .*DistributedDataParallel"
+        ):
             bilevel_torch.backward(inner, outer, params, h)
     finally:
         dist.destroy_process_group()

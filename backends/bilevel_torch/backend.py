@@ -159,8 +159,9 @@ def check_supported(tree: Any) -> None:
     for path, t in tensors:
         if type(t).__name__ == "DTensor":  # importing the class takes as long as all of this package
             raise TypeError(
-                f"{path} is a DTensor: sharded parameters (fully_shard, tensor parallelism) are not supported. "
-                "Replicate them, as DistributedDataParallel does, and use bilevel_torch.DataParallel."
+                f"{path} is a DTensor, but solvers take whole tensors. Gather them for the losses and the call "
+                "(fully_shard gives modules unshard(); docs/distributed.md has a recipe), or replicate them, as "
+                "DistributedDataParallel does, and use bilevel_torch.DataParallel."
             )
 
 
