@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import bilevel as bl
 import bilevel_torch
+from bilevel_torch.space import TorchSpace
 
 F = nn.functional
 SAMPLES, SHARES = 24, {1: [24], 2: [5, 19], 3: [7, 1, 16]}  # of the training data, uneven
@@ -119,6 +120,19 @@ def influence_of_one(net, train, val, backend, rank, world):
 
 
 @contextmanager
+def odd_machine(rank):
+    """Let all ranks but the first compute the numbers that steer a solver otherwise, as another kind of machine may."""
+    methods = {name: getattr(TorchSpace, name) for name in ("dot", "project", "max_abs", "on_host")}
+    for name, method in methods.items():
+        setattr(TorchSpace, name, lambda *args, method=method: method(*args) * (1 + 1e-3 * rank))
+    try:
+        yield
+    finally:
+        for name, method in methods.items():
+            setattr(TorchSpace, name, method)
+
+
+@contextmanager
 def gathered(net):
     """Hold whole parameters, as plain tensors, on every rank: as in docs/distributed.md."""
     from torch.distributed.fsdp import FSDPModule
@@ -179,6 +193,12 @@ def compute(rank, world):
     gauss_newton = with_functions(net, train, val, backend_for(train, val, world), SOLVERS["cg"], from_model=True)
     results["gauss-newton"] = gauss_newton
     results["one rank's"] = influence_of_one(net, train, val, backend_for(train, val, world), rank, world)
+    with odd_machine(rank):
+        results["an odd machine"] = [
+            tensor
+            for solver in SOLVERS.values()
+            for tensor in with_functions(net, train, val, backend_for(train, val, world), solver)
+        ]
     results["fully_shard"] = sharded(model(), train, val, backend_for(train, val, world), world)
     return {name: [t.detach() for t in tensors] for name, tensors in results.items()}
 

@@ -14,7 +14,7 @@ if not torch.distributed.is_available() or not torch.distributed.is_gloo_availab
     pytest.skip("this torch is built without gloo", allow_module_level=True)
 import ranks  # noqa: E402
 
-CASES = [*ranks.SOLVERS, "unrolled", "forward", "gauss-newton", "one rank's", "fully_shard"]
+CASES = [*ranks.SOLVERS, "unrolled", "forward", "gauss-newton", "one rank's", "an odd machine", "fully_shard"]
 
 
 @pytest.fixture(scope="module", params=[2, 3])
