@@ -7,7 +7,7 @@ from importlib.metadata import entry_points
 from typing import Any, NamedTuple
 from unittest import SkipTest
 
-from bilevel.config import suggest
+from bilevel.errors import suggest
 from bilevel.protocols import Backend
 
 Law = Callable[[Any], None]

@@ -3,7 +3,8 @@
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from bilevel.config import get_backend, get_solver, list_backends, suggest
+from bilevel.config import get_backend, get_solver, list_backends
+from bilevel.errors import suggest
 from bilevel.protocols import HypergradientMethod
 from bilevel.testing.conformance import capabilities, execution, linear, methods
 from bilevel.testing.conformance.checks import Applied, Check, collect, known_backends
