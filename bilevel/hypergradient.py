@@ -217,7 +217,7 @@ def _spectrum(backend: Backend, solver: Solver, problem: BilevelProblem, point: 
 
 
 def _ends(backend: Backend, linearization: Linearization) -> tuple[Any, Any] | None:
-    if getattr(backend, "collective", False):
+    if backend.collective:
         return UNKNOWN
     if isinstance(linearization.hvp, NonSymmetric):
         return None

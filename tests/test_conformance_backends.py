@@ -34,6 +34,10 @@ class SpaceFaults:
         def scale(self, alpha, x):
             return x if alpha == 1 else super().scale(-alpha, x)
 
+    class update(Space):
+        def update(self, flag, alpha, x, y, beta=None):
+            return super().update(flag, alpha, x, y)
+
     class zeros_like(Space):
         def zeros_like(self, x):
             return self.scale(0.0, x)

@@ -30,6 +30,9 @@ class JaxSpace:
     def scale(self, alpha: Any, x: Any) -> Any:
         return jax.tree.map(lambda a: jnp.asarray(alpha, a.dtype) * a, x)
 
+    def update(self, flag: Any, alpha: Any, x: Any, y: Any, beta: Any = None) -> Any:
+        return self.select(flag, self.axpy(alpha, x, y if beta is None else self.scale(beta, y)), y)
+
     def zeros_like(self, x: Any) -> Any:
         return jax.tree.map(jnp.zeros_like, x)
 

@@ -29,6 +29,9 @@ class NumpySpace:
     def scale(self, alpha: Any, x: Any) -> Any:
         return tree_map(lambda a: np.multiply(a, _cast(alpha, a)), x)
 
+    def update(self, flag: Any, alpha: Any, x: Any, y: Any, beta: Any = None) -> Any:
+        return self.axpy(alpha, x, y if beta is None else self.scale(beta, y)) if flag else y
+
     def zeros_like(self, x: Any) -> Any:
         return tree_map(np.zeros_like, x)
 

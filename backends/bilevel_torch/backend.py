@@ -28,6 +28,7 @@ class TorchBackend(Backend):
     """
 
     name = "torch"
+    keeps_derivatives = True
 
     def __init__(self, space: TorchSpace | None = None) -> None:
         self.space = space or TorchSpace()

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from bilevel import loops
-from bilevel.solvers.operators import is_one
 from bilevel.tree import leaves, tree_map, with_leaves
 
 WIDE = (torch.float32, torch.float64)  # enough to add up dots in
@@ -39,7 +38,6 @@ class TorchSpace:
 
     check_every: int | None = None
     xp = _Namespace()
-    keeps_derivatives = True  # of the steps of an unroll: a gradient costs more than the graph that it leaves
 
     def dot(self, x: Any, y: Any) -> torch.Tensor:
         dots = [_dot(a, b) for a, b in zip(leaves(x), leaves(y), strict=True)]
@@ -52,15 +50,15 @@ class TorchSpace:
             return with_leaves(y, [torch.addcmul(b, a, number.to(b.dtype)) for a, b in zip(xs, ys, strict=True)])
         return with_leaves(y, torch._foreach_add(ys, xs, alpha=number))
 
-    def update(self, flag: Any, alpha: Any, x: Any, beta: Any, y: Any) -> Any:
-        """See `bilevel.solvers.operators.update`: in place."""
+    def update(self, flag: Any, alpha: Any, x: Any, y: Any, beta: Any = None) -> Any:
+        """Work in place, so that the old vector and the new one are not there at once."""
         xs, ys = leaves(x), leaves(y)
         if not self._reads_freely(flag):
-            new = leaves(self.axpy(alpha, xs, ys if is_one(beta) else self.scale(beta, ys)))
+            new = leaves(self.axpy(alpha, xs, ys if beta is None else self.scale(beta, ys)))
             for a, b in zip(new, ys, strict=True):
                 b.copy_(torch.where(flag, a, b))
         elif flag:
-            if not is_one(beta):
+            if beta is not None:
                 torch._foreach_mul_(ys, self._number(beta))
             torch._foreach_add_(ys, xs, alpha=self._number(alpha))
         return y

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from bilevel.protocols import Operator, Tree, VectorSpace
 from bilevel.results import SolverInfo, Status
 from bilevel.solvers.confirm import Iterative, Sweep, iterate
-from bilevel.solvers.operators import copy, damped, norm, residual, scale_free, update
+from bilevel.solvers.operators import copy, damped, norm, residual, scale_free
 from bilevel.solvers.preconditioners import Preconditioner, check_preconditioner
 
 
@@ -84,15 +84,15 @@ class CG(Iterative):
                 # either sign. Comparisons with nan are false.
                 positive = curvature > eps * largest
                 # 0 * nan is nan: a zero alpha would not protect r.
-                r = update(s.live & positive & finite, -alpha, Ap, 1, s.r, space)
+                r = space.update(s.live & positive & finite, -alpha, Ap, s.r)
                 rr = space.dot(r, r)
                 positive = positive & xp.isfinite(rr)
                 ok = s.live & positive & finite
-                x = update(ok, alpha, s.p, 1, s.x, space)
+                x = space.update(ok, alpha, s.p, s.x)
                 rr = xp.where(ok, rr, s.rr)
                 z, rz = precondition(r, rr)
                 beta = rz / s.rz
-                p = update(ok, 1, z, beta, s.p, space)
+                p = space.update(ok, 1, z, s.p, beta)
                 done = xp.sqrt(rr) <= tolerance
                 status = xp.where(done, int(Status.CONVERGED), s.status)
                 status = xp.where(positive, status, int(Status.NEGATIVE_CURVATURE))

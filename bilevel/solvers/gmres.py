@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
-from bilevel.protocols import Operator, Stack, Tree, VectorSpace
 from bilevel.results import SolverInfo, Status
 from bilevel.solvers.confirm import Sweep, iterate
 from bilevel.solvers.operators import damped, identity, indices, norm, scale_free
 from bilevel.solvers.options import check_int, check_real
+from bilevel.vector_space import Operator, Stack, Tree, VectorSpace
 
 
 class _State(NamedTuple):

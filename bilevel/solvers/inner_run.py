@@ -89,12 +89,12 @@ class Recording:
     recorded at once: no more than 3√K + 1 states live at any time, for one more gradient per step.
 
     With ``keep`` each step's derivatives are recorded, too, in place of being computed once more on the way back, where
-    the space ``keeps_derivatives``: in torch they hold the step's graph.
+    the backend ``keeps_derivatives``: in torch they hold the step's graph.
     """
 
     def __init__(self, run: Run, start: State, count: int, checkpoint: bool, keep: bool) -> None:
         self._run, self._space = run, run.backend.space
-        self._keep = keep and getattr(run.backend.space, "keeps_derivatives", False)
+        self._keep = keep and run.backend.keeps_derivatives
         self._length = isqrt(count) if checkpoint else count + 1
         self._segments, self._single = divmod(count, self._length)
         state, self._steps = self._record(start, self._single)

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 from bilevel.protocols import NonSymmetric, Operator, Stochastic, Tree, VectorSpace
 from bilevel.results import SolverInfo, Status
 from bilevel.solvers.lanczos import spectrum
-from bilevel.solvers.operators import copy, damped, norm, residual, scale_free, update
+from bilevel.solvers.operators import copy, damped, norm, residual, scale_free
 from bilevel.solvers.options import check_int, check_real, is_python_number
 
 
@@ -123,14 +123,14 @@ class Neumann:
 
         def step(s: _State) -> _State:
             B = damped(operator.sample(s.index), self.damping, space) if isinstance(operator, Stochastic) else A
-            term = update(s.live, -alpha, B(s.term), 1, s.term, space)  # of the last one, only the norm matters
+            term = space.update(s.live, -alpha, B(s.term), s.term)  # of the last one, only the norm matters
             size = norm(term, space)
             finite, grown = xp.isfinite(size), size > (growth * s.least if steady else 1e3 * start_norm)
             ok = s.live & finite & ~grown
             status = xp.where(grown, int(Status.DIVERGED), s.status)
             status = xp.where(finite, status, int(Status.NON_FINITE))
             return _State(
-                total=update(ok, 1, term, 1, s.total, space),
+                total=space.update(ok, 1, term, s.total),
                 term=term,
                 norm=xp.where(ok, size, s.norm),
                 least=xp.where(ok, xp.minimum(size, s.least), s.least),

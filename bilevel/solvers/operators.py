@@ -16,25 +16,8 @@ def damped(operator: Operator, damping: Any, space: VectorSpace) -> Operator:
 
 
 def copy(x: Tree, space: VectorSpace) -> Tree:
-    """Return a vector of new memory, for `update` to use up."""
+    """Return a vector of new memory, for ``space.update`` to use up."""
     return space.scale(1.0, x)
-
-
-def update(flag: Any, alpha: Any, x: Tree, beta: Any, y: Tree, space: VectorSpace) -> Tree:
-    """Return alpha x + beta y where the flag holds, else y; the memory may be that of y, which is used up.
-
-    A space may have a method of that name, without the last argument, that does it in place.
-    """
-    in_place = getattr(space, "update", None)
-    if in_place is not None:
-        return in_place(flag, alpha, x, beta, y)
-    scaled = y if is_one(beta) else space.scale(beta, y)
-    return space.select(flag, space.axpy(alpha, x, scaled), y)
-
-
-def is_one(number: Any) -> bool:
-    """Tell whether a factor can be left out; an array's value is not looked at."""
-    return is_python_number(number) and number == 1
 
 
 def residual(operator: Operator, rhs: Tree, x: Tree, space: VectorSpace) -> Tree:

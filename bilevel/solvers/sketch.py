@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from bilevel.protocols import Operator, Stack, Tree, VectorSpace
 from bilevel.solvers.operators import identity, indices, norm
+from bilevel.vector_space import Operator, Stack, Tree, VectorSpace
 
 
 class Sketch(NamedTuple):

@@ -49,6 +49,33 @@ def scale(f: Framework) -> None:
     f.close("scale(x·x, x)", f.flat(by_scalar), (x @ x) * x)
 
 
+def update(f: Framework) -> None:
+    """alpha x + beta y takes the place of y where the flag holds; else y stays, and a nan in x does no harm."""
+    (x, x_), (y, y_) = f.draw(1), f.draw(2)
+    bad = f.tree(np.full(SIZE, NAN))
+
+    def updates(space, x, y, bad):
+        alpha, flag = space.dot(x, x), space.dot(x, x) > 0
+
+        def new():  # it is used up
+            return space.scale(1.0, y)
+
+        return [
+            space.update(flag, alpha, x, new()),
+            space.update(flag, 1, x, new(), alpha),
+            space.update(~flag, alpha, bad, new(), alpha),
+        ]
+
+    expected = {
+        "update(True, x·x, x, y)": (x @ x) * x + y,
+        "update(True, 1, x, y, x·x)": x + (x @ x) * y,
+        "update(False, x·x, nan, y, x·x)": y,
+    }
+    for (what, value), got in zip(expected.items(), f.run(updates, x_, y_, bad), strict=True):
+        f.keeps(what, got, x_)
+        f.close(what, f.flat(got), value)
+
+
 def mixed_precision(f: Framework) -> None:
     """In a tree of several dtypes each leaf keeps its own, and eps is that of the coarsest."""
     x_ = {"single": f.array(normal(1, 2), "float32"), "double": f.array(normal(2, 2), "float64")}
@@ -206,6 +233,7 @@ PER_DTYPE: list[Law] = [
     dot,
     axpy,
     scale,
+    update,
     zeros_like,
     map_entries,
     select,

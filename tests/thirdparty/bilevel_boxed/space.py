@@ -34,6 +34,9 @@ class BoxedSpace:
     def scale(self, alpha: Any, x: Any) -> Any:
         return tree_map(lambda a: a * cast(alpha, a.dtype), x)
 
+    def update(self, flag: Any, alpha: Any, x: Any, y: Any, beta: Any = None) -> Any:
+        return self.select(flag, self.axpy(alpha, x, y if beta is None else self.scale(beta, y)), y)
+
     def zeros_like(self, x: Any) -> Any:
         return tree_map(np.zeros_like, x)
 
