@@ -1,8 +1,6 @@
 """The same systems and problems in every framework that is installed."""
 
-import importlib
 import importlib.util
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -79,10 +77,3 @@ def example(path: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def paper(name: str) -> ModuleType:
-    """Import one of the paper's systems."""
-    if str(EXAMPLES / "paper") not in sys.path:
-        sys.path.insert(0, str(EXAMPLES / "paper"))
-    return importlib.import_module(name)

@@ -2,28 +2,15 @@
 
 import numpy as np
 import pytest
-from frameworks import paper, relative_error
+from frameworks import relative_error
+from paper_systems import check_stored, paper, report_of
 
 import bilevel as bl
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
-
-
-@pytest.fixture(scope="module")
-def system():
-    return paper("augmentation")
-
-
-@pytest.fixture(scope="module")
-def out(tmp_path_factory):
-    return tmp_path_factory.mktemp("augmentation")
-
-
-@pytest.fixture(scope="module")
-def histories(system, out):
-    return system.main(["--fast", "--out", str(out)])
 
 
 @pytest.mark.parametrize(("channels", "expected"), [(1, 6497), (3, 6659)])
@@ -45,12 +32,8 @@ def test_tuned_augmentations_lower_the_validation_loss(histories):
         assert histories[f"{variant}-0"]["result"]["change"] > 0.01
 
 
-def test_stored_histories_are_read_not_made_again(system, histories, out, monkeypatch):
-    def again(*arguments):
-        pytest.fail("was run again")
-
-    monkeypatch.setattr(system, "run", again)
-    assert system.main(["--fast", "--out", str(out)]) == histories
+def test_a_second_call_reads_what_the_first_has_stored(system, command, histories):
+    check_stored(system, command, histories)
 
 
 def test_hypergradient_agrees_with_the_exact_one(system):
@@ -74,10 +57,5 @@ def test_hypergradient_agrees_with_the_exact_one(system):
     assert relative_error(grads[1], grads[0]) < 1e-7
 
 
-def test_report_has_a_table_and_a_picture(histories, tmp_path):
-    pytest.importorskip("matplotlib")
-    report = paper("report.augmentation")
-    assert all(isinstance(text, str) and text for text in report.row(histories))
-    section = report.section(histories, tmp_path)
-    assert section.count("\n| ") == len(histories) + 2
-    assert (tmp_path / "augmentation.png").exists()
+def test_the_report_has_a_table_and_a_picture(system, histories, tmp_path):
+    assert report_of(system, histories, tmp_path).count("\n| ") == len(histories) + 2

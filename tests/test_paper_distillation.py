@@ -1,7 +1,8 @@
 """The section 5.3 of the paper, small: distilled images teach more than real ones, and the two frameworks agree."""
 
 import pytest
-from frameworks import framework, paper
+from frameworks import framework
+from paper_systems import check_stored, report_of
 
 torch = pytest.importorskip("torch")
 for module in ("sklearn", "matplotlib", "tqdm", "jax", "optax"):
@@ -13,43 +14,32 @@ import bilevel as bl  # noqa: E402
 from bilevel.testing import check_hypergradient  # noqa: E402
 
 
-@pytest.fixture(scope="module")
-def distillation():
-    return paper("distillation")
-
-
-@pytest.fixture(scope="module")
-def found(distillation, tmp_path_factory):
-    out = tmp_path_factory.mktemp("distillation")
-    return out, distillation.main(["--fast", "--out", str(out)])
-
-
-def test_distilled_images_teach_more_than_as_many_real_ones(found):
-    results = {name: history["result"] for name, history in found[1].items()}
+def test_distilled_images_teach_more_than_as_many_real_ones(histories):
+    results = {name: history["result"] for name, history in histories.items()}
     real = results["mnist-random-images-0"]["refitted_accuracy"]
     for method in ("identity", "neumann-5", "neumann-20", "cg-10", "jax-cg-10"):
-        rows = found[1][f"mnist-{method}-0"]["rows"]
+        rows = histories[f"mnist-{method}-0"]["rows"]
         assert rows[-1]["val_loss"] < rows[0]["val_loss"]
         assert results[f"mnist-{method}-0"]["refitted_accuracy"] > real
         assert results[f"mnist-{method}-0"]["hparams"] == 10 * 8 * 8
     assert results["cifar-cg-10-0"]["refitted_accuracy"] > results["cifar-random-images-0"]["refitted_accuracy"]
 
 
-def test_jax_and_torch_distil_the_same(found):
-    in_torch, in_jax = (found[1][f"mnist-{method}-0"]["result"] for method in ("cg-10", "jax-cg-10"))
+def test_jax_and_torch_distil_the_same(histories):
+    in_torch, in_jax = (histories[f"mnist-{method}-0"]["result"] for method in ("cg-10", "jax-cg-10"))
     assert in_jax["difference_from_torch"] < 1e-4
     assert in_jax["val_loss"] == pytest.approx(in_torch["val_loss"], rel=0.05)
 
 
 @pytest.mark.parametrize("name", ["torch", "jax"])
-def test_hypergradient_is_the_exact_one(distillation, name):
+def test_hypergradient_is_the_exact_one(system, name):
     backend, rng = framework(name), np.random.default_rng(0)
     functions = torch if name == "torch" else pytest.importorskip("jax.numpy")
     arrays = [rng.standard_normal(shape).astype(np.float32) for shape in ((6, 10), (10,), (10, 6), (30, 6))]
     kernel, bias, images, real = map(backend.from_numpy, arrays)
-    labels = backend.from_numpy(distillation.LABELS)
-    targets = backend.from_numpy(distillation.LABELS[rng.integers(10, size=30)])
-    losses = distillation.problem(functions)
+    labels = backend.from_numpy(system.LABELS)
+    targets = backend.from_numpy(system.LABELS[rng.integers(10, size=30)])
+    losses = system.problem(functions)
 
     def inner(weights, images, targets):
         """Return the training loss, with a penalty on the bias, which else could be shifted by any number."""
@@ -66,15 +56,9 @@ def test_hypergradient_is_the_exact_one(distillation, name):
     )
 
 
-def test_stored_histories_are_not_run_again(distillation, found, monkeypatch):
-    out, histories = found
-    monkeypatch.setattr(distillation, "refit", None)
-    assert distillation.main(["--fast", "--out", str(out)]) == histories
+def test_a_second_call_reads_what_the_first_has_stored(system, command, histories):
+    check_stored(system, command, histories)
 
 
-def test_report_of_it(found, tmp_path):
-    report = paper("report.distillation")
-    assert all(report.row(found[1]))
-    section = report.section(found[1], tmp_path)
-    assert "| Neumann 20 |" in section
-    assert (tmp_path / "distillation.png").exists()
+def test_the_report_has_a_table_and_a_picture(system, histories, tmp_path):
+    assert "| Neumann 20 |" in report_of(system, histories, tmp_path)

@@ -2,21 +2,11 @@
 
 import numpy as np
 import pytest
-from frameworks import paper
+from paper_systems import check_stored, paper, report_of
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
-
-
-@pytest.fixture(scope="module")
-def arguments(tmp_path_factory):
-    return ["--fast", "--out", str(tmp_path_factory.mktemp("inversion"))]
-
-
-@pytest.fixture(scope="module")
-def histories(arguments):
-    return paper("inversion").main(arguments)
 
 
 def test_cg_is_exact_after_as_many_products_as_weights(histories):
@@ -47,25 +37,22 @@ def test_failures_on_raw_features_are_flagged(histories):
     assert result["float64 CG error"] < 1e-4
 
 
-def test_a_step_that_is_too_large_is_refused():
+def test_a_step_that_is_too_large_is_refused(system):
     import bilevel as bl
 
     regression = paper("regression")
     train, validation, params, log_decay = regression.prepare("raw", None, 0, 0)
-    solver = bl.Neumann(step_size=paper("inversion").STEP)
+    solver = bl.Neumann(step_size=system.STEP)
     data = {"inner_args": train, "outer_args": validation}
     with pytest.raises(bl.SolverError, match="diverged"):
         bl.hypergradient(regression.PROBLEM, params, log_decay, solver=solver, on_failure="raise", **data)
 
 
-def test_a_second_call_reads_what_the_first_has_stored(arguments, histories):
-    assert paper("inversion").main(arguments) == histories
+def test_a_second_call_reads_what_the_first_has_stored(system, command, histories):
+    check_stored(system, command, histories)
 
 
-def test_the_report_has_a_table_and_a_picture(histories, tmp_path):
-    report = paper("report.inversion")
-    title, _, ours = report.row(histories)
-    assert title == "Approximate inversion"
-    assert "CG" in ours
-    assert "| tanh network, diabetes |" in report.section(histories, tmp_path)
-    assert (tmp_path / "inversion.png").exists()
+def test_the_report_has_a_table_and_a_picture(system, histories, tmp_path):
+    said = report_of(system, histories, tmp_path)
+    assert said.startswith("| Approximate inversion | ")
+    assert "| tanh network, diabetes |" in said

@@ -1,18 +1,14 @@
 """A language model with tuned regularizers: the paper's table 4 in small, with its report."""
 
 import pytest
-from frameworks import paper, relative_error
+from frameworks import relative_error
+from paper_systems import check_stored, report_of
 
 torch = pytest.importorskip("torch")
 bilevel_torch = pytest.importorskip("bilevel_torch")
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
-
-
-@pytest.fixture(scope="module")
-def system():
-    return paper("language_model")
 
 
 def test_the_hypergradient_agrees_with_the_dense_hessian_under_the_same_noise(system):
@@ -54,9 +50,7 @@ def test_the_counts_are_those_of_the_page(system):
     assert sum(p.numel() for p in net.parameters()) == 390_096
 
 
-def test_the_command_makes_each_history_once_and_the_report_reads_them(system, tmp_path, monkeypatch):
-    command = ["--fast", "--out", str(tmp_path)]
-    histories = system.main(command)
+def test_tuned_regularizers_move_and_the_language_model_learns(system, histories):
     assert set(histories) == {f"{variant}-0" for variant in system.SOLVERS}
     for history in histories.values():
         rows = history["rows"]
@@ -66,11 +60,10 @@ def test_the_command_makes_each_history_once_and_the_report_reads_them(system, t
         assert abs(histories[name]["rows"][-1]["output_rate"] - system.START["output"]) > 1e-3
     assert histories["none-0"]["rows"][-1]["output_rate"] == pytest.approx(system.START["output"])
 
-    monkeypatch.setattr(system, "run", lambda *args: pytest.fail("The histories are there."))
-    assert system.main(command) == histories
 
-    report = paper("report.language_model")
-    assert len(report.row(histories)) == 3
-    text = report.section(histories, tmp_path)
-    assert "| --- |" in text
-    assert (tmp_path / "language_model.png").stat().st_size > 0
+def test_a_second_call_reads_what_the_first_has_stored(system, command, histories):
+    check_stored(system, command, histories)
+
+
+def test_the_report_has_a_table_and_a_picture(system, histories, tmp_path):
+    assert "| --- |" in report_of(system, histories, tmp_path)

@@ -2,27 +2,14 @@
 
 import numpy as np
 import pytest
-from frameworks import paper, relative_error
+from frameworks import relative_error
+from paper_systems import check_stored, report_of
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 bilevel_torch = pytest.importorskip("bilevel_torch")
-
-
-@pytest.fixture(scope="module")
-def system():
-    return paper("reweighting")
-
-
-@pytest.fixture(scope="module")
-def out(tmp_path_factory):
-    return tmp_path_factory.mktemp("reweighting")
-
-
-@pytest.fixture(scope="module")
-def histories(system, out):
-    return system.main(["--fast", "--out", str(out)])
 
 
 def test_tuned_weights_tell_wrong_labels_from_right_ones(histories):
@@ -40,12 +27,8 @@ def test_training_with_tuned_weights_beats_training_on_all(histories):
         assert loss["clean-0"] < loss[f"{variant}-0"] < 0.9 * loss["all-0"]
 
 
-def test_stored_histories_are_read_not_made_again(system, histories, out, monkeypatch):
-    def again(*arguments):
-        pytest.fail("was run again")
-
-    monkeypatch.setattr(system, "run", again)
-    assert system.main(["--fast", "--out", str(out)]) == histories
+def test_a_second_call_reads_what_the_first_has_stored(system, command, histories):
+    check_stored(system, command, histories)
 
 
 @pytest.mark.parametrize("network", [False, True])
@@ -65,10 +48,5 @@ def test_hypergradient_agrees_with_the_exact_one(system, network):
     assert relative_error(grads[1], grads[0]) < 1e-7
 
 
-def test_report_has_a_table_and_a_picture(histories, tmp_path):
-    pytest.importorskip("matplotlib")
-    report = paper("report.reweighting")
-    assert all(isinstance(text, str) and text for text in report.row(histories))
-    section = report.section(histories, tmp_path)
-    assert section.count("\n| ") == len(histories) + 2
-    assert (tmp_path / "reweighting.png").exists()
+def test_the_report_has_a_table_and_a_picture(system, histories, tmp_path):
+    assert report_of(system, histories, tmp_path).count("\n| ") == len(histories) + 2

@@ -2,25 +2,14 @@
 
 import numpy as np
 import pytest
-from frameworks import paper
+from paper_systems import check_stored, report_of
 
 pytest.importorskip("torch")
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
 
-@pytest.fixture(scope="module")
-def arguments(tmp_path_factory):
-    return ["--fast", "--out", str(tmp_path_factory.mktemp("successors"))]
-
-
-@pytest.fixture(scope="module")
-def histories(arguments):
-    return paper("successors").main(arguments)
-
-
-def test_all_methods_lower_the_validation_loss_but_not_below_the_reference(histories):
-    system = paper("successors")
+def test_all_methods_lower_the_validation_loss_but_not_below_the_reference(system, histories):
     data = system.split(None, 0)
     start = np.full(data.train[0].shape[1], system.START)
     w = system.optimum(start, np.zeros_like(start), *data.train)
@@ -44,12 +33,11 @@ def test_gauss_newton_is_the_hessian_of_logistic_regression(histories):
         assert gauss_newton["validation loss"] == pytest.approx(hessian["validation loss"], rel=1e-3)
 
 
-def test_a_second_call_reads_what_the_first_has_stored(arguments, histories):
-    assert paper("successors").main(arguments) == histories
+def test_a_second_call_reads_what_the_first_has_stored(system, command, histories):
+    check_stored(system, command, histories)
 
 
-def test_the_report_has_a_table_and_a_picture(histories, tmp_path):
-    report = paper("report.successors")
-    assert report.row(histories)[0] == "Successors of the paper"
-    assert "| SOBA (1 product, warm start) |" in report.section(histories, tmp_path)
-    assert (tmp_path / "successors.png").exists()
+def test_the_report_has_a_table_and_a_picture(system, histories, tmp_path):
+    said = report_of(system, histories, tmp_path)
+    assert said.startswith("| Successors of the paper | ")
+    assert "| SOBA (1 product, warm start) |" in said

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from frameworks import paper
+from paper_systems import check_stored, report_of
 
 import bilevel as bl
 from bilevel.testing import check_hypergradient
@@ -15,8 +15,8 @@ pytest.importorskip("tqdm")
 
 
 @pytest.fixture(scope="module")
-def system():
-    return paper("validation_split")
+def command(command):
+    return [*command, "--only", "few", "many"]
 
 
 def images(count, seeds=(0, 1)):
@@ -49,9 +49,7 @@ def test_tuned_decays_beat_those_of_the_start_for_every_seed(system, solver):
     assert (tuned <= -np.log(system.LEARNING_RATE) + 1e-6).all()  # or training would be unstable
 
 
-def test_the_command_makes_each_history_once_and_the_report_reads_them(system, tmp_path, monkeypatch):
-    command = ["--fast", "--out", str(tmp_path), "--only", "few", "many"]
-    histories = system.main(command)
+def test_each_share_of_held_out_data_is_tried(system, histories):
     assert set(histories) == {"few-80-0", "many-80-0"}
     for history in histories.values():
         rows = history["rows"]
@@ -60,11 +58,10 @@ def test_the_command_makes_each_history_once_and_the_report_reads_them(system, t
         assert all(row["retrained"] > 0.6 for row in rows)
     assert histories["many-80-0"]["result"]["hyperparameters"] == 650
 
-    monkeypatch.setattr(system, "run", lambda *args: pytest.fail("The histories are there."))
-    assert system.main(command) == histories
 
-    report = paper("report.validation_split")
-    assert len(report.row(histories)) == 3
-    text = report.section(histories, tmp_path)
-    assert "| --- |" in text
-    assert (tmp_path / "validation_split.png").stat().st_size > 0
+def test_a_second_call_reads_what_the_first_has_stored(system, command, histories):
+    check_stored(system, command, histories)
+
+
+def test_the_report_has_a_table_and_a_picture(system, histories, tmp_path):
+    assert "| --- |" in report_of(system, histories, tmp_path)

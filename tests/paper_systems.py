@@ -1,0 +1,35 @@
+"""What holds of each of the paper's systems, run small: it reads what it has stored, and has a report."""
+
+import importlib
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from frameworks import EXAMPLES
+
+
+def paper(name: str) -> ModuleType:
+    """Import one of the paper's systems."""
+    if str(EXAMPLES / "paper") not in sys.path:
+        sys.path.insert(0, str(EXAMPLES / "paper"))
+    return importlib.import_module(name)
+
+
+def check_stored(system: ModuleType, command: list[str], histories: Any) -> None:
+    """Check that a second call reads the histories, and makes none of them again."""
+    files = list(Path(command[command.index("--out") + 1]).rglob("*.json"))
+    written = [file.stat().st_mtime_ns for file in files]
+    assert len(files) == len(histories)
+    assert system.main(command) == histories
+    assert [file.stat().st_mtime_ns for file in files] == written
+
+
+def report_of(system: ModuleType, histories: Any, folder: Path) -> str:
+    """Return what a page says of it, its row of the table and its section, and check that there is a picture, too."""
+    report = paper(f"report.{system.__name__}")
+    title, theirs, ours = report.row(histories)
+    assert all(isinstance(text, str) and text for text in (title, theirs, ours))
+    section = report.section(histories, folder)
+    assert (folder / f"{system.__name__}.png").stat().st_size > 0
+    return f"| {title} | {theirs} | {ours} |\n\n{section}"
