@@ -22,8 +22,7 @@ def row(histories: Histories) -> tuple[str, str, str]:
     """Return the title, the paper's figure and ours."""
     groups = _compared(histories)
     products = 5 if _last(groups) > 5 else 1
-    means = (np.mean([_at(groups, f"{method} cosine", products)]) for method in ("Neumann", "CG", "Neumann", "CG"))
-    neumann, cg = next(means), next(means)
+    neumann, cg = (np.mean(_at(groups, f"{method} cosine", products)) for method in ("Neumann", "CG"))
     return (
         "Approximate inversion",
         "5 Neumann terms are comparable to CG or better in direction (second-hand)",
