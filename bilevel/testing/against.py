@@ -13,7 +13,7 @@ from bilevel.results import Hypergradient, Status
 from bilevel.testing.diagnosis import paragraphs, relation, table
 from bilevel.testing.differences import directional_derivatives
 from bilevel.testing.exact import exact_hypergradient
-from bilevel.testing.host import HostProblem, evaluate
+from bilevel.testing.host import HostProblem
 from bilevel.testing.probes import directions, index, leaf_slices
 from bilevel.testing.resolve import InnerSolver
 
@@ -39,7 +39,7 @@ class Subject(NamedTuple):
     @property
     def direct(self) -> np.ndarray:
         """Return ∂F/∂λ, of shape (m,)."""
-        direct = evaluate(self.backend, _direct, self.problem, self.point)
+        direct = self.backend.execute(_direct, None, self.problem, self.point)
         zeros = self.backend.space.zeros_like(self.point.hparams)
         return to_host(self.backend, zeros if direct is None else direct)
 
@@ -56,7 +56,7 @@ class Subject(NamedTuple):
     def ending(self) -> str:
         """Return how the solve ended, and how well params solve the inner problem."""
         info = self.hg.info
-        inner_grad = to_host(self.backend, evaluate(self.backend, _inner_grad, self.problem, self.point))
+        inner_grad = to_host(self.backend, self.backend.execute(_inner_grad, None, self.problem, self.point))
         return (
             f"The solve: {info.status.name} after {info.steps} steps, residual {info.residual_norm:.2g} of a "
             f"right-hand side of {info.rhs_norm:.2g}. The inner gradient at params: norm "

@@ -13,7 +13,7 @@ from bilevel.flat import to_host
 from bilevel.hypergradient import linearize
 from bilevel.protocols import Backend, BilevelProblem, NonSymmetric, Point, Tree
 from bilevel.results import Hypergradient, SolverInfo, Status
-from bilevel.testing.host import evaluate, from_host, precision, prepare, with_true_hessian
+from bilevel.testing.host import from_host, precision, prepare, with_true_hessian
 
 
 def exact_hypergradient(
@@ -51,14 +51,14 @@ def exact_hypergradient(
     """
     backend, point = prepare(params, hparams, inner_args, outer_args, backend, "the exact reference")
     space, eps, problem = backend.space, backend.space.eps(params), with_true_hessian(problem)
-    value, rhs, hessian, symmetric = evaluate(backend, _system, problem, point)
+    value, rhs, hessian, symmetric = backend.execute(_system, None, problem, point)
     b, hessian = to_host(backend, rhs), np.asarray(backend.to_numpy(hessian), dtype=np.float64)
     if symmetric:
         check_symmetric(hessian, precision(problem, eps))
     v = factorize(hessian, eps)(b)
     adjoint = from_host(backend, v, params)
 
-    direct, cross = evaluate(backend, _parts, problem, point._replace(adjoint0=adjoint))
+    direct, cross = backend.execute(_parts, None, problem, point._replace(adjoint0=adjoint))
     if direct is None and cross is None:
         raise ValueError("neither objective depends on hparams: there is no hypergradient to refer to.")
     zeros = space.zeros_like(hparams)

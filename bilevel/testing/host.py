@@ -27,14 +27,6 @@ def prepare(
     return found, point
 
 
-def evaluate(backend: Backend, function: Callable[..., Any], problem: BilevelProblem, point: Point) -> Any:
-    """Return function(backend, None, problem, point), compiled where the framework compiles.
-
-    The function is one of a module, not a closure, or it would be compiled again at each call.
-    """
-    return backend.execute(function, None, problem, point)
-
-
 def from_host(backend: Backend, array: np.ndarray, like: Tree) -> Tree:
     """Give a float64 array of shape (n,) the structure, shapes, dtypes and device of ``like``."""
     dtype = backend.to_numpy(backend.space.ravel(like)).dtype
@@ -101,13 +93,13 @@ class HostProblem:
         w, lam, u = [*arrays, None][:3]
         point = self.point._replace(params=(w, self.point.params), hparams=(lam, self.point.hparams), adjoint0=u)
         with np.errstate(all="ignore"):  # a trial step too far is no one's mistake
-            found = evaluate(self.backend, function, self.problem, point)
+            found = self.backend.execute(function, None, self.problem, point)
         return [np.asarray(self.backend.to_numpy(array), dtype=np.float64) for array in found]
 
     def _check_follows_arguments(self) -> None:
         u = np.random.default_rng(0).standard_normal(self.w.size)
         point = self.point._replace(adjoint0=from_host(self.backend, u, self.point.params))
-        given = evaluate(self.backend, _derivatives, self.problem, point)
+        given = self.backend.execute(_derivatives, None, self.problem, point)
         copied, eps = self.derivatives(self.w, self.lam, u), precision(self.problem, self.eps)
         for array, (name, copy) in zip(given, copied.items(), strict=True):
             array = np.asarray(self.backend.to_numpy(array), dtype=np.float64)
