@@ -160,15 +160,14 @@ def hypergradient_from(
 
 def linearize(backend: Backend, problem: BilevelProblem, point: Point) -> Linearization:
     """Return the linearization of a problem at a point; of several batches, the first one serves but for products."""
-    batches = point.inner_args if isinstance(point.inner_args, list) else [point.inner_args]
     linearization = backend.linearize(
-        problem, point.params, point.hparams, inner_args=batches[0], outer_args=point.outer_args
+        problem, point.params, point.hparams, inner_args=point.batches[0], outer_args=point.outer_args
     )
-    if len(batches) == 1:
+    if len(point.batches) == 1:
         return linearization
     if isinstance(linearization.hvp, NonSymmetric):
         raise TypeError("inner_args is a list, but a fixed point or a root is one of all the data: give one tuple.")
-    args = backend.space.sequence(batches)
+    args = backend.space.sequence(point.batches)
 
     def sample(i: Any) -> Operator:
         return problem.derivatives(backend, point.params, point.hparams, args(i + 1)).hvp

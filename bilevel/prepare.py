@@ -49,8 +49,7 @@ def prepare(
 
 
 def _prepare(backend: Backend, solver: Any, problem: BilevelProblem, point: Point) -> dict[str, Any]:
-    args = point.inner_args[0] if isinstance(point.inner_args, list) else point.inner_args
-    hvp = problem.derivatives(backend, point.params, point.hparams, args).hvp
+    hvp = problem.derivatives(backend, point.params, point.hparams, point.batches[0]).hvp
     check_operator(solver, hvp)
     return solver.prepare(hvp, point.params, backend.space)
 

@@ -66,6 +66,11 @@ class Point(NamedTuple):
     outer_args: tuple[Any, ...] = ()
     adjoint0: Tree | None = None
 
+    @property
+    def batches(self) -> list[tuple[Any, ...]]:
+        """The inner arguments, one tuple per batch."""
+        return self.inner_args if isinstance(self.inner_args, list) else [self.inner_args]
+
 
 @runtime_checkable
 class BilevelProblem(Protocol):
@@ -263,7 +268,10 @@ class Backend(Protocol):
     def execute(
         self, function: Callable[..., Any], solver: Solver | None, problem: BilevelProblem, point: Point
     ) -> Any:
-        """Call function(backend, solver, problem, point), compiled where the framework compiles."""
+        """Call function(backend, solver, problem, point), compiled where the framework compiles.
+
+        The function is one of a module: a closure would be compiled again at each call.
+        """
         return function(self, solver, problem, point)
 
     @contextmanager

@@ -91,7 +91,7 @@ def _diagnose(backend: Backend, solver: Solver, problem: BilevelProblem, point: 
         return [float(backend.to_host(x)) for x in scalars]
 
     batches = point.inner_args
-    point = point._replace(inner_args=batches[0] if isinstance(batches, list) else batches)
+    point = point._replace(inner_args=point.batches[0])
     with backend.aside(point, False):
         first, numbers = backend.execute(_look, None, problem, point)
         grad_norm, distance, asymmetry, *ends = host(numbers)

@@ -115,8 +115,7 @@ class Unrolled:
 
     def hypergradient(self, backend: Backend, problem: BilevelProblem, point: Point) -> Hypergradient:
         space = backend.space
-        batches = point.inner_args if isinstance(point.inner_args, list) else [point.inner_args]
-        batch = space.sequence(batches)
+        batch = space.sequence(point.batches)
 
         at_start = problem.derivatives(backend, point.params, point.hparams, batch(0))
         influences = at_start.cross_vjp(space.zeros_like(point.params)) is not None
@@ -158,8 +157,7 @@ class Unrolled:
         indirect = None
         if influences:
             indirect, _ = space.scan(add, space.zeros_like(run.hparams), tangents, space.size(run.hparams))
-        same_data = not isinstance(point.inner_args, list) or len(point.inner_args) == 1
-        a = ascend_at(run, end, count, run.adjoint(grad_params, None), same_data)
+        a = ascend_at(run, end, count, run.adjoint(grad_params, None), same_data=len(point.batches) == 1)
         grad = _sum(indirect, direct, space)
         return Hypergradient(grad, value, a.total, end.params, self._info(a, grad_params, space))
 
