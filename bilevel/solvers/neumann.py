@@ -7,7 +7,7 @@ from bilevel.protocols import NonSymmetric, Operator, Stochastic, Tree, VectorSp
 from bilevel.results import SolverInfo, Status
 from bilevel.solvers.lanczos import spectrum
 from bilevel.solvers.operators import copy, damped, norm, residual, scale_free
-from bilevel.solvers.options import check_int, check_real, is_python_number
+from bilevel.solvers.options import check_int, check_real, is_python_value
 
 
 class _State(NamedTuple):
@@ -113,7 +113,7 @@ class Neumann:
         rhs_norm = norm(rhs, space)
         steady = not isinstance(operator, NonSymmetric | Stochastic)
         growth = 1 + 16 * eps  # more than rounding can do to a term that stays
-        early = not (is_python_number(self.rtol) and self.rtol == 0)
+        early = not (is_python_value(self.rtol) and self.rtol == 0)
         if early and isinstance(operator, Stochastic):
             raise TypeError(
                 "Neumann.rtol: with a new batch for each product there is no one system whose residual could be "

@@ -5,12 +5,12 @@ from typing import Any
 
 from bilevel.protocols import Operator, Tree, VectorSpace
 from bilevel.results import SolverInfo
-from bilevel.solvers.options import is_python_number
+from bilevel.solvers.options import is_python_value
 
 
 def damped(operator: Operator, damping: Any, space: VectorSpace) -> Operator:
     """Return v -> (A + damping I) v."""
-    if is_python_number(damping) and damping == 0:
+    if is_python_value(damping) and damping == 0:
         return operator
     return lambda v: space.axpy(damping, v, operator(v))
 

@@ -6,7 +6,7 @@ from numbers import Integral, Real
 from typing import Any
 
 
-def is_python_number(value: Any) -> bool:
+def is_python_value(value: Any) -> bool:
     """Tell whether a value can be looked at: an array, which may be traced or on a device, can not."""
     return isinstance(value, str | bytes | bool | Real) or value is None
 
@@ -21,7 +21,7 @@ def check_real(
         ValueError: if it is out of range.
     """
     value = getattr(solver, option)
-    if not is_python_number(value) and hasattr(value, "dtype"):
+    if not is_python_value(value) and hasattr(value, "dtype"):
         return
     bound = f"> {above:g}" if above is not None else f">= {least:g}"
     bound += f" and < {below:g}" if below < float("inf") else ""

@@ -9,7 +9,7 @@ from bilevel.solvers.inner_run import Adjoint, Recording, Run, State, Tangent, a
 from bilevel.solvers.inner_steps import Adam, HeavyBall, InnerStep
 from bilevel.solvers.neumann import check_step_size, safe_step
 from bilevel.solvers.operators import norm
-from bilevel.solvers.options import check_choice, check_int, check_real, is_python_number
+from bilevel.solvers.options import check_choice, check_int, check_real, is_python_value
 
 GROWTH = 10.0  # of dF/dw backwards through the steps; momentum alone may let it grow a little
 MANY_STEPS = 100  # from which on their iterates, not one step's graph, are what fills the memory
@@ -110,7 +110,7 @@ class Unrolled:
         idle = ("momentum",) if self.optimizer == "adam" else ("beta1", "beta2", "eps")
         for option, default in ((field.name, field.default) for field in fields(self) if field.name in idle):
             value = getattr(self, option)
-            if is_python_number(value) and value != default:
+            if is_python_value(value) and value != default:
                 raise ValueError(f'Unrolled.{option}: optimizer="{self.optimizer}" has no {option}; leave it out.')
 
     def hypergradient(self, backend: Backend, problem: BilevelProblem, point: Point) -> Hypergradient:
