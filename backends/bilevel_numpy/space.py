@@ -46,9 +46,7 @@ class NumpySpace:
         return tree_map(lambda a: rng.standard_normal(np.shape(a)).astype(np.asarray(a).dtype), x)
 
     def max_abs(self, x: Any) -> Any:
-        with np.errstate(divide="ignore"):
-            parts = [np.max(np.abs(leaf), initial=0.0).astype(_accumulator(leaf, leaf)) for leaf in leaves(x)]
-        return np.max(parts)
+        return np.max([np.max(np.abs(leaf), initial=0.0).astype(_accumulator(leaf, leaf)) for leaf in leaves(x)])
 
     def isfinite(self, x: Any) -> Any:
         return np.bool_(all(np.isfinite(leaf).all() for leaf in leaves(x)))
