@@ -153,7 +153,9 @@ class IHVPSolver(Protocol):
     """Solves A v = b: an inverse-Hessian-vector product.
 
     A is symmetric and stays the same, unless the solver has an attribute ``nonsymmetric = True`` or
-    ``stochastic = True``: then it can be `NonSymmetric` or `Stochastic`, too.
+    ``stochastic = True``: then it can be `NonSymmetric` or `Stochastic`, too. It may have a method
+    ``prepare(operator, like, space)``, for `bl.prepare`. The rest of the library knows options by the names ``rtol``,
+    ``damping`` and ``maxiter``, and tells of a solve that falls short what the attribute ``remedy`` says.
     """
 
     def solve(self, operator: Operator, rhs: Tree, x0: Tree | None, space: VectorSpace) -> tuple[Tree, SolverInfo]:
