@@ -62,4 +62,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 clean:
 	rm -rf .venv $(PEERS) .cache .hypothesis .import_linter_cache .pytest_cache .ruff_cache build dist demo-output
-	find bilevel backends tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find bilevel backends tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
