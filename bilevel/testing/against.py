@@ -10,12 +10,12 @@ from bilevel.flat import to_host
 from bilevel.hypergradient import hypergradient
 from bilevel.protocols import Backend, BilevelProblem, Point, Solver
 from bilevel.results import Hypergradient, Status
-from bilevel.testing.diagnosis import paragraphs, relation, table
 from bilevel.testing.differences import directional_derivatives
 from bilevel.testing.exact import exact_hypergradient
 from bilevel.testing.host import HostProblem
 from bilevel.testing.probes import directions, index, leaf_slices
 from bilevel.testing.resolve import InnerSolver
+from bilevel.testing.words import paragraphs, relation, table
 
 ROWS = 20  # of leaves, at most; the worst first
 
