@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
-from bilevel.protocols import Backend, BilevelProblem, OuterDerivatives, Tree
+from bilevel.protocols import Backend, BilevelProblem, OuterDerivatives, Scalar, Tree
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,20 @@ def in_hparams(backend: Backend, inner: Any, params: Tree, hparams: Tree, args: 
     return backend.outer(problem, params, hparams, args).grad_hparams
 
 
-def inner_grad(backend: Backend, problem: BilevelProblem, params: Tree, hparams: Tree, args: tuple[Any, ...]) -> Tree:
-    """Return ∂L/∂w alone, or the residual of an equation, for who takes a step with it."""
+def inner_value_and_grad(
+    backend: Backend, problem: BilevelProblem, params: Tree, hparams: Tree, args: tuple[Any, ...]
+) -> tuple[Scalar | None, Tree]:
+    """Return L and ∂L/∂w; of an equation, None and its residual."""
     inner = getattr(problem, "inner", None)
     if inner is None:
-        return problem.derivatives(backend, params, hparams, args).grad
-    return in_params(backend, inner, params, hparams, args).grad_params
+        return None, problem.derivatives(backend, params, hparams, args).grad
+    value, grad, _ = in_params(backend, inner, params, hparams, args)
+    return value, grad
+
+
+def inner_grad(backend: Backend, problem: BilevelProblem, params: Tree, hparams: Tree, args: tuple[Any, ...]) -> Tree:
+    """Return ∂L/∂w alone, or the residual of an equation, for who takes a step with it."""
+    return inner_value_and_grad(backend, problem, params, hparams, args)[1]
 
 
 def _method(inner: Any, name: str) -> Any:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 
 from bilevel.diagnosis.sweep import Agreement, Sweep
-from bilevel.first_order import in_params, inner_grad
+from bilevel.first_order import inner_grad, inner_value_and_grad
 from bilevel.protocols import Backend, BilevelProblem, Point, Scalar, Tree
 from bilevel.solvers.operators import norm
 
@@ -177,16 +177,8 @@ def _claims(backend: Backend, solver: None, problem: BilevelProblem, point: Poin
 
 def _inner(backend: Backend, solver: None, problem: BilevelProblem, point: Point) -> _Inner:
     d, _, u = cast(_Directions, point.adjoint0)
-    value, grad = _value_and_grad(backend, problem, point)
+    value, grad = inner_value_and_grad(backend, problem, point.params, point.hparams, point.inner_args)
     return _Inner(value, grad, backend.space.dot(grad, d), backend.space.dot(grad, u))
-
-
-def _value_and_grad(backend: Backend, problem: BilevelProblem, point: Point) -> tuple[Scalar | None, Tree]:
-    """Return L and ∂L/∂w by first derivatives alone; of an equation None and its residual."""
-    inner: Any = getattr(problem, "inner", None)
-    if inner is None:
-        return None, inner_grad(backend, problem, point.params, point.hparams, point.inner_args)
-    return in_params(backend, inner, point.params, point.hparams, point.inner_args)[:2]
 
 
 def _outer(backend: Backend, solver: None, problem: BilevelProblem, point: Point) -> tuple[Scalar, Scalar, Scalar]:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from bilevel.diagnosis.agreement import DERIVATIVES
-from bilevel.first_order import in_params
+from bilevel.first_order import inner_value_and_grad
 from bilevel.flat import to_host
 from bilevel.hypergradient import linearize
 from bilevel.problem import Problem
@@ -124,13 +124,8 @@ def _unflatten(backend: Backend, point: Point) -> Point:
 
 def _inner(backend: Backend, solver: None, problem: BilevelProblem, point: Point) -> tuple[Any, Any]:
     point = _unflatten(backend, point)
-    inner = getattr(problem, "inner", None)
-    if inner is not None:
-        value, grad, _ = in_params(backend, inner, point.params, point.hparams, point.inner_args)
-    else:
-        grad = problem.derivatives(backend, point.params, point.hparams, point.inner_args).grad
-        value = backend.space.dot(grad, grad)
-    return value, backend.space.ravel(grad)
+    value, grad = inner_value_and_grad(backend, problem, point.params, point.hparams, point.inner_args)
+    return backend.space.dot(grad, grad) if value is None else value, backend.space.ravel(grad)
 
 
 def _outer(backend: Backend, solver: None, problem: BilevelProblem, point: Point) -> tuple[Any]:
