@@ -5,6 +5,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +16,7 @@ from bilevel.errors import SolverError, SolverWarning, suggest
 from bilevel.failure import OnFailure
 from bilevel.flat import to_host
 from bilevel.hypergradient import hypergradient
-from bilevel.protocols import Backend, BilevelProblem, Solver, Tree
+from bilevel.protocols import Backend, BilevelProblem, Point, Solver, Tree
 from bilevel.results import Hypergradient, Status
 from bilevel.validation import find_backend
 
@@ -65,14 +66,15 @@ def minimize(
         problem: as in `hypergradient`.
         hparams0: where to start: a tree of arrays of any backend, scaled so that a change by 1 is moderate.
         fit: ``fit(hparams, params0) -> params`` solves the inner problem from ``params0``; `bilevel.fit.scipy_fit`
-            makes one. What it leaves unsolved is noise to the search, which ends where steps drown in it.
+            makes one. What it leaves unsolved is noise to the search, which ends where steps drown in it. It may
+            train in place, be it ``params0`` or a model of its own: both are copied.
         params0: what the first fit starts from, if it needs that.
         inner_args: further arguments of L.
         outer_args: further arguments of F.
         solver: as in `hypergradient`.
         method: of `scipy.optimize.minimize`: L-BFGS-B; or, without bounds, CG or BFGS (which keeps a matrix).
         bounds: a pair (low, high) for all entries of λ, or SciPy's: a ``Bounds``, or a pair per entry.
-        maxiter: most iterations of the method.
+        maxiter: most iterations of the method, at least 1.
         callback: called after each iteration with an ``OptimizeResult`` (``x``, ``params``, ``fun``, ``jac``, ``nit``,
             ``nfev``); raise ``StopIteration`` to end the search.
         options: further options of the method.
@@ -95,6 +97,8 @@ def minimize(
     array([2., 2.])
     """
     method = _check_method(method, bounds)
+    if isinstance(maxiter, bool) or not isinstance(maxiter, Integral) or maxiter < 1:
+        raise ValueError(f"maxiter: expected an integer >= 1, got {maxiter!r}.")
     backend = find_backend(backend, hparams0, hparams0)
     x0 = to_host(backend, hparams0)
     box = _box(bounds, x0.size)
@@ -120,7 +124,8 @@ def minimize(
             callback=after_iteration,
             options={"maxiter": maxiter, **(options or {})},
         )
-    ended = {key: found[key] for key in ("nit", "success", "status", "message")}
+    # SciPy leaves nit and status out where the bounds leave nothing to search.
+    ended = {key: found.get(key, 0) for key in ("nit", "success", "status", "message")}
     return optimize.OptimizeResult(**search.accept(found.x), **ended, history=search.history)
 
 
@@ -172,7 +177,9 @@ class _Search:
         x = x.copy()  # SciPy may go on to write to its own, and torch would share the memory
         hparams = backend.space.unravel(backend.from_numpy(x), self.hparams0)
         solver, rtol = self._tightened()
-        params = self.fit(hparams, warm.hg.params if warm else self.params0)
+        params = self.fit(hparams, self.copied(warm.hg.params) if warm else self.params0)
+        if params is None:
+            raise ValueError("fit: expected the params that it found, got None. Does it return them?")
         try:
             with warnings.catch_warnings():
                 if any(evaluation.status != Status.CONVERGED for evaluation in self.history):
@@ -189,7 +196,11 @@ class _Search:
         blocked = ((x <= self.box.lb) & (grad > 0)) | ((x >= self.box.ub) & (grad < 0))
         grad_norm = float(np.linalg.norm(np.where(blocked, 0.0, grad)))
         self.history.append(Evaluation(value, grad_norm, rtol, hg.info.steps, hg.info.status))
-        return _Point(x, hparams, hg, value, grad)
+        return _Point(x, hparams, hg._replace(params=self.copied(hg.params)), value, grad)
+
+    def copied(self, params: Tree) -> Tree:
+        """Return params that no fit writes to, as one that trains in place would, and without a graph."""
+        return self.backend.execute(_copy, None, self.problem, Point(params, self.hparams0))
 
     def _tightened(self) -> tuple[Solver, float | None]:
         """Return the solver with the tolerance that the progress so far calls for, and that tolerance."""
@@ -199,6 +210,11 @@ class _Search:
         progress = min(min(norms) / (norms[0] or 1.0), TIGHTENING ** len(self.history))
         rtol = max(float(self.solver.rtol), LOOSEST_RTOL * progress)  # pyright: ignore[reportAttributeAccessIssue]
         return dataclasses.replace(self.solver, rtol=rtol), rtol  # pyright: ignore[reportReturnType]
+
+
+def _copy(backend: Backend, solver: None, problem: BilevelProblem, point: Point) -> Tree:
+    del solver, problem
+    return backend.space.scale(1.0, point.params)
 
 
 def _check_method(method: str, bounds: Any) -> str:
@@ -214,14 +230,19 @@ def _check_method(method: str, bounds: Any) -> str:
 def _box(bounds: Any, size: int) -> optimize.Bounds:
     if bounds is None:
         bounds = (-np.inf, np.inf)
-    if isinstance(bounds, optimize.Bounds):
-        low, high = bounds.lb, bounds.ub
-    elif len(bounds) == 2 and np.ndim(bounds[0]) == 0:
-        low, high = bounds
-    else:
-        low, high = zip(*bounds, strict=True)
-    low, high = (np.broadcast_to(np.asarray(bound, float), size) for bound in (low, high))
-    return optimize.Bounds(low, high)
+    try:
+        if isinstance(bounds, optimize.Bounds):
+            low, high = bounds.lb, bounds.ub
+        elif len(bounds) == 2 and np.ndim(bounds[0]) == 0:
+            low, high = bounds
+        else:
+            low, high = zip(*bounds, strict=True)
+        limits: Any = [np.broadcast_to(np.asarray(bound, float), size) for bound in (low, high)]
+    except (TypeError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"bounds: expected (low, high), scipy.optimize.Bounds or a pair for each of {size} entries, got {bounds!r}."
+        ) from error
+    return optimize.Bounds(*limits)
 
 
 @contextmanager

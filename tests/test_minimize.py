@@ -180,9 +180,62 @@ def test_fits_start_from_the_last_accepted_solution():
 
     case.minimize(fit=fit, callback=lambda result: solutions.append(result.params))
     assert starts[0] is case.params0
-    known = {id(solution) for solution in solutions}
-    assert all(id(start) in known for start in starts[3:])
-    assert any(start is solutions[-2] for start in starts)
+    known = [solution.tobytes() for solution in solutions[1:]]
+    assert all(start.tobytes() in known for start in starts[3:])
+    assert known[-2] in [start.tobytes() for start in starts]
+
+
+class TestFitsThatTrainInPlace:
+    """At every iteration, and at the end, params are those that hparams give."""
+
+    def search(self, fit, backend, **options):
+        case, seen = Case(backend), []
+        found = case.minimize(fit=fit, callback=seen.append, **options)
+        assert len(seen) > 3
+        for result in [*seen, found]:
+            params, hparams = map(backend.to_numpy, (result.params, result.x))
+            assert relative_error(params, case.params(hparams)) <= 1e-6
+        return found
+
+    @pytest.mark.parametrize("name", ["numpy", "torch"])  # JAX's arrays do not change
+    def test_params0_itself(self, name):
+        backend = framework(name)
+        fit = Case(backend).fit
+
+        def in_place(hparams, params0):
+            params0[:] = fit(hparams, params0)
+            return params0
+
+        self.search(in_place, backend)
+
+    def test_a_module_that_pytorch_trains(self):
+        torch = pytest.importorskip("torch")
+        backend = framework("torch")
+        weight, fit = torch.zeros(FEATURES, dtype=torch.float64, requires_grad=True), Case(backend).fit
+
+        def train(hparams, params0):
+            with torch.no_grad():
+                weight.copy_(fit(hparams, weight.detach()))
+            return weight
+
+        found = self.search(train, backend, params0=None)
+        assert not found.params.requires_grad
+        assert found.params is not weight
+
+
+def test_a_float32_fit_of_float64_data():
+    case = Case()
+    found = case.minimize(fit=lambda h, _: case.params(h).astype(np.float32))
+    assert found.params.dtype == np.float32
+    assert found.fun == pytest.approx(searched(case.backend).fun, rel=1e-4)
+
+
+@pytest.mark.parametrize("bounds", [(0.0, 0.0), [(0.0, 0.0)] * FEATURES], ids=["pair", "pairs"])
+def test_bounds_that_leave_nothing_to_search(bounds):
+    found = Case().minimize(bounds=bounds)
+    assert (found.nit, found.success, len(found.history)) == (0, True, 1)
+    np.testing.assert_array_equal(found.x, np.zeros(FEATURES))
+    assert found.fun == pytest.approx(Case().value(np.zeros(FEATURES)))
 
 
 def test_the_linear_solves_tighten_even_without_progress():
@@ -304,6 +357,22 @@ class TestMistakes:
     def test_bounds_with_a_method_that_takes_none(self):
         with pytest.raises(ValueError, match='bounds: BFGS takes none; use method="L-BFGS-B"'):
             Case().minimize(method="bfgs")
+
+    @pytest.mark.parametrize(
+        "bounds", [3.0, [], [(0, 1)] * 3, [0, 1, 2], {"low": 0, "high": 1}, (np.zeros(5), np.ones(5))], ids=str
+    )
+    def test_bounds_of_another_form(self, bounds):
+        with pytest.raises(ValueError, match=r"bounds: expected \(low, high\), .* each of 5 entries, got"):
+            Case().minimize(bounds=bounds)
+
+    @pytest.mark.parametrize("maxiter", [0, -1, 2.5, True, None, "5"])  # SciPy's L-BFGS-B takes 0 for 1
+    def test_maxiter_that_is_no_number_of_iterations(self, maxiter):
+        with pytest.raises(ValueError, match=r"maxiter: expected an integer >= 1, got"):
+            Case().minimize(maxiter=maxiter)
+
+    def test_a_fit_that_returns_nothing(self):
+        with pytest.raises(ValueError, match=r"fit: expected the params .* got None\. Does it return them"):
+            Case().minimize(fit=lambda hparams, params0: None)
 
     def test_an_unknown_solver(self):
         with pytest.raises(ValueError, match="Did you mean 'cg'"):
