@@ -109,7 +109,8 @@ def hypergradient_from(
     For those whose derivatives come from elsewhere (SciPy, scikit-learn, a paper's formulas).
 
     Args:
-        linearization: F, its gradients, and the two products, at one point.
+        linearization: F, its gradients, and the two products, at one point. Products are taken in the dtypes of
+            ``grad_params``.
         solver: a linear solver: any but ``unrolled``, which needs the problem itself.
         adjoint0: a warm start for v.
         backend: a name or object; None: by the type of the arrays.
@@ -134,7 +135,19 @@ def hypergradient_from(
     solver = get_solver(solver)
     if isinstance(solver, HypergradientMethod):
         raise TypeError(f"{type(solver).__name__} needs the problem itself: use bl.hypergradient.")
+    if not isinstance(linearization, Linearization):
+        fields = ", ".join(f"{field}=..." for field in Linearization._fields)
+        raise TypeError(
+            f"linearization: expected bl.Linearization({fields}), got an object of type {type(linearization).__name__}."
+        )
     _, rhs, direct, hvp, _ = linearization
+    if rhs is None:
+        raise ValueError("grad_params is None: it is ∂F/∂w, and only grad_hparams may be None.")
+    for name in ("hvp", "cross_vjp"):
+        if not callable(product := getattr(linearization, name)):
+            raise TypeError(
+                f"{name}: expected a function, such as lambda v: A @ v of a matrix A, got {type(product).__name__}."
+            )
     backend = find_backend(backend, rhs, direct, ("grad_params", "grad_hparams"))
     check_trees(
         backend, {"grad_params": rhs, "grad_hparams": direct, "adjoint0": adjoint0}, {"adjoint0": "grad_params"}
@@ -149,7 +162,7 @@ def hypergradient_from(
             found = product(v)
             while unchecked:
                 check_like(backend, unchecked.pop(), found, "grad_params", rhs)
-            return found
+            return backend.space.map(lambda _, entry: entry, rhs, found)
 
         return checked_hvp
 

@@ -87,6 +87,28 @@ def test_a_linearization_filled_by_hand_gives_the_same(backend):
     assert by_hand.params is None
 
 
+@pytest.mark.parametrize("by_hand", [False, True], ids=["problem", "by hand"])
+@pytest.mark.parametrize("solver", ["cg", "minres", "neumann", "gmres", "bicgstab", "nystrom", "exact", "identity"])
+def test_derivatives_have_the_dtype_of_what_they_are_taken_by(solver, by_hand):
+    """NumPy promotes where data are float64 and params float32; the adjoint must do as the next warm start."""
+    rng = np.random.default_rng(0)
+    X, y, w = rng.standard_normal((9, 3)), rng.standard_normal(9), rng.standard_normal(3)
+    problem, args = bl.problems.ridge(), {"inner_args": (X, y), "outer_args": (X, y)}
+
+    def hypergradient(w, adjoint0=None):
+        if not by_hand:
+            return bl.hypergradient(problem, w, np.zeros(3), **args, solver=solver, adjoint0=adjoint0)
+        residual = X.T @ (X @ w - y) / 9
+        hessian = X.T @ X / 9 + np.eye(3)
+        lin = bl.Linearization(0.0, residual.astype(w.dtype), None, lambda v: hessian @ v, lambda v: w * v)
+        return bl.hypergradient_from(lin, solver=solver, adjoint0=adjoint0)
+
+    expected, hg = hypergradient(w), hypergradient(w.astype(np.float32))
+    assert hg.adjoint.dtype == np.float32
+    assert relative_error(hg.grad, expected.grad) <= 1e-4
+    hypergradient(w.astype(np.float32), hg.adjoint)
+
+
 @pytest.mark.parametrize("name", ["torch", "jax"])
 def test_trees_of_params_and_hparams_are_nested_freely(name):
     backend = framework(name)

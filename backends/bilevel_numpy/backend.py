@@ -60,14 +60,11 @@ class NumpyBackend(Backend):
 
         def hvp(v: Any) -> Any:
             product = objective.hvp(params, hparams, v, *args)
-            check_like(self, "the inner hvp", product, "params", params)
-            return product
+            return self._like("the inner hvp", product, "params", params)
 
         def cross_vjp(v: Any) -> Any:
             product = objective.cross_vjp(params, hparams, v, *args)
-            if product is not None:
-                check_like(self, "the inner cross_vjp", product, "hparams", hparams)
-            return product
+            return None if product is None else self._like("the inner cross_vjp", product, "hparams", hparams)
 
         def cross_jvp(u: Any) -> Any:
             if not hasattr(objective, "cross_jvp"):
@@ -77,11 +74,9 @@ class NumpyBackend(Backend):
                     'for a vector like hparams (see bilevel.problems). mode="reverse" does without.'
                 )
             product = objective.cross_jvp(params, hparams, u, *args)
-            check_like(self, "the inner cross_jvp", product, "params", params)
-            return product
+            return self._like("the inner cross_jvp", product, "params", params)
 
-        grad = objective.grad(params, hparams, *args)
-        check_like(self, "the inner grad", grad, "params", params)
+        grad = self._like("the inner grad", objective.grad(params, hparams, *args), "params", params)
         return InnerDerivatives(grad, hvp, cross_vjp, cross_jvp)
 
     @override
@@ -115,10 +110,14 @@ class NumpyBackend(Backend):
         grads = objective.grad(params, hparams, *args)
         if not isinstance(grads, tuple) or len(grads) != 2:
             raise TypeError(f"the {role} grad: expected the pair (∂F/∂w, ∂F/∂λ), the second None for zero.")
-        check_like(self, f"the {role} grad[0]", grads[0], "params", params)
-        if grads[1] is not None:
-            check_like(self, f"the {role} grad[1]", grads[1], "hparams", hparams)
-        return OuterDerivatives(value[()], *grads)
+        in_params = self._like(f"the {role} grad[0]", grads[0], "params", params)
+        direct = None if grads[1] is None else self._like(f"the {role} grad[1]", grads[1], "hparams", hparams)
+        return OuterDerivatives(value[()], in_params, direct)
+
+    def _like(self, name: str, tree: Any, other: str, reference: Any) -> Any:
+        """Return a derivative in the dtypes of what it is taken by, as autodiff does: float64 data promote float32."""
+        check_like(self, name, tree, other, reference)
+        return tree_map(lambda leaf, like: np.asarray(leaf, like.dtype), tree, reference)
 
     @override
     def execute(
