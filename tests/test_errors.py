@@ -6,6 +6,7 @@ import warnings
 import numpy as np
 import pytest
 from frameworks import framework
+from scipy import sparse
 
 import bilevel as bl
 from bilevel import Status
@@ -212,6 +213,37 @@ class TestObjectives:
         data = {"inner_args": (np.eye(2), np.ones(2)), "outer_args": (np.eye(2), np.ones(2))}
         with pytest.raises(ValueError, match=r"log penalties of shape \(\) \(shared\), \(2,\) .*got \(3,\)"):
             bl.hypergradient(bl.problems.ridge(), np.ones(2), np.ones(3), **data)
+
+    def test_penalties_that_are_no_array(self):
+        data = {"inner_args": (np.eye(2), np.ones(2)), "outer_args": (np.eye(2), np.ones(2))}
+        with pytest.raises(TypeError, match="hparams: expected one array of log penalties, got dict"):
+            bl.hypergradient(bl.problems.ridge(), np.ones(2), {"a": np.ones(2)}, **data)
+
+    @pytest.mark.parametrize("problem", [bl.problems.ridge(), bl.problems.logistic_regression()], ids=["ridge", "log"])
+    @pytest.mark.parametrize("role", ["inner_args", "outer_args"])
+    @pytest.mark.parametrize("cut", [np.s_[:, None], np.s_[:1]], ids=["column", "one"])
+    def test_targets_that_would_broadcast(self, backend, problem, role, cut):
+        X, y, w, h = map(backend.from_numpy, (np.ones((4, 3)), np.ones(4), np.ones(3), np.ones(3)))
+        data = {"inner_args": (X, y), "outer_args": (X, y), role: (X, y[cut])}
+        with pytest.raises(ValueError, match=r"y: expected shape \(4,\), got \((4, 1|1,)\)"):
+            bl.hypergradient(problem, w, h, **data)
+
+    def test_a_linearization_that_is_none(self):
+        lin = bl.Linearization(0.0, np.ones(2), None, lambda v: v, lambda v: v)
+        for wrong in (tuple(lin), lin._asdict(), None, bl.problems.ridge()):
+            with pytest.raises(TypeError, match=r"expected bl\.Linearization\(value=\.\.\., .*, got an object"):
+                bl.hypergradient_from(wrong)
+
+    def test_a_linearization_without_right_hand_side(self):
+        lin = bl.Linearization(0.0, None, np.ones(2), lambda v: v, lambda v: v)
+        with pytest.raises(ValueError, match="grad_params is None: it is ∂F/∂w"):
+            bl.hypergradient_from(lin)
+
+    @pytest.mark.parametrize("name", ["hvp", "cross_vjp"])
+    def test_a_matrix_in_place_of_a_product(self, name):
+        lin = bl.Linearization(0.0, np.ones(2), None, lambda v: v, lambda v: v)
+        with pytest.raises(TypeError, match=rf"{name}: expected a function, such as lambda v: A @ v .* got csr_array"):
+            bl.hypergradient_from(lin._replace(**{name: sparse.csr_array(np.eye(2))}))
 
     def test_a_hand_made_product_of_the_wrong_shape(self):
         lin = bl.Linearization(0.0, np.ones(2), None, lambda v: np.outer(v, v), lambda v: v)

@@ -21,10 +21,10 @@ class _DataFit(Protocol):
 @dataclass(frozen=True)
 class _LeastSquares:
     def __call__(self, w: Any, X: Any, y: Any) -> Any:
-        return 0.5 * ((X @ w - y) ** 2).sum() / len(y)
+        return 0.5 * (_errors(X @ w, y) ** 2).sum() / len(y)
 
     def grad(self, w: Any, X: Any, y: Any) -> Any:
-        return X.T @ (X @ w - y) / len(y)
+        return X.T @ _errors(X @ w, y) / len(y)
 
     def hvp(self, w: Any, v: Any, X: Any, y: Any) -> Any:
         return X.T @ (X @ v) / len(y)
@@ -37,6 +37,7 @@ class _CrossEntropy:
 
     def grad(self, w: Any, X: Any, y: Any) -> Any:
         errors = _probabilities(X @ w)
+        _check_shape(y, errors.shape[:1])
         if w.ndim == 1:
             errors -= y > 0
         else:
@@ -82,6 +83,8 @@ class _Penalized:
 
     def spread(self, params: Any, hparams: Any) -> Any:
         """Return λ, or a vector like it, in a shape that broadcasts to that of params."""
+        if not hasattr(hparams, "ndim"):
+            raise TypeError(f"hparams: expected one array of log penalties, got {type(hparams).__name__}.")
         if self.groups is not None:
             hparams = hparams[np.asarray(self.groups)]
         if tuple(hparams.shape) != tuple(params.shape[: hparams.ndim]):
@@ -140,6 +143,7 @@ def _problem(fit: _DataFit, groups: Any) -> Problem:
 def cross_entropy(logits: Any, y: Any) -> Any:
     """Return the mean cross-entropy in any framework: of logits of shape (n, k), or (n,), and y as above."""
     xp = namespace(logits)
+    _check_shape(y, logits.shape[:1])
     if logits.ndim == 1:
         return xp.logaddexp(xp.zeros_like(logits), xp.where(y > 0, -logits, logits)).mean()
     top = xp.amax(logits, axis=1, keepdims=True)
@@ -153,3 +157,14 @@ def _probabilities(logits: Any) -> Any:
         return special.expit(logits)
     p = np.exp(logits - logits.max(1, keepdims=True))
     return p / p.sum(1, keepdims=True)
+
+
+def _errors(prediction: Any, y: Any) -> Any:
+    _check_shape(y, prediction.shape)
+    return prediction - y
+
+
+def _check_shape(y: Any, shape: Any) -> None:
+    """Raise a ValueError for targets that would broadcast, such as y[:, None] against (n,), to a wrong loss."""
+    if tuple(np.shape(y)) != tuple(shape):
+        raise ValueError(f"y: expected shape {tuple(shape)}, got {tuple(np.shape(y))}. The rows are those of X.")
