@@ -67,7 +67,7 @@ def get_solver(spec: Any, **overrides: Any) -> Solver:
     if isinstance(spec, type) or not isinstance(spec, IHVPSolver | HypergradientMethod):
         raise TypeError(
             "solver: expected a name, a mapping, a TOML file or an object with a method solve() or "
-            f"hypergradient(), got {spec!r}."
+            f"hypergradient(), got {spec!r}. A namespace or a dataclass becomes a mapping by vars()."
         )
     if overrides:
         if not dataclasses.is_dataclass(spec):
@@ -105,7 +105,7 @@ def _read_toml(path: Path) -> Mapping[str, Any]:
     with path.open("rb") as file:
         try:
             tables = tomllib.load(file)
-        except tomllib.TOMLDecodeError as error:
+        except ValueError as error:  # of its syntax, or of its encoding
             raise ValueError(f"{path}: this is no TOML: {error}.") from error
     table = tables.get("solver")
     if not isinstance(table, dict):

@@ -14,6 +14,7 @@ class SolverWarning(UserWarning):
 
 def suggest(name: str, known: Iterable[str]) -> str:
     """Return " Did you mean …?" and the list of what there is."""
-    known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return (f" Did you mean {close[0]!r}?" if close else "") + f" There is: {', '.join(known) or 'none'}."
+    names = {each.lower(): each for each in sorted(known)}
+    close = difflib.get_close_matches(str(name).lower(), names, n=1, cutoff=0.5)
+    listed = ", ".join(names.values()) or "none"
+    return (f" Did you mean {names[close[0]]!r}?" if close else "") + f" There is: {listed}."

@@ -2,6 +2,7 @@
 
 import re
 import sys
+from argparse import Namespace
 
 import pytest
 
@@ -14,6 +15,11 @@ class TestNames:
             ValueError, match=r"there is no 'neuman'\. Did you mean 'neumann'\? There is: bicgstab, cg, exact"
         ):
             bl.get_solver("neuman")
+
+    def test_a_class_s_name_suggests_that_of_the_solver(self):
+        for name in ("CG", "GMRES", "BiCGStab"):
+            with pytest.raises(ValueError, match=f"there is no '{name}'. Did you mean '{name.lower()}'"):
+                bl.get_solver(name)
 
     def test_an_unknown_option_suggests_the_nearest(self):
         with pytest.raises(
@@ -62,6 +68,12 @@ class TestNames:
         ("spec", "error", "message"),
         [
             ({"maxiter": 3}, ValueError, "has no name"),
+            ({"name": "cg", True: 3}, TypeError, "solver 'cg' has no option True"),  # YAML's key ``on``
+            (
+                Namespace(name="cg"),
+                TypeError,
+                r"got Namespace\(name='cg'\)\. A namespace .* vars\(\)",
+            ),
             (3, TypeError, "expected a name, a mapping, a TOML file or an object"),
             (bl.CG, TypeError, "expected a name, a mapping"),
             ({"name": "cg", "maxiter": -1}, ValueError, r"CG\.maxiter: expected an integer >= 0, got -1"),
@@ -141,9 +153,10 @@ class TestConfig:
             ValueError, match=r"\[preconditioner\] belongs to the solver: write \[solver\.preconditioner"
         ):
             bl.get_solver(file)
-        file.write_text("[solver\n")
-        with pytest.raises(ValueError, match=r"solver\.toml: this is no TOML"):
-            bl.get_solver(file)
+        for encoding in ("utf-8", "utf-8-sig", "utf-16"):  # the last two as Windows may save it
+            file.write_text("[solver\n", encoding)
+            with pytest.raises(ValueError, match=r"solver\.toml: this is no TOML"):
+                bl.get_solver(file)
 
     def test_a_preconditioner_within(self, tmp_path):
         file = tmp_path / "solver.toml"
