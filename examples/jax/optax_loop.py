@@ -87,7 +87,8 @@ def judge(params, validation, test):
 def main(argv=None):
     """Tune, print both results, and return them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", default=Path(__file__).parents[1] / "solver.toml", type=Path, help="has a [solver]")
+    config = Path(__file__).parents[1] / "solver.toml"
+    parser.add_argument("--config", metavar="FILE.toml", default=config, type=Path, help="a file with a table [solver]")
     parser.add_argument("--steps", default=60, type=int, help="outer steps")
     parser.add_argument("--seed", default=0, type=int)
     options = parser.parse_args(argv)

@@ -27,7 +27,7 @@ SOLVER = {"name": "cg", "damping": 0.1, "maxiter": 20, "rtol": 1e-2}
 class Classifier(L.LightningModule):
     """A small network, and the logarithm of a decay for each of its weights."""
 
-    def __init__(self, solver: Any = SOLVER, tune: bool = True, every: int = 3) -> None:
+    def __init__(self, solver: dict[str, Any] | str = SOLVER, tune: bool = True, every: int = 3) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.net = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10))

@@ -1,4 +1,4 @@
-"""A weight for every training example of a scikit-learn classifier, where a third of the labels are wrong.
+"""A weight for every training example of a scikit-learn classifier, where a quarter of the labels are wrong.
 
 scikit-learn trains, by ``fit(X, y, sample_weight=weights)``. Nothing differentiates that, so the derivatives of its
 objective are written out, and `bl.hypergradient_from` makes of them the gradient, by all the weights, of the loss on a
