@@ -1,8 +1,10 @@
 """What JAX users rely on: jit, vmap, one trace, registered pytrees, float32 by default."""
 
+import gc
 import os
 import subprocess
 import sys
+import weakref
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -12,9 +14,11 @@ from frameworks import relative_error
 
 import bilevel as bl
 from bilevel import Status
+from bilevel.protocols import Point
 
 jax = pytest.importorskip("jax")
 jnp = jax.numpy
+COMPILED = pytest.importorskip("bilevel_jax.backend").COMPILED
 equations = pytest.importorskip("bilevel_jax.sharding").equations
 
 
@@ -120,6 +124,22 @@ class TestTraces:
         first = len(traces)
         bl.hypergradient(bl.Problem(problem.inner, problem.outer), w, h, inner_args=train, outer_args=val)
         assert len(traces) == first
+
+    def test_programs_of_problems_made_anew_each_time_go_in_the_end(self):
+        """With what their losses close over: a loop may make one per batch."""
+        backend, (w, h, _, _) = bl.get_backend("jax"), case()
+
+        def evaluate(backend, solver, problem, point):  # compiles sooner than a hypergradient
+            return problem.inner(point.params, point.hparams)
+
+        losses = []
+        for _ in range(COMPILED + 20):
+            problem = bl.Problem(lambda w, h: jnp.sum(w * h), outer)
+            losses.append(weakref.ref(problem.inner))
+            backend.execute(evaluate, None, problem, Point(w, h))
+        del problem
+        gc.collect()
+        assert sum(loss() is not None for loss in losses) <= COMPILED
 
     def test_python_arguments_stay_what_they_are(self):
         w, h, _, _ = case()

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -25,6 +25,8 @@ try:
     from jax import enable_x64
 except ImportError:  # JAX before 0.8
     from jax.experimental import enable_x64  # pyright: ignore
+
+COMPILED = 128  # programs of eager calls that are kept, some megabytes each, with what their losses close over
 
 
 class JaxBackend(Backend):
@@ -148,11 +150,10 @@ class JaxBackend(Backend):
         """
         arrays: list[Any] = []
         try:
-            static = (function, self, problem, split_tree(point, arrays), split_solver(solver, arrays))
-            hash(static)
-        except TypeError:  # nothing that jit could compare by its value
+            call = _compiled(function, self, problem, split_tree(point, arrays), split_solver(solver, arrays))
+        except TypeError:  # nothing that could be compared by its value
             return function(self, solver, problem, point)
-        return _compiled(static, arrays)
+        return call(arrays)
 
     @override
     @contextmanager
@@ -175,12 +176,17 @@ def check_stateless(solver: Any) -> None:
         )
 
 
-@partial(jax.jit, static_argnums=0)
-def _compiled(static: Any, arrays: list[Any]) -> Any:
-    function, backend, problem, point, solver = static
-    supply = iter(arrays)
-    point = join_tree(point, supply)
-    return function(backend, join_solver(solver, supply), problem, point)
+@lru_cache(maxsize=COMPILED)
+def _compiled(function: Callable[..., Any], backend: JaxBackend, problem: Any, point: Any, solver: Any) -> Any:
+    """Return a ``jit`` of the arrays. What is static is none of its arguments: JAX would hold on to 4096 of them."""
+
+    @jax.jit
+    def call(arrays: list[Any]) -> Any:
+        supply = iter(arrays)
+        placed = join_tree(point, supply)
+        return function(backend, join_solver(solver, supply), problem, placed)
+
+    return call
 
 
 def cross_products(
