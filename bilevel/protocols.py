@@ -204,7 +204,7 @@ class Backend(Protocol):
 
     @abstractmethod
     def device(self, leaf: Any) -> str | None:
-        """Return where an array lives; ``None`` where the framework itself keeps arrays together."""
+        """Return where an array lives; ``None`` where the framework moves it to the others."""
         ...
 
     @abstractmethod

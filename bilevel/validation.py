@@ -6,8 +6,9 @@ from bilevel.config import get_backend, imported_backends
 from bilevel.protocols import Backend, NonSymmetric, Point, Stochastic, Tree
 
 TREES = (
-    "A tree is made of dicts, lists and tuples of arrays, as in dict(module.named_parameters()); a number becomes an "
-    "array by np.array, torch.tensor or jnp.asarray."
+    "A tree is made of dicts, lists and tuples of arrays; that of a module is dict(module.named_parameters()) in "
+    "torch, nnx.state(module, nnx.Param) in Flax, eqx.filter(module, eqx.is_inexact_array) in Equinox. A number "
+    "becomes an array by np.array, torch.tensor or jnp.asarray."
 )
 
 

@@ -140,6 +140,29 @@ def named_sharding(mesh, specs):
         assert hg.adjoint["w"].sharding.is_equivalent_to(placed[0]["w"].sharding, 1), hg.adjoint["w"].sharding
 
 
+def arrays_on_different_devices_are_refused_by_name():
+    first, second = (jax.device_put(W, device) for device in jax.devices()[:2])
+    words = ["hparams['decay'] is on cpu:1, but params['b'] on cpu:0: move them together"]
+    refuses(words, call, PROBLEM, "cg", first, jax.device_put(H, jax.devices()[1]), TRAIN, VAL)
+    everywhere = "cpu:0, cpu:1, cpu:2, cpu:3, cpu:4, cpu:5, cpu:6, cpu:7"
+    words = [f"hparams['decay'] is on {everywhere}, but params['b'] on cpu:1"]
+    refuses(words, call, PROBLEM, "cg", second, place(AUTO, SAME, H), TRAIN, VAL)
+    agree(call(PROBLEM, "cg", second, H, TRAIN, VAL).grad, call(PROBLEM, "cg", W, H, TRAIN, VAL).grad)
+
+
+def a_batch_over_devices_is_a_loop(solver):
+    """A hypergradient for each of some hyperparameters, on the device that has them."""
+    many = jax.tree.map(lambda a: jnp.stack([a + 0.1 * i for i in range(8)]), H)
+
+    def grad(h):
+        return call(PROBLEM, solver, W, h, TRAIN, VAL).grad
+
+    ours = jax.jit(jax.vmap(grad))(place(AUTO, DATA, many))
+    for i in (0, 7):
+        one, h = jax.tree.map(lambda a, i=i: a[i], (ours, many))
+        agree(one, grad(h))
+
+
 def an_implicit_minimizer_works_on_sharded_arrays():
     specs = ({"w": DATA, "b": SAME}, {"decay": DATA, "weight": DATA}, (DATA, DATA), (DATA, DATA))
     w, h, train, val = (place(AUTO, *pair) for pair in zip(specs, (W, H, TRAIN, VAL), strict=True))
@@ -175,6 +198,8 @@ CHECKS = {
     "params in pieces, explicit": partial(
         named_sharding, EXPLICIT, ({"w": DATA, "b": SAME}, {"decay": DATA, "weight": SAME}, SAME, SAME)
     ),
+    "different devices": arrays_on_different_devices_are_refused_by_name,
+    **{f"batch, {name}": partial(a_batch_over_devices_is_a_loop, SOLVERS[name]) for name in ("cg", "neumann")},
     "implicit minimizer": an_implicit_minimizer_works_on_sharded_arrays,
     "implicit minimizer in shard_map": an_implicit_minimizer_works_in_shard_map,
 }

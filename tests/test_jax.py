@@ -182,6 +182,22 @@ def test_registered_pytrees_are_trees():
     assert isinstance(hg.adjoint, Params)
 
 
+def test_a_module_with_more_than_arrays_names_the_way_to_its_arrays():
+    eqx = pytest.importorskip("equinox")
+    module = eqx.nn.MLP(4, 1, 8, 1, activation=jnp.tanh, key=jax.random.key(0))
+    text = r"params\.activation: expected an array of jax.* eqx\.filter\(module, eqx\.is_inexact_array\) in Equinox"
+    with pytest.raises(TypeError, match=text):
+        bl.hypergradient(PROBLEM, module, jnp.ones(()))
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_no_solver_promotes_ranks(solver):
+    """For those who set JAX_NUMPY_RANK_PROMOTION=raise."""
+    w, h, train, val = case()
+    with jax.numpy_rank_promotion("raise"):
+        bl.hypergradient(PROBLEM, w, h, inner_args=train, outer_args=val, solver=solver)
+
+
 def test_closed_over_hparams_are_refused_under_jit_too():
     w, h, train, val = case()
     problem = bl.Problem(lambda w, _, X, y: inner(w, h, X, y), outer)

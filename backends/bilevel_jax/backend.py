@@ -17,7 +17,7 @@ from bilevel.protocols import Backend, BilevelProblem, InnerDerivatives, OuterDe
 from bilevel.validation import check_dtypes, check_like, check_scalar, depends_on_nothing, leaf_names, role_of
 from bilevel_jax.dependence import depends, reaches, trace
 from bilevel_jax.gauss_newton import gauss_newton
-from bilevel_jax.sharding import check_alike, check_collectives
+from bilevel_jax.sharding import check_alike, check_collectives, devices_of
 from bilevel_jax.space import JaxSpace
 from bilevel_jax.static import join_solver, join_tree, split_solver, split_tree
 
@@ -55,7 +55,9 @@ class JaxBackend(Backend):
 
     @override
     def device(self, leaf: Any) -> str | None:
-        return None  # JAX itself refuses arrays on different devices, and knows of shardings
+        if isinstance(leaf, Tracer) or not leaf.committed:  # goes where others are
+            return None
+        return devices_of(leaf.sharding)
 
     @override
     def devices(self) -> list[str]:

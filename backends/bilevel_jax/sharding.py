@@ -1,6 +1,7 @@
 """Arrays that differ from device to device: what their types say, and where no derivative would be right."""
 
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -8,6 +9,12 @@ from jax import lax, typeof
 
 # With them in a loss, JAX without its types of varying values differentiates wrongly.
 COLLECTIVES = ("psum", "pmax", "pmin", "ppermute", "all_gather", "all_to_all", "reduce_scatter", "psum_scatter")
+
+
+@lru_cache(maxsize=128)
+def devices_of(sharding: Any) -> str:
+    """Return the names of the devices that an array is on."""
+    return ", ".join(f"{d.platform}:{d.id}" for d in sorted(sharding.device_set, key=lambda d: d.id))
 
 
 def explicitly_sharded(x: Any) -> bool:

@@ -122,8 +122,7 @@ class JaxSpace:
 
     def dense(self, operator: Callable, like: Any) -> jax.Array:
         flat, unravel = ravel_pytree(like)
-        units = jnp.eye(flat.size, dtype=flat.dtype) + jnp.zeros_like(flat)
-        rows = lax.map(lambda e: self.ravel(operator(unravel(e))), units)
+        rows = lax.map(lambda e: self.ravel(operator(unravel(e))), jnp.diag(jnp.ones_like(flat)))
         return rows.T
 
     def on_host(self, function: Callable, *arrays: Any) -> jax.Array:
