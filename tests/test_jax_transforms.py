@@ -143,6 +143,45 @@ def test_a_collective_over_an_axis_of_the_losses_own_is_fine():
     assert relative_error(ours, expected) <= 1e-10
 
 
+@pytest.mark.parametrize("solver", ["cg", "minres", "neumann", "gmres", "exact"])
+def test_a_derivative_of_a_hypergradient_names_the_way_to_it(solver):
+    w, h, data = case()
+
+    def total(h):
+        return jnp.sum(bl.hypergradient(PROBLEM, w, h, solver=solver, **data).grad)
+
+    def each(hs):
+        return jnp.sum(jax.vmap(total)(hs))
+
+    with pytest.raises(
+        NotImplementedError, match=r"bilevel_jax\.implicit_minimizer, which has derivatives of all orders"
+    ):
+        jax.jit(jax.grad(total))(h)
+    with pytest.raises(NotImplementedError, match="implicit_minimizer"):
+        jax.grad(each)(h[None])
+
+
+def test_the_value_has_a_derivative():
+    w, h, data = case()
+    grad = jax.grad(lambda w: bl.hypergradient(PROBLEM, w, h, **data).value)(w)
+    assert relative_error(grad, jax.grad(outer)(w, h, *data["outer_args"])) <= 1e-12
+
+
+def test_forward_mode_goes_through_a_solver():
+    """At params that stay: the loop of a solver has a forward mode in JAX."""
+    w, h, data = case()
+
+    def grad(h):
+        return bl.hypergradient(PROBLEM, w, h, solver=bl.CG(rtol=1e-13), **data).grad
+
+    def exact(h):
+        hessian = jax.hessian(inner)(w, h, *data["inner_args"])
+        v = jnp.linalg.solve(hessian, jax.grad(outer)(w, h, *data["outer_args"]))
+        return -jax.grad(lambda h: jnp.vdot(jax.grad(inner)(w, h, *data["inner_args"]), v))(h)
+
+    assert relative_error(jax.jacfwd(grad)(h), jax.jacfwd(exact)(h)) <= 1e-8
+
+
 @pytest.mark.parametrize("jit", [False, True])
 def test_a_solver_that_keeps_a_state_is_refused(jit):
     w, h, data = case()

@@ -11,6 +11,7 @@ import numpy as np
 from jax import lax
 from jax.flatten_util import ravel_pytree
 
+from bilevel_jax.forward_only import forward_only, refuse
 from bilevel_jax.sharding import equations, explicitly_sharded
 
 UNROLLED = 20  # steps: the terms that neumann takes by default; compiling takes longer with each
@@ -102,7 +103,7 @@ class JaxSpace:
             return carry[0] + 1, body(carry[1])
 
         with _in_loop():
-            return lax.while_loop(counted_live, counted_body, (0, state))[1]
+            return forward_only(lax.while_loop(counted_live, counted_body, (0, state))[1])
 
     def scan(self, body: Callable, state: Any, xs: Any, length: int, reverse: bool = False) -> tuple[Any, Any]:
         first = None if xs is None else jax.tree.map(lambda a: a[0], xs)
@@ -131,8 +132,13 @@ class JaxSpace:
         def call(*host: Any) -> np.ndarray:
             return function(*(np.asarray(a, np.float64) for a in host)).astype(like.dtype)
 
-        result = jax.ShapeDtypeStruct(like.shape, like.dtype)
-        return jnp.zeros_like(like) + jax.pure_callback(call, result, *arrays, vmap_method="sequential")
+        @jax.custom_jvp
+        def without_derivative(*arrays: Any) -> jax.Array:
+            result = jax.ShapeDtypeStruct(like.shape, like.dtype)
+            return jax.pure_callback(call, result, *arrays, vmap_method="sequential")
+
+        without_derivative.defjvp(refuse)
+        return jnp.zeros_like(like) + without_derivative(*arrays)
 
 
 _looping: ContextVar[bool] = ContextVar("whether the body of a loop is being traced", default=False)
