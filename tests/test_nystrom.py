@@ -58,6 +58,8 @@ def test_an_indefinite_hessian_is_said(backend, dtype):
     matrix, rhs = symmetric(np.append(LOW_RANK[:-1], -3)).astype(dtype), rhs_of(20, dtype=dtype)
     _, info = solve(backend, bl.Nystrom(rank=15, damping=0.1), matrix, rhs)
     assert info.status == Status.NEGATIVE_CURVATURE
+    _, info = solve(backend, bl.Nystrom(rank=15, damping=300.0), matrix, rhs)
+    assert info.status == Status.CONVERGED  # by its residual
 
 
 @pytest.mark.parametrize(

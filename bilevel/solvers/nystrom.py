@@ -15,8 +15,8 @@ class Nystrom:
     """v = (Ĥ + damping I)⁻¹ b with a Nyström approximation Ĥ of rank r (Hataya & Yamada, AISTATS 2023).
 
     For Hessians with few large eigenvalues. The error is that of the rest: ``damping`` must not be small against the
-    eigenvalues that the sketch leaves out. A residual above ``rtol`` gives ``MAXITER``, a sketch that met negative
-    curvature ``NEGATIVE_CURVATURE``: its directions count as zero. A warm start is not used.
+    eigenvalues that the sketch leaves out. A residual above ``rtol`` gives ``MAXITER``, or ``NEGATIVE_CURVATURE`` if
+    the sketch has met it: its directions count as zero. A warm start is not used.
 
     r + 1 products, the last for the true residual; with a ``sketch`` from `bl.prepare`, that one only.
 
@@ -67,11 +67,9 @@ class Nystrom:
             x = space.axpy(1.0 / self.damping, rest, x)
             rhs_norm, left = norm(b, space), norm(residual(A, b, x, space), space)
             steps = xp.full_like(rhs_norm, products, dtype=xp.int32)
-            status = xp.where(
-                left <= self.rtol * rhs_norm, int(Status.CONVERGED), xp.full_like(steps, int(Status.MAXITER))
-            )
             indefinite = known.smallest < -100 * space.eps(b)
-            status = xp.where(indefinite, int(Status.NEGATIVE_CURVATURE), status)
+            status = xp.where(indefinite, int(Status.NEGATIVE_CURVATURE), xp.full_like(steps, int(Status.MAXITER)))
+            status = xp.where(left <= self.rtol * rhs_norm, int(Status.CONVERGED), status)
             status = xp.where(xp.isfinite(left), status, int(Status.NON_FINITE))
             return x, SolverInfo(steps, left, rhs_norm, status)
 
