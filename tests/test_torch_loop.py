@@ -171,6 +171,30 @@ def test_it_matches_differences_on(name):
         assert p.requires_grad or not hg.adjoint[path].any(), path
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("solver", ["cg", "minres", "neumann", "gmres", "exact"])
+def test_on_cuda_it_is_that_of_the_cpu(solver):
+    """With what a solver remembers brought from one to the other."""
+    options = {"terms": 200} if solver == "neumann" else {}
+    memory, found = None, {}
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        net = NETS["mlp"]().double().to(device)
+        x, x_val = torch.randn(2, 12, 4, dtype=torch.float64).to(device)
+        y, y_val = torch.randint(3, (2, 12)).to(device)
+        decay = torch.tensor(-2.0, dtype=torch.float64, device=device, requires_grad=True)
+        warm = bl.WarmStart({"name": solver, "damping": DAMPING, **options})
+        if memory is not None:
+            warm.load_state_dict(memory)
+        for _ in range(2):
+            penalty = decay.exp() * sum((p**2).sum() for p in net.parameters())
+            inner, outer = F.cross_entropy(net(x), y) + penalty, F.cross_entropy(net(x_val), y_val)
+            hg = bilevel_torch.backward(inner, outer, net.parameters(), decay, solver=warm)
+        assert decay.grad.device.type == hg.adjoint[0].device.type == device
+        memory, found[device] = warm.state_dict(), decay.grad.cpu()
+    assert relative_error(found["cuda"], found["cpu"]) <= 1e-4
+
+
 class TestHyperparameters:
     """Everything that can be in the graph of a loss."""
 
