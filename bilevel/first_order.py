@@ -1,8 +1,7 @@
 """First derivatives of an inner objective, by what every backend does for an outer one."""
 
 from dataclasses import dataclass
-from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any
 
 from bilevel.protocols import Backend, BilevelProblem, OuterDerivatives, Scalar, Tree
 
@@ -12,7 +11,6 @@ class _AsOuter:
     """An inner objective in the place of an outer one."""
 
     inner: Any
-    role: ClassVar[str] = "inner"  # what errors call it
 
     def __call__(self, params: Tree, hparams: Tree, *args: Any) -> Any:
         return self.inner(params, hparams, *args)
@@ -29,7 +27,6 @@ class _AtHparams:
 
     inner: Any
     hparams: Tree
-    role: ClassVar[str] = "inner"
 
     def __call__(self, params: Tree, _: Tree, *args: Any) -> Any:
         return self.inner(params, self.hparams, *args)
@@ -45,14 +42,12 @@ def in_params(
 
     ``grad_hparams`` is the derivative in ``beside``: arrays that L should not use, and None if it does not.
     """
-    problem: Any = SimpleNamespace(outer=_AtHparams(inner, hparams))
-    return backend.outer(problem, params, beside, args)
+    return backend.outer(_AtHparams(inner, hparams), params, beside, args, role="inner")
 
 
 def in_hparams(backend: Backend, inner: Any, params: Tree, hparams: Tree, args: tuple[Any, ...]) -> Tree | None:
     """Return ∂L/∂λ; None if L does not depend on λ."""
-    problem: Any = SimpleNamespace(outer=_AsOuter(inner))
-    return backend.outer(problem, params, hparams, args).grad_hparams
+    return backend.outer(_AsOuter(inner), params, hparams, args, role="inner").grad_hparams
 
 
 def inner_value_and_grad(

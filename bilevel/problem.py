@@ -98,7 +98,7 @@ class Problem:
             return finite_differences(backend, self.inner, params, hparams, args)
         if isinstance(self.inner, ModelLoss) and self.curvature == "gauss-newton":
             return backend.gauss_newton(self.inner, params, hparams, args)
-        return backend.inner(self, params, hparams, args)
+        return backend.inner(self.inner, params, hparams, args)
 
 
 def check_functions(owner: Any, **returns: str) -> None:

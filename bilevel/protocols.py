@@ -13,7 +13,6 @@ from bilevel.vector_space import Operator, Scalar, Tree, VectorSpace
 
 if TYPE_CHECKING:
     from bilevel.model_loss import ModelLoss
-    from bilevel.problem import Problem
 
 
 class Linearization(NamedTuple):
@@ -228,13 +227,15 @@ class Backend(Protocol):
         ...
 
     @abstractmethod
-    def inner(self, problem: Problem, params: Tree, hparams: Tree, args: tuple[Any, ...]) -> InnerDerivatives:
-        """Differentiate the inner objective at a point."""
+    def inner(self, objective: Any, params: Tree, hparams: Tree, args: tuple[Any, ...]) -> InnerDerivatives:
+        """Differentiate an inner objective at a point."""
         ...
 
     @abstractmethod
-    def outer(self, problem: BilevelProblem, params: Tree, hparams: Tree, args: tuple[Any, ...]) -> OuterDerivatives:
-        """Differentiate the outer objective at a point; errors call it ``problem.outer.role`` where it has one."""
+    def outer(
+        self, objective: Any, params: Tree, hparams: Tree, args: tuple[Any, ...], role: str = "outer"
+    ) -> OuterDerivatives:
+        """Differentiate an outer objective at a point; ``role`` is what errors call it."""
         ...
 
     def gauss_newton(self, inner: ModelLoss, params: Tree, hparams: Tree, args: tuple[Any, ...]) -> InnerDerivatives:
@@ -263,7 +264,7 @@ class Backend(Protocol):
         outer_args: tuple[Any, ...] = (),
     ) -> Linearization:
         """Return the problem at a point, ready for a solver."""
-        outer = self.outer(problem, params, hparams, outer_args)
+        outer = self.outer(problem.outer, params, hparams, outer_args)
         inner = problem.derivatives(self, params, hparams, inner_args)
         return Linearization(*outer, hvp=inner.hvp, cross_vjp=inner.cross_vjp)
 

@@ -168,11 +168,6 @@ def leaf_names(backend: Backend, name: str, tree: Tree) -> str:
     return ", ".join(name + path for path, _ in backend.leaves(tree)) or name
 
 
-def role_of(objective: Any) -> str:
-    """Return what errors call an objective in the outer role: it may be an inner one there."""
-    return getattr(objective, "role", "outer")
-
-
 def depends_on_nothing(backend: Backend, role: str, params: Tree, hparams: Tree) -> str:
     """Return the beginning of an error about an objective that has no derivative at all."""
     in_params = leaf_names(backend, "params", params)

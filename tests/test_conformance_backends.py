@@ -158,8 +158,8 @@ class BackendFaults:
             return found._replace(hvp=lambda v: tree_map(np.ravel, found.hvp(v)))
 
     class differences(Backend):
-        def inner(self, problem, params, hparams, args):
-            found = super().inner(problem, params, hparams, args)
+        def inner(self, objective, params, hparams, args):
+            found = super().inner(objective, params, hparams, args)
             if isinstance(params, dict):  # right on vectors
                 return found._replace(cross_vjp=lambda v: NUMPY.space.scale(-1.0, found.cross_vjp(v)))
             return found
@@ -180,16 +180,16 @@ class BackendFaults:
             return InnerDerivatives(X.T @ (X @ params - y), lambda v: X.T @ (X @ v), lambda v: params * v)
 
     class none_without_direct_term(Backend):
-        def outer(self, problem, params, hparams, args):
-            found = super().outer(problem, params, hparams, args)
+        def outer(self, objective, params, hparams, args, role="outer"):
+            found = super().outer(objective, params, hparams, args, role)
             return found._replace(grad_hparams=0 * hparams) if found.grad_hparams is None else found
 
     class hparams_without_influence(none_without_direct_term):
         pass
 
     class none_without_cross_term(Backend):
-        def inner(self, problem, params, hparams, args):
-            found = super().inner(problem, params, hparams, args)
+        def inner(self, objective, params, hparams, args):
+            found = super().inner(objective, params, hparams, args)
 
             def cross_vjp(v):
                 product = found.cross_vjp(v)
@@ -203,12 +203,12 @@ class BackendFaults:
             return found._replace(hvp=lambda v: found.hvp(v) * (1 + 1e-9 * next(SEEDS)))
 
     class outer_not_scalar(Backend):
-        def outer(self, problem, params, hparams, args):
-            return super().outer(bl.Problem(problem.inner, Summed(problem.outer)), params, hparams, args)
+        def outer(self, objective, params, hparams, args, role="outer"):
+            return super().outer(Summed(objective), params, hparams, args, role)
 
     class inputs_untouched(Backend):
-        def inner(self, problem, params, hparams, args):
-            found = super().inner(problem, params, hparams, args)
+        def inner(self, objective, params, hparams, args):
+            found = super().inner(objective, params, hparams, args)
             params *= 1.5
             return found
 

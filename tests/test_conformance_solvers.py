@@ -255,7 +255,7 @@ class Method:
         )
         if fault == "takes the Hessian elsewhere":
             away = space.scale(0.0, point.params)
-            lin = lin._replace(hvp=backend.inner(problem, away, point.hparams, point.inner_args).hvp)
+            lin = lin._replace(hvp=backend.inner(problem.inner, away, point.hparams, point.inner_args).hvp)
         v, info = bl.Exact().solve(lin.hvp, lin.grad_params, None, space)
         if fault == "is quiet about nan":
             info = info._replace(status=space.xp.full_like(info.status, 0))

@@ -322,8 +322,8 @@ def test_differences_reject_a_wrong_backend(name, what):
             inner, factor = super().inner(*args), {"sign": -1.0, "twice": 2.0}.get(what, 1.0)
             return inner._replace(cross_vjp=lambda v: self.space.scale(factor, inner.cross_vjp(v)))
 
-        def outer(self, *args):
-            outer = super().outer(*args)
+        def outer(self, *args, **role):
+            outer = super().outer(*args, **role)
             return outer._replace(grad_hparams=None) if what == "direct dropped" else outer
 
     options = {"solver": SHARP, "reference": DIFFERENCES, **data}

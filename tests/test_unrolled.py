@@ -545,13 +545,13 @@ class TestCrossProducts:
 
 
 def _products(backend, solver, problem, point):
-    space, inner = backend.space, backend.inner(problem, point.params, point.hparams, point.inner_args)
+    space, inner = backend.space, backend.inner(problem.inner, point.params, point.hparams, point.inner_args)
     v, u = space.normal_like(point.params, 1), space.normal_like(point.hparams, 2)
     return space.dot(v, inner.cross_jvp(u)), space.dot(inner.cross_vjp(v), u)
 
 
 def _cross_jvp(backend, solver, problem, point):
-    return backend.inner(problem, point.params, point.hparams, ()).cross_jvp(point.adjoint0)
+    return backend.inner(problem.inner, point.params, point.hparams, ()).cross_jvp(point.adjoint0)
 
 
 def test_the_gradient_alone_is_that_of_the_derivatives(backend):
@@ -564,8 +564,8 @@ def test_the_gradient_alone_is_that_of_the_derivatives(backend):
 
 
 def _gradients(backend, solver, problem, point):
-    of = (problem, point.params, point.hparams, point.inner_args)
-    return inner_grad(backend, *of), backend.inner(*of).grad
+    at = (point.params, point.hparams, point.inner_args)
+    return inner_grad(backend, problem, *at), backend.inner(problem.inner, *at).grad
 
 
 SIZES = {"a": (4, 5), "b": (4,), "c": (3, 4)}

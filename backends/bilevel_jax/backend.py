@@ -12,9 +12,8 @@ from jax.core import Tracer
 from typing_extensions import override
 
 from bilevel.model_loss import ModelLoss
-from bilevel.problem import Problem
 from bilevel.protocols import Backend, BilevelProblem, InnerDerivatives, OuterDerivatives, Point, Solver
-from bilevel.validation import check_dtypes, check_like, check_scalar, depends_on_nothing, leaf_names, role_of
+from bilevel.validation import check_dtypes, check_like, check_scalar, depends_on_nothing, leaf_names
 from bilevel_jax.dependence import depends, reaches, trace
 from bilevel_jax.gauss_newton import gauss_newton
 from bilevel_jax.sharding import check_alike, check_collectives, devices_of
@@ -76,8 +75,8 @@ class JaxBackend(Backend):
         return np.asarray(array)
 
     @override
-    def inner(self, problem: Problem, params: Any, hparams: Any, args: tuple[Any, ...]) -> InnerDerivatives:
-        slope = self.inner_slope(problem.inner, params, hparams, args)
+    def inner(self, objective: Any, params: Any, hparams: Any, args: tuple[Any, ...]) -> InnerDerivatives:
+        slope = self.inner_slope(objective, params, hparams, args)
         # Linearized here, outside the solver's loop: its body must not trace the loss again.
         grad, hvp = jax.linearize(lambda w: slope(w, hparams), params)
         return InnerDerivatives(grad, hvp, *cross_products(slope, params, hparams))
@@ -121,11 +120,11 @@ class JaxBackend(Backend):
             )
 
     @override
-    def outer(self, problem: BilevelProblem, params: Any, hparams: Any, args: tuple[Any, ...]) -> OuterDerivatives:
-        role = role_of(problem.outer)
-
+    def outer(
+        self, objective: Any, params: Any, hparams: Any, args: tuple[Any, ...], role: str = "outer"
+    ) -> OuterDerivatives:
         def loss(w: Any, h: Any) -> Any:
-            return _scalar(role, problem.outer(w, h, *args), w, h)
+            return _scalar(role, objective(w, h, *args), w, h)
 
         jaxpr = trace(lambda h: loss(params, h), hparams)
         check_collectives(role, jaxpr)
@@ -148,7 +147,7 @@ class JaxBackend(Backend):
     def compiled(self, function: Callable[..., Any], solver: Any, problem: Any, point: Any) -> Any:
         """Do the same through a ``jit`` that is cached by everything but the arrays, where that can be compared.
 
-        ``point`` is any tree; nothing else may hold a tracer.
+        ``problem`` is anything that the function takes, ``point`` any tree; nothing else may hold a tracer.
         """
         arrays: list[Any] = []
         try:

@@ -14,7 +14,6 @@ from jax.custom_derivatives import SymbolicZero
 from jax.dtypes import float0
 
 from bilevel.failure import UNKNOWN, OnFailure, report
-from bilevel.problem import Problem
 from bilevel.protocols import IHVPSolver, Point
 from bilevel.results import SolverInfo, Status
 from bilevel.validation import check_scalar, leaf_names
@@ -43,12 +42,12 @@ def attach_derivative(
     is_array = [isinstance(leaf, jax.Array) for leaf in leaves]
     others = [None if array else leaf for array, leaf in zip(is_array, leaves, strict=True)]
 
-    def call(function: Callable[..., Any], solver: Any, problem: Problem, point: Point) -> Any:
+    def call(function: Callable[..., Any], solver: Any, inner: Any, point: Point) -> Any:
         if captured:  # made anew each time: nothing to cache
-            return function(backend, solver, problem, point)
-        return backend.compiled(function, solver, problem, point)
+            return function(backend, solver, inner, point)
+        return backend.compiled(function, solver, inner, point)
 
-    call(_check, None, Problem(loss, loss), Point(params, hparams, (args, captured)))
+    call(_check, None, loss, Point(params, hparams, (args, captured)))
 
     @jax.custom_jvp
     def attach(params: Any, arrays: list[Any]) -> Any:
@@ -70,7 +69,7 @@ def attach_derivative(
         solver = make_solver(jax.tree.unflatten(structure, leaves)[-1])
 
         def product(function: Callable[..., Any], vector: Any) -> Any:
-            return call(function, solver, Problem(moving, moving), here._replace(adjoint0=vector))
+            return call(function, solver, moving, here._replace(adjoint0=vector))
 
         def solve(_: Any, rhs: Any) -> Any:
             x, info = product(_solve, rhs)
@@ -162,9 +161,9 @@ def _uncover_options(solver: IHVPSolver) -> tuple[Callable[[list[Any]], IHVPSolv
     return lambda options: join_solver(static, iter(options)), options
 
 
-def _check(backend: JaxBackend, solver: None, problem: Problem, point: Point) -> None:
+def _check(backend: JaxBackend, solver: None, inner: Any, point: Point) -> None:
     params, hparams = point.params, point.hparams
-    slope = backend.inner_slope(problem.inner, params, hparams, point.inner_args)
+    slope = backend.inner_slope(inner, params, hparams, point.inner_args)
     if not depends(lambda h: slope(params, h), hparams):
         raise ValueError(
             f"∂inner/∂params does not depend on {leaf_names(backend, 'hparams', hparams)}, so that these have no "
@@ -172,18 +171,18 @@ def _check(backend: JaxBackend, solver: None, problem: Problem, point: Point) ->
         )
 
 
-def _solve(backend: JaxBackend, solver: IHVPSolver, problem: Problem, point: Point) -> tuple[Any, SolverInfo]:
-    hvp = backend.inner(problem, point.params, point.hparams, point.inner_args).hvp
+def _solve(backend: JaxBackend, solver: IHVPSolver, inner: Any, point: Point) -> tuple[Any, SolverInfo]:
+    hvp = backend.inner(inner, point.params, point.hparams, point.inner_args).hvp
     return solver.solve(hvp, point.adjoint0, None, backend.space)
 
 
-def _hvp(backend: JaxBackend, solver: IHVPSolver, problem: Problem, point: Point) -> Any:
-    slope = backend.inner_slope(problem.inner, point.params, point.hparams, point.inner_args)
+def _hvp(backend: JaxBackend, solver: IHVPSolver, inner: Any, point: Point) -> Any:
+    slope = backend.inner_slope(inner, point.params, point.hparams, point.inner_args)
     return jax.jvp(lambda w: slope(w, point.hparams), (point.params,), (point.adjoint0,))[1]
 
 
-def _minus_cross_jvp(backend: JaxBackend, solver: IHVPSolver, problem: Problem, point: Point) -> Any:
-    slope = backend.inner_slope(problem.inner, point.params, point.hparams, point.inner_args)
+def _minus_cross_jvp(backend: JaxBackend, solver: IHVPSolver, inner: Any, point: Point) -> Any:
+    slope = backend.inner_slope(inner, point.params, point.hparams, point.inner_args)
     _, cross_jvp = cross_products(slope, point.params, point.hparams)
     return backend.space.scale(-1.0, cross_jvp(point.adjoint0))
 

@@ -7,10 +7,9 @@ from typing import Any
 import numpy as np
 from typing_extensions import override
 
-from bilevel.problem import Problem
 from bilevel.protocols import Backend, BilevelProblem, InnerDerivatives, OuterDerivatives, Point, Solver
 from bilevel.tree import leaves_with_paths, tree_map
-from bilevel.validation import check_dtypes, check_like, check_scalar, role_of
+from bilevel.validation import check_dtypes, check_like, check_scalar
 from bilevel_numpy.space import NumpySpace
 
 
@@ -53,8 +52,7 @@ class NumpyBackend(Backend):
         return np.asarray(array)
 
     @override
-    def inner(self, problem: Problem, params: Any, hparams: Any, args: tuple[Any, ...]) -> InnerDerivatives:
-        objective: Any = problem.inner
+    def inner(self, objective: Any, params: Any, hparams: Any, args: tuple[Any, ...]) -> InnerDerivatives:
         for method in ("grad", "hvp", "cross_vjp"):
             _require(objective, "the inner objective", method)
 
@@ -101,9 +99,9 @@ class NumpyBackend(Backend):
         return InnerDerivatives(value, vjp_params, vjp_hparams)
 
     @override
-    def outer(self, problem: BilevelProblem, params: Any, hparams: Any, args: tuple[Any, ...]) -> OuterDerivatives:
-        objective: Any = problem.outer
-        role = role_of(objective)
+    def outer(
+        self, objective: Any, params: Any, hparams: Any, args: tuple[Any, ...], role: str = "outer"
+    ) -> OuterDerivatives:
         _require(objective, f"the {role} objective", "grad")
         value = np.asarray(objective(params, hparams, *args))
         check_scalar(role, value)

@@ -9,10 +9,9 @@ import torch
 from typing_extensions import override
 
 from bilevel.model_loss import ModelLoss
-from bilevel.problem import Problem
 from bilevel.protocols import Backend, BilevelProblem, InnerDerivatives, OuterDerivatives, Point, Solver
 from bilevel.tree import leaves, leaves_with_paths
-from bilevel.validation import check_dtypes, check_like, depends_on_nothing, leaf_names, role_of
+from bilevel.validation import check_dtypes, check_like, depends_on_nothing, leaf_names
 from bilevel_torch.aside import aside
 from bilevel_torch.autograd import check_recorded, evaluate, fill, grad, own_arithmetic, reaches, scalar, variables
 from bilevel_torch.gauss_newton import gauss_newton
@@ -67,9 +66,9 @@ class TorchBackend(Backend):
         return (array.float() if array.dtype == torch.bfloat16 else array).numpy()
 
     @override
-    def inner(self, problem: Problem, params: Any, hparams: Any, args: tuple[Any, ...]) -> InnerDerivatives:
+    def inner(self, objective: Any, params: Any, hparams: Any, args: tuple[Any, ...]) -> InnerDerivatives:
         params, hparams = variables(params, hparams)
-        return self.inner_of(evaluate(problem.inner, params, hparams, *args), params, hparams)
+        return self.inner_of(evaluate(objective, params, hparams, *args), params, hparams)
 
     def inner_of(self, value: Any, params: Any, hparams: Any, role: str = "inner") -> InnerDerivatives:
         """Differentiate an inner objective that has been evaluated at params and hparams, its variables."""
@@ -106,10 +105,11 @@ class TorchBackend(Backend):
             )
 
     @override
-    def outer(self, problem: BilevelProblem, params: Any, hparams: Any, args: tuple[Any, ...]) -> OuterDerivatives:
+    def outer(
+        self, objective: Any, params: Any, hparams: Any, args: tuple[Any, ...], role: str = "outer"
+    ) -> OuterDerivatives:
         params, hparams = variables(params, hparams)
-        value = evaluate(problem.outer, params, hparams, *args)
-        return self.outer_of(value, params, hparams, role_of(problem.outer))
+        return self.outer_of(evaluate(objective, params, hparams, *args), params, hparams, role)
 
     def outer_of(
         self, value: Any, params: Any, hparams: Any, role: str, retain_graph: bool = False

@@ -162,7 +162,7 @@ def _directions(backend: Backend, solver: None, problem: BilevelProblem, point: 
 
 def _gradients(backend: Backend, solver: None, problem: BilevelProblem, point: Point) -> list[Tree]:
     """Return ∂L/∂w, ∂F/∂w and ∂F/∂λ."""
-    _, in_w, in_lam = backend.outer(problem, point.params, point.hparams, point.outer_args)
+    _, in_w, in_lam = backend.outer(problem.outer, point.params, point.hparams, point.outer_args)
     zeros = backend.space.zeros_like(point.hparams)
     grad = inner_grad(backend, problem, point.params, point.hparams, point.inner_args)
     return [grad, in_w, zeros if in_lam is None else in_lam]
@@ -183,7 +183,7 @@ def _inner(backend: Backend, solver: None, problem: BilevelProblem, point: Point
 
 def _outer(backend: Backend, solver: None, problem: BilevelProblem, point: Point) -> tuple[Scalar, Scalar, Scalar]:
     d, e, _ = cast(_Directions, point.adjoint0)
-    value, in_w, in_lam = backend.outer(problem, point.params, point.hparams, point.outer_args)
+    value, in_w, in_lam = backend.outer(problem.outer, point.params, point.hparams, point.outer_args)
     return value, backend.space.dot(in_w, d), _dot_or_zero(backend, in_lam, e)
 
 

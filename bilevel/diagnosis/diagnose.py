@@ -154,7 +154,7 @@ def _look(backend: Backend, solver: None, problem: BilevelProblem, point: Point)
 def _look_again(backend: Backend, solver: Any, problem: BilevelProblem, point: Point) -> tuple[Scalar, ...]:
     """Return F, its change, both residuals, and the changes within this linearization and since the first look."""
     space, (v, first) = backend.space, cast("tuple[Tree, Any]", point.adjoint0)
-    value, rhs, _ = backend.outer(problem, point.params, point.hparams, point.outer_args)
+    value, rhs, _ = backend.outer(problem.outer, point.params, point.hparams, point.outer_args)
     grad, hvp, cross_vjp, *_ = problem.derivatives(backend, point.params, point.hparams, point.inner_args)
     u, _ = _directions(point.params, space)
     Hu = hvp(u)

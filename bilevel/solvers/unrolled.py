@@ -142,14 +142,14 @@ class Unrolled:
         checkpoint = count >= MANY_STEPS if isinstance(self.checkpoint, str) else self.checkpoint
         recording = Recording(run, start, count, checkpoint, keep=self.checkpoint is False)
         params = recording.end.params
-        value, grad_params, direct = run.backend.outer(run.problem, params, run.hparams, point.outer_args)
+        value, grad_params, direct = run.backend.outer(run.problem.outer, params, run.hparams, point.outer_args)
         a = recording.back(run.adjoint(grad_params, space.zeros_like(run.hparams) if influences else None))
         return Hypergradient(_sum(a.cross, direct, space), value, a.total, params, self._info(a, grad_params, space))
 
     def _forward(self, run: Run, start: State, count: int, point: Point, influences: bool) -> Hypergradient:
         space = run.backend.space
         end, tangents = push(run, start, count) if influences else (run.advance(start, count), None)
-        value, grad_params, direct = run.backend.outer(run.problem, end.params, run.hparams, point.outer_args)
+        value, grad_params, direct = run.backend.outer(run.problem.outer, end.params, run.hparams, point.outer_args)
 
         def add(grad: Tree, z: Tangent) -> tuple[Tree, None]:
             return space.axpy(space.dot(grad_params, z.params), z.hparams, grad), None

@@ -198,4 +198,4 @@ def _inner_grad(backend: Backend, solver: None, problem: BilevelProblem, point: 
 
 
 def _direct(backend: Backend, solver: None, problem: BilevelProblem, point: Point) -> Any:
-    return backend.outer(problem, point.params, point.hparams, point.outer_args).grad_hparams
+    return backend.outer(problem.outer, point.params, point.hparams, point.outer_args).grad_hparams

@@ -136,6 +136,6 @@ def finite_difference_hypergradient(
     slopes = directional_derivatives(solver, np.eye(size))
     grad, noise = (np.array(column) for column in zip(*slopes, strict=True))
     solved = host.at(w, host.lam)
-    value = backend.outer(problem, solved.params, solved.hparams, point.outer_args).value
+    value = backend.outer(problem.outer, solved.params, solved.hparams, point.outer_args).value
     info = SolverInfo(size, float(np.linalg.norm(noise)), float(np.linalg.norm(grad)), Status.CONVERGED)
     return Hypergradient(from_host(backend, grad, hparams), value, None, solved.params, info)

@@ -130,7 +130,7 @@ def _inner(backend: Backend, solver: None, problem: BilevelProblem, point: Point
 
 def _outer(backend: Backend, solver: None, problem: BilevelProblem, point: Point) -> tuple[Any]:
     point = _unflatten(backend, point)
-    return (backend.outer(problem, point.params, point.hparams, point.outer_args).value,)
+    return (backend.outer(problem.outer, point.params, point.hparams, point.outer_args).value,)
 
 
 def _hessian(backend: Backend, solver: None, problem: BilevelProblem, point: Point) -> tuple[Any]:

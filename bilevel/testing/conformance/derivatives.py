@@ -195,7 +195,7 @@ LAWS: list[Law] = [
 def _derive(backend: Any, solver: None, problem: Problem, point: Point) -> dict[str, Any]:
     v, u = point.adjoint0  # pyright: ignore[reportGeneralTypeIssues]
     lin = linearize(backend, problem, point)
-    inner = backend.inner(problem, point.params, point.hparams, point.inner_args)
+    inner = backend.inner(problem.inner, point.params, point.hparams, point.inner_args)
     derived = {
         "value": lin.value,
         "grad_params": lin.grad_params,
@@ -214,8 +214,8 @@ def _products(backend: Any, solver: None, problem: Problem, point: Point) -> lis
 
 
 def _derive_trees(backend: Any, solver: None, problem: Problem, point: Point) -> list[Any]:
-    inner = backend.inner(problem, point.params, point.hparams, point.inner_args)
-    outer = backend.outer(problem, point.params, point.hparams, point.outer_args)
+    inner = backend.inner(problem.inner, point.params, point.hparams, point.inner_args)
+    outer = backend.outer(problem.outer, point.params, point.hparams, point.outer_args)
     return [inner.grad, outer.grad_params, inner.hvp(point.adjoint0), inner.cross_vjp(point.adjoint0)]
 
 

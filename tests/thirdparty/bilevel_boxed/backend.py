@@ -55,8 +55,8 @@ class BoxedBackend(Backend):
         return array.data
 
     @override
-    def inner(self, problem: Any, params: Any, hparams: Any, args: Any) -> InnerDerivatives:
-        grad = problem.inner.grad
+    def inner(self, objective: Any, params: Any, hparams: Any, args: Any) -> InnerDerivatives:
+        grad = objective.grad
         # A nan in λ reaches ∂L/∂w wherever λ does, also where it is multiplied by zero.
         poisoned = grad(params, self.space.scale(float("nan"), hparams), *args)
         influences = not self.space.isfinite(poisoned)
@@ -83,10 +83,10 @@ class BoxedBackend(Backend):
         return tree_map(lambda a, like: cast(np.imag(a) * (size / STEP), like.dtype), slope, function(x))
 
     @override
-    def outer(self, problem: Any, params: Any, hparams: Any, args: Any) -> OuterDerivatives:
-        value = problem.outer(params, hparams, *args)
-        check_scalar("outer", value)
-        return OuterDerivatives(value, *problem.outer.grad(params, hparams, *args))
+    def outer(self, objective: Any, params: Any, hparams: Any, args: Any, role: str = "outer") -> OuterDerivatives:
+        value = objective(params, hparams, *args)
+        check_scalar(role, value)
+        return OuterDerivatives(value, *objective.grad(params, hparams, *args))
 
     @override
     def execute(self, function: Any, solver: Any, problem: Any, point: Any) -> Any:
