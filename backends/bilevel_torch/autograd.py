@@ -84,7 +84,7 @@ def grad(
     if not places or not any(output.requires_grad for output in outputs):
         return grads
     wanted = [inputs[i] for i in places]
-    again = functions_recorded(outputs) if options.get("create_graph") else nullcontext()
+    again = functions_recorded(nodes_of(outputs)) if options.get("create_graph") else nullcontext()
     try:
         with _hooks_aside(wanted), buffers_aside(), again:
             found = torch.autograd.grad(outputs, wanted, grad_outputs, allow_unused=True, **options)
@@ -162,8 +162,11 @@ def reaches(outputs: Iterable[torch.Tensor], inputs: Iterable[torch.Tensor]) -> 
     return any(node in goals for node in nodes_of(outputs))
 
 
-def check_recorded(role: str, loss: torch.Tensor, params: Any) -> None:
-    """Raise where part of the way from params to a loss is not recorded: a derivative would be wrong in silence.
+LEAF = "torch::autograd::AccumulateGrad"
+
+
+def check_recorded(role: str, nodes: Iterable[Any], params: Any) -> None:
+    """Raise where part of the way from params to a loss is not in its graph: a derivative would be wrong in silence.
 
     Raises:
         RuntimeError: for a reentrant checkpoint.
@@ -173,14 +176,17 @@ def check_recorded(role: str, loss: torch.Tensor, params: Any) -> None:
     # A view that the graph goes through shares memory with its base as well, but is a part of it and no copy.
     named = leaves_with_paths(params, "params")
     handed = {t.data_ptr(): (path, t) for path, t in named if t.is_leaf and t.numel()}
-    for node in nodes_of([loss]):
-        if node.name() == "CheckpointFunctionBackward":
+    for node in nodes:
+        name = node.name()
+        if name == "CheckpointFunctionBackward":
             raise RuntimeError(
                 f"{role} hides parameters from autograd.grad by a reentrant checkpoint, so that their derivatives "
                 f"would be silent zeros. {WAYS_OUT['use_reentrant=True',]}"
             )
-        own = getattr(node, "variable", None)
-        path, copy = handed.get(own.data_ptr(), ("", own)) if own is not None and own.numel() else ("", own)
+        if name != LEAF:
+            continue
+        own = node.variable
+        path, copy = handed.get(own.data_ptr(), ("", own)) if own.numel() else ("", own)
         if copy is not own:
             raise ValueError(
                 f"{role} was computed with another tensor than {path}, which is a copy of it: a module runs with the "

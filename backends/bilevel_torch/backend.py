@@ -15,7 +15,7 @@ from bilevel.validation import check_dtypes, check_like, depends_on_nothing, lea
 from bilevel_torch.aside import aside
 from bilevel_torch.autograd import check_recorded, evaluate, fill, grad, own_arithmetic, reaches, scalar, variables
 from bilevel_torch.gauss_newton import gauss_newton
-from bilevel_torch.graph import weight_norm_right
+from bilevel_torch.graph import nodes_of, weight_norm_right
 from bilevel_torch.space import TorchSpace
 
 
@@ -72,8 +72,9 @@ class TorchBackend(Backend):
 
     def inner_of(self, value: Any, params: Any, hparams: Any, role: str = "inner") -> InnerDerivatives:
         """Differentiate an inner objective that has been evaluated at params and hparams, its variables."""
-        check_recorded(role, scalar(role, value), params)
-        with weight_norm_right(value):
+        nodes = list(nodes_of([scalar(role, value)]))
+        check_recorded(role, nodes, params)
+        with weight_norm_right(nodes):
             grads = grad([value], leaves(params), None, create_graph=True)
         self._check_influence(role, any(g is not None for g in grads), params)
         return _products(grads, params, hparams)
@@ -116,7 +117,7 @@ class TorchBackend(Backend):
     ) -> OuterDerivatives:
         """Differentiate an objective in the outer role that has been evaluated at params and hparams."""
         weights, hypers = leaves(params), leaves(hparams)
-        check_recorded(role, scalar(role, value), params)
+        check_recorded(role, nodes_of([scalar(role, value)]), params)
         grads = grad([value], [*weights, *hypers], None, retain_graph=retain_graph)
         if all(g is None for g in grads):
             raise ValueError(

@@ -19,13 +19,14 @@ def nodes_of(outputs: Iterable[torch.Tensor]) -> Iterator[Any]:
     while todo:
         node = todo.pop()
         yield node
-        fresh = {child for child, _ in node.next_functions if child is not None} - seen
-        seen |= fresh
-        todo.extend(fresh)
+        for child, _ in node.next_functions:
+            if child is not None and child not in seen:
+                seen.add(child)
+                todo.append(child)
 
 
 @contextmanager
-def functions_recorded(outputs: Iterable[torch.Tensor]) -> Iterator[None]:
+def functions_recorded(nodes: Iterable[Any]) -> Iterator[None]:
     """Raise a RuntimeError if a gradient taken meanwhile passes an autograd.Function that hides what it depends on.
 
     PyTorch's own error about `once_differentiable` stands where no way leads on to a parameter: beside a penalty,
@@ -49,7 +50,7 @@ def functions_recorded(outputs: Iterable[torch.Tensor]) -> Iterator[None]:
 
         return node.register_hook(look)
 
-    with _hooked(outputs, watch):
+    with _hooked(nodes, watch):
         yield
     if hiding:
         raise RuntimeError(
@@ -60,7 +61,7 @@ def functions_recorded(outputs: Iterable[torch.Tensor]) -> Iterator[None]:
 
 
 @contextmanager
-def weight_norm_right(loss: torch.Tensor) -> Iterator[None]:
+def weight_norm_right(nodes: Iterable[Any]) -> Iterator[None]:
     """Raise a RuntimeError if a gradient taken meanwhile passes a weight_norm whose second derivative is wrong."""
     passed: list[bool] = []
 
@@ -69,7 +70,7 @@ def weight_norm_right(loss: torch.Tensor) -> Iterator[None]:
             return None
         return node.register_hook(lambda *_: passed.append(True))
 
-    with _hooked([loss], watch):
+    with _hooked(nodes, watch):
         yield
     if passed:
         raise RuntimeError(
@@ -79,8 +80,8 @@ def weight_norm_right(loss: torch.Tensor) -> Iterator[None]:
 
 
 @contextmanager
-def _hooked(outputs: Iterable[torch.Tensor], watch: Callable[[Any], Any]) -> Iterator[None]:
-    handles = [handle for node in nodes_of(outputs) if (handle := watch(node)) is not None]
+def _hooked(nodes: Iterable[Any], watch: Callable[[Any], Any]) -> Iterator[None]:
+    handles = [handle for node in nodes if (handle := watch(node)) is not None]
     try:
         yield
     finally:
