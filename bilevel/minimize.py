@@ -18,6 +18,7 @@ from bilevel.flat import to_host
 from bilevel.hypergradient import hypergradient
 from bilevel.protocols import Backend, BilevelProblem, Point, Solver, Tree
 from bilevel.results import Hypergradient, Status
+from bilevel.solvers.operators import copy
 from bilevel.validation import find_backend
 
 LOOSEST_RTOL = 1e-2  # of the first linear solves: a line search still finds its way by such gradients
@@ -214,7 +215,7 @@ class _Search:
 
 def _copy(backend: Backend, solver: None, problem: BilevelProblem, point: Point) -> Tree:
     del solver, problem
-    return backend.space.scale(1.0, point.params)
+    return copy(point.params, backend.space)
 
 
 def _check_method(method: str, bounds: Any) -> str:

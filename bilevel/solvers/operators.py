@@ -16,7 +16,7 @@ def damped(operator: Operator, damping: Any, space: VectorSpace) -> Operator:
 
 
 def copy(x: Tree, space: VectorSpace) -> Tree:
-    """Return a vector of new memory, for ``space.update`` to use up."""
+    """Return a vector of new memory, for ``space.update`` to use up, or for callers to write to."""
     return space.scale(1.0, x)
 
 
