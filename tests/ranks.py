@@ -1,5 +1,6 @@
 """What each process of test_torch_ddp.py computes: `python ranks.py RANK WORLD FOLDER`."""
 
+import os
 import sys
 import warnings
 from contextlib import contextmanager
@@ -253,5 +254,6 @@ if __name__ == "__main__":
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=timedelta(seconds=60)
     )
     torch.save({"results": compute(rank, world), "said": mishaps(rank, world)}, folder / f"{rank}.pt")
-    dist.barrier()  # a thread of gloo's may still hold tensors, and must not at the interpreter's end
+    dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # FSDP has kept the group, whose threads may abort the process while the interpreter ends

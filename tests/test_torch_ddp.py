@@ -16,6 +16,43 @@ import ranks  # noqa: E402
 
 CASES = [*ranks.SOLVERS, "unrolled", "forward", "gauss-newton", "one rank's", "an odd machine", "fully_shard"]
 
+ENDS = """
+import sys, time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+import bilevel_torch
+
+
+def threads():
+    while True:
+        try:
+            return sum("gloo" in name.read_text() for name in Path("/proc/self/task").glob("*/comm"))
+        except OSError:  # a thread has ended since it was listed
+            pass
+
+
+def step():
+    net = DistributedDataParallel(torch.nn.Linear(2, 1)).module
+    h, x = torch.zeros((), requires_grad=True), torch.ones(3, 2)
+    inner, outer = (net(x) ** 2).mean() + h.exp() * (net.weight**2).sum(), net(x).mean()
+    backend = bilevel_torch.DataParallel()
+    bilevel_torch.backward(inner, outer, net.parameters(), h, solver={"name": "cg", "damping": 1.0}, backend=backend)
+
+
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=0, world_size=1)
+step()
+during = threads()
+dist.destroy_process_group()
+end = time.monotonic() + 10  # the system lists a thread for a moment longer than it can be waited for
+while threads() and time.monotonic() < end:
+    time.sleep(0.01)
+print(during > 0, threads())
+"""
+
 
 @pytest.fixture(scope="module", params=[2, 3])
 def several(request, tmp_path_factory):
@@ -74,6 +111,15 @@ def test_a_rank_without_the_others_is_warned(several):
     for rank in several:
         assert f"one of {len(several)} ranks" in rank["said"]["alone"]
         assert "backend=bilevel_torch.DataParallel(" in rank["said"]["alone"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="the names of threads are read from /proc")
+def test_the_threads_of_a_group_end_with_it(tmp_path):
+    """Else one may drop the tensor of a reduction while the interpreter ends, which aborts the process."""
+    command = [sys.executable, "-c", ENDS, str(tmp_path / "store")]
+    env = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
+    assert done.stdout.split() == ["True", "0"], done.stderr
 
 
 def test_without_a_process_group_it_says_so():

@@ -17,6 +17,12 @@ from bilevel.tree import leaves, leaves_with_paths, with_leaves
 from bilevel_torch.backend import TorchBackend
 from bilevel_torch.space import TorchSpace
 
+if dist.is_available():
+    # DDP imports this module as it wraps its first network, and its functions then have the process group of the moment
+    # as a default, for ever: destroy_process_group() does not end gloo's threads, and one that drops the tensor of a
+    # reduction while the interpreter ends aborts the process. Imported before there is a group, they have None.
+    import torch.distributed.nn
+
 
 class DataParallel(TorchBackend):
     """The torch backend on several ranks, each with its own batches: the hypergradient of all data, on every rank.
