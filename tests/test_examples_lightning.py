@@ -12,12 +12,8 @@ L = pytest.importorskip("lightning")
 bilevel_torch = pytest.importorskip("bilevel_torch")
 nn, F = torch.nn, torch.nn.functional
 
-pytestmark = [
-    # Lightning's own use of torch.utils._pytree, in CombinedLoader.
-    pytest.mark.filterwarnings(r"ignore:`isinstance\(treespec, LeafSpec\)` is deprecated:FutureWarning"),
-    # Of loaders that hold a few tensors: a machine with many cores gets this advice.
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-]
+# Lightning's own use of torch.utils._pytree, in CombinedLoader.
+pytestmark = pytest.mark.filterwarnings(r"ignore:`isinstance\(treespec, LeafSpec\)` is deprecated:FutureWarning")
 CONFIG = str(EXAMPLES / "solver.toml")
 X = torch.randn(20, 4, generator=torch.Generator().manual_seed(0))
 SOLVER = bl.CG(damping=2.0, rtol=1e-6)
