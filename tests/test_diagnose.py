@@ -492,8 +492,9 @@ class TestJax:
             "nothing": jnp.tanh,
             "stop_gradient": lambda x: jnp.tanh(x) * jax.lax.stop_gradient(jnp.tanh(x)),
             "custom_vjp": tanh_with_a_constant_slope,
-            "impure": lambda x: jnp.tanh(x) * np.random.rand(),  # noqa: NPY002
+            "impure": lambda x: jnp.tanh(x) * draws.random(),
         }[change]
+        draws = np.random.default_rng(1)
         rng = np.random.default_rng(0)
         x, y, a, b = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((20, 3), (20,), (3, 4), (4,)))
 
