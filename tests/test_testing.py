@@ -231,8 +231,9 @@ def test_a_zero_reference_is_compared_without_a_division_by_zero():
 
 @given(strategies.quadratic_problems(max_condition=100.0))
 def test_default_tolerances_accept_cg_on_well_conditioned_problems(case):
-    for reference in ("exact", "finite-differences"):
-        check_hypergradient(case.problem, case.params, case.hparams, reference=reference)
+    check_hypergradient(case.problem, case.params, case.hparams, reference="exact")
+    if case.params.dtype == np.float64:  # in float32, what cancels may drown in the noise, which is an error
+        check_hypergradient(case.problem, case.params, case.hparams, reference=DIFFERENCES)
 
 
 # What the check rejects
