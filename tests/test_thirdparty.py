@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from shutil import copy
 from zipfile import ZipFile
 
 import pytest
@@ -56,8 +57,8 @@ def test_the_command_shows_it(python):
 
 
 def test_it_passes_the_suites(python, tmp_path):
-    suite = tmp_path / "test_theirs.py"
-    suite.write_text((THEIRS / "test_boxed.py").read_text())
-    said = python("-m", "pytest", "-q", "-rs", "-W", "error", "-p", "no:cacheprovider", "--rootdir", tmp_path, suite)
+    suite = copy(THEIRS / "test_boxed.py", tmp_path / "test_theirs.py")
+    options = ["-q", "-rs", "-W", "error", "-p", "no:cacheprovider", "--color=no", "--rootdir", tmp_path]
+    said = python("-m", "pytest", *options, suite)
     assert "inner_cut_off-boxed is excused: objectives bring their own gradients" in said
     assert " passed, 2 skipped" in said.splitlines()[-1]
