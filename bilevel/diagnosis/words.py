@@ -1,6 +1,7 @@
 """Numbers and solvers as a report writes them."""
 
-from math import ceil, floor, isfinite, log10
+from decimal import ROUND_DOWN, ROUND_UP, Context
+from math import isfinite
 from typing import Any
 
 from bilevel.config import solver_options
@@ -31,11 +32,9 @@ def first_line(text: str, width: int) -> str:
 def rounded(x: float, up: bool) -> float:
     """Return a positive number rounded to two digits in one direction, so that a bound stays one.
 
-    >>> rounded(0.01234, up=True), rounded(0.01234, up=False)
-    (0.013, 0.012)
+    >>> rounded(0.01234, up=True), rounded(0.01234, up=False), rounded(0.09999999999999999, up=False)
+    (0.013, 0.012, 0.099)
     """
     if not (isfinite(x) and x > 0):
         return x
-    unit = floor(log10(x)) - 1
-    digits = (ceil if up else floor)(x / 10.0**unit)
-    return float(f"{digits}e{unit}")
+    return float(Context(prec=2, rounding=ROUND_UP if up else ROUND_DOWN).create_decimal(repr(float(x))))
