@@ -98,6 +98,31 @@ def test_every_solver_for_such_systems_agrees(backend, kind, solver):
     assert relative_error(case.hypergradient(solver=solver).grad, case.expected) <= 1e-9
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("solver", ["gmres", "bicgstab", "exact"])
+def test_products_have_the_dtype_of_what_they_are_taken_by(kind, solver):
+    """NumPy promotes where data are float64 and params float32."""
+    rng = np.random.default_rng(0)
+    A, B, c, t = np.diag([2.0, 3.0, 4.0]), *(rng.standard_normal(shape) for shape in ((3, 2), 3, 3))
+    w, h, d = np.ones(3), np.ones(2), np.zeros(2)
+    narrow = bl.hypergradient(
+        type(KINDS[kind])(_Rounded(), Outer()),
+        w.astype(np.float32),
+        h.astype(np.float32),
+        inner_args=(A, B, c),
+        outer_args=(t, d),
+        solver=solver,
+    )
+    wide = bl.hypergradient(KINDS[kind], w, h, inner_args=(A, B, c), outer_args=(t, d), solver=solver)
+    assert narrow.grad.dtype == narrow.adjoint.dtype == np.float32
+    assert relative_error(narrow.grad, wide.grad) <= 1e-4
+
+
+class _Rounded(Affine):
+    def __call__(self, w, *args):
+        return super().__call__(w, *args).astype(w.dtype)
+
+
 def test_a_step_that_does_not_contract_is_said(backend):
     case = Case(backend, "root")
     with pytest.warns(bl.SolverWarning, match=r'Neumann: diverged.*does not contract at params.*solver="gmres"'):

@@ -84,14 +84,11 @@ class NumpyBackend(Backend):
 
         def vjp_params(v: Any) -> Any:
             product = function.vjp_params(params, hparams, v, *args)
-            check_like(self, f"the {role}'s vjp_params", product, "params", params)
-            return product
+            return self._like(f"the {role}'s vjp_params", product, "params", params)
 
         def vjp_hparams(v: Any) -> Any:
             product = function.vjp_hparams(params, hparams, v, *args)
-            if product is not None:
-                check_like(self, f"the {role}'s vjp_hparams", product, "hparams", hparams)
-            return product
+            return None if product is None else self._like(f"the {role}'s vjp_hparams", product, "hparams", hparams)
 
         value = function(params, hparams, *args)
         check_like(self, role, value, "params", params)
