@@ -7,10 +7,12 @@ from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 from bilevel.errors import SolverError, SolverWarning
+from bilevel.protocols import Backend
 from bilevel.results import SolverInfo, Status
+from bilevel.solvers.lanczos import Spectrum
 
 OnFailure = Literal["raise", "warn", "ignore"]
-UNKNOWN = (math.nan, math.nan)  # for ``curvature``, where nothing can be measured
+UNKNOWN = Spectrum(*[math.nan] * 4)  # where nothing can be measured
 
 
 def check_on_failure(on_failure: str) -> None:
@@ -19,24 +21,35 @@ def check_on_failure(on_failure: str) -> None:
         raise ValueError(f'on_failure: expected "raise", "warn" or "ignore", got {on_failure!r}.')
 
 
-def report(
+def conclude(
+    backend: Backend,
     info: SolverInfo,
     solver: Any,
     on_failure: OnFailure,
-    curvature: Callable[[], tuple[float, float] | None],
+    curvature: Callable[[], Spectrum | None],
     hint: str = "",
-) -> None:
-    """Warn or raise if a solve failed; a result that is not finite raises even where a warning was asked for.
+) -> SolverInfo:
+    """Bring a solve's info to the host, unless it is traced, and warn or raise if the solve failed.
 
-    ``curvature`` returns the smallest and largest eigenvalue of the undamped Hessian, about, or None where it is
-    not symmetric, or `UNKNOWN`; only called if needed.
+    A result that is not finite raises even where a warning was asked for. ``curvature`` returns the spectrum of the
+    undamped Hessian, in scalars of the backend, or None where it is not symmetric, or `UNKNOWN`; only called if needed.
     """
+    steps, residual_norm, rhs_norm, status = (backend.to_host(x) for x in info)
+    if status is None:
+        return info
+    info = SolverInfo(int(steps), residual_norm, rhs_norm, Status(int(status)))
     if on_failure == "ignore" or info.status == Status.CONVERGED:
-        return
-    message = explain(info, solver, curvature) + hint
+        return info
+
+    def on_host() -> Spectrum | None:
+        found = curvature()
+        return found if found is None or found is UNKNOWN else Spectrum(*map(backend.to_host, found))
+
+    message = explain(info, solver, on_host) + hint
     if on_failure == "raise" or info.status == Status.NON_FINITE:
         raise SolverError(message)
     warnings.warn(SolverWarning(message), stacklevel=callers_level())
+    return info
 
 
 def callers_level() -> int:
@@ -47,8 +60,8 @@ def callers_level() -> int:
     return level
 
 
-def explain(info: SolverInfo, solver: Any, curvature: Callable[[], tuple[float, float] | None]) -> str:
-    """Say how a solve failed and what to do; see `report`."""
+def explain(info: SolverInfo, solver: Any, curvature: Callable[[], Spectrum | None]) -> str:
+    """Say how a solve failed and what to do; see `conclude`, but all is on the host."""
     solver = getattr(solver, "solver", solver)  # in a WarmStart
     damping = float(getattr(solver, "damping", 0.0))
     if info.status == Status.MAXITER:
@@ -62,10 +75,11 @@ def explain(info: SolverInfo, solver: Any, curvature: Callable[[], tuple[float, 
         )
     elif (ends := curvature()) is None:
         message = _no_contraction(info)
-    elif info.status == Status.NEGATIVE_CURVATURE:
-        message = _negative_curvature(info, *ends, damping)
     else:
-        message = _diverged(info, *ends, damping)
+        # Estimates lie inside the spectrum: if one is below zero, so is an eigenvalue. Its error bound proves nothing.
+        smallest = ends.smallest - ends.smallest_error if ends.smallest < 0 else ends.smallest
+        sentence = _negative_curvature if info.status == Status.NEGATIVE_CURVATURE else _diverged
+        message = sentence(info, smallest, ends.largest + ends.largest_error, damping)
     return f"{type(solver).__name__}: {message}"
 
 

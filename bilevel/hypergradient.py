@@ -4,7 +4,7 @@ from functools import partial
 from typing import Any
 
 from bilevel.config import get_solver
-from bilevel.failure import UNKNOWN, OnFailure, check_on_failure, report
+from bilevel.failure import UNKNOWN, OnFailure, check_on_failure, conclude
 from bilevel.protocols import (
     Backend,
     BilevelProblem,
@@ -18,8 +18,8 @@ from bilevel.protocols import (
     Tree,
     same_kind,
 )
-from bilevel.results import Hypergradient, SolverInfo, Status
-from bilevel.solvers.lanczos import spectrum
+from bilevel.results import Hypergradient, Status
+from bilevel.solvers.lanczos import Spectrum, spectrum
 from bilevel.validation import (
     check_like,
     check_operator,
@@ -93,7 +93,8 @@ def hypergradient(
     if hg.params is None:
         hg = hg._replace(params=params)
     ends = partial(backend.execute, _spectrum, solver, problem, point)
-    return _conclude(hg, backend, solver, on_failure, ends, " bl.diagnose looks closer.")
+    info = conclude(backend, hg.info, solver, on_failure, ends, " bl.diagnose looks closer.")
+    return hg._replace(info=info)
 
 
 def hypergradient_from(
@@ -168,7 +169,8 @@ def hypergradient_from(
 
     linearization = linearization._replace(hvp=same_kind(hvp, checked))
     hg = _check_result(implicit(backend, solver, linearization, adjoint0), backend, direct)
-    return _conclude(hg, backend, solver, on_failure, lambda: _ends(backend, linearization))
+    info = conclude(backend, hg.info, solver, on_failure, lambda: _ends(backend, linearization))
+    return hg._replace(info=info)
 
 
 def linearize(backend: Backend, problem: BilevelProblem, point: Point) -> Linearization:
@@ -224,33 +226,13 @@ def _check_result(hg: Hypergradient, backend: Backend, hparams: Tree) -> Hypergr
     return hg._replace(info=hg.info._replace(status=xp.where(finite, hg.info.status, int(Status.NON_FINITE))))
 
 
-def _spectrum(backend: Backend, solver: Solver, problem: BilevelProblem, point: Point) -> tuple[Any, Any] | None:
+def _spectrum(backend: Backend, solver: Solver, problem: BilevelProblem, point: Point) -> Spectrum | None:
     return _ends(backend, linearize(backend, problem, point))
 
 
-def _ends(backend: Backend, linearization: Linearization) -> tuple[Any, Any] | None:
+def _ends(backend: Backend, linearization: Linearization) -> Spectrum | None:
     if backend.collective:
         return UNKNOWN
     if isinstance(linearization.hvp, NonSymmetric):
         return None
-    ends = spectrum(linearization.hvp, linearization.grad_params, backend.space)
-    # Estimates lie inside the spectrum: if one is below zero, so is an eigenvalue. Its error bound proves nothing.
-    smallest = backend.space.xp.where(ends.smallest < 0, ends.smallest - ends.smallest_error, ends.smallest)
-    return smallest, ends.largest + ends.largest_error
-
-
-def _conclude(
-    hg: Hypergradient, backend: Backend, solver: Any, on_failure: OnFailure, ends: Any, hint: str = ""
-) -> Hypergradient:
-    """Bring the info to the host, unless it is traced, and speak up about a failure."""
-    steps, residual_norm, rhs_norm, status = (backend.to_host(x) for x in hg.info)
-    if status is None:
-        return hg
-    info = SolverInfo(int(steps), residual_norm, rhs_norm, Status(int(status)))
-
-    def on_host() -> tuple[float, float] | None:
-        found = ends()
-        return found if found is None or found is UNKNOWN else (backend.to_host(found[0]), backend.to_host(found[1]))
-
-    report(info, solver, on_failure, on_host, hint)
-    return hg._replace(info=info)
+    return spectrum(linearization.hvp, linearization.grad_params, backend.space)

@@ -248,6 +248,12 @@ def test_a_failed_solve_says_what_bl_hypergradient_says():
     assert "Neumann: diverged" in words(diverged)
 
 
+def test_divergence_claims_no_negative_eigenvalue_that_only_an_error_bound_allows():
+    report = bl.diagnose(*quadratic(np.geomspace(1e-8, 1.0, 60)), solver=bl.Neumann(terms=200, step_size=3.0))
+    assert 0 < report.eigenvalues.smallest < report.eigenvalues.smallest_error
+    assert "largest eigenvalue of the Hessian is about 1:" in words(report)
+
+
 def test_a_direction_is_told_from_a_solution():
     case = quadratic(np.linspace(1, 8, 20))
     report = bl.diagnose(*case, solver="identity")

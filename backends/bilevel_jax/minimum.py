@@ -13,9 +13,9 @@ from jax.core import Tracer
 from jax.custom_derivatives import SymbolicZero
 from jax.dtypes import float0
 
-from bilevel.failure import UNKNOWN, OnFailure, report
+from bilevel.failure import UNKNOWN, OnFailure, conclude
 from bilevel.protocols import IHVPSolver, Point
-from bilevel.results import SolverInfo, Status
+from bilevel.results import SolverInfo
 from bilevel.validation import check_scalar, leaf_names
 from bilevel_jax.backend import JaxBackend, backend, cross_products
 from bilevel_jax.dependence import depends
@@ -71,10 +71,13 @@ def attach_derivative(
         def product(function: Callable[..., Any], vector: Any) -> Any:
             return call(function, solver, moving, here._replace(adjoint0=vector))
 
+        def tell(info: SolverInfo) -> None:
+            conclude(backend, info, solver, on_failure, lambda: UNKNOWN, " bl.diagnose looks closer.")
+
         def solve(_: Any, rhs: Any) -> Any:
             x, info = product(_solve, rhs)
             if on_failure != "ignore":
-                jax.debug.callback(partial(_tell, solver, on_failure), *info)
+                jax.debug.callback(tell, info)
             return x
 
         # JAX transposes no solve of which only some leaves move, weights with a penalty but not a bias without. A
@@ -185,8 +188,3 @@ def _minus_cross_jvp(backend: JaxBackend, solver: IHVPSolver, inner: Any, point:
     slope = backend.inner_slope(inner, point.params, point.hparams, point.inner_args)
     _, cross_jvp = cross_products(slope, point.params, point.hparams)
     return backend.space.scale(-1.0, cross_jvp(point.adjoint0))
-
-
-def _tell(solver: IHVPSolver, on_failure: OnFailure, steps: Any, residual: Any, rhs: Any, status: Any) -> None:
-    info = SolverInfo(int(steps), float(residual), float(rhs), Status(int(status)))
-    report(info, solver, on_failure, lambda: UNKNOWN, " bl.diagnose looks closer.")

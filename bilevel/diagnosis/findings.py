@@ -121,9 +121,8 @@ def _not_solved(m: Measured) -> Finding:
 
 
 def _failure(m: Measured, status: Status) -> str:
-    ends = m.eigenvalues
-    bounds = (ends.smallest - ends.smallest_error, ends.largest + ends.largest_error)
-    return explain(m.info._replace(status=status), m.solver, lambda: None if m.curvature == "equation" else bounds)
+    ends = None if m.curvature == "equation" else m.eigenvalues
+    return explain(m.info._replace(status=status), m.solver, lambda: ends)
 
 
 def _rounding(m: Measured) -> float:
