@@ -7,8 +7,7 @@ from bilevel.config import get_solver
 from bilevel.prepare import prepared
 from bilevel.protocols import HypergradientMethod, Operator, Tree, VectorSpace
 from bilevel.results import SolverInfo, Status
-from bilevel.solvers.options import check_int
-from bilevel.solvers.sketch import Sketch
+from bilevel.solvers.options import check_int, is_python_value
 from bilevel.tree import leaves_with_paths
 
 FORMAT = 1
@@ -79,7 +78,10 @@ class WarmStart:
             )
         if self.loaded:  # from a file, most often to the CPU
             last, previous = (None if v is None else _brought(v, rhs, space) for v in (last, previous))
-            self.options, self.loaded = _restored(self.options, rhs, space), False
+            if self.options:  # what is prepared for any operator has the same classes, dtypes and devices
+                like = self.solver.prepare(lambda v: v, rhs, space)  # pyright: ignore[reportAttributeAccessIssue]
+                self.options = _restored(self.options, like, space)
+            self.loaded = False
         if x0 is None and last is not None:
             both = self.extrapolate and previous is not None
             x0 = space.axpy(-1.0, previous, space.scale(2.0, last)) if both else last
@@ -136,27 +138,19 @@ def _shapes(x: Tree) -> dict[str, tuple[int, ...]]:
     return {path: tuple(leaf.shape) for path, leaf in leaves_with_paths(x)}
 
 
-def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return prepared options without a class of ours in them, which a loader of weights refuses."""
-    of = {"sketch": Sketch._asdict, "preconditioner": _plain}
-    return {name: of[name](value) if name in of else value for name, value in options.items()}
+def _plain(options: Any) -> Any:
+    """Return prepared options with dicts in the place of named tuples, whose classes a loader of weights refuses."""
+    options = options._asdict() if hasattr(options, "_asdict") else options
+    return {name: _plain(value) for name, value in options.items()} if isinstance(options, dict) else options
 
 
-def _restored(options: Mapping[str, Any], like: Tree, space: VectorSpace) -> dict[str, Any]:
-    """Undo `_plain`, for vectors like this one."""
-
-    def restored(name: str, value: Any) -> Any:
-        if name == "preconditioner":
-            return _restored(value, like, space)
-        if name == "diagonal":
-            return _brought(value, like, space)
-        if name != "sketch":
-            return value  # a number
-        vectors = _brought(value["vectors"], space.stack_like(like, len(value["eigenvalues"])), space)
-        eigenvalues = _brought(value["eigenvalues"], space.project(vectors, like), space)
-        return Sketch(vectors, eigenvalues, _brought(value["smallest"], space.dot(like, like), space))
-
-    return {name: restored(name, value) for name, value in options.items()}
+def _restored(stored: Any, like: Any, space: VectorSpace) -> Any:
+    """Undo `_plain`, in the dtypes and on the device of options like these."""
+    if hasattr(like, "_asdict"):
+        return type(like)(**_restored(stored, like._asdict(), space))
+    if isinstance(like, dict):
+        return {name: _restored(stored[name], part, space) for name, part in like.items()}
+    return stored if is_python_value(like) else _brought(stored, like, space)
 
 
 def _brought(x: Tree, like: Tree, space: VectorSpace) -> Tree:

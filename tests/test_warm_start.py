@@ -1,6 +1,8 @@
 """`bl.WarmStart`: a solver with a memory, in every eager framework."""
 
 from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -100,6 +102,27 @@ def test_what_an_indefinite_system_leaves_is_not_built_upon(name):
     assert max(norms[30:]) <= 2 * max(norms[:30])
 
 
+class Bounds(NamedTuple):
+    """What a solver of one's own finds out."""
+
+    largest: Any
+    name: str
+
+
+@dataclass(frozen=True)
+class Bounded:
+    """v = b over a largest eigenvalue."""
+
+    bounds: Bounds | None = None
+
+    def prepare(self, operator, like, space):
+        return {"bounds": Bounds(space.max_abs(operator(like)) / space.max_abs(like), "by one product")}
+
+    def solve(self, operator, rhs, x0, space):
+        found = self.bounds or self.prepare(operator, rhs, space)["bounds"]
+        return bl.Identity(1 / found.largest).solve(operator, rhs, x0, space)
+
+
 class TestState:
     @pytest.mark.parametrize("name", EAGER)
     @pytest.mark.parametrize("spec", SPECS, ids=str)
@@ -153,6 +176,26 @@ class TestState:
         found = solve(resumed, torch.float32)
         assert found.dtype is torch.float32
         assert relative_error(found.double(), solve(solver, torch.float64)) <= 1e-3
+
+    @pytest.mark.parametrize("spec", [*SPECS[2:], "own"], ids=str)
+    def test_what_was_prepared_has_any_structure(self, spec, tmp_path):
+        torch = pytest.importorskip("torch")
+        rhs = {"b": [torch.as_tensor(RHS[0, :12]).reshape(3, 4), (torch.as_tensor(RHS[0, 12:]),)], "a": torch.ones(2)}
+        diagonal = torch.linspace(1, 3, 32, dtype=torch.float64)
+        space = framework("torch").space
+
+        def solve(solver):
+            lin = Linearization(
+                rhs["a"][0], rhs, None, lambda v: space.unravel(diagonal * space.ravel(v), rhs), lambda v: v
+            )
+            hg = bl.hypergradient_from(lin, solver=solver, on_failure="ignore")
+            return space.ravel(hg.adjoint)
+
+        first, resumed = (bl.WarmStart(Bounded() if spec == "own" else spec, prepare_every=4) for _ in range(2))
+        solve(first)
+        resumed.load_state_dict(self.stored("torch", first.state_dict(), tmp_path))
+        assert torch.equal(solve(resumed), solve(first))
+        assert str(resumed.options) == str(first.options)
 
     def test_a_new_one_has_a_state_too(self):
         solver = bl.WarmStart("neumann")
