@@ -269,6 +269,13 @@ def test_a_method_that_solves_no_system_has_no_residual():
     assert report.ok
 
 
+def test_a_method_that_differentiates_the_training_needs_no_minimum():
+    case = quadratic(np.linspace(1, 8, 20), away=1.0)
+    assert names(bl.diagnose(*case, solver=bl.Unrolled(steps=3, step_size=0.1))) == []
+    for solver in ("cg", bl.WarmStart("cg")):
+        assert names(bl.diagnose(*case, solver=solver)) == ["not solved"]
+
+
 # What it suggests works
 
 

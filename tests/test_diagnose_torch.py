@@ -465,3 +465,24 @@ def test_stacked_modules_under_vmap_work():
     assert not blamed(report)
     assert all(torch.equal(b, before[name]) for name, b in buffers.items())
     assert all(t.is_meta for t in skeleton.state_dict().values())
+
+
+@pytest.mark.parametrize("create_graph", [True, False])
+def test_a_step_whose_gradients_are_constants_is_found(create_graph):
+    torch.manual_seed(0)
+    x, target = torch.randn(20, 3, dtype=torch.float64), torch.randn(20, dtype=torch.float64)
+
+    def loss(w, *args):
+        return ((x @ w).tanh() - target).square().mean()
+
+    def step(w, log_lr):
+        w = w if w.requires_grad else w.detach().requires_grad_()
+        return w - log_lr.exp() * torch.autograd.grad(loss(w), w, create_graph=create_graph)[0]
+
+    w, log_lr = torch.ones(3, dtype=torch.float64), torch.tensor(-2.0, dtype=torch.float64)
+    report = bl.diagnose(bl.FixedPoint(step, loss), w, log_lr, solver=bl.Unrolled(steps=5, step_size=1.0))
+    if create_graph:
+        assert report.ok, report
+    else:
+        assert [finding.name for finding in report.findings] == ["wrong derivative"]
+        assert "torch.autograd.grad without create_graph=True in a step" in report.findings[0].way_out

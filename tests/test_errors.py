@@ -228,6 +228,16 @@ class TestObjectives:
         with pytest.raises(ValueError, match=r"y: expected shape \(4,\), got \((4, 1|1,)\)"):
             bl.hypergradient(problem, w, h, **data)
 
+    @pytest.mark.parametrize("problem", [bl.problems.ridge(), bl.problems.logistic_regression()], ids=["ridge", "log"])
+    @pytest.mark.parametrize("shape", [(1, 3), (2,), (), (3, 2, 1)], ids=str)
+    def test_weights_that_are_not_those_of_the_features(self, backend, problem, shape):
+        X, y, w, h = map(backend.from_numpy, (np.ones((4, 3)), np.ones(4), np.ones(shape), np.ones(())))
+        data = {"inner_args": (X, y), "outer_args": (X, y)}
+        with pytest.raises(
+            ValueError, match=rf"params: expected shape \(3,\) .*got {re.escape(str(shape))}.*coef_\[0\]"
+        ):
+            bl.hypergradient(problem, w, h, **data)
+
     def test_a_linearization_that_is_none(self):
         lin = bl.Linearization(0.0, np.ones(2), None, lambda v: v, lambda v: v)
         for wrong in (tuple(lin), lin._asdict(), None, bl.problems.ridge()):

@@ -122,6 +122,21 @@ def test_a_loss_turned_into_a_number(net, decay):
         call(inner, outer.item(), net.parameters(), decay)
 
 
+def test_a_loss_with_something_beside_it(net, decay):
+    inner, outer = losses(net, decay)
+    with pytest.raises(TypeError, match=r"outer_loss: expected a scalar tensor, got tuple\.$"):
+        call(inner, (outer, {}), net.parameters(), decay)
+
+
+def test_a_learning_rate_is_in_no_loss(net, decay):
+    inner, outer = losses(net, decay.detach())
+    lr = torch.tensor(0.1, requires_grad=True)
+    with pytest.raises(
+        ValueError, match=r"learning rate or weight_decay is in no loss: .*bl\.FixedPoint and bl\.Unrolled"
+    ):
+        call(inner, outer, net.parameters(), lr)
+
+
 def test_a_loss_per_example(net, decay):
     inner, _ = losses(net, decay)
     with pytest.raises(ValueError, match=r"outer_loss: expected a scalar, got an array of shape \(5, 1\)"):

@@ -42,7 +42,8 @@ def check_distinct(params: Any, hparams: Any) -> None:
 def scalar(role: str, value: Any) -> torch.Tensor:
     """Return the value of an objective, checked."""
     if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{role}: expected a scalar tensor, got {type(value).__name__}: do not call .item() on it.")
+        hint = ": do not call .item() on it" if isinstance(value, float) else ""
+        raise TypeError(f"{role}: expected a scalar tensor, got {type(value).__name__}{hint}.")
     check_scalar(role, value)
     return value
 

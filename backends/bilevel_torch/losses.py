@@ -168,7 +168,9 @@ def _linearize(
             raise ValueError(
                 f"Neither loss depends on {leaf_names(backend, 'hparams', hparams)}. Compute the losses with these "
                 "very tensors, while they require gradients: not with copies, .data, .detach(), .item() or numbers "
-                "made of them. (A term of inner_loss without params has no influence on them, and does not count.)"
+                "made of them. (A term of inner_loss without params has no influence on them, and does not count. An "
+                "optimizer's learning rate or weight_decay is in no loss: put a decay into inner_loss; a learning rate "
+                "takes bl.FixedPoint and bl.Unrolled.)"
             )
         return product
 

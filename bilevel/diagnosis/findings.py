@@ -8,21 +8,24 @@ from bilevel.diagnosis.agreement import Agreement
 from bilevel.diagnosis.measured import Measured
 from bilevel.diagnosis.words import percent, short
 from bilevel.failure import explain
+from bilevel.protocols import HypergradientMethod
 from bilevel.results import Status
 
 AWAY = 0.01  # of the weights, from the minimum: hypergradients were found to be off by ten per cent and more there
 
 GRAD_CAUSES = (
     "The objective does not follow its gradient. Either the way from params to the loss is cut (detach(), .data, "
-    "stop_gradient, a conversion to numbers, checkpoint(use_reentrant=False) under functional_call), or the formula of "
-    "grad is wrong, or a state outside the arguments moves with each evaluation (spectral_norm in train mode: eval())."
+    "stop_gradient, a conversion to numbers, torch.autograd.grad without create_graph=True, "
+    "checkpoint(use_reentrant=False) under functional_call), or the formula of grad is wrong, or a state outside the "
+    "arguments moves with each evaluation (spectral_norm in train mode: eval())."
 )
 HVP_CAUSES = (
-    "An operation has a right first and a wrong second derivative. In PyTorch: an autograd.Function that keeps "
-    "intermediates on ctx (save inputs and outputs by save_for_backward, and compute backward by differentiable "
-    "operations); checkpoint(use_reentrant=False) under functional_call (hand the weights to it as arguments); "
-    "detach(); spectral_norm in train mode (call eval()). In JAX: a custom_vjp whose backward pass hides what it "
-    "depends on; stop_gradient; a loss that is not pure. In NumPy: the formula of hvp."
+    "An operation has a right first and a wrong second derivative. In PyTorch: torch.autograd.grad without "
+    "create_graph=True in a step or a loss; an autograd.Function that keeps intermediates on ctx (save inputs and "
+    "outputs by save_for_backward, and compute backward by differentiable operations); "
+    "checkpoint(use_reentrant=False) under functional_call (hand the weights to it as arguments); detach(); "
+    "spectral_norm in train mode (call eval()). In JAX: a custom_vjp whose backward pass hides what it depends on; "
+    "stop_gradient; a loss that is not pure. In NumPy: the formula of hvp."
 )
 CROSS_CAUSES = (
     "The way from hparams to ∂L/∂w is cut somewhere (detach(), .data, stop_gradient, a conversion to numbers), or the "
@@ -63,8 +66,8 @@ def findings(m: Measured) -> Iterator[Finding]:
             f"Hessian-vector products are not symmetric: u·Hv and v·Hu are {percent(m.asymmetry)} apart.",
             "Autocast or half precision may do that, or a wrong derivative." if m.repeatable else "",
         )
-    # The gradient of one draw vanishes nowhere.
-    if m.repeatable and (m.distance > AWAY or abs(m.gain) > AWAY):
+    # The gradient of one draw vanishes nowhere, and a method that differentiates the training needs no minimum.
+    if m.repeatable and not isinstance(m.solver, HypergradientMethod) and (m.distance > AWAY or abs(m.gain) > AWAY):
         yield _not_solved(m)
     if m.info.status != Status.CONVERGED:
         yield Finding("solve failed", _failure(m, m.info.status), "")

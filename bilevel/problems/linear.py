@@ -21,10 +21,10 @@ class _DataFit(Protocol):
 @dataclass(frozen=True)
 class _LeastSquares:
     def __call__(self, w: Any, X: Any, y: Any) -> Any:
-        return 0.5 * (_errors(X @ w, y) ** 2).sum() / len(y)
+        return 0.5 * (_errors(_scores(X, w), y) ** 2).sum() / len(y)
 
     def grad(self, w: Any, X: Any, y: Any) -> Any:
-        return X.T @ _errors(X @ w, y) / len(y)
+        return X.T @ _errors(_scores(X, w), y) / len(y)
 
     def hvp(self, w: Any, v: Any, X: Any, y: Any) -> Any:
         return X.T @ (X @ v) / len(y)
@@ -33,10 +33,10 @@ class _LeastSquares:
 @dataclass(frozen=True)
 class _CrossEntropy:
     def __call__(self, w: Any, X: Any, y: Any) -> Any:
-        return cross_entropy(X @ w, y)
+        return cross_entropy(_scores(X, w), y)
 
     def grad(self, w: Any, X: Any, y: Any) -> Any:
-        errors = _probabilities(X @ w)
+        errors = _probabilities(_scores(X, w))
         _check_shape(y, errors.shape[:1])
         if w.ndim == 1:
             errors -= y > 0
@@ -45,7 +45,7 @@ class _CrossEntropy:
         return X.T @ errors / len(y)
 
     def hvp(self, w: Any, v: Any, X: Any, y: Any) -> Any:
-        p, z = _probabilities(X @ w), X @ v
+        p, z = _probabilities(_scores(X, w)), X @ v
         mean = p * z if w.ndim == 1 else (p * z).sum(1, keepdims=True)
         return X.T @ (p * (z - mean)) / len(y)
 
@@ -149,6 +149,17 @@ def cross_entropy(logits: Any, y: Any) -> Any:
     top = xp.amax(logits, axis=1, keepdims=True)
     log_total = xp.log(xp.exp(logits - top).sum(1)) + top[:, 0]
     return (log_total - logits[np.arange(len(y)), y]).mean()
+
+
+def _scores(X: Any, w: Any) -> Any:
+    """Return X @ w, or raise a ValueError: the products' own errors name neither."""
+    d = X.shape[-1]
+    if w.ndim not in (1, 2) or w.shape[0] != d:
+        raise ValueError(
+            f"params: expected shape ({d},) or ({d}, k), a row for each column of X, got {tuple(w.shape)}. Of "
+            "scikit-learn's coef_, that is coef_[0], or coef_.T where there are several targets or classes."
+        )
+    return X @ w
 
 
 def _probabilities(logits: Any) -> Any:

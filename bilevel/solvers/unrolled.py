@@ -21,7 +21,9 @@ ADAM_STEP_SIZE = 1e-3
 class Unrolled:
     """Run ``steps`` steps of an optimizer from ``params`` and differentiate through them.
 
-    The derivative is that of the program, at any distance from a minimum. ``optimizer`` is one of:
+    The derivative is that of the program, at any distance from a minimum. It is one by ``hparams``, not by the options
+    here: to tune a learning rate or a momentum, write the step as a function of it, a `FixedPoint`, which
+    ``step_size=1.0`` repeats. ``optimizer`` is one of:
 
     - "descent": m ← momentum·m + ∂L/∂w, w ← w − step_size·m. From a stationary point and without momentum, K steps
       give the Neumann series with ``terms=K-1`` (Lorraine et al., AISTATS 2020, theorem 2).
