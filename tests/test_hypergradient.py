@@ -1,5 +1,6 @@
 """The hypergradient against closed forms, on every backend."""
 
+import re
 import warnings
 
 import numpy as np
@@ -137,7 +138,7 @@ HPARAMS = {"shared": (), "feature": (5,), "weight": None, "groups": (2,)}
 
 
 class TestModels:
-    """The ready problems: analytic derivatives (numpy) against autodiff (torch, jax), and ridge in closed form."""
+    """The ready problems: analytic (numpy) against automatic derivatives, ridge in closed form, what they refuse."""
 
     @staticmethod
     def data(kind, seed=0):
@@ -251,6 +252,35 @@ class TestModels:
             for wrap in (np.asarray, sparse.csr_array)
         )
         assert relative_error(sparse_.grad, dense.grad) <= 1e-12
+
+    def test_penalties_of_the_wrong_shape(self):
+        data = {"inner_args": (np.eye(2), np.ones(2)), "outer_args": (np.eye(2), np.ones(2))}
+        with pytest.raises(ValueError, match=r"log penalties of shape \(\) \(shared\), \(2,\) .*got \(3,\)"):
+            bl.hypergradient(bl.problems.ridge(), np.ones(2), np.ones(3), **data)
+
+    def test_penalties_that_are_no_array(self):
+        data = {"inner_args": (np.eye(2), np.ones(2)), "outer_args": (np.eye(2), np.ones(2))}
+        with pytest.raises(TypeError, match="hparams: expected one array of log penalties, got dict"):
+            bl.hypergradient(bl.problems.ridge(), np.ones(2), {"a": np.ones(2)}, **data)
+
+    @pytest.mark.parametrize("problem", [bl.problems.ridge(), bl.problems.logistic_regression()], ids=["ridge", "log"])
+    @pytest.mark.parametrize("role", ["inner_args", "outer_args"])
+    @pytest.mark.parametrize("cut", [np.s_[:, None], np.s_[:1]], ids=["column", "one"])
+    def test_targets_that_would_broadcast(self, backend, problem, role, cut):
+        X, y, w, h = map(backend.from_numpy, (np.ones((4, 3)), np.ones(4), np.ones(3), np.ones(3)))
+        data = {"inner_args": (X, y), "outer_args": (X, y), role: (X, y[cut])}
+        with pytest.raises(ValueError, match=r"y: expected shape \(4,\), got \((4, 1|1,)\)"):
+            bl.hypergradient(problem, w, h, **data)
+
+    @pytest.mark.parametrize("problem", [bl.problems.ridge(), bl.problems.logistic_regression()], ids=["ridge", "log"])
+    @pytest.mark.parametrize("shape", [(1, 3), (2,), (), (3, 2, 1)], ids=str)
+    def test_weights_that_are_not_those_of_the_features(self, backend, problem, shape):
+        X, y, w, h = map(backend.from_numpy, (np.ones((4, 3)), np.ones(4), np.ones(shape), np.ones(())))
+        data = {"inner_args": (X, y), "outer_args": (X, y)}
+        with pytest.raises(
+            ValueError, match=rf"params: expected shape \(3,\) .*got {re.escape(str(shape))}.*coef_\[0\]"
+        ):
+            bl.hypergradient(problem, w, h, **data)
 
 
 def test_float32_stays_float32_throughout(backend):
