@@ -80,14 +80,24 @@ def attach_derivative(
                 jax.debug.callback(tell, info)
             return x
 
-        # JAX transposes no solve of which only some leaves move, weights with a penalty but not a bias without. A
-        # barrier ties them together, in all that may be a right-hand side, in derivatives of this rule too.
-        tied = lax.optimization_barrier
-        rhs = tied(product(_minus_cross_jvp, list(moves.values())))
-        change = lax.custom_linear_solve(lambda v: tied(product(_hvp, v)), rhs, solve, symmetric=True)
-        return params, unvarying(tied(change), params)
+        # JAX cannot transpose a solve in which only some leaves move, for example weights with a penalty and a bias
+        # without one. So all leaves are tied together wherever they may be a right-hand side.
+        rhs = _tied(product(_minus_cross_jvp, list(moves.values())))
+        change = lax.custom_linear_solve(lambda v: _tied(product(_hvp, v)), rhs, solve, symmetric=True)
+        return params, unvarying(_tied(change), params)
 
     return attach(params, [leaf for array, leaf in zip(is_array, leaves, strict=True) if array])
+
+
+def _tied(tree: Any) -> Any:
+    """Return a tree with each leaf a linear function of all leaves, by adding a sum of them that is chosen to be zero.
+
+    The barrier keeps the leaves together. It is not enough: from JAX 0.11.2 on, the transpose of a barrier fails if one
+    operand is a constant. The selection lets no nan through, and XLA removes it.
+    """
+    sums = [jnp.sum(leaf) for leaf in jax.tree.leaves(tree)]
+    zero = sum(lax.select(jnp.zeros_like(total, bool), total, jnp.zeros_like(total)) for total in sums)
+    return lax.optimization_barrier(jax.tree.map(lambda leaf: leaf + jnp.asarray(zero, leaf.dtype), tree))
 
 
 @dataclass(frozen=True)
