@@ -15,7 +15,7 @@ import numpy as np
 from sklearn.datasets import load_digits
 
 import bilevel as bl
-from bilevel.fit import scipy_fit
+from bilevel import scipy_fit
 
 STEPS, RATE = 60, 20.0
 

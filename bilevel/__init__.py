@@ -3,28 +3,28 @@
 from bilevel import problems
 from bilevel.config import get_backend, get_solver, list_backends, list_preconditioners, list_solvers
 from bilevel.diagnosis import diagnose
-from bilevel.equations import FixedPoint, Root
 from bilevel.errors import SolverError, SolverWarning
 from bilevel.hypergradient import hypergradient, hypergradient_from
-from bilevel.minimize import minimize
-from bilevel.prepare import extrapolate, prepare
-from bilevel.problem import Problem
-from bilevel.protocols import Linearization
-from bilevel.results import Hypergradient, SolverInfo, Status
-from bilevel.solvers import (
+from bilevel.linear_solvers import (
     CG,
     GMRES,
     MINRES,
     BiCGStab,
-    DiagonalPreconditioner,
     Exact,
     Identity,
     Neumann,
     Nystrom,
-    NystromPreconditioner,
-    Unrolled,
 )
-from bilevel.warm_start import WarmStart
+from bilevel.linear_solvers.warm_start import WarmStart
+from bilevel.methods import Unrolled
+from bilevel.preconditioners import DiagonalPreconditioner, NystromPreconditioner
+from bilevel.prepare import extrapolate, prepare
+from bilevel.problems.optimality import FixedPoint, Root
+from bilevel.problems.problem import Problem
+from bilevel.protocols import Linearization
+from bilevel.results import Hypergradient, SolverInfo, Status
+from bilevel.search.inner_solver import scipy_fit
+from bilevel.search.minimize import minimize
 
 __all__ = [
     "CG",
@@ -60,4 +60,5 @@ __all__ = [
     "minimize",
     "prepare",
     "problems",
+    "scipy_fit",
 ]

@@ -12,7 +12,7 @@ from typing import Any
 
 from bilevel.config import get_backend, get_solver, solver_options
 from bilevel.errors import SolverError
-from bilevel.solvers import CG
+from bilevel.linear_solvers import CG
 
 
 def main(argv: Sequence[str] | None = None) -> int:

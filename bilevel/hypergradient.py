@@ -4,7 +4,8 @@ from functools import partial
 from typing import Any
 
 from bilevel.config import get_solver
-from bilevel.failure import UNKNOWN, OnFailure, check_on_failure, conclude
+from bilevel.convergence import UNKNOWN, OnFailure, check_on_failure, conclude
+from bilevel.operators.lanczos import Spectrum, spectrum
 from bilevel.protocols import (
     Backend,
     BilevelProblem,
@@ -19,7 +20,6 @@ from bilevel.protocols import (
     same_kind,
 )
 from bilevel.results import Hypergradient, Status
-from bilevel.solvers.lanczos import Spectrum, spectrum
 from bilevel.validation import (
     check_like,
     check_operator,

@@ -1,9 +1,9 @@
 """What one call can hand on to the next: work that is done once, and a guess of the next adjoint."""
 
-import dataclasses
 from typing import Any
 
 from bilevel.config import get_solver
+from bilevel.linear_solvers.prepared import prepared
 from bilevel.protocols import Backend, BilevelProblem, Point, Tree
 from bilevel.validation import check_like, check_operator, check_point, find_backend
 
@@ -52,13 +52,6 @@ def _prepare(backend: Backend, solver: Any, problem: BilevelProblem, point: Poin
     hvp = problem.derivatives(backend, point.params, point.hparams, point.batches[0]).hvp
     check_operator(solver, hvp)
     return solver.prepare(hvp, point.params, backend.space)
-
-
-def prepared(solver: Any, options: dict[str, Any]) -> Any:
-    """Return a solver with the options that its ``prepare`` has returned, nested as they are."""
-    parts = {name: getattr(solver, name) for name in options}
-    known = {k: prepared(parts[k], v) if hasattr(parts[k], "prepare") else v for k, v in options.items()}
-    return dataclasses.replace(solver, **known)
 
 
 def extrapolate(adjoint: Tree, previous: Tree | None, *, backend: Any = None) -> Tree:

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 from bilevel.results import Hypergradient, SolverInfo
-from bilevel.vector_space import Operator, Scalar, Tree, VectorSpace
+from bilevel.spaces.space import Operator, Scalar, Tree, VectorSpace
 
 if TYPE_CHECKING:
-    from bilevel.model_loss import ModelLoss
+    from bilevel.problems.model_loss import ModelLoss
 
 
 class Linearization(NamedTuple):

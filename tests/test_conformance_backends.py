@@ -10,8 +10,8 @@ from frameworks import failures, framework
 
 import bilevel as bl
 from bilevel.protocols import InnerDerivatives
+from bilevel.spaces.tree import tree_map
 from bilevel.testing import check_backend
-from bilevel.tree import tree_map
 
 SEEDS = itertools.count()
 NUMPY = framework("numpy")

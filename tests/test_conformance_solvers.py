@@ -11,7 +11,7 @@ from frameworks import failures
 
 import bilevel as bl
 from bilevel import Status
-from bilevel.solvers.operators import damped, norm, residual, scale_free
+from bilevel.operators.combinators import damped, norm, residual, scale_free
 from bilevel.testing import check_solver
 
 SEEDS = itertools.count()

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from scipy import linalg, optimize
 
 import bilevel as bl
-from bilevel.fit import scipy_fit
+from bilevel import scipy_fit
 from bilevel.protocols import NonSymmetric
 from bilevel.testing import check_hypergradient, exact_hypergradient, finite_difference_hypergradient
 

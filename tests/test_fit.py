@@ -7,7 +7,7 @@ import pytest
 from frameworks import DTYPES, relative_error, tolerance
 
 import bilevel as bl
-from bilevel.fit import scipy_fit
+from bilevel import scipy_fit
 
 RIDGE = bl.problems.ridge()
 

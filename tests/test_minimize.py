@@ -9,8 +9,7 @@ from frameworks import framework, relative_error
 from scipy import optimize
 
 import bilevel as bl
-from bilevel import Status
-from bilevel.fit import scipy_fit
+from bilevel import Status, scipy_fit
 
 RIDGE = bl.problems.ridge()
 FEATURES = 5

@@ -10,8 +10,8 @@ from scipy import linalg
 import bilevel as bl
 from bilevel import Status
 from bilevel.protocols import Point
+from bilevel.spaces.tree import leaves_with_paths, tree_map
 from bilevel.testing import strategies
-from bilevel.tree import leaves_with_paths, tree_map
 
 # JAX compiles for each structure that is drawn.
 few = settings(max_examples=6, suppress_health_check=[HealthCheck.too_slow])

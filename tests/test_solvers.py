@@ -11,8 +11,8 @@ from scipy import linalg
 
 import bilevel as bl
 from bilevel import Status
+from bilevel.operators.lanczos import spectrum
 from bilevel.protocols import Point
-from bilevel.solvers.lanczos import spectrum
 
 seeds = st.integers(0, 2**32 - 1)
 sizes = st.sampled_from([1, 2, 5, 12])  # few: JAX compiles for each

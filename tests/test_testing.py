@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 import bilevel as bl
 from bilevel.hypergradient import implicit
+from bilevel.spaces.tree import leaves_with_paths
 from bilevel.testing import check_hypergradient, exact_hypergradient, finite_difference_hypergradient, strategies
-from bilevel.testing.differences import slope
-from bilevel.tree import leaves_with_paths
+from bilevel.testing.difference_reference import slope
 
 CASES = {
     "quadratic": strategies.quadratic_problems(),

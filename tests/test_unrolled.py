@@ -13,9 +13,9 @@ from scipy import linalg
 
 import bilevel as bl
 from bilevel import Status
-from bilevel.first_order import inner_grad
+from bilevel.problems.gradients import inner_grad
 from bilevel.protocols import InnerDerivatives, NonSymmetric
-from bilevel.tree import leaves_with_paths
+from bilevel.spaces.tree import leaves_with_paths
 
 OPTIMIZERS = {
     "descent": {"step_size": 0.08},

@@ -11,14 +11,14 @@ import numpy as np
 from jax.core import Tracer
 from typing_extensions import override
 
-from bilevel.model_loss import ModelLoss
+from bilevel.problems.model_loss import ModelLoss
 from bilevel.protocols import Backend, BilevelProblem, InnerDerivatives, OuterDerivatives, Point, Solver
 from bilevel.validation import check_dtypes, check_like, check_scalar, depends_on_nothing, leaf_names
 from bilevel_jax.dependence import depends, reaches, trace
 from bilevel_jax.gauss_newton import gauss_newton
+from bilevel_jax.partition import join_solver, join_tree, split_solver, split_tree
 from bilevel_jax.sharding import check_alike, check_collectives, devices_of
 from bilevel_jax.space import JaxSpace
-from bilevel_jax.static import join_solver, join_tree, split_solver, split_tree
 
 try:
     from jax import enable_x64

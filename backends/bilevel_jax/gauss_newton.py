@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bilevel.model_loss import ModelLoss
+from bilevel.problems.model_loss import ModelLoss
 from bilevel.protocols import Operator
 from bilevel.validation import check_scalar
 from bilevel_jax.dependence import depends

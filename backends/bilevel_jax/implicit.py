@@ -8,11 +8,11 @@ import jax
 from jax import lax
 
 from bilevel.config import get_solver
-from bilevel.failure import OnFailure, check_on_failure
+from bilevel.convergence import OnFailure, check_on_failure
 from bilevel.protocols import HypergradientMethod
 from bilevel.validation import check_prepared, check_trees
 from bilevel_jax.backend import backend, check_stateless
-from bilevel_jax.minimum import attach_derivative
+from bilevel_jax.implicit_jvp import attach_derivative
 
 
 def implicit_minimizer(

@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 from jax.flatten_util import ravel_pytree
 
-from bilevel_jax.forward_only import forward_only, refuse
+from bilevel_jax.no_reverse_mode import forward_only, refuse
 from bilevel_jax.sharding import equations, explicitly_sharded
 
 UNROLLED = 20  # steps: the terms that neumann takes by default; compiling takes longer with each

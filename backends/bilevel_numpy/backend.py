@@ -8,7 +8,7 @@ import numpy as np
 from typing_extensions import override
 
 from bilevel.protocols import Backend, BilevelProblem, InnerDerivatives, OuterDerivatives, Point, Solver
-from bilevel.tree import leaves_with_paths, tree_map
+from bilevel.spaces.tree import leaves_with_paths, tree_map
 from bilevel.validation import check_dtypes, check_like, check_scalar
 from bilevel_numpy.space import NumpySpace
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from bilevel import loops
-from bilevel.tree import leaves_with_paths, tree_map
+from bilevel.spaces import loops
+from bilevel.spaces.tree import leaves_with_paths, tree_map
 
 
 def leaves(tree: Any) -> list[np.ndarray]:

@@ -2,8 +2,8 @@
 
 from bilevel_torch.backend import TorchBackend
 from bilevel_torch.data_parallel import DataParallel
+from bilevel_torch.from_losses import backward, hypergradient
 from bilevel_torch.implicit import implicit_minimizer
-from bilevel_torch.losses import backward, hypergradient
 from bilevel_torch.space import TorchSpace
 
 backend = TorchBackend()

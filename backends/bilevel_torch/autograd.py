@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from bilevel.tree import leaves, leaves_with_paths, tree_map, with_leaves
+from bilevel.spaces.tree import leaves, leaves_with_paths, tree_map, with_leaves
 from bilevel.validation import check_scalar
-from bilevel_torch.aside import buffers_aside
 from bilevel_torch.graph import INSTEAD, functions_recorded, nodes_of
+from bilevel_torch.isolation import buffers_aside
 
 
 def variables(params: Any, hparams: Any) -> tuple[Any, Any]:

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from typing_extensions import override
 
-from bilevel.model_loss import ModelLoss
+from bilevel.problems.model_loss import ModelLoss
 from bilevel.protocols import Backend, BilevelProblem, InnerDerivatives, OuterDerivatives, Point, Solver
-from bilevel.tree import leaves, leaves_with_paths
+from bilevel.spaces.tree import leaves, leaves_with_paths
 from bilevel.validation import check_dtypes, check_like, depends_on_nothing, leaf_names
-from bilevel_torch.aside import aside
 from bilevel_torch.autograd import check_recorded, evaluate, fill, grad, own_arithmetic, reaches, scalar, variables
 from bilevel_torch.gauss_newton import gauss_newton
 from bilevel_torch.graph import nodes_of, weight_norm_right
+from bilevel_torch.isolation import aside
 from bilevel_torch.space import TorchSpace
 
 

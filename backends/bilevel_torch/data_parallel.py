@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 from typing_extensions import override
 
-from bilevel.failure import callers_level
-from bilevel.model_loss import ModelLoss
+from bilevel.convergence import callers_level
+from bilevel.problems.model_loss import ModelLoss
 from bilevel.protocols import InnerDerivatives, OuterDerivatives, Tree
-from bilevel.tree import leaves, leaves_with_paths, with_leaves
+from bilevel.spaces.tree import leaves, leaves_with_paths, with_leaves
 from bilevel_torch.backend import TorchBackend
 from bilevel_torch.space import TorchSpace
 

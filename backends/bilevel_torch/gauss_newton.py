@@ -4,9 +4,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bilevel.model_loss import ModelLoss
+from bilevel.problems.model_loss import ModelLoss
 from bilevel.protocols import Operator
-from bilevel.tree import leaves, tree_map
+from bilevel.spaces.tree import leaves, tree_map
 from bilevel_torch.autograd import evaluate, fill, grad, reaches, scalar
 
 

@@ -9,9 +9,9 @@ import torch
 
 from bilevel import hypergradient_from
 from bilevel.config import get_solver
-from bilevel.failure import OnFailure, check_on_failure
+from bilevel.convergence import OnFailure, check_on_failure
 from bilevel.protocols import HypergradientMethod, Linearization
-from bilevel.tree import leaves, tree_map, with_leaves
+from bilevel.spaces.tree import leaves, tree_map, with_leaves
 from bilevel.validation import check_trees
 from bilevel_torch.autograd import evaluate, own_arithmetic, variables
 from bilevel_torch.backend import TorchBackend, check_supported

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from bilevel import loops
-from bilevel.tree import leaves, tree_map, with_leaves
+from bilevel.spaces import loops
+from bilevel.spaces.tree import leaves, tree_map, with_leaves
 
 WIDE = (torch.float32, torch.float64)  # enough to add up dots in
 

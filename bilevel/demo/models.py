@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from bilevel.problem import Problem
+from bilevel.linear_solvers import CG
 from bilevel.problems import logistic_regression
 from bilevel.problems.linear import cross_entropy
 from bilevel.problems.namespace import namespace
+from bilevel.problems.problem import Problem
 from bilevel.protocols import Tree
-from bilevel.solvers import CG
 
 CLASSES = 10
 

@@ -6,13 +6,13 @@ import numpy as np
 
 from bilevel.demo.data import Digits
 from bilevel.demo.models import Model
-from bilevel.fit import scipy_fit
 from bilevel.hypergradient import hypergradient
-from bilevel.minimize import minimize
+from bilevel.linear_solvers import Exact
 from bilevel.protocols import Backend, Solver, Tree
 from bilevel.results import Status
-from bilevel.solvers import Exact
-from bilevel.tree import tree_map
+from bilevel.search.inner_solver import scipy_fit
+from bilevel.search.minimize import minimize
+from bilevel.spaces.tree import tree_map
 
 
 class Score(NamedTuple):

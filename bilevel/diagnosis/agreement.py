@@ -6,9 +6,9 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 
 from bilevel.diagnosis.sweep import Agreement, Sweep
-from bilevel.first_order import inner_grad, inner_value_and_grad
+from bilevel.operators.combinators import norm
+from bilevel.problems.gradients import inner_grad, inner_value_and_grad
 from bilevel.protocols import Backend, BilevelProblem, Point, Scalar, Tree
-from bilevel.solvers.operators import norm
 
 DERIVATIVES = ("inner grad", "inner hvp", "inner cross_vjp", "outer grad_params", "outer grad_hparams")
 STEPS = 5

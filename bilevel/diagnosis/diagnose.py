@@ -10,9 +10,11 @@ import numpy as np
 
 from bilevel.config import get_solver
 from bilevel.diagnosis.agreement import compare, kind_of, nothing
-from bilevel.diagnosis.measured import PRODUCTS, Repetition
+from bilevel.diagnosis.measurements import PRODUCTS, Repetition
 from bilevel.diagnosis.report import Diagnosis
 from bilevel.hypergradient import hypergradient
+from bilevel.operators.combinators import norm, residual
+from bilevel.operators.lanczos import Spectrum, spectrum
 from bilevel.protocols import (
     Backend,
     BilevelProblem,
@@ -24,8 +26,6 @@ from bilevel.protocols import (
     Tree,
     VectorSpace,
 )
-from bilevel.solvers.lanczos import Spectrum, spectrum
-from bilevel.solvers.operators import norm, residual
 from bilevel.validation import check_point, find_backend
 
 SEED = 3

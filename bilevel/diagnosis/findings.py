@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from math import isfinite
 from typing import NamedTuple
 
+from bilevel.convergence import explain
 from bilevel.diagnosis.agreement import Agreement
-from bilevel.diagnosis.measured import Measured
-from bilevel.diagnosis.words import percent, short
-from bilevel.failure import explain
+from bilevel.diagnosis.formatting import percent, short
+from bilevel.diagnosis.measurements import Measured
 from bilevel.protocols import HypergradientMethod
 from bilevel.results import Status
 

@@ -6,9 +6,9 @@ from math import isfinite
 from textwrap import fill
 
 from bilevel.diagnosis.findings import Finding, findings, how_far
-from bilevel.diagnosis.measured import Measured
+from bilevel.diagnosis.formatting import first_line, short
+from bilevel.diagnosis.measurements import Measured
 from bilevel.diagnosis.suggestions import suggestions
-from bilevel.diagnosis.words import first_line, short
 
 WIDTH = 100
 LABEL = 15  # width of the first column

@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from math import ceil, log
 
-from bilevel.diagnosis.measured import PRODUCTS, Measured
-from bilevel.diagnosis.words import rounded, short
+from bilevel.diagnosis.formatting import rounded, short
+from bilevel.diagnosis.measurements import PRODUCTS, Measured
 from bilevel.results import Status
 
 CONDITION = 1000.0  # that a suggested damping brings about

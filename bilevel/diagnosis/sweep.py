@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from bilevel.operators.combinators import norm
 from bilevel.protocols import Backend, Scalar, Tree
-from bilevel.solvers.operators import norm
 
 SMALL = 0.01  # a leaf whose share of the whole is less is measured against that share
 

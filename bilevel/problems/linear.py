@@ -6,8 +6,8 @@ from typing import Any, Protocol
 import numpy as np
 from scipy import special
 
-from bilevel.problem import Problem
 from bilevel.problems.namespace import namespace
+from bilevel.problems.problem import Problem
 
 
 class _DataFit(Protocol):

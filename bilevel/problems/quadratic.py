@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from bilevel.problem import Problem
+from bilevel.problems.problem import Problem
 
 
 @dataclass(frozen=True, eq=False)

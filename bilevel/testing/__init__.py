@@ -8,8 +8,8 @@ must hold, as checks to be called.
 
 from bilevel.testing.check import check_hypergradient
 from bilevel.testing.conformance import check_backend, check_solver
-from bilevel.testing.differences import finite_difference_hypergradient
-from bilevel.testing.exact import exact_hypergradient
+from bilevel.testing.dense_reference import exact_hypergradient
+from bilevel.testing.difference_reference import finite_difference_hypergradient
 
 __all__ = [
     "check_backend",

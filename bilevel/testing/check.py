@@ -6,7 +6,7 @@ from bilevel.config import get_solver
 from bilevel.errors import suggest
 from bilevel.hypergradient import hypergradient
 from bilevel.protocols import BilevelProblem, Tree
-from bilevel.testing.against import Subject, against_differences, against_exact
+from bilevel.testing.comparisons import Subject, against_differences, against_exact
 from bilevel.testing.host import prepare
 
 Reference = Literal["exact", "finite-differences"]

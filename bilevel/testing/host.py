@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 
 from bilevel.diagnosis.agreement import DERIVATIVES
-from bilevel.first_order import inner_value_and_grad
-from bilevel.flat import to_host
 from bilevel.hypergradient import linearize
-from bilevel.problem import Problem
+from bilevel.linear_solvers.exact import check_size
+from bilevel.problems.gradients import inner_value_and_grad
+from bilevel.problems.problem import Problem
 from bilevel.protocols import Backend, BilevelProblem, Point, Tree
-from bilevel.solvers.exact import check_size
+from bilevel.spaces.ravel import to_host
 from bilevel.validation import check_point, find_backend
 
 

@@ -12,9 +12,9 @@ import numpy as np
 from scipy import linalg
 
 from bilevel import problems
-from bilevel.problem import Problem
+from bilevel.problems.problem import Problem
 from bilevel.protocols import Backend, Tree
-from bilevel.tree import leaves_with_paths, tree_map
+from bilevel.spaces.tree import leaves_with_paths, tree_map
 
 try:
     from hypothesis import strategies as st

@@ -22,7 +22,7 @@ import torch
 import bilevel as bl
 import data
 import runs
-from bilevel.fit import scipy_fit
+from bilevel import scipy_fit
 from loop import Loop
 
 CG = {"name": "cg", "maxiter": 10, "rtol": 0.1, "damping": 0.02}  # damped, so that ten steps are enough

@@ -3,7 +3,7 @@
 from typing import Any
 
 import bilevel as bl
-from bilevel.fit import scipy_fit
+from bilevel import scipy_fit
 
 
 def optimum(problem: bl.Problem, params: Any, hparams: Any, inner_args: tuple[Any, ...]) -> Any:

@@ -19,7 +19,7 @@ from scipy import special
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 import bilevel as bl
-from bilevel.fit import scipy_fit
+from bilevel import scipy_fit
 from data import adult
 from runs import options, show, stored, variants
 

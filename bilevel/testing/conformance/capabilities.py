@@ -2,10 +2,10 @@
 
 import numpy as np
 
-from bilevel.flat import to_host
 from bilevel.hypergradient import hypergradient
 from bilevel.prepare import prepare
 from bilevel.results import Status
+from bilevel.spaces.ravel import to_host
 from bilevel.testing.conformance import systems
 from bilevel.testing.conformance.checks import Law
 from bilevel.testing.conformance.judge import ROUNDING, expect, judge, relative_error

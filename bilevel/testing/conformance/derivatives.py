@@ -7,10 +7,11 @@ import numpy as np
 
 from bilevel.diagnosis.agreement import compare
 from bilevel.hypergradient import hypergradient, linearize
-from bilevel.problem import Problem
+from bilevel.linear_solvers import CG, GMRES, MINRES, BiCGStab, Exact, Neumann, Nystrom
+from bilevel.methods import Unrolled
+from bilevel.problems.problem import Problem
 from bilevel.protocols import Point, Solver
 from bilevel.results import Status
-from bilevel.solvers import CG, GMRES, MINRES, BiCGStab, Exact, Neumann, Nystrom, Unrolled
 from bilevel.testing.conformance.checks import Law
 from bilevel.testing.conformance.framework import Framework
 from bilevel.testing.conformance.problems import (

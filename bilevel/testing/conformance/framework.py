@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from bilevel.flat import to_host
-from bilevel.problem import Problem
+from bilevel.problems.problem import Problem
 from bilevel.protocols import Backend, Point, Tree, VectorSpace
+from bilevel.spaces.ravel import to_host
 from bilevel.testing.conformance.checks import require
 from bilevel.testing.conformance.subject import dtype_of, make_array, nest
 from bilevel.testing.conformance.systems import SIZE, normal

@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from bilevel.flat import to_host
 from bilevel.hypergradient import hypergradient
-from bilevel.problem import Problem
+from bilevel.problems.problem import Problem
 from bilevel.protocols import Backend
 from bilevel.results import Hypergradient, Status
+from bilevel.spaces.ravel import to_host
 from bilevel.testing.conformance.checks import Law, require
 from bilevel.testing.conformance.execution import Overrun, late_spaces
 from bilevel.testing.conformance.judge import ROUNDING, relative_error

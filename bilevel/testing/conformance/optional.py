@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 from scipy import linalg
 
-from bilevel.equations import FixedPoint
 from bilevel.hypergradient import hypergradient
-from bilevel.model_loss import ModelLoss
+from bilevel.linear_solvers import Exact
+from bilevel.problems.model_loss import ModelLoss
+from bilevel.problems.optimality import FixedPoint
 from bilevel.protocols import Backend
-from bilevel.solvers import Exact
 from bilevel.testing.conformance.checks import Law
 from bilevel.testing.conformance.framework import Framework
 from bilevel.testing.conformance.problems import QUADRATIC, quadratic_point

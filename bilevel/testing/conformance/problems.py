@@ -6,12 +6,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import linalg
 
-from bilevel.flat import to_host
-from bilevel.problem import Problem
+from bilevel.problems.problem import Problem
 from bilevel.protocols import Backend
+from bilevel.spaces.ravel import to_host
+from bilevel.spaces.tree import leaves_with_paths, tree_map
 from bilevel.testing.conformance.subject import make_array
 from bilevel.testing.conformance.systems import SIZE, normal, symmetric
-from bilevel.tree import leaves_with_paths, tree_map
 
 HYPERS = 3
 

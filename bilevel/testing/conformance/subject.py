@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bilevel.config import solver_options
-from bilevel.flat import to_host
 from bilevel.protocols import Backend, NonSymmetric, Operator, Point, Stochastic, Tree
 from bilevel.results import SolverInfo, Status
+from bilevel.spaces.ravel import to_host
 from bilevel.testing.conformance.checks import require
 from bilevel.testing.conformance.systems import System
 

@@ -11,7 +11,7 @@ import numpy as np
 from typing_extensions import override
 
 from bilevel.protocols import Backend, InnerDerivatives, OuterDerivatives
-from bilevel.tree import leaves_with_paths, tree_map
+from bilevel.spaces.tree import leaves_with_paths, tree_map
 from bilevel.validation import check_scalar
 from bilevel_boxed.space import BoxedSpace, cast
 

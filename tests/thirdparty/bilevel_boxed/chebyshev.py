@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import bilevel as bl
 from bilevel import Status
-from bilevel.solvers.operators import damped, norm, residual, scale_free
+from bilevel.operators.combinators import damped, norm, residual, scale_free
 
 
 class _State(NamedTuple):

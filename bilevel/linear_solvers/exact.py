@@ -1,0 +1,85 @@
+"""The dense Hessian, factorised: for small problems and as a yardstick."""
+
+import warnings
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import numpy as np
+
+from bilevel.operators.combinators import damped, norm, residual, scale_free
+from bilevel.options import check_real
+from bilevel.protocols import Operator, Tree, VectorSpace
+from bilevel.results import SolverInfo, Status
+
+MAX_SIZE = 5_000
+
+
+def check_size(size: int, what: str = "the exact solver") -> None:
+    """Raise a ValueError if a dense Hessian of this size is out of reach."""
+    if size > MAX_SIZE:
+        raise ValueError(
+            f"params has {size:,} entries: {what} would take {size:,} Hessian-vector products and "
+            f"{8 * size**2 / 2**30:,.1f} GiB for the dense Hessian (limit: {MAX_SIZE:,} entries). "
+            'Use solver="cg" or solver="neumann", which need products only.'
+        )
+
+
+def solve_dense(matrix: Any, rhs: Any, eps: float = 0.0) -> Any:
+    """Solve a dense system by LAPACK; of a singular one, return the least-squares solution of least norm.
+
+    ``eps`` is the precision of the entries: a matrix that is singular to it counts as singular.
+    """
+    from scipy import linalg
+
+    if not (np.isfinite(matrix).all() and np.isfinite(rhs).all()):
+        return np.full_like(rhs, np.nan)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", linalg.LinAlgWarning)
+        try:
+            x = linalg.solve(matrix, rhs)
+            if len(rhs) * eps * np.linalg.norm(matrix) * np.linalg.norm(x) <= np.linalg.norm(rhs):
+                return x
+        except (linalg.LinAlgError, linalg.LinAlgWarning):
+            pass
+        return np.asarray(linalg.lstsq(matrix, rhs, cond=len(rhs) * eps)[0])  # pyright: ignore[reportOptionalSubscript]
+
+
+@dataclass(frozen=True)
+class Exact:
+    """Solve (H + damping I) v = b with the dense Hessian, by n products and LAPACK's LU in float64.
+
+    The Hessian is copied to the host as NumPy arrays, whatever the backend; under ``jit`` by a callback.
+    Indefinite Hessians are fine. For a singular one, v is the solution of least norm if there is one, else
+    the status is ``MAXITER`` with the residual that is left.
+
+    Args:
+        damping: added to the Hessian.
+
+    Raises:
+        ValueError: beyond 5,000 weights, with the memory it would take.
+    """
+
+    nonsymmetric: ClassVar[bool] = True
+    remedy: ClassVar[str] = "There is no solution: the Hessian is singular to the precision of the dtype. Add damping."
+
+    damping: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_real(self, "damping", least=0)
+
+    def solve(self, operator: Operator, rhs: Tree, x0: Tree | None, space: VectorSpace) -> tuple[Tree, SolverInfo]:
+        check_size(space.size(rhs))
+        A = damped(operator, self.damping, space)
+        return scale_free(lambda b, x0, scale: self._solve(A, b, space), rhs, x0, space)
+
+    def _solve(self, A: Operator, rhs: Tree, space: VectorSpace) -> tuple[Tree, SolverInfo]:
+        xp, size = space.xp, space.size(rhs)
+        solve = partial(solve_dense, eps=space.eps(rhs))
+        x = space.unravel(space.on_host(solve, space.dense(A, rhs), space.ravel(rhs)), rhs)
+        rhs_norm, left = norm(rhs, space), norm(residual(A, rhs, x, space), space)
+        steps = xp.full_like(rhs_norm, size, dtype=xp.int32)
+        met = left <= space.eps(rhs) ** 0.5 * rhs_norm
+        status = xp.where(met, int(Status.CONVERGED), xp.full_like(steps, int(Status.MAXITER)))
+        status = xp.where(xp.isfinite(left), status, int(Status.NON_FINITE))
+        return x, SolverInfo(steps, left, rhs_norm, status)

@@ -1,0 +1,143 @@
+"""GMRES: for operators that are not symmetric."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+from bilevel.linear_solvers.restarts import Sweep, iterate
+from bilevel.operators.combinators import damped, identity, indices, norm, scale_free
+from bilevel.options import check_int, check_real
+from bilevel.results import SolverInfo, Status
+from bilevel.spaces.space import Operator, Stack, Tree, VectorSpace
+
+
+class _State(NamedTuple):
+    basis: Stack  # orthonormal, of the Krylov space; zero where none is yet
+    rotations: Any  # (m+1, m+1), orthogonal: what makes the Hessenberg matrix triangular
+    triangle: Any  # (m+1, m+1)
+    norm: Any  # of the residual, by the rotations
+    index: Any  # in this cycle
+    steps: Any  # in all
+    status: Any
+    live: Any
+
+
+@dataclass(frozen=True)
+class GMRES:
+    """Solve (A + damping I) v = b by restarted GMRES (Saad & Schultz 1986), for any square A.
+
+    Each cycle minimizes the residual over a Krylov space of ``restart`` dimensions, orthogonalised twice; then the
+    true residual is taken, by a product, and the next one starts from there. Stops by SciPy's rule,
+    ``norm(b - A v) <= rtol * norm(b)``, and also, with ``MAXITER``, once a cycle gains less than a thousandth: restarts
+    can stagnate on an indefinite or singular A, where a longer cycle would not.
+
+    Stores ``restart`` + 1 vectors. ``info.steps`` counts iterations, a product each; each cycle and a warm start take
+    one more.
+
+    Args:
+        restart: dimension of a cycle, >= 1.
+        max_restarts: most cycles, >= 1.
+        rtol: relative tolerance on the residual.
+        damping: added to the operator.
+    """
+
+    nonsymmetric: ClassVar[bool] = True
+    remedy: ClassVar[str] = "Raise restart or max_restarts, loosen rtol, or add damping."
+
+    restart: int = 30
+    max_restarts: int = 10
+    rtol: float = 1e-5
+    damping: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_int(self, "restart", least=1)
+        check_int(self, "max_restarts", least=1)
+        check_real(self, "rtol", least=0)
+        check_real(self, "damping", least=0)
+
+    @property
+    def maxiter(self) -> int:
+        """Most iterations."""
+        return self.restart * self.max_restarts
+
+    def solve(self, operator: Operator, rhs: Tree, x0: Tree | None, space: VectorSpace) -> tuple[Tree, SolverInfo]:
+        xp, eps = space.xp, space.eps(rhs)
+        A = damped(operator, self.damping, space)
+        dimension = min(self.restart, space.size(rhs))
+
+        def cycle(x: Tree, r: Tree, steps: Any, live: Any, tolerance: Any) -> Sweep:
+            size = norm(r, space)
+            index, unit = indices(size, dimension + 1, xp), identity(size, dimension + 1, xp)
+            zero = xp.zeros_like(steps)
+
+            def step(s: _State) -> _State:
+                w = A(space.take(s.basis, s.index))
+                length = norm(w, space)
+                column = xp.zeros_like(unit[0])
+                for _ in range(2):  # once leaves what rounding makes of nearly dependent vectors
+                    overlap = space.project(s.basis, w)
+                    w = space.axpy(-1.0, space.combine(overlap, s.basis), w)
+                    column = column + overlap
+                left = norm(w, space)
+                exhausted = left <= 10 * eps * length  # the space is invariant
+                here, below = index == s.index, index == s.index + 1
+                column = s.rotations @ xp.where(below, xp.where(exhausted, 0.0, left), column)
+                at, under = xp.sum(xp.where(here, column, 0.0)), xp.sum(xp.where(below, column, 0.0))
+                radius = xp.sqrt(at**2 + under**2)
+                cosine, sine = (xp.where(radius > 0, part / radius, whole) for part, whole in ((at, 1.0), (under, 0.0)))
+                upper = xp.sum(xp.where(here[:, None], s.rotations, 0.0), 0)
+                lower = xp.sum(xp.where(below[:, None], s.rotations, 0.0), 0)
+                rotations = xp.where(here[:, None], cosine * upper + sine * lower, s.rotations)
+                rotations = xp.where(below[:, None], cosine * lower - sine * upper, rotations)
+                column = xp.where(here, radius, xp.where(below, 0.0, column))
+                remaining = size * xp.abs(xp.sum(xp.where(below, rotations[:, 0], 0.0)))
+                finite = xp.isfinite(length) & xp.isfinite(radius)
+                ok = s.live & finite
+                q = space.scale(xp.where(exhausted, 0.0, 1.0 / left), w)
+                following = xp.clip(s.index + 1, 0, dimension)
+                return _State(
+                    basis=space.put(s.basis, following, space.select(ok, q, space.take(s.basis, following))),
+                    rotations=xp.where(ok, rotations, s.rotations),
+                    triangle=xp.where(ok & here[None, :], column[:, None], s.triangle),
+                    norm=xp.where(ok, remaining, s.norm),
+                    index=s.index + ok,
+                    steps=s.steps + s.live,
+                    status=xp.where(s.live & ~finite, int(Status.NON_FINITE), s.status),
+                    live=ok & ~exhausted & (remaining > tolerance) & (s.index + 1 < dimension),
+                )
+
+            s = _State(
+                basis=space.put(space.stack_like(r, dimension + 1), zero, space.scale(1.0 / size, r)),
+                rotations=unit,
+                triangle=unit,
+                norm=size,
+                index=zero,
+                steps=steps,
+                # Whether it has is for the product after the cycle to say.
+                status=xp.full_like(steps, int(Status.CONVERGED)),
+                live=live,
+            )
+            s = space.while_loop(lambda s: s.live, step, s, dimension)
+            # A direction that A annihilates, to rounding, gives no coefficient.
+            diagonal = xp.abs(xp.sum(xp.where(index[:, None] == index[None, :], s.triangle, 0.0), 0))
+            used = (index < s.index) & (diagonal > eps * xp.max(xp.where(index < s.index, diagonal, 0.0)))
+            finite = xp.isfinite(xp.sum(xp.abs(s.triangle)))
+            triangle = xp.where(used[:, None] & used[None, :] & finite, s.triangle, unit)
+            coefficients = xp.linalg.solve(triangle, xp.where(used, size * s.rotations[:, 0], 0.0))
+            x = space.select(live, space.axpy(1.0, space.combine(coefficients, s.basis), x), x)
+            return Sweep(x, s.norm, s.steps, s.status)
+
+        def solve(b: Tree, x0: Tree | None, scale: Any) -> tuple[Tree, SolverInfo]:
+            return iterate(
+                cycle,
+                A,
+                b,
+                x0,
+                space,
+                rtol=self.rtol,
+                atol=0.0,
+                maxiter=self.maxiter,
+                rounds=self.max_restarts,
+                progress=0.999,
+            )
+
+        return scale_free(solve, rhs, x0, space)

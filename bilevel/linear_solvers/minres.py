@@ -1,0 +1,127 @@
+"""MINRES, for symmetric operators of any sign."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from bilevel.linear_solvers.restarts import Iterative, Sweep, iterate
+from bilevel.operators.combinators import damped, norm, scale_free
+from bilevel.protocols import Operator, Tree, VectorSpace
+from bilevel.results import SolverInfo, Status
+
+
+class _State(NamedTuple):
+    x: Tree
+    q_old: Tree  # Lanczos vectors
+    q: Tree
+    d_old: Tree  # search directions
+    d: Tree
+    beta: Any  # coupling of q_old and q
+    cs_old: Any  # the last two Givens rotations
+    sn_old: Any
+    cs: Any
+    sn: Any
+    eta: Any  # the signed norm of the residual
+    scale: Any  # largest entry of the tridiagonal matrix so far
+    steps: Any
+    status: Any
+    live: Any
+
+
+@dataclass(frozen=True)
+class MINRES(Iterative):
+    """Solve (H + damping I) v = b by minimal residuals (Paige & Saunders 1975).
+
+    For symmetric Hessians that may be indefinite, as those of networks in mid-training are: the residual falls at each
+    step, whatever the signs of the eigenvalues. Of a singular system without a solution it finds a least-squares one,
+    with ``MAXITER``. Its rounding errors grow with the square of the condition number κ, so that it also stops with
+    ``MAXITER`` where κ exceeds 1/√eps (3e3 in float32): CG goes further on definite systems. Stops by SciPy's rule,
+    ``norm(b - A v) <= max(rtol * norm(b), atol)``, confirmed by a product.
+
+    ``info.steps`` counts iterations, a product each; the warm start and each check take one more.
+
+    Args:
+        maxiter: most iterations, >= 0.
+        rtol: relative tolerance on the residual.
+        atol: absolute tolerance on the residual.
+        damping: added to the Hessian.
+    """
+
+    def solve(self, operator: Operator, rhs: Tree, x0: Tree | None, space: VectorSpace) -> tuple[Tree, SolverInfo]:
+        xp, eps = space.xp, space.eps(rhs)
+        A = damped(operator, self.damping, space)
+
+        def sweep(x: Tree, r: Tree, steps: Any, live: Any, tolerance: Any) -> Sweep:
+            def step(s: _State) -> _State:
+                # One more column of the Lanczos process ...
+                z = space.axpy(-s.beta, s.q_old, A(s.q))
+                alpha = space.dot(s.q, z)
+                z = space.axpy(-alpha, s.q, z)
+                beta = norm(z, space)
+                scale = xp.maximum(s.scale, xp.maximum(xp.abs(alpha), beta))
+                # ... through the last two rotations, and a new one that annihilates beta.
+                delta = s.cs * alpha - s.cs_old * s.sn * s.beta
+                rho1 = xp.sqrt(delta**2 + beta**2)
+                rho2 = s.sn * alpha + s.cs_old * s.cs * s.beta
+                rho3 = s.sn_old * s.beta
+                finite = xp.isfinite(rho1)
+                # norm(A r) / norm(r) of the iterate so far: if it vanishes, A reaches nothing more of the residual,
+                # and x is the least-squares solution of a singular system (Choi, Paige & Saunders 2011).
+                stationary = xp.sqrt(delta**2 + (s.cs * beta) ** 2) <= eps**0.5 * scale
+                pivot = xp.where(rho1 > 0, rho1, 1.0)
+                d = space.axpy(-rho3, s.d_old, space.axpy(-rho2, s.d, s.q))
+                d = space.scale(1.0 / pivot, d)
+                x = space.axpy(s.eta * delta / pivot, d, s.x)
+                eta = -s.eta * beta / pivot
+                done = xp.abs(eta) <= tolerance
+                # A residual is only known to eps norm(A) norm(x): on the null space x runs away, and that with it.
+                lost = ~done & (eps * scale * norm(x, space) > 0.2 * xp.abs(s.eta))
+                ok = s.live & finite & ~stationary & ~lost
+                cs = xp.where(ok, delta / pivot, s.cs)
+                sn = xp.where(ok, beta / pivot, s.sn)
+                exhausted = beta <= eps * scale
+                status = xp.where(done & ok, int(Status.CONVERGED), s.status)
+                status = xp.where(finite, status, int(Status.NON_FINITE))
+                return _State(
+                    x=space.select(ok, x, s.x),
+                    q_old=space.select(ok, s.q, s.q_old),
+                    q=space.select(ok, space.scale(1.0 / xp.where(exhausted, 1.0, beta), z), s.q),
+                    d_old=space.select(ok, s.d, s.d_old),
+                    d=space.select(ok, d, s.d),
+                    beta=xp.where(ok, beta, s.beta),
+                    cs_old=xp.where(ok, s.cs, s.cs_old),
+                    sn_old=xp.where(ok, s.sn, s.sn_old),
+                    cs=cs,
+                    sn=sn,
+                    eta=xp.where(ok, eta, s.eta),
+                    scale=xp.where(ok, scale, s.scale),
+                    steps=s.steps + s.live,
+                    status=xp.where(s.live, status, s.status),
+                    live=ok & ~done & ~exhausted & (s.steps + 1 < self.maxiter),
+                )
+
+            size = norm(r, space)
+            zero, one, none = xp.zeros_like(size), xp.ones_like(size), space.zeros_like(r)
+            s = _State(
+                x=x,
+                q_old=none,
+                q=space.scale(1.0 / xp.where(live, size, 1.0), r),
+                d_old=none,
+                d=none,
+                beta=zero,
+                cs_old=one,
+                sn_old=zero,
+                cs=one,
+                sn=zero,
+                eta=size,
+                scale=zero,
+                steps=steps,
+                status=xp.full_like(steps, int(Status.MAXITER)),
+                live=live,
+            )
+            s = space.while_loop(lambda s: s.live, step, s, self.maxiter)
+            return Sweep(s.x, xp.abs(s.eta), s.steps, s.status)
+
+        def solve(b: Tree, x0: Tree | None, scale: Any) -> tuple[Tree, SolverInfo]:
+            return iterate(sweep, A, b, x0, space, rtol=self.rtol, atol=self.atol / scale, maxiter=self.maxiter)
+
+        return scale_free(solve, rhs, x0, space)

@@ -1,0 +1,1 @@
+"""Linear operators and what products reveal of them."""

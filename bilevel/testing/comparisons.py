@@ -1,0 +1,201 @@
+"""The two comparisons behind `check_hypergradient`. Each returns what to say, or None where all agrees."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from bilevel.diagnosis.agreement import compare
+from bilevel.hypergradient import hypergradient
+from bilevel.problems.gradients import inner_grad
+from bilevel.protocols import Backend, BilevelProblem, Point, Solver
+from bilevel.results import Hypergradient, Status
+from bilevel.spaces.ravel import to_host
+from bilevel.testing.dense_reference import exact_hypergradient
+from bilevel.testing.difference_reference import directional_derivatives
+from bilevel.testing.directions import directions, index, leaf_slices
+from bilevel.testing.host import HostProblem
+from bilevel.testing.newton import InnerSolver
+from bilevel.testing.wording import paragraphs, relation, table
+
+ROWS = 20  # of leaves, at most; the worst first
+
+
+class Subject(NamedTuple):
+    """A hypergradient to be judged, and where it comes from."""
+
+    backend: Backend
+    problem: BilevelProblem
+    point: Point
+    solver: Solver
+    hg: Hypergradient
+    rtol: float
+    atol: float | None
+
+    @property
+    def grad(self) -> np.ndarray:
+        """Return dF/dλ, of shape (m,)."""
+        return to_host(self.backend, self.hg.grad)
+
+    @property
+    def direct(self) -> np.ndarray:
+        """Return ∂F/∂λ, of shape (m,)."""
+        direct = self.backend.execute(_direct, None, self.problem, self.point)
+        zeros = self.backend.space.zeros_like(self.point.hparams)
+        return to_host(self.backend, zeros if direct is None else direct)
+
+    def absolute(self, grad: np.ndarray) -> float:
+        """Return atol, by default a hundredth of what rtol allows the whole and what it is a difference of."""
+        whole = max(float(np.linalg.norm(grad)), float(np.linalg.norm(self.direct)))
+        return self.rtol * whole / 100 if self.atol is None else self.atol
+
+    def heading(self, reference: str, atol: float) -> str:
+        """Return the first line."""
+        tolerances = f"rtol={self.rtol:.2g}, atol={atol:.2g}"
+        return f"the hypergradient by {self.solver} differs from {reference} ({tolerances})."
+
+    def ending(self) -> str:
+        """Return how the solve ended, and how well params solve the inner problem."""
+        info = self.hg.info
+        inner_grad = to_host(self.backend, self.backend.execute(_inner_grad, None, self.problem, self.point))
+        return (
+            f"The solve: {info.status.name} after {info.steps} steps, residual {info.residual_norm:.2g} of a "
+            f"right-hand side of {info.rhs_norm:.2g}. The inner gradient at params: norm "
+            f"{np.linalg.norm(inner_grad):.2g}."
+        )
+
+
+def against_exact(subject: Subject) -> str | None:
+    """Compare with the dense solve, leaf by leaf."""
+    backend, point = subject.backend, subject.point
+    reference = exact_hypergradient(
+        subject.problem,
+        point.params,
+        point.hparams,
+        inner_args=point.inner_args,
+        outer_args=point.outer_args,
+        backend=backend,
+    )
+    tested, expected = subject.grad, to_host(backend, reference.grad)
+    atol = subject.absolute(expected)
+    rows, wrong = [], np.zeros(len(tested), dtype=bool)
+    for path, shape, part in leaf_slices(backend, point.hparams):
+        t, r = tested[part], expected[part]
+        error, norms = np.linalg.norm(t - r), (np.linalg.norm(t), np.linalg.norm(r))
+        excess = ratio(error, atol + subject.rtol * norms[1]) if error else 0.0
+        wrong[part] = not excess <= 1
+        if len(t):
+            worst = int(np.abs(t - r).argmax())
+            entry = f"{index(worst, shape)}: {t[worst]:.4g}, exact {r[worst]:.4g}".lstrip(": ")
+            cosine = f"{t @ r / norms[0] / norms[1]:.4f}" if all(norms) else "-"
+            cells = (path, *(f"{norm:.5g}" for norm in norms), f"{ratio(error, norms[1]):.2g}", cosine, entry)
+            rows.append((excess, wrong[part][0], cells))
+    if not wrong.any():
+        return None
+    worst_first = sorted(rows, key=lambda row: -np.nan_to_num(row[0], nan=np.inf))[:ROWS]
+    titles = ("leaf", "‖hypergradient‖", "‖exact‖", "relative error", "cosine", "worst entry")
+    return paragraphs(
+        subject.heading("the exact one", atol),
+        table(titles, [(bad, cells) for _, bad, cells in worst_first]),
+        _cause(subject, tested[wrong], expected[wrong], subject.direct[wrong]),
+        subject.ending(),
+    )
+
+
+def against_differences(subject: Subject, seed: int) -> str | None:
+    """Compare with differences of the re-solved problem along directions."""
+    host = HostProblem(subject.backend, subject.problem, subject.point)
+    contradictions = [a for a in compare(subject.backend, subject.problem, subject.point).of if a.wrong]
+    if contradictions and contradictions[0].name == "inner grad":
+        return paragraphs(
+            f"{contradictions[0].sentence()} The inner problem is solved by it, so there is no reference."
+        )
+
+    named = list(directions(subject.backend, subject.point.hparams, subject.grad, np.random.default_rng(seed)))
+    ds = np.stack([d for _, d in named])
+    solver = InnerSolver(host)
+    expected, noise = np.array(directional_derivatives(solver, ds)).T
+    atol = subject.absolute(subject.grad)
+
+    def judge(grad: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return which directions are wrong, and which could tell."""
+        tested = ds @ grad
+        plain = atol + subject.rtol * np.maximum(np.linalg.norm(ds * grad, axis=1), np.abs(expected))
+        wrong = ~(np.abs(tested - expected) <= plain + 2 * noise)
+        return wrong, noise <= np.maximum(plain, 0.1 * np.maximum(np.abs(tested), np.abs(expected)))
+
+    tested, (wrong, telling) = ds @ subject.grad, judge(subject.grad)
+    if not wrong.any() and (telling.any() or not tested.any()):
+        return None
+    rows = [
+        (bad, (name, f"{t:.6g}", f"{r:.6g}", f"{ratio(t, r):.4f}", f"{e:.1g}"))
+        for (name, _), t, r, e, bad in zip(named, tested, expected, noise, wrong, strict=True)
+    ]
+    said = [table(("direction", "hypergradient", "differences", "ratio", "noise"), rows), subject.ending()]
+    if not wrong.any():
+        return paragraphs("the finite differences are too noisy to tell: use float64.", *said)
+
+    w = solver.minimizer.w
+    away = np.linalg.norm(w - host.w) / (np.linalg.norm(w) or 1.0)
+    said[-1] += f" The re-solved minimizer is {away:.2g} away (relative to its norm)."
+    if not judge(_grad_at(subject, host, w))[0].any():
+        causes = [
+            "params is not the minimizer of the inner objective: at the re-solved one, the hypergradient "
+            'agrees. Train the inner problem further, or compare with reference="exact".'
+        ]
+    else:
+        inside_leaf = np.array([not name.startswith("random over") for name, _ in named])
+        shown = wrong & inside_leaf if (wrong & inside_leaf).any() else wrong
+        direct = np.array(directional_derivatives(solver, ds, follow=False))[:, 0]
+        causes = [_cause(subject, tested[shown], expected[shown], direct[shown], noise[shown])]
+        causes.extend(a.sentence() for a in contradictions)
+    heading = subject.heading("finite differences of the re-solved problem", atol)
+    return paragraphs(heading, said[0], *causes, said[1])
+
+
+def ratio(a: Any, b: Any) -> float:
+    """Return a / b; nan for 0 / 0, else infinity where b is zero."""
+    return float(a / b) if b else float("inf" if a else "nan")
+
+
+def _cause(subject: Subject, tested: Any, expected: Any, direct: Any, noise: Any = 0.0) -> str:
+    info = subject.hg.info
+    sentence = relation(tested, expected, direct, noise)
+    if sentence is not None:
+        return sentence
+    if not np.isfinite(subject.grad).all():
+        return "The hypergradient has entries that are nan or infinite."
+    if getattr(subject.problem, "curvature", None) == "gauss-newton":
+        return (
+            "Gauss-Newton leaves part of the Hessian out, which explains a difference; rtol= allows for it, if "
+            'intended. bl.Problem.from_model(..., curvature="hessian") has it all.'
+        )
+    if info.status != Status.CONVERGED:
+        return f"The solve failed ({info.status.name}); bl.hypergradient says what to do."
+    if not info.residual_norm <= subject.rtol * info.rhs_norm:
+        return "The solve is far from complete, which explains a difference; rtol= allows for it, if intended."
+    if hasattr(subject.solver, "rtol") and np.linalg.norm(tested - expected) < 0.1 * np.linalg.norm(expected):
+        return "They are close: the condition number multiplies the residual, so lower the solver's rtol."
+    return "They differ neither by the sign, nor by a factor, nor by the direct term."
+
+
+def _grad_at(subject: Subject, host: HostProblem, w: np.ndarray) -> np.ndarray:
+    point = host.at(w, host.lam)
+    hg = hypergradient(
+        subject.problem,
+        point.params,
+        subject.point.hparams,
+        inner_args=point.inner_args,
+        outer_args=point.outer_args,
+        solver=subject.solver,
+        backend=subject.backend,
+        on_failure="ignore",
+    )
+    return to_host(subject.backend, hg.grad)
+
+
+def _inner_grad(backend: Backend, solver: None, problem: BilevelProblem, point: Point) -> Any:
+    return inner_grad(backend, problem, point.params, point.hparams, point.inner_args)
+
+
+def _direct(backend: Backend, solver: None, problem: BilevelProblem, point: Point) -> Any:
+    return backend.outer(problem.outer, point.params, point.hparams, point.outer_args).grad_hparams

@@ -1,0 +1,141 @@
+"""The hypergradient by finite differences of the re-solved problem: the reference for everything."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from bilevel.errors import SolverError
+from bilevel.protocols import BilevelProblem, Tree
+from bilevel.results import Hypergradient, SolverInfo, Status
+from bilevel.testing.host import HostProblem, from_host, prepare
+from bilevel.testing.newton import InnerSolver
+
+MAX_HPARAMS = 200
+
+
+class Slope(NamedTuple):
+    """A derivative and how far off it may be."""
+
+    value: float
+    noise: float
+
+
+def slope(function: Callable[[float], float], scale: float, eps: float) -> Slope:
+    """Return f'(0) by central differences with steps over decades.
+
+    The steps h fall from ``scale``/10 by √10 each until √eps·``scale``. Where they are too long the differences
+    change with h, where they are too short they scatter: the three neighbours that are known best decide, and the
+    middle one is the value. Its noise is the largest of their spread and of the scatter in f that shorter steps
+    show, over h; plus what rounding f and its argument does, a few eps·(|f| + ``scale``·|f(±h) − f(0)|/h)/h.
+
+    Args:
+        function: f, of a real; a `SolverError` or a nan takes that h out of the sweep.
+        scale: of the argument.
+        eps: the machine epsilon of the dtype that f computes in.
+
+    Raises:
+        SolverError: if fewer than three neighbours are left; the cause is the last error of f.
+
+    >>> slope(np.sin, 1.0, 2e-16).noise < 1e-9
+    True
+    """
+    steps = scale * 10 ** np.arange(-1, 0.5 * np.log10(eps), -0.5)
+    if len(steps) < 3:
+        raise SolverError(f"finite differences need float32 or float64, got a machine epsilon of {eps:.2g}.")
+    center = function(0.0)
+    estimates, rounding, cause = np.full(len(steps), np.nan), np.zeros(len(steps)), None
+    for i, h in enumerate(steps):
+        try:
+            high, low = function(h), function(-h)
+        except SolverError as error:
+            cause = error
+            continue
+        estimates[i] = (high - low) / (2 * h)
+        change = max(abs(high - center), abs(low - center))
+        rounding[i] = 4 * eps * (max(abs(high), abs(low)) + change * scale / h) / h
+    neighbours = np.stack([estimates[:-2], estimates[1:-1], estimates[2:]])
+    spread, h = neighbours.max(axis=0) - neighbours.min(axis=0), steps[1:-1]
+    scatter = np.maximum.accumulate(np.nan_to_num(spread * h, posinf=0.0)[::-1])[::-1]
+    noise = np.maximum(spread, scatter / h) + rounding[1:-1]
+    if not np.isfinite(noise).any():
+        why = cause or "the objective is nan or infinite there."
+        raise SolverError(f"no finite differences with steps from {steps[0]:.2g} to {steps[-1]:.2g}: {why}") from cause
+    best = int(np.nanargmin(noise))
+    return Slope(float(neighbours[1, best]), float(noise[best]))
+
+
+def directional_derivatives(solver: InnerSolver, directions: Iterable[np.ndarray], follow: bool = True) -> list[Slope]:
+    """Return d/dt F(w*(λ + t d), λ + t d) at t = 0 for each direction d, of shape (m,).
+
+    Without ``follow``, w* stays where it is at t = 0: the direct term (∂F/∂λ)·d.
+    """
+    host = solver.host
+
+    def along(d: np.ndarray) -> Slope:
+        def outer(t: float) -> float:
+            lam = host.lam + t * d
+            return host.outer(solver.follow(lam) if follow else solver.minimizer.w, lam)
+
+        return slope(outer, step_scale(host.lam, d), host.eps)
+
+    return [along(d) for d in directions]
+
+
+def step_scale(x: np.ndarray, d: np.ndarray) -> float:
+    """Return the t at which t·d is about as large as x where d is not zero; of x = 0, as large as one."""
+    typical = np.linalg.norm(d * x) / np.linalg.norm(d) or np.linalg.norm(x) / x.size**0.5 or 1.0
+    return float(typical / np.abs(d).max())
+
+
+def finite_difference_hypergradient(
+    problem: BilevelProblem,
+    params: Tree,
+    hparams: Tree,
+    *,
+    inner_args: tuple[Any, ...] = (),
+    outer_args: tuple[Any, ...] = (),
+    backend: Any = None,
+) -> Hypergradient:
+    """Return (F(w*(λ + h e), λ + h e) − F(w*(λ − h e), λ − h e)) / 2h for each coordinate e of λ.
+
+    The inner problem is solved from ``params`` by Newton's method, after SciPy's L-BFGS-B where that alone
+    finds no minimum; at each λ ± h e the minimizer is followed, to rounding. This takes the values of both
+    objectives and ∂L/∂w, and no other derivative (products only speed up the solves, and are checked first).
+    The steps h go over decades, scaled to the size of λ; see `slope` for the choice among them. The model
+    computes in its own dtype: in float32 expect about three correct digits, and read ``info.residual_norm``.
+
+    Args:
+        problem, params, hparams, inner_args, outer_args, backend: as in `bl.hypergradient`; ``params`` is the
+            start. The objectives must compute with the arrays they are handed.
+
+    Returns:
+        A `Hypergradient`: ``params`` is the re-solved w*, ``value`` F there, ``adjoint`` None.
+        ``info.residual_norm`` is the norm of the noise in ``grad``, ``info.rhs_norm`` that of ``grad``
+        itself, ``info.steps`` the number of entries.
+
+    Raises:
+        TypeError, ValueError: for input that does not fit, more than 200 hyperparameters or 5,000 weights.
+        SolverError: if the inner problem cannot be solved.
+
+    >>> import numpy as np, bilevel as bl
+    >>> problem = bl.problems.quadratic(hessian=2 * np.eye(2), coupling=np.eye(2), target=np.ones(2))
+    >>> finite_difference_hypergradient(problem, np.zeros(2), np.zeros(2)).grad
+    array([-0.5, -0.5])
+    """
+    backend, point = prepare(params, hparams, inner_args, outer_args, backend, "the reference by finite differences")
+    size = backend.space.size(hparams)
+    if size > MAX_HPARAMS:
+        raise ValueError(
+            f"hparams has {size:,} entries: finite differences would solve the inner problem some "
+            f"{30 * size:,} times (limit: {MAX_HPARAMS} entries). Use check_hypergradient with "
+            'reference="finite-differences", which probes a few random directions, or exact_hypergradient.'
+        )
+    solver = InnerSolver(HostProblem(backend, problem, point))
+    host, w = solver.host, solver.minimizer.w
+    slopes = directional_derivatives(solver, np.eye(size))
+    grad, noise = (np.array(column) for column in zip(*slopes, strict=True))
+    solved = host.at(w, host.lam)
+    value = backend.outer(problem.outer, solved.params, solved.hparams, point.outer_args).value
+    info = SolverInfo(size, float(np.linalg.norm(noise)), float(np.linalg.norm(grad)), Status.CONVERGED)
+    return Hypergradient(from_host(backend, grad, hparams), value, None, solved.params, info)
