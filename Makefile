@@ -1,6 +1,6 @@
 # `make demo` and `make test` are all that a bare machine with Python >= 3.11 needs.
 #   PYTHON=python3.12  the interpreter that .venv is made with
-#   TESTS=tests/jax    for test-oldest and test-newest: the files or folders to test, with options of pytest
+#   TESTS=tests/demo   for test-oldest and test-newest: the files or folders to test, with options of pytest
 #   HIDE=torch         for test: run as if torch (or jax, or torch,jax) were not installed
 #   DATA=DIR           for paper: the folder with mnist/ and the like
 #   BENCH=--quick      for bench: what else to tell it; see python -m benchmarks.speed --help
