@@ -16,7 +16,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 PEERS := .venv-peers
 
-.PHONY: demo test test-oldest test-newest docs lint paper bench clean
+.PHONY: demo test test-oldest test-newest docs lint paper bench dist clean
 
 demo: $(INSTALLED)
 	$(BIN)/bilevel demo --backend numpy --out demo-output/
@@ -73,6 +73,13 @@ $(PEERS)/.installed: pyproject.toml constraints.txt benchmarks/speed/peers.txt
 	for peer in $$(grep -v '^#' benchmarks/speed/peers.txt); do \
 		$(PEERS)/bin/pip install --constraint constraints.txt $$peer || echo "left out: $$peer"; done
 	@touch $@
+
+# The wheel and the source distribution, in dist/.
+dist:
+	$(PYTHON) -m venv .venv-build
+	.venv-build/bin/pip install build
+	rm -rf dist
+	.venv-build/bin/python -m build
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("bilevel needs Python >= 3.11, but $(PYTHON) is " + sys.version.split()[0] + "; try: make PYTHON=python3.12")'
