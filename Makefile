@@ -1,5 +1,6 @@
 # `make demo` and `make test` are all that a bare machine with Python >= 3.11 needs.
 #   PYTHON=python3.12  the interpreter that .venv is made with
+#   TESTS=tests/demo   for test-oldest and test-newest: the files or folders to test, with options of pytest
 #   HIDE=torch         for test: run as if torch (or jax, or torch,jax) were not installed
 #   DATA=DIR           for paper: the folder with mnist/ and the like
 #   BENCH=--quick      for bench: what else to tell it; see python -m benchmarks.speed --help
@@ -10,11 +11,12 @@ PYTHON ?= python3
 HIDE ?=
 BENCH ?=
 DATA ?=
+TESTS ?=
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 PEERS := .venv-peers
 
-.PHONY: demo test docs lint paper bench clean
+.PHONY: demo test test-oldest test-newest docs lint paper bench dist clean
 
 demo: $(INSTALLED)
 	$(BIN)/bilevel demo --backend numpy --out demo-output/
@@ -27,6 +29,22 @@ test: $(INSTALLED)
 	OMP_NUM_THREADS=1 BILEVEL_HIDE='$(HIDE)' PYTHONPATH='$(if $(HIDE),$(CURDIR)/.ci/hide)' \
 		$(BIN)/pytest -n auto --dist loadfile
 
+# NumPy and JAX at the lowest versions of pyproject.toml, and at the newest that pip finds. PyTorch is left out: a plain
+# torch of another version than the pinned one brings several GB of CUDA. `make clean` removes both environments.
+test-oldest test-newest: test-%: .venv-%/.installed
+	OMP_NUM_THREADS=1 .venv-$*/bin/pytest -n auto --dist loadfile $(TESTS)
+
+.venv-oldest/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv-oldest
+	$(PYTHON) .ci/oldest.py >.venv-oldest/constraints.txt
+	.venv-oldest/bin/pip install --constraint .venv-oldest/constraints.txt --editable '.[examples-jax,test]'
+	@touch $@
+
+.venv-newest/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/pip install --upgrade --upgrade-strategy eager --editable '.[examples-jax,test]'
+	@touch $@
+
 docs: $(INSTALLED)
 	$(BIN)/pytest README.md docs
 
@@ -35,6 +53,8 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports --no-logo
+	$(BIN)/codespell
+	$(BIN)/python .ci/prose.py
 
 # Each system's runs that have no history yet, then the page of all.
 paper: $(INSTALLED)
@@ -54,6 +74,13 @@ $(PEERS)/.installed: pyproject.toml constraints.txt benchmarks/speed/peers.txt
 		$(PEERS)/bin/pip install --constraint constraints.txt $$peer || echo "left out: $$peer"; done
 	@touch $@
 
+# The wheel and the source distribution, in dist/.
+dist:
+	$(PYTHON) -m venv .venv-build
+	.venv-build/bin/pip install build
+	rm -rf dist
+	.venv-build/bin/python -m build
+
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("bilevel needs Python >= 3.11, but $(PYTHON) is " + sys.version.split()[0] + "; try: make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
@@ -61,5 +88,5 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf .venv $(PEERS) .cache .hypothesis .import_linter_cache .pytest_cache .ruff_cache build dist demo-output
+	rm -rf .venv .venv-* .cache .hypothesis .import_linter_cache .pytest_cache .ruff_cache build dist demo-output
 	find bilevel backends tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,5 +1,7 @@
 """Bilevel optimization: hypergradients by implicit differentiation, in NumPy, PyTorch and JAX."""
 
+from importlib.metadata import version
+
 from bilevel import problems
 from bilevel.config import get_backend, get_solver, list_backends, list_preconditioners, list_solvers
 from bilevel.diagnosis import diagnose
@@ -25,6 +27,8 @@ from bilevel.protocols import Linearization
 from bilevel.results import Hypergradient, SolverInfo, Status
 from bilevel.search.inner_solver import scipy_fit
 from bilevel.search.minimize import minimize
+
+__version__ = version("bilevel")
 
 __all__ = [
     "CG",

@@ -1,5 +1,10 @@
 """The JAX backend."""
 
+from importlib.util import find_spec
+
+if find_spec("jax") is None:
+    raise ModuleNotFoundError('bilevel_jax needs JAX, which is not installed: pip install "bilevel[jax]".', name="jax")
+
 from bilevel_jax.backend import JaxBackend, backend
 from bilevel_jax.implicit import implicit_minimizer
 from bilevel_jax.space import JaxSpace

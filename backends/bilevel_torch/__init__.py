@@ -1,5 +1,12 @@
 """The PyTorch backend, and the entries for a training loop of one's own."""
 
+from importlib.util import find_spec
+
+if find_spec("torch") is None:
+    raise ModuleNotFoundError(
+        'bilevel_torch needs PyTorch, which is not installed: pip install "bilevel[torch]".', name="torch"
+    )
+
 from bilevel_torch.backend import TorchBackend
 from bilevel_torch.data_parallel import DataParallel
 from bilevel_torch.from_losses import backward, hypergradient

@@ -60,7 +60,7 @@ class Loop:
         os.replace(partial, self.path)
 
     def _restore(self) -> int:
-        saved = torch.load(self.path, weights_only=False)
+        saved = torch.load(self.path, weights_only=True)
         for name, value in self.state.items():
             if isinstance(value, torch.Tensor):
                 value.data.copy_(saved["state"][name])

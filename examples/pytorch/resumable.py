@@ -117,7 +117,7 @@ def main(argv: list[str] | None = None) -> str:
     arguments = parser.parse_args(argv)
     run = Run(arguments.seed, arguments.config)
     if arguments.checkpoint.exists():
-        run.load(torch.load(arguments.checkpoint))
+        run.load(torch.load(arguments.checkpoint, weights_only=True))
     while run.step < arguments.steps:
         val_loss = run.advance()
         print(f"step {run.step}: validation loss {val_loss:.4f}", flush=True)
