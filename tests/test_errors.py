@@ -5,6 +5,7 @@ import warnings
 
 import numpy as np
 import pytest
+from cases import diagonal
 from frameworks import framework
 from scipy import sparse
 
@@ -237,17 +238,10 @@ class TestObjectives:
             bl.hypergradient_from(lin, solver="unrolled")
 
 
-def quadratic(backend, eigenvalues, **parts):
-    n = len(eigenvalues)
-    parts = {"hessian": np.diag(eigenvalues), "coupling": np.eye(n), "target": np.ones(n), **parts}
-    problem = bl.problems.quadratic(**{k: backend.from_numpy(np.asarray(v, np.float64)) for k, v in parts.items()})
-    return problem, backend.from_numpy(np.zeros(n)), backend.from_numpy(np.zeros(n))
-
-
 class TestFailedSolves:
     def test_negative_curvature_names_the_cures(self, backend):
         with pytest.warns(bl.SolverWarning, match="CG: met non-positive curvature at step 1") as caught:
-            hg = bl.hypergradient(*quadratic(backend, [-2.0, 1.0]))
+            hg = bl.hypergradient(*diagonal([-2.0, 1.0], backend))
         text = str(caught[0].message)
         damping = float(re.search(r"damping above ([0-9.e+-]+),", text)[1])
         assert damping == pytest.approx(2.0, rel=0.01)
@@ -255,21 +249,21 @@ class TestFailedSolves:
         assert "Gauss-Newton" in text
         assert hg.info.status is Status.NEGATIVE_CURVATURE
         assert backend.to_numpy(hg.grad).all()
-        again = bl.hypergradient(*quadratic(backend, [-2.0, 1.0]), solver=bl.CG(damping=1.5 * damping))
+        again = bl.hypergradient(*diagonal([-2.0, 1.0], backend), solver=bl.CG(damping=1.5 * damping))
         assert again.info.status is Status.CONVERGED
 
     def test_a_singular_hessian_is_told_from_a_negative_one(self, backend):
-        problem = quadratic(backend, [0.0, 1.0, 2.0])
+        problem = diagonal([0.0, 1.0, 2.0], backend)
         with pytest.warns(bl.SolverWarning, match=r"smallest one zero or just below\): add damping above 0\.002"):
             bl.hypergradient(*problem)
 
     def test_the_warning_points_at_the_caller(self, backend):
         with pytest.warns(bl.SolverWarning) as caught:
-            bl.hypergradient(*quadratic(backend, [-2.0, 1.0]))
+            bl.hypergradient(*diagonal([-2.0, 1.0], backend))
         assert caught[0].filename == __file__
 
     def test_divergence_says_the_step_that_would_hold(self, backend):
-        case = quadratic(backend, [1.0, 10.0])
+        case = diagonal([1.0, 10.0], backend)
         with pytest.warns(bl.SolverWarning, match="Neumann: diverged at step") as caught:
             hg = bl.hypergradient(*case, solver=bl.Neumann(terms=100, step_size=0.3))
         assert hg.info.status is Status.DIVERGED
@@ -282,24 +276,24 @@ class TestFailedSolves:
             bl.SolverWarning,
             match=r"negative eigenvalue \(about -1\), so that no step size holds: add damping above 1",
         ):
-            bl.hypergradient(*quadratic(backend, [-1.0, 3.0]), solver="neumann")
+            bl.hypergradient(*diagonal([-1.0, 3.0], backend), solver="neumann")
 
     def test_divergence_claims_no_negative_eigenvalue_of_an_ill_conditioned_hessian(self, backend):
         eigenvalues = np.geomspace(1e-8, 1.0, 30)  # of which 12 products find none below 1e-4, give or take 1e-3
         with pytest.warns(bl.SolverWarning, match=r"largest eigenvalue of the Hessian is about 1: .* below 2\b"):
-            bl.hypergradient(*quadratic(backend, eigenvalues), solver=bl.Neumann(step_size=2.5))
+            bl.hypergradient(*diagonal(eigenvalues, backend), solver=bl.Neumann(step_size=2.5))
 
     def test_maxiter_says_the_residual(self, backend):
         with pytest.warns(
             bl.SolverWarning,
             match=r"CG: stopped after 1 steps above its tolerance, with a residual .* Raise maxiter",
         ):
-            bl.hypergradient(*quadratic(backend, [1.0, 10.0], target=[1.0, 2.0]), solver=bl.CG(maxiter=1))
+            bl.hypergradient(*diagonal([1.0, 10.0], backend, target=[1.0, 2.0]), solver=bl.CG(maxiter=1))
 
     def test_on_failure_raise(self, backend):
         with pytest.raises(bl.SolverError, match="stopped after 1 steps"):
             bl.hypergradient(
-                *quadratic(backend, [1.0, 10.0], target=[1.0, 2.0]),
+                *diagonal([1.0, 10.0], backend, target=[1.0, 2.0]),
                 solver=bl.CG(maxiter=1),
                 on_failure="raise",
             )
@@ -308,7 +302,7 @@ class TestFailedSolves:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             hg = bl.hypergradient(
-                *quadratic(backend, [1.0, 10.0], target=[1.0, 2.0]),
+                *diagonal([1.0, 10.0], backend, target=[1.0, 2.0]),
                 solver=bl.CG(maxiter=1),
                 on_failure="ignore",
             )
@@ -323,7 +317,7 @@ class TestFailedSolves:
             pytest.skip("the identity does not look at the Hessian")
         values = np.diag([1.0, 2.0]) if part != "target" else np.ones(2)
         values[0] = bad
-        case = quadratic(backend, [1.0, 2.0], **{part: values})
+        case = diagonal([1.0, 2.0], backend, **{part: values})
         with pytest.raises(bl.SolverError, match="nan or inf in the losses"):
             bl.hypergradient(*case, solver=solver)
         ignored = bl.hypergradient(*case, solver=solver, on_failure="ignore")

@@ -6,7 +6,8 @@ import weakref
 
 import numpy as np
 import pytest
-from frameworks import DTYPES, framework, relative_error, symmetric, tolerance
+from cases import quadratic
+from frameworks import DTYPES, framework, relative_error, tolerance
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import linalg
@@ -264,15 +265,6 @@ class TestMemory:
 
 
 class TestStationaryPoint:
-    @staticmethod
-    def quadratic(backend, seed=0, at_minimum=True):
-        rng = np.random.default_rng(seed)
-        H = symmetric(np.linspace(1, 4, 6), seed)
-        B, t, c, lam = (rng.standard_normal(shape) for shape in ((6, 4), 6, 6, 4))
-        w = linalg.solve(H, B @ lam + c) if at_minimum else rng.standard_normal(6)
-        problem = bl.problems.quadratic(*map(backend.from_numpy, (H, B, t, c)))
-        return (problem, backend.from_numpy(w), backend.from_numpy(lam)), H, t
-
     @given(seed=st.integers(0, 2**32 - 1), terms=st.sampled_from([1, 2, 7]), share=st.floats(0.1, 1.9))
     @pytest.mark.parametrize("way", WAYS)
     @pytest.mark.parametrize("name", ["numpy", "torch"])
@@ -286,7 +278,7 @@ class TestStationaryPoint:
 
     def compare(self, backend, way, seed, terms, share):
         """Theorem 2 of Lorraine et al. (2020): K steps sum the first K terms."""
-        case, _, _ = self.quadratic(backend, seed)
+        case = quadratic(backend, seed=seed).at
         series = bl.Neumann(terms=terms - 1, step_size=share / 4)
         unrolled = bl.Unrolled(steps=terms, step_size=share / 4, **WAYS[way])
         a, b = (bl.hypergradient(*case, solver=s) for s in (series, unrolled))
@@ -294,7 +286,7 @@ class TestStationaryPoint:
             assert relative_error(backend.to_numpy(y), backend.to_numpy(x)) <= 1e-12
 
     def test_truncation_drops_the_early_steps(self, backend):
-        case, _, _ = self.quadratic(backend)
+        case = quadratic(backend).at
         for way in WAYS.values():
             truncated = bl.Unrolled(steps=20, step_size=0.2, truncation=4, **way)
             short = bl.Unrolled(steps=4, step_size=0.2, **way)
@@ -303,11 +295,11 @@ class TestStationaryPoint:
 
     @pytest.mark.parametrize("way", WAYS)
     def test_the_end_of_an_unroll_is_returned(self, backend, way):
-        (problem, w, lam), H, t = self.quadratic(backend, at_minimum=False)
-        hg = bl.hypergradient(problem, w, lam, solver=bl.Unrolled(steps=300, **WAYS[way]))
-        _, minimum, _ = self.quadratic(backend)[0]
-        assert relative_error(backend.to_numpy(hg.params), backend.to_numpy(minimum)) <= 1e-10
-        assert relative_error(backend.to_numpy(hg.adjoint), linalg.solve(H, backend.to_numpy(minimum) - t)) <= 1e-10
+        case = quadratic(backend, away=1.0)
+        hg = case.hypergradient(bl.Unrolled(steps=300, **WAYS[way]))
+        assert relative_error(backend.to_numpy(hg.params), case.minimum) <= 1e-10
+        expected = linalg.solve(case.matrix, case.minimum - case.target)
+        assert relative_error(backend.to_numpy(hg.adjoint), expected) <= 1e-10
 
     def test_the_adjoint_takes_the_batches_in_their_order(self, backend):
         """All have their minimum at w = λ, so that forward mode's, of steps taken at the end, is reverse mode's."""
@@ -350,12 +342,12 @@ class TestStationaryPoint:
     def test_the_residual_is_that_of_the_adjoint(self, way, optimizer):
         """Exactly, where the Hessian is constant; far from convergence, so that it is far from zero."""
         numpy = framework("numpy")
-        case, H, t = self.quadratic(numpy, at_minimum=False)
+        case = quadratic(numpy, away=1.0)
         solver = bl.Unrolled(steps=5, **{**OPTIMIZERS[optimizer], "step_size": 0.02}, **WAYS[way])
-        hg = bl.hypergradient(*case, solver=solver)
-        residual = np.linalg.norm(hg.params - t - H @ hg.adjoint)
+        hg = case.hypergradient(solver)
+        residual = np.linalg.norm(hg.params - case.target - case.matrix @ hg.adjoint)
         assert hg.info.residual_norm == pytest.approx(residual, rel=1e-12)
-        assert hg.info.rhs_norm == pytest.approx(np.linalg.norm(hg.params - t), rel=1e-12)
+        assert hg.info.rhs_norm == pytest.approx(np.linalg.norm(hg.params - case.target), rel=1e-12)
         assert residual > 0.1 * hg.info.rhs_norm
 
 
@@ -512,7 +504,7 @@ class TestCrossProducts:
         self.check(backend, problem, w, h, args)
 
     def test_of_the_quadratic(self, backend):
-        (problem, w, lam), _, _ = TestStationaryPoint.quadratic(backend)
+        problem, w, lam = quadratic(backend).at
         self.check(backend, problem, w, lam, ())
 
     @pytest.mark.parametrize("name", ["torch", "jax"])
