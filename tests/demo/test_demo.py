@@ -79,6 +79,7 @@ class TestModels:
         assert errors[-1] < 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORK_FRAMEWORKS)
 def test_tuning_a_small_network_lowers_the_validation_loss(digits, name):
     model = short(mlp(hidden=4))
@@ -150,6 +151,7 @@ def test_the_picture_is_a_png(tmp_path):
     assert len(np.unique(pixels.reshape(-1, pixels.shape[2]), axis=0)) > 100
 
 
+@pytest.mark.slow
 def test_a_run_from_end_to_end(capsys, tmp_path):
     path = demo("numpy", out=tmp_path / "made" / "for it")
     assert path == tmp_path / "made" / "for it" / "bilevel-demo-numpy.png"

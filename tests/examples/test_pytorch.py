@@ -14,6 +14,7 @@ pytest.importorskip("sklearn")
 pytest.importorskip("tqdm")
 
 CONFIG = ["--config", str(EXAMPLES / "solver.toml")]
+pytestmark = pytest.mark.slow
 
 
 def test_plain_loop_cleans_its_training_set(capsys):
