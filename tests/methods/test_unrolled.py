@@ -30,7 +30,7 @@ WAYS = {
 }
 
 
-class Inner:
+class QuarticInner:
     """L = ½ mean (Xw − y)² + ¼ Σ w⁴ + ½ Σ (Sλ)² w²: its Hessian and its cross derivative depend on w and λ."""
 
     def __call__(self, w, h, X, y, S):
@@ -49,7 +49,7 @@ class Inner:
         return 2 * (S @ h) * w * (S @ u)
 
 
-class Outer:
+class QuarticOuter:
     """F = ½ ‖w − t‖² + dᵀλ."""
 
     def __call__(self, w, h, t, d):
@@ -59,11 +59,11 @@ class Outer:
         return w - t, d
 
 
-PROBLEM = bl.Problem(Inner(), Outer())
+PROBLEM = bl.Problem(QuarticInner(), QuarticOuter())
 STEPS = 11  # no square
 
 
-class Case:
+class Quartic:
     """Data for the problem above: three batches, six weights, four hyperparameters."""
 
     def __init__(self, seed=0, dtype=np.float64):
@@ -118,7 +118,7 @@ class Case:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_it_differentiates_the_program(backend, way, optimizer, batches, truncation, dtype):
     """Against complex steps through the same loop, written out: the same grad, end and value."""
-    case, options = Case(dtype=dtype), {**OPTIMIZERS[optimizer], "truncation": truncation}
+    case, options = Quartic(dtype=dtype), {**OPTIMIZERS[optimizer], "truncation": truncation}
     hg = case.hypergradient(backend, batches, **options, **WAYS[way])
     params, value, grad = case.by_hand(batches, **options)
     assert relative_error(backend.to_numpy(hg.grad), grad) <= tolerance(dtype, condition=20)
@@ -133,7 +133,7 @@ def test_it_differentiates_the_program(backend, way, optimizer, batches, truncat
 @pytest.mark.parametrize("name", ["numpy", "torch"])  # in JAX, each compiles
 @pytest.mark.parametrize(("batches", "truncation"), [(1, None), (3, None), (2, 1), (None, 20)])
 def test_it_differentiates_the_program_with_any_batches_and_truncation(name, batches, truncation):
-    backend, case = framework(name), Case()
+    backend, case = framework(name), Quartic()
     for optimizer, way in itertools.product(OPTIMIZERS.values(), WAYS.values()):
         hg = case.hypergradient(backend, batches, truncation=truncation, **optimizer, **way)
         expected = case.by_hand(batches, truncation=truncation and min(truncation, STEPS), **optimizer)[2]
@@ -142,7 +142,7 @@ def test_it_differentiates_the_program_with_any_batches_and_truncation(name, bat
 
 def test_the_batches_matter():
     """Else the test above would not tell a wrong one."""
-    numpy, case = framework("numpy"), Case()
+    numpy, case = framework("numpy"), Quartic()
     grads = [case.hypergradient(numpy, batches, step_size=0.05).grad for batches in (None, 2, 3)]
     assert all(relative_error(a, b) > 0.01 for a, b in itertools.combinations(grads, 2))
 
@@ -156,7 +156,7 @@ def test_the_batches_matter():
 )
 @pytest.mark.parametrize("name", ["numpy", "torch"])
 def test_all_ways_agree_and_what_is_stored_to_the_bit(name, seed, steps, truncation, batches, optimizer):
-    backend, case = framework(name), Case(seed)
+    backend, case = framework(name), Quartic(seed)
     options = {**OPTIMIZERS[optimizer], "steps": steps, "truncation": truncation}
     plain, checkpointed, forward = (case.hypergradient(backend, batches, **options, **way) for way in WAYS.values())
     iterates = case.hypergradient(backend, batches, **options)  # in torch, plain keeps graphs
@@ -171,7 +171,7 @@ def test_all_ways_agree_and_what_is_stored_to_the_bit(name, seed, steps, truncat
 
 
 def test_checkpoints_agree_in_jax_to_rounding():
-    jax, case = framework("jax"), Case()
+    jax, case = framework("jax"), Quartic()
     options = {**OPTIMIZERS["adam"], "truncation": 9}  # a square: no steps left over
     plain, checkpointed = (case.hypergradient(jax, 3, **options, checkpoint=c) for c in (False, True))
     for a, b in zip(plain[:4], checkpointed[:4], strict=True):
@@ -214,7 +214,7 @@ class TestMemory:
             space = CountingSpace(6)
 
         backend = Counting()
-        Case().hypergradient(backend, None, **OPTIMIZERS[optimizer], **{"steps": steps, **way})
+        Quartic().hypergradient(backend, None, **OPTIMIZERS[optimizer], **{"steps": steps, **way})
         return backend.space.peak
 
     @pytest.mark.parametrize(("optimizer", "stored", "at_start"), [("heavy ball", 1, 2), ("adam", 3, 3)])
@@ -248,7 +248,7 @@ class TestMemory:
 
     def test_no_tensor_outlives_a_call_without_the_garbage_collector(self):
         torch = pytest.importorskip("torch")
-        case, backend = Case(), framework("torch")
+        case, backend = Quartic(), framework("torch")
 
         def live():
             return sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
@@ -384,7 +384,7 @@ TINY = bl.Problem(Tiny(), SquaredNorm())
 
 class TestAdam:
     def test_auto_is_a_thousandth(self, backend):
-        case = Case()
+        case = Quartic()
         auto, explicit = (case.hypergradient(backend, None, optimizer="adam", **o) for o in ({}, {"step_size": 1e-3}))
         assert (backend.to_numpy(auto.grad) == backend.to_numpy(explicit.grad)).all()
 
@@ -435,7 +435,7 @@ class TestAdam:
 
     def test_float32_keeps_the_bias_correction(self, backend):
         """1 − 0.999 has lost four digits in float32; from there on the error of the step must not grow."""
-        case, options = Case(dtype=np.float32), {"optimizer": "adam", "step_size": 0.05, "steps": 3}
+        case, options = Quartic(dtype=np.float32), {"optimizer": "adam", "step_size": 0.05, "steps": 3}
         hg = case.hypergradient(backend, None, **options)
         params, _, _ = case.by_hand(None, **options, beta1=0.9, beta2=0.999, eps=1e-8)
         assert relative_error(backend.to_numpy(hg.params), params) <= 1e-6
@@ -453,7 +453,7 @@ class TestFailures:
 
     def test_batches_that_drive_apart(self, backend):
         """The warning looks for the curvature, and there is no single batch to look at."""
-        case = Case()
+        case = Quartic()
         args = [tuple(map(backend.from_numpy, batch)) for batch in case.batches]
         w, h = backend.from_numpy(case.w), backend.from_numpy(case.h)
         outer = tuple(map(backend.from_numpy, (case.t, case.d)))
@@ -476,7 +476,7 @@ class TestFailures:
     @pytest.mark.parametrize("way", WAYS)
     @pytest.mark.parametrize("optimizer", ["descent", "adam"])
     def test_nan_raises(self, backend, way, optimizer):
-        case = Case()
+        case = Quartic()
         case.batches[1][0][0, 0] = np.nan
         hg = case.hypergradient(backend, 3, truncation=7, **OPTIMIZERS[optimizer], **WAYS[way])
         assert hg.info.status is Status.NON_FINITE
@@ -547,7 +547,7 @@ def _cross_jvp(backend, solver, problem, point):
 
 
 def test_the_gradient_alone_is_that_of_the_derivatives(backend):
-    case = Case()
+    case = Quartic()
     point = bl.protocols.Point(
         *map(backend.from_numpy, (case.w, case.h)), tuple(map(backend.from_numpy, case.batches[0]))
     )
@@ -680,7 +680,7 @@ class TestJax:
     )
     def test_jit_and_vmap(self, options):
         jax = pytest.importorskip("jax")
-        backend, cases = framework("jax"), [Case(seed) for seed in range(3)]
+        backend, cases = framework("jax"), [Quartic(seed) for seed in range(3)]
 
         def call(w, h, batches, outer, step_size):
             solver = bl.Unrolled(steps=5, step_size=step_size, **options)
@@ -752,7 +752,7 @@ class TestJax:
 
 def test_batches_may_differ_in_size_in_eager_frameworks():
     for name in ("numpy", "torch"):
-        backend, case = framework(name), Case()
+        backend, case = framework(name), Quartic()
         X, y, S = case.batches[2]
         case.batches[2] = (X[:5], y[:5], S)
         hg = case.hypergradient(backend, 3, step_size=0.05)
@@ -796,24 +796,31 @@ class TestErrors:
 
     def test_an_objective_without_cross_jvp(self):
         class NoCrossJvp:
-            __call__, grad, hvp, cross_vjp = Inner.__call__, Inner.grad, Inner.hvp, Inner.cross_vjp
+            __call__, grad, hvp, cross_vjp = (
+                QuarticInner.__call__,
+                QuarticInner.grad,
+                QuarticInner.hvp,
+                QuarticInner.cross_vjp,
+            )
 
-        case = Case()
+        case = Quartic()
         args = {"inner_args": case.batches[0], "outer_args": (case.t, case.d)}
-        problem = bl.Problem(NoCrossJvp(), Outer())
+        problem = bl.Problem(NoCrossJvp(), QuarticOuter())
         assert bl.hypergradient(problem, case.w, case.h, **args, solver="unrolled").grad.shape == (4,)
         with pytest.raises(TypeError, match=r"\(NoCrossJvp\) has no method 'cross_jvp'.*mode=\"reverse\" does without"):
             bl.hypergradient(problem, case.w, case.h, **args, solver=bl.Unrolled(mode="forward"))
 
     def test_a_cross_jvp_of_the_wrong_shape(self):
-        class Wrong(Inner):
+        class Wrong(QuarticInner):
             def cross_jvp(self, w, h, u, X, y, S):
                 return u
 
-        case = Case()
+        case = Quartic()
         args = {"inner_args": case.batches[0], "outer_args": (case.t, case.d)}
         with pytest.raises(ValueError, match="the inner cross_jvp: expected the structure of params"):
-            bl.hypergradient(bl.Problem(Wrong(), Outer()), case.w, case.h, **args, solver=bl.Unrolled(mode="forward"))
+            bl.hypergradient(
+                bl.Problem(Wrong(), QuarticOuter()), case.w, case.h, **args, solver=bl.Unrolled(mode="forward")
+            )
 
     def test_derivatives_that_forward_mode_cannot_use(self):
         """A backend without the optional product, and the transposed Jacobian of a fixed point."""
@@ -826,7 +833,7 @@ class TestErrors:
             def inner(self, *args) -> InnerDerivatives:
                 return self.change(super().inner(*args))
 
-        case, solver = Case(), bl.Unrolled(mode="forward", step_size=0.1)
+        case, solver = Quartic(), bl.Unrolled(mode="forward", step_size=0.1)
         args = {"inner_args": case.batches[0], "outer_args": (case.t, case.d), "solver": solver}
         for change, message in (
             (lambda at: at._replace(cross_jvp=None), r"numpy backend does not have \(InnerDerivatives\.cross_jvp\)"),
@@ -854,11 +861,11 @@ class TestErrors:
         ids=["none", "no tuple", "a list", "an array"],
     )
     def test_batches(self, batches, error, message):
-        case = Case()
+        case = Quartic()
         with pytest.raises(error, match=message):
             bl.hypergradient(PROBLEM, case.w, case.h, inner_args=batches, solver="unrolled")
 
     def test_the_outer_objective_takes_one_set_of_arguments(self):
-        case = Case()
+        case = Quartic()
         with pytest.raises(TypeError, match=r"outer_args: expected a tuple of arguments.*got list\.$"):
             bl.hypergradient(PROBLEM, case.w, case.h, inner_args=case.batches[0], outer_args=[(case.t, case.d)])
