@@ -1,4 +1,4 @@
-"""The laws of a `VectorSpace`'s loops, branches, and functions of scalars."""
+"""The laws of a `Space`'s loops, branches, and functions of scalars."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ def while_loop(f: Framework) -> None:
                 return state[0] < bound
 
             def body(state: Any) -> Any:
-                return space.xp.where(live(state), state[0] + 1, state[0]), space.select(
+                return space.xp.where(live(state), state[0] + 1, state[0]), space.where(
                     live(state), space.axpy(2.0, state[1], state[1]), state[1]
                 )
 

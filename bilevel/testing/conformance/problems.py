@@ -6,9 +6,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import linalg
 
+from bilevel.backend import Backend
 from bilevel.problems.problem import Problem
-from bilevel.protocols import Backend
-from bilevel.spaces.ravel import to_host
 from bilevel.spaces.tree import leaves_with_paths, tree_map
 from bilevel.testing.conformance.subject import make_array
 from bilevel.testing.conformance.systems import SIZE, normal, symmetric
@@ -223,7 +222,7 @@ def quadratic_point(
     arrays = [make_array(backend, a, dtype) for a in (w, lam, H, B, c, t, d)]
     w_, lam_, H_, B_, c_, t_, d_ = arrays
     truth = [
-        to_host(backend, array).reshape(np.shape(a)) for array, a in zip(arrays, (w, lam, H, B, c, t, d), strict=True)
+        backend.to_flat(array).reshape(np.shape(a)) for array, a in zip(arrays, (w, lam, H, B, c, t, d), strict=True)
     ]
     arguments = {"params": w_, "hparams": lam_, "inner_args": (H_, B_, c_), "outer_args": (t_, d_)}
     return QuadraticPoint(arguments, *truth, damping=damping)
