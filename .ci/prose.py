@@ -60,7 +60,7 @@ def long_sentences(text: str) -> Iterator[Passage]:
     """Yield where a sentence of too many words begins, and how it begins."""
     text = re.sub(r"\]\([^)]*\)", "]", text)  # links: their text alone
     start = 0
-    for end in [*(m.end() for m in re.finditer(r"[.!?][\"')*]*\s+(?=[\"'(*\[]*[A-Z0-9]|code\b)", text)), len(text)]:
+    for end in [*(m.end() for m in re.finditer(r"[.!?][\"')*]*\s+(?=[\"'(*\[]*(?:[A-Z0-9]|code\b))", text)), len(text)]:
         words = [word for word in text[start:end].split() if re.search(r"\w", word)]
         if len(words) > LONGEST:
             yield start, f"a sentence of {len(words)} words: {' '.join(words[:6])} ..."
