@@ -6,7 +6,7 @@ from typing import Any
 from bilevel.config import get_backend, get_solver, list_backends
 from bilevel.errors import suggest
 from bilevel.protocols import HypergradientMethod
-from bilevel.testing.conformance import capabilities, execution, linear, methods
+from bilevel.testing.conformance import capabilities, execution, linear, methods, rounding
 from bilevel.testing.conformance.checks import Applied, Check, collect, known_backends
 from bilevel.testing.conformance.subject import Subject, widest
 from bilevel.testing.conformance.systems import CLASSES
@@ -88,11 +88,11 @@ def check_solver(
             if is_method:
                 laws = [*methods.LAWS, *methods.laws_on(backend)]
             else:
-                laws = [*linear.LAWS, *capabilities.laws_of(at), *execution.laws_on(backend)]
+                laws = [*linear.LAWS, *capabilities.laws_of(at), *execution.laws_on(backend), *rounding.laws_on(at)]
             for law in laws:
-                yield Applied(law, single if law in linear.IN_FLOAT32 else at, (backend.name,))
+                yield Applied(law, single if law in [*linear.IN_FLOAT32, *rounding.ALL] else at, (backend.name,))
 
-    every = [*linear.PER_DTYPE, *linear.LAWS, *capabilities.ALL, *execution.ALL]
+    every = [*linear.PER_DTYPE, *linear.LAWS, *capabilities.ALL, *execution.ALL, *rounding.ALL]
     if is_method:
         every = [*methods.PER_DTYPE, *methods.ALL]
     return collect(applied(), excused, every, known_backends(found))

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 SIZE = 6  # one for nearly all, since JAX compiles for each
+MANY = 40  # enough for rounding errors to add up
 
 
 class System(NamedTuple):
@@ -35,10 +36,10 @@ def symmetric(eigenvalues: np.ndarray, seed: int = 0) -> np.ndarray:
     return (matrix + matrix.T) / 2
 
 
-def definite() -> System:
+def definite(size: int = SIZE) -> System:
     """Return a well-conditioned positive definite system."""
-    matrix = symmetric(np.linspace(1.0, 4.0, SIZE))
-    return System("a positive definite system (eigenvalues from 1 to 4)", matrix, normal(1, SIZE), 4.0)
+    matrix = symmetric(np.linspace(1.0, 4.0, size))
+    return System("a positive definite system (eigenvalues from 1 to 4)", matrix, normal(1, size), 4.0)
 
 
 def clustered() -> System:
@@ -47,31 +48,31 @@ def clustered() -> System:
     return System("a positive definite system (eigenvalues from 2 to 2.01)", matrix, normal(1, SIZE), 1.005)
 
 
-def ill_conditioned() -> System:
+def ill_conditioned(size: int = SIZE) -> System:
     """Return a positive definite system with a condition number of 1e4."""
-    matrix = symmetric(np.geomspace(4e-4, 4.0, SIZE))
-    return System("a positive definite system (eigenvalues from 4e-4 to 4)", matrix, normal(1, SIZE), 1e4)
+    matrix = symmetric(np.geomspace(4e-4, 4.0, size))
+    return System("a positive definite system (eigenvalues from 4e-4 to 4)", matrix, normal(1, size), 1e4)
 
 
-def indefinite() -> System:
-    """Return a system with eigenvalues of either sign."""
-    matrix = symmetric(np.array([-2.0, -1.0, 1.0, 2.0, 3.0, 4.0]))
-    return System("an indefinite system (eigenvalues -2, -1, 1, 2, 3, 4)", matrix, normal(1, SIZE), 4.0)
+def indefinite(size: int = SIZE) -> System:
+    """Return a system with eigenvalues of either sign, a third of them negative."""
+    matrix = symmetric(np.concatenate([np.linspace(-2.0, -1.0, size // 3), np.linspace(1.0, 4.0, size - size // 3)]))
+    return System("an indefinite system (eigenvalues from -2 to -1 and from 1 to 4)", matrix, normal(1, size), 4.0)
 
 
-def singular() -> System:
+def singular(size: int = SIZE, seed: int = 0) -> System:
     """Return a singular system that has solutions."""
-    matrix = symmetric(np.array([0.0, 0.0, 1.0, 2.0, 3.0, 4.0]))
-    rhs = matrix @ normal(1, SIZE)
-    return System("a singular system with solutions (eigenvalues 0, 0, 1, 2, 3, 4)", matrix, rhs, 4.0)
+    matrix = symmetric(np.concatenate([np.zeros(size // 3), np.linspace(1.0, 4.0, size - size // 3)]), seed)
+    what = "a singular system with solutions (a third of the eigenvalues 0, the others from 1 to 4)"
+    return System(what, matrix, matrix @ normal(1, size), 4.0)
 
 
-def nonsymmetric() -> System:
+def nonsymmetric(size: int = SIZE) -> System:
     """Return a system whose symmetric part is positive definite, but which is not symmetric."""
-    skew = normal(2, SIZE, SIZE)
-    matrix = definite().matrix + (skew - skew.T) / 4
+    skew = normal(2, size, size) * np.sqrt(SIZE / size) / 4
+    matrix = definite(size).matrix + skew - skew.T
     what = "a system that is not symmetric (its symmetric part has eigenvalues from 1 to 4)"
-    return System(what, matrix, normal(1, SIZE), float(np.linalg.cond(matrix)))
+    return System(what, matrix, normal(1, size), float(np.linalg.cond(matrix)))
 
 
 CLASSES = {
@@ -83,9 +84,18 @@ CLASSES = {
 }
 
 
-def inconsistent() -> System:
+def inconsistent(size: int = SIZE, seed: int = 0) -> System:
     """Return a singular system without a solution."""
-    return System("a singular system without a solution", singular().matrix, normal(1, SIZE), 4.0)
+    what = "a singular system without a solution"
+    return System(what, singular(size, seed).matrix, normal(1 + seed, size), 4.0)
+
+
+def nearly_singular(seed: int) -> System:
+    """Return a system that is not symmetric, with a condition number of 1e6, which float32 cannot resolve."""
+    left, _, right = np.linalg.svd(normal(seed, SIZE, SIZE))
+    matrix = (left * np.geomspace(4.0, 4e-6, SIZE)) @ right
+    what = f"a system that is not symmetric (singular values from 4e-6 to 4, draw {seed})"
+    return System(what, matrix, normal(1000 + seed, SIZE), 1e6)
 
 
 def multiple(factor: float) -> System:

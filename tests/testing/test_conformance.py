@@ -20,7 +20,10 @@ SOLVERS = {
     "minres": (bl.MINRES(), {"solves": [*DEFINITE, "indefinite", "singular"]}),
     "gmres": (bl.GMRES(), {"solves": EVERY_CLASS}),
     "bicgstab": (bl.BiCGStab(), {"solves": [*DEFINITE, "indefinite", "nonsymmetric"]}),
-    "nystrom": (bl.Nystrom(), {"truncated": True, "warm_start": False}),
+    "nystrom": (
+        bl.Nystrom(),
+        {"truncated": True, "warm_start": False, "excused": {"many_unknowns": "rank 20 is no model of 40 unknowns"}},
+    ),
     "exact": (bl.Exact(), {"solves": EVERY_CLASS, "warm_start": False}),
     "neumann": (bl.Neumann(terms=200), {"solves": ["definite", "singular"], "truncated": True}),
     "neumann_rtol": (

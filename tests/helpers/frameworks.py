@@ -13,7 +13,7 @@ from bilevel.protocols import Point
 
 FRAMEWORKS = ["numpy", "torch", "jax"]
 DTYPES = [np.float32, np.float64]
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def framework(name: str) -> Any:

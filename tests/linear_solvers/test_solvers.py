@@ -11,8 +11,6 @@ from scipy import linalg
 
 import bilevel as bl
 from bilevel import Status
-from bilevel.operators.lanczos import spectrum
-from bilevel.protocols import Point
 
 seeds = st.integers(0, 2**32 - 1)
 sizes = st.sampled_from([1, 2, 5, 12])  # few: JAX compiles for each
@@ -220,34 +218,6 @@ def test_neumann_diverges_on_a_negative_eigenvalue_whatever_the_step(backend, ei
     matrix, rhs = symmetric([*eigenvalues, -0.1], seed), rhs_of(len(eigenvalues) + 1, seed)
     _, info = solve(backend, bl.Neumann(terms=1000), matrix, rhs)
     assert info.status == Status.DIVERGED
-
-
-def ends_of(backend, solver, problem, point):
-    return spectrum(lambda v: point.params @ v, point.hparams, backend.space)
-
-
-@given(
-    eigenvalues=st.sampled_from([1, 3, 40]).flatmap(
-        lambda n: st.lists(st.floats(-10, 10).map(lambda e: round(e, 3)), min_size=n, max_size=n)
-    ),
-    seed=seeds,
-)
-def test_lanczos_brackets_the_spectrum(backend, eigenvalues, seed):
-    point = Point(backend.from_numpy(symmetric(eigenvalues, seed)), backend.from_numpy(np.zeros(len(eigenvalues))))
-    smallest, largest, _, error = (backend.to_host(end) for end in backend.execute(ends_of, None, None, point))
-    width = max(map(abs, eigenvalues)) + 1e-300
-    assert min(eigenvalues) - 1e-9 * width <= smallest <= largest <= max(eigenvalues) + 1e-9 * width
-    # An unlucky start can miss the very end, but a step size of 1/(largest + error) must stay below 2/λmax.
-    assert largest + error >= max(eigenvalues) - 0.5 * width
-
-
-def test_lanczos_finds_the_ends_of_a_decaying_spectrum(backend):
-    eigenvalues = np.concatenate([np.geomspace(1e-4, 10, 60), [-2.0]])
-    point = Point(backend.from_numpy(symmetric(eigenvalues)), backend.from_numpy(np.zeros(61)))
-    smallest, largest, _, error = (backend.to_host(end) for end in backend.execute(ends_of, None, None, point))
-    assert largest == pytest.approx(10, rel=1e-3)
-    assert smallest == pytest.approx(-2, rel=1e-2)
-    assert largest + error >= 10 * (1 - 1e-6)
 
 
 def test_solvers_agree_across_frameworks():

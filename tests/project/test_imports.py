@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 EXTRAS = {"torch", "jax", "sklearn", "matplotlib", "tqdm", "hypothesis", "pytest"}
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def loaded_by(module):

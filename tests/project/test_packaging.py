@@ -12,7 +12,7 @@ from zipfile import ZipFile
 import pytest
 from packaging.requirements import Requirement
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["version"]
 DIST_INFO = f"bilevel-{VERSION}.dist-info"
 PACKAGES = {"bilevel", "bilevel_numpy", "bilevel_torch", "bilevel_jax"}

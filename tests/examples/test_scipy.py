@@ -16,7 +16,7 @@ from sklearn.metrics import log_loss
 import bilevel as bl
 from bilevel.testing import check_hypergradient
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 CONFIG = EXAMPLES / "solver.toml"
 
 

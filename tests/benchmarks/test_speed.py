@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FRAMEWORKS = [name for name in ("torch", "jax") if find_spec(name)]
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="peak memory is measured on Linux only")
 

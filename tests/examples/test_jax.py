@@ -13,7 +13,7 @@ pytest.importorskip("optax")
 pytest.importorskip("sklearn")
 jnp = jax.numpy
 
-EXAMPLES = Path(__file__).parents[1] / "examples" / "jax"
+EXAMPLES = Path(__file__).parents[2] / "examples" / "jax"
 
 
 def example(name):

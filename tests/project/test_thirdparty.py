@@ -9,7 +9,7 @@ from zipfile import ZipFile
 
 import pytest
 
-THEIRS = Path(__file__).with_name("thirdparty")
+THEIRS = Path(__file__).parents[1] / "thirdparty"
 
 
 @pytest.fixture(scope="module")

@@ -57,7 +57,7 @@ print(during > 0, threads())
 @pytest.fixture(scope="module", params=[2, 3])
 def several(request, tmp_path_factory):
     world, folder = request.param, tmp_path_factory.mktemp("ranks")
-    script, env = Path(__file__).with_name("ranks.py"), {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
+    script, env = ranks.__file__, {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
     processes = [
         subprocess.Popen(
             [sys.executable, script, str(rank), str(world), str(folder)], env=env, stderr=subprocess.PIPE, text=True

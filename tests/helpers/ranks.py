@@ -1,4 +1,4 @@
-"""What each process of test_torch_ddp.py computes: `python ranks.py RANK WORLD FOLDER`."""
+"""What each process of test_data_parallel.py computes: `python ranks.py RANK WORLD FOLDER`."""
 
 import os
 import sys

@@ -51,10 +51,12 @@ class Textbook:
         dot = space.dot if fault != "forgets a leaf" else self.dot_of_the_first_leaf(space)
 
         def step(s):
-            x, r, p, rr, steps, live, _ = s
+            x, r, p, rr, largest, steps, live, _ = s
             Ap = A(p)
-            pAp = dot(p, Ap)
-            ok = live & (pAp > 0) & xp.isfinite(pAp)
+            pAp, pp = dot(p, Ap), dot(p, p)
+            largest = xp.maximum(largest, pAp / xp.where(pp == 0, 1.0, pp))
+            noise = space.eps(b) * largest * pp if fault != "follows rounding noise" else 0 * pp
+            ok = live & (pAp > noise) & xp.isfinite(pAp)
             alpha = xp.where(pAp == 0, 1.0, rr / xp.where(pAp == 0, 1.0, pAp))
             stored = ok if fault != "goes on after it has stopped" else xp.isfinite(pAp)
             if fault == "breaks before it stores the iterate":
@@ -67,7 +69,7 @@ class Textbook:
             go_on = ok & (xp.sqrt(rr_new) > tolerance)
             if fault != "ignores maxiter":
                 go_on = go_on & (steps + 1 < self.maxiter)
-            return new, r, p, rr_new, steps + live, go_on, broken
+            return new, r, p, rr_new, largest, steps + live, go_on, broken
 
         if x0 is None:
             x, r = space.zeros_like(b), b
@@ -78,14 +80,14 @@ class Textbook:
         rr = space.dot(r, r)
         zero = xp.zeros_like(rr, dtype=xp.int32)
         live = (xp.sqrt(rr) > tolerance) & (self.maxiter > 0)
-        s = (x, r, r, rr, zero, live, live & False)
+        s = (x, r, r, rr, xp.zeros_like(rr), zero, live, live & False)
         if fault == "reads the flag at each step":
             for _ in range(self.maxiter):
-                if s[5]:
+                if s[6]:
                     s = step(s)
         else:
-            s = space.while_loop(lambda s: s[5], step, s, self.maxiter if fault != "ignores maxiter" else 1000)
-        x, _, _, rr, steps, _, broken = s
+            s = space.while_loop(lambda s: s[6], step, s, self.maxiter if fault != "ignores maxiter" else 1000)
+        x, _, _, rr, _, steps, _, broken = s
 
         left = norm(residual(A, b, x, space), space)
         finite = xp.isfinite(left) & ~broken
@@ -134,6 +136,7 @@ FAULTS = {
     "is quiet about nan": "nan_product",
     "always claims success": "inconsistent-float64",
     "trusts its recurrence": "drift",
+    "follows rounding noise": "runaway",
     "reports another residual": "definite-float64",
 }
 

@@ -11,6 +11,6 @@ pytest.importorskip("jax")
 
 def test_all_holds_on_eight_devices():
     """One process for all checks: JAX and its eight devices take long to start."""
-    script = Path(__file__).with_name("eight_devices.py")
+    script = Path(__file__).parents[1] / "helpers" / "eight_devices.py"
     done = subprocess.run([sys.executable, "-W", "error", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

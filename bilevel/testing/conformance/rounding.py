@@ -1,0 +1,46 @@
+"""Laws of solvers where rounding decides: 40 unknowns in float32, and systems that are singular to rounding."""
+
+import numpy as np
+
+from bilevel.testing.conformance import systems
+from bilevel.testing.conformance.checks import Law
+from bilevel.testing.conformance.judge import expect, judge
+from bilevel.testing.conformance.subject import Subject, run, run_nonsymmetric
+
+NOISE = 10  # times norm(b) / (eps norm(A)), the size of v at which A v is only rounding
+
+
+def many_unknowns(s: Subject) -> None:
+    """With 40 unknowns in float32, systems are solved if their class is promised; else the status does not claim it."""
+    for kind, make in systems.CLASSES.items():
+        system, known = make(systems.MANY), kind == "nonsymmetric" and getattr(s.solver, "nonsymmetric", False)
+        answer = s.solve(system, runner=run_nonsymmetric if known else run)
+        judge(s, system, answer, promised=s.promises(kind, system.condition))
+
+
+def runaway(s: Subject) -> None:
+    """On singular systems without a solution, v does not grow beyond norm(b) / (eps norm(A)), where A v is rounding."""
+    for seed in range(12):
+        system = systems.inconsistent(systems.MANY, seed)
+        answer = s.solve(system)
+        matrix, rhs = s.rounded(system)
+        eps = s.backend.space.eps(s.array(rhs))
+        allowed = NOISE * np.linalg.norm(rhs) / (eps * np.linalg.norm(matrix, 2))
+        expect(np.linalg.norm(answer.x) <= allowed, s, system, f"norm(v) <= {allowed:.2g}", answer)
+
+
+def nearly_singular(s: Subject) -> None:
+    """On nearly singular systems that are not symmetric, in float32, the status and the residual are true."""
+    for seed in range(30):
+        system = systems.nearly_singular(seed)
+        judge(s, system, s.solve(system, runner=run_nonsymmetric))
+
+
+def laws_on(s: Subject) -> list[Law]:
+    """Return the laws that apply to a solver on a backend; JAX would compile for each shape."""
+    if s.backend.name == "jax":
+        return []
+    return ALL if getattr(s.solver, "nonsymmetric", False) else [many_unknowns, runaway]
+
+
+ALL: list[Law] = [many_unknowns, runaway, nearly_singular]
