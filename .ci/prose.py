@@ -44,7 +44,7 @@ def check(path: Path, top: Path) -> Iterator[str]:
         return
     markdown = path.suffix == ".md"
     for start, text in (markdown_passages if markdown else python_passages)(path):
-        text = CODE.sub(lambda code: "code" + "\n" * code[0].count("\n"), text)
+        text = CODE.sub(lambda code: "CODE" + "\n" * code[0].count("\n"), text)
         for place, message in [*phrases(text), *(long_sentences(text) if markdown else [])]:
             yield f"{path.relative_to(top)}:{start + text.count(chr(10), 0, place)}: {message}"
 
@@ -60,7 +60,7 @@ def long_sentences(text: str) -> Iterator[Passage]:
     """Yield where a sentence of too many words begins, and how it begins."""
     text = re.sub(r"\]\([^)]*\)", "]", text)  # links: their text alone
     start = 0
-    for end in [*(m.end() for m in re.finditer(r"[.!?][\"')*]*\s+(?=[\"'(*\[]*(?:[A-Z0-9]|code\b))", text)), len(text)]:
+    for end in [*(m.end() for m in re.finditer(r"[.!?][\"')*]*\s+(?=[\"'(*\[]*[^\sa-z\"'(*\[])", text)), len(text)]:
         words = [word for word in text[start:end].split() if re.search(r"\w", word)]
         if len(words) > LONGEST:
             yield start, f"a sentence of {len(words)} words: {' '.join(words[:6])} ..."
