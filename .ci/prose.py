@@ -11,7 +11,8 @@ import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOTS = ["README.md", "CONTRIBUTING.md"]  # to come: "docs/architecture.md", "bilevel", "backends"
+ROOTS = ["*.md", "docs/*.md", "examples/README.md"]  # patterns; to come: "bilevel", "backends"
+LATER = ["docs/architecture.md", "docs/paper.md"]  # not checked yet
 LONGEST = 25  # words of a sentence in Markdown
 
 PHRASES = [
@@ -29,9 +30,11 @@ Passage = tuple[int, str]  # the number of its first line, and its text
 
 
 def main() -> int:
-    """Check the files that are named, or else all of ROOTS."""
+    """Check the files and folders that are named, or else those of ROOTS."""
     top = Path(__file__).parents[1]
-    found = [message for root in sys.argv[1:] or ROOTS for message in check(top / root, top)]
+    later = {top / name for name in LATER}
+    paths = [path for root in ROOTS for path in sorted(top.glob(root)) if path not in later]
+    found = [message for path in [top / name for name in sys.argv[1:]] or paths for message in check(path, top)]
     print(*found, sep="\n")
     return bool(found)
 
