@@ -58,8 +58,9 @@ def report(
         curved = info.status in (Status.NEGATIVE_CURVATURE, Status.DIVERGED) and symmetric
         if curved and curvature is not None and not backend.requires_all_ranks:
             seen = Spectrum(*[float(backend.to_host(x)) for x in curvature()])
-        where = f"step {info.steps}, residual {info.residual_norm:.2g} of a right-hand side of {info.rhs_norm:.2g}"
-        raise SolverError(f"{method.name}: {method.explain(info, symmetric, seen)} ({where}.){hint}")
+        left = f"{info.residual_norm:.2g} of a right-hand side of {info.rhs_norm:.2g}"
+        why = method.explain(info, symmetric, seen)
+        raise SolverError(f"{method.name}: {why} The residual is {left}, after {info.steps} steps.{hint}")
     text = f"{method.name}: {method.explain(info, symmetric, None)} info has the numbers.{hint}"
     warnings.warn(SolverWarning(text), stacklevel=callers_level())
     return info

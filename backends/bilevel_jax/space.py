@@ -13,7 +13,7 @@ from jax.flatten_util import ravel_pytree
 from typing_extensions import override
 
 from bilevel.spaces.array import V
-from bilevel.spaces.space import Layout, Space, State, X
+from bilevel.spaces.space import Layout, Space, State, X, kind_of
 from bilevel_jax.no_reverse_mode import raise_no_derivative, without_reverse_mode
 from bilevel_jax.sharding import equations, explicitly_sharded
 
@@ -36,7 +36,7 @@ class JaxSpace(Space[V]):
     @override
     def layout(self, x: object) -> Layout:
         flat = jax.tree_util.tree_flatten_with_path(x)[0]
-        return {jax.tree_util.keystr(path): (a.shape, str(a.dtype)) for path, a in flat}
+        return {jax.tree_util.keystr(path): kind_of(leaf) for path, leaf in flat}
 
     @override
     def dot(self, x: V, y: V) -> Any:

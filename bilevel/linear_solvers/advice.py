@@ -44,7 +44,7 @@ def _maxiter(solver: LinearSolver[Any], info: SolverInfo) -> str:
             "stagnated above its tolerance. A singular or ill-conditioned Hessian, or the precision of the dtype, "
             f"prevents more. {solver.stagnation_remedy}"
         )
-    return f"stopped at its most steps above its tolerance. {solver.remedy}"
+    return f"stopped after {info.steps} steps above its tolerance. {solver.remedy}"
 
 
 def _negative_curvature(damping: float, curvature: Spectrum[float] | None) -> str:

@@ -20,6 +20,11 @@ X = TypeVar("X")
 Y = TypeVar("Y")
 
 
+def kind_of(leaf: object) -> tuple[tuple[int, ...], str]:
+    """Return shape and dtype of a leaf. A leaf that is no array has the name of its class in place of a dtype."""
+    return tuple(getattr(leaf, "shape", ())), str(getattr(leaf, "dtype", type(leaf).__name__))
+
+
 class Space(Generic[V]):
     """The vectors that have the structure, shapes and dtypes of one tree of arrays.
 
@@ -51,7 +56,7 @@ class Space(Generic[V]):
 
     def layout(self, x: object) -> Layout:
         """Return shape and dtype of each leaf, by its path."""
-        return {path: (tuple(a.shape), str(a.dtype)) for path, a in tree.leaves_with_paths(x)}
+        return {path: kind_of(leaf) for path, leaf in tree.leaves_with_paths(x)}
 
     def cast(self, value: Any, like: Any) -> Any:
         """Return an array or number in the dtype of an array."""

@@ -68,7 +68,7 @@ def test_an_indefinite_hessian_is_said(backend, dtype):
         (
             bl.Nystrom(rank=1, damping=0.1),
             [1.0, 2.0, 3.0],
-            r"Nystrom: did not solve .* residual .* Raise rank or damping",
+            r"Nystrom: did not solve .* Raise rank or damping.* The residual is",
         ),
         (bl.Nystrom(rank=3), [1.0, 2.0, -3.0], r"Nystrom: met non-positive curvature .* raise damping above 3"),
         (bl.GMRES(restart=1), [1.0, -1.0], r"GMRES: stagnated .* Raise restart, loosen"),
@@ -230,8 +230,8 @@ class TestWhatASolverHolds:
         for diagonal, error, message in (
             (move(np.ones(4)), ValueError, r"preconditioner\.diagonal: expected the structure of params"),
             ({"a": move(np.ones(3))}, ValueError, r"preconditioner\.diagonal"),
-            (move(np.ones(3, np.float32)), ValueError, r"preconditioner\.diagonal: .*float64.* has shape .*float32"),
-            ("ones", TypeError, r"preconditioner\.diagonal: expected arrays like params, got .* type str"),
+            (move(np.ones(3, np.float32)), ValueError, r"preconditioner\.diagonal: .*float64; it has shape .*float32"),
+            ("ones", ValueError, r"preconditioner\.diagonal: .*it has shape \(\) and type str"),
         ):
             with pytest.raises(error, match=message):
                 bl.hypergradient(

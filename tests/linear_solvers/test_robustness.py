@@ -131,16 +131,19 @@ class TestNothingIsSilent:
     def test_an_unroll_that_drives_apart_is_flagged(self, backend):
         problem = bl.problems.quadratic(*(backend.from_numpy(a) for a in (np.diag([1.0, 10.0]), np.eye(2), np.ones(2))))
         w = backend.from_numpy(np.zeros(2))
-        with pytest.warns(bl.SolverWarning, match=r"Unrolled: diverged .* use step_size=0\.1 "):
-            hg = bl.hypergradient(problem, w, w + 0, solver=bl.Unrolled(steps=30, step_size=0.5))
+        solver = bl.Unrolled(steps=30, step_size=0.5)
+        with pytest.warns(bl.SolverWarning, match=r"Unrolled: diverged\. Its step_size"):
+            hg = bl.hypergradient(problem, w, w + 0, solver=solver)
         assert hg.info.status is Status.DIVERGED
+        with pytest.raises(bl.SolverError, match=r"Unrolled: diverged.* use step_size=0\.1 "):
+            bl.hypergradient(problem, w, w + 0, solver=solver, on_failure="raise")
 
     def test_advice_on_damping_holds_for_a_solver_that_has_some(self, backend):
         H = np.diag([-2.0, 1.0])
         problem = bl.problems.quadratic(*(backend.from_numpy(a) for a in (H, np.eye(2), np.ones(2))))
         w = backend.from_numpy(np.zeros(2))
-        with pytest.warns(bl.SolverWarning, match="raise damping above 2,"):
-            bl.hypergradient(problem, w, w + 0, solver=bl.CG(damping=1.0))
+        with pytest.raises(bl.SolverError, match="raise damping above 2,"):
+            bl.hypergradient(problem, w, w + 0, solver=bl.CG(damping=1.0), on_failure="raise")
 
     @pytest.mark.parametrize("name", ["torch", "jax"])
     def test_an_outer_objective_that_is_cut_off(self, name):

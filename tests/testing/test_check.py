@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import bilevel as bl
 from bilevel.methods import Implicit, Method
-from bilevel.spaces.tree import leaves_with_paths
+from bilevel.spaces.tree import leaves_with_paths, tree_map
 from bilevel.testing import check_hypergradient, exact_hypergradient, finite_difference_hypergradient, strategies
 from bilevel.testing.difference_reference import slope
 
@@ -71,7 +71,7 @@ def tanh_net(backend, dtype=np.float64):
         return ((net(p, x) - y) ** 2).mean() + 0.1 * (h["decay"] ** 2).sum()
 
     def convert(tree):
-        return bl.tree.tree_map(lambda leaf: backend.from_numpy(leaf.astype(dtype)), tree)
+        return tree_map(lambda leaf: backend.from_numpy(leaf.astype(dtype)), tree)
 
     data = {"inner_args": convert((x, np.sin(x.sum(1)))), "outer_args": convert((x_val, np.sin(x_val.sum(1))))}
     return bl.Problem(inner, outer), convert(params), convert(hparams), data

@@ -276,7 +276,7 @@ class DenseMethod(Method):
                 grad = level.hparams
             if grad is not None and fault != "has the wrong sign":
                 grad = level.backend.space(grad).scale(-1.0, grad)
-            if fault == "promotes the dtype" and not isinstance(grad, dict):
+            if fault == "promotes the dtype" and isinstance(grad, np.ndarray):
                 grad = grad + np.zeros(1)
             return Pullback(grad, v, info)
 
