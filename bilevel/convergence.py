@@ -48,7 +48,8 @@ def report(
     numbers = [backend.to_host(x) if hasattr(x, "dtype") else x for x in info]
     if numbers[3] is None:
         return info
-    info = SolverInfo(int(numbers[0]), *numbers[1:3], Status(int(numbers[3])), numbers[4])
+    steps, residual_norm, rhs_norm, status, inner_grad_norm = numbers
+    info = SolverInfo(int(steps), residual_norm, rhs_norm, Status(int(status)), inner_grad_norm)
     method.record(info)
     if on_failure == "ignore" or info.status == Status.CONVERGED:
         return info
@@ -56,7 +57,7 @@ def report(
         seen = None
         curved = info.status in (Status.NEGATIVE_CURVATURE, Status.DIVERGED) and symmetric
         if curved and curvature is not None and not backend.requires_all_ranks:
-            seen = Spectrum(*(float(backend.to_host(x)) for x in curvature()))
+            seen = Spectrum(*[float(backend.to_host(x)) for x in curvature()])
         where = f"step {info.steps}, residual {info.residual_norm:.2g} of a right-hand side of {info.rhs_norm:.2g}"
         raise SolverError(f"{method.name}: {method.explain(info, symmetric, seen)} ({where}.){hint}")
     text = f"{method.name}: {method.explain(info, symmetric, None)} info has the numbers.{hint}"

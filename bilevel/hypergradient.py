@@ -156,7 +156,8 @@ def hypergradient_from(
         return space.map(lambda _, entry: entry, rhs, found)
 
     A = LinearOperator(space, checked_hvp, symmetric=not isinstance(hvp, NonSymmetric))
-    at: LinearizedMap[P, H] = LinearizedMap(None, A.mv, cross_vjp)  # pyright: ignore[reportArgumentType]
+    no_residual: Any = None
+    at = LinearizedMap(no_residual, A.mv, cross_vjp)
     hg = combine(backend, value, direct, pull_back(backend, linear_solver, A, at, rhs, adjoint0), direct)
     info = report(
         backend, hg.info, Implicit(linear_solver), on_failure, symmetric=A.symmetric, curvature=lambda: spectrum(A)

@@ -179,8 +179,8 @@ class JaxBackend(Backend):
     @contextmanager
     def isolated(self, inputs: Inputs[P, H], double: bool) -> Iterator[Callable[[P, H], Inputs[P, H]]]:
         def convert(leaf: Any) -> Any:
-            convertible = double and isinstance(leaf, jax.Array | np.ndarray) and self.is_floating(leaf)
-            return jnp.asarray(leaf, jnp.float64) if convertible else leaf
+            floating = isinstance(leaf, jax.Array | np.ndarray) and jnp.issubdtype(leaf.dtype, jnp.floating)
+            return jnp.asarray(leaf, jnp.float64) if double and floating else leaf
 
         with enable_x64(True) if double else nullcontext():
             yield lambda params, hparams: jax.tree.map(convert, inputs._replace(params=params, hparams=hparams))

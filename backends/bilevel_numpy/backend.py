@@ -98,7 +98,7 @@ class NumpyBackend(Backend):
         data: Data = "outer",
     ) -> OuterDerivatives[P, H]:
         _require(objective, f"the {label} objective", "grad")
-        value = np.asarray(objective(params, hparams, *args))
+        value: Any = np.asarray(objective(params, hparams, *args))
         check_scalar(label, value)
         grads = objective.grad(params, hparams, *args)
         if not isinstance(grads, tuple) or len(grads) != 2:

@@ -1,7 +1,7 @@
 """Derivatives by autograd: one graph of ∇L, retained, serves every product."""
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -142,7 +142,7 @@ class TorchBackend(Backend):
         retain_graph: bool = False,
     ) -> OuterDerivatives[P, H]:
         """Differentiate an objective once that has been evaluated at params and hparams."""
-        loss = scalar(label, value)
+        loss: Any = scalar(label, value)
         weights, hypers = leaves(params), leaves(hparams)
         check_recorded(label, nodes_of([loss]), params)
         grads = grad([loss], [*weights, *hypers], None, retain_graph=retain_graph)
@@ -165,8 +165,10 @@ class TorchBackend(Backend):
             return function(self, *args, **options)
 
     @override
-    def isolated(self, inputs: Inputs[P, H], double: bool) -> AbstractContextManager[Callable[[P, H], Inputs[P, H]]]:
-        return isolated(inputs, double)
+    @contextmanager
+    def isolated(self, inputs: Inputs[P, H], double: bool) -> Iterator[Callable[[P, H], Inputs[P, H]]]:
+        with isolated(inputs, double) as at:
+            yield at
 
 
 def check_supported(path: str, tensor: torch.Tensor) -> None:

@@ -108,7 +108,7 @@ class _Call:
             w, _ = as_graph_leaves(params, ())
             at = backend.inner_of(evaluate(self.inner, w, *_replace(given, varied)), w, varied)
             A = LinearOperator(backend.space(w), at.vjp_params)
-            value = torch.zeros(())  # F is not known here
+            value: Any = torch.zeros(())  # F is not known here
             hg = combine(backend, value, None, pull_back(backend, self.solver, A, at, grads, None), varied)
             report(backend, hg.info, Implicit(self.solver), self.on_failure, curvature=lambda: spectrum(A))
             return hg.grad

@@ -37,9 +37,9 @@ NO_CONTRACTION = (
 
 
 def _maxiter(solver: LinearSolver[Any], info: SolverInfo) -> str:
-    if solver.maxiter is None:
+    if solver.most_steps is None:
         return f"did not solve the system to its tolerance. {solver.remedy}"
-    if info.steps < solver.maxiter:
+    if info.steps < solver.most_steps:
         return (
             "stagnated above its tolerance. A singular or ill-conditioned Hessian, or the precision of the dtype, "
             f"prevents more. {solver.stagnation_remedy}"

@@ -19,7 +19,7 @@ class _State(NamedTuple, Generic[V]):
     rotations: Array  # (m+1, m+1), orthogonal: what makes the Hessenberg matrix triangular
     triangle: Array  # (m+1, m+1)
     norm: Array  # of the residual, by the rotations
-    index: Array  # in this cycle
+    column: Array  # in this cycle
     steps: Array  # in all
     status: Array
     live: Array
@@ -61,8 +61,8 @@ class GMRES(LinearSolver[None]):
         check_real(self, "damping", least=0)
 
     @property
-    def maxiter(self) -> int:
-        """Most iterations."""
+    @override
+    def most_steps(self) -> int:
         return self.restart * self.max_restarts
 
     @override
@@ -82,7 +82,7 @@ class GMRES(LinearSolver[None]):
             zero = xp.zeros_like(steps)
 
             def step(s: _State[V]) -> _State[V]:
-                w = A(space.get(s.basis, s.index))
+                w = A(space.get(s.basis, s.column))
                 length = space.norm(w)
                 column = xp.zeros_like(unit[0])
                 for _ in range(2):  # once leaves what rounding makes of nearly dependent vectors
@@ -91,7 +91,7 @@ class GMRES(LinearSolver[None]):
                     column = column + overlap
                 left = space.norm(w)
                 exhausted = left <= 10 * eps * length  # the space is invariant
-                here, below = index == s.index, index == s.index + 1
+                here, below = index == s.column, index == s.column + 1
                 column = s.rotations @ xp.where(below, xp.where(exhausted, 0.0, left), column)
                 at, under = xp.sum(xp.where(here, column, 0.0)), xp.sum(xp.where(below, column, 0.0))
                 radius = xp.sqrt(at**2 + under**2)
@@ -105,16 +105,16 @@ class GMRES(LinearSolver[None]):
                 finite = xp.isfinite(length) & xp.isfinite(radius)
                 ok = s.live & finite
                 q = space.scale(xp.where(exhausted, 0.0, 1.0 / left), w)
-                following = xp.clip(s.index + 1, 0, dimension)
+                following = xp.clip(s.column + 1, 0, dimension)
                 return _State(
                     basis=space.set(s.basis, following, space.where(ok, q, space.get(s.basis, following))),
                     rotations=xp.where(ok, rotations, s.rotations),
                     triangle=xp.where(ok & here[None, :], column[:, None], s.triangle),
                     norm=xp.where(ok, remaining, s.norm),
-                    index=s.index + ok,
+                    column=s.column + ok,
                     steps=xp.where(s.live, s.steps + 1, s.steps),
                     status=xp.where(s.live & ~finite, int(Status.NON_FINITE), s.status),
-                    live=ok & ~exhausted & (remaining > tolerance) & (s.index + 1 < dimension),
+                    live=ok & ~exhausted & (remaining > tolerance) & (s.column + 1 < dimension),
                 )
 
             s = _State(
@@ -122,7 +122,7 @@ class GMRES(LinearSolver[None]):
                 rotations=unit,
                 triangle=unit,
                 norm=size,
-                index=zero,
+                column=zero,
                 steps=steps,
                 # Whether it has is for the product after the cycle to say.
                 status=xp.full_like(steps, int(Status.CONVERGED)),
@@ -131,7 +131,7 @@ class GMRES(LinearSolver[None]):
             s = space.while_loop(lambda s: s.live, step, s, dimension)
             # A direction that A annihilates, to rounding, gives no coefficient.
             diagonal = xp.abs(xp.sum(xp.where(index[:, None] == index[None, :], s.triangle, 0.0), 0))
-            used = (index < s.index) & (diagonal > eps * xp.max(xp.where(index < s.index, diagonal, 0.0)))
+            used = (index < s.column) & (diagonal > eps * xp.max(xp.where(index < s.column, diagonal, 0.0)))
             finite = xp.isfinite(xp.sum(xp.abs(s.triangle)))
             triangle = xp.where(used[:, None] & used[None, :] & finite, s.triangle, unit)
             coefficients = xp.linalg.solve(triangle, xp.where(used, size * s.rotations[:, 0], 0.0))
@@ -139,5 +139,5 @@ class GMRES(LinearSolver[None]):
             return Cycle(x, s.norm, s.steps, s.status)
 
         return solve_with_restarts(
-            cycle, A, b, x0, maxiter=self.maxiter, rtol=self.rtol, rounds=self.max_restarts, progress=0.999
+            cycle, A, b, x0, maxiter=self.most_steps, rtol=self.rtol, rounds=self.max_restarts, progress=0.999
         )

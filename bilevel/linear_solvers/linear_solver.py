@@ -25,14 +25,13 @@ class LinearSolver(Generic[S]):
     """Solves A v = b by products with A: an inverse-Hessian-vector product.
 
     Subclass it, as a frozen dataclass whose fields are the options. A solver without a shared state returns None from
-    `init`. The other attributes have defaults. A field of a dataclass replaces ``rtol``, ``damping`` or ``maxiter``.
+    `init`. The other attributes have defaults. A field of a dataclass replaces ``rtol`` or ``damping``.
 
     Attributes:
         requires: the properties that the operator must have: ``SYMMETRIC``, ``STEADY``.
         stateful: whether the object changes with each solve. JAX cannot compile such a solver.
         rtol: relative residual that CONVERGED promises; 0: none.
         damping: added to A.
-        maxiter: most steps; None: there is no such option.
         remedy: what to do if a solve stops too early.
         stagnation_remedy: what to do if a solve makes no more progress.
     """
@@ -43,7 +42,6 @@ class LinearSolver(Generic[S]):
     stagnation_remedy: ClassVar[str] = "Loosen rtol, add damping, or use float64."
     rtol: float = 0.0
     damping: float = 0.0
-    maxiter: int | None = None
 
     @abstractmethod
     def init(self, A: LinearOperator[V]) -> S:
@@ -74,6 +72,11 @@ class LinearSolver(Generic[S]):
     def summary(self) -> str:
         """The solver with only the options that differ from their defaults."""
         return summary(self)
+
+    @property
+    def most_steps(self) -> int | None:
+        """The most steps of a solve; None: there is no limit that an option sets."""
+        return None
 
     def with_rtol(self, rtol: float) -> Self:
         """Return the solver with another relative tolerance, if it has one."""

@@ -19,7 +19,7 @@ class _State(NamedTuple, Generic[V]):
     term: V
     norm: Array  # of the term
     least: Array  # of the norms so far
-    index: Array | int  # of the step, counted in Python where the loop is one of Python
+    term_index: Array | int  # of the step, counted in Python where the loop is one of Python
     steps: Array
     status: Array
     live: Array
@@ -81,8 +81,8 @@ class Neumann(LinearSolver[Number]):
         check_real(self, "rtol", least=0)
 
     @property
-    def maxiter(self) -> int:
-        """Most terms."""
+    @override
+    def most_steps(self) -> int:
         return self.terms
 
     @override
@@ -111,7 +111,7 @@ class Neumann(LinearSolver[Number]):
 
         def step(s: _State[V]) -> _State[V]:
             term = space.axpby_where(
-                s.live, -alpha, A.at(s.index)(s.term), s.term
+                s.live, -alpha, A.at(s.term_index)(s.term), s.term
             )  # of the last one, only the norm matters
             size = space.norm(term)
             finite, grown = xp.isfinite(size), size > (growth * s.least if steady else 1e3 * start_norm)
@@ -123,7 +123,7 @@ class Neumann(LinearSolver[Number]):
                 term=term,
                 norm=xp.where(ok, size, s.norm),
                 least=xp.where(ok, xp.minimum(size, s.least), s.least),
-                index=s.index + 1,
+                term_index=s.term_index + 1,
                 steps=xp.where(s.live, s.steps + 1, s.steps),
                 status=xp.where(s.live, status, s.status),
                 live=ok & (size > tolerance),
@@ -142,7 +142,7 @@ class Neumann(LinearSolver[Number]):
             term=space.copy(start),
             norm=start_norm,
             least=start_norm,
-            index=0,
+            term_index=0,
             steps=steps,
             status=xp.where(finite, xp.full_like(steps, int(Status.CONVERGED)), int(Status.NON_FINITE)),
             live=finite & (start_norm > tolerance),

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Generic, NamedTuple
 
+from typing_extensions import override
+
 from bilevel.linear_solvers.linear_solver import LinearSolver, S
 from bilevel.operators.linear_operator import LinearOperator
 from bilevel.operators.scaling import scale_free
@@ -30,6 +32,11 @@ class Iterative(LinearSolver[S]):
         check_int(self, "maxiter", least=0)
         for option in ("rtol", "atol", "damping"):
             check_real(self, option, least=0)
+
+    @property
+    @override
+    def most_steps(self) -> int:
+        return self.maxiter
 
 
 class Cycle(NamedTuple, Generic[V]):
@@ -86,13 +93,15 @@ def solve_with_restarts(
         stand_in: b -> the answer if the first step from zero meets negative curvature. None: zero.
     """
 
+    fallback = stand_in if x0 is None else None
+
     def solve(b: V, x0: V | None, scale: Array) -> tuple[V, SolverInfo]:
         answer = _solve(cycle, A, b, x0, rtol, atol / scale, maxiter, rounds, progress)
-        if stand_in is None or x0 is not None:
+        if fallback is None:
             return answer
 
         def replaced(answer: tuple[V, SolverInfo]) -> tuple[V, SolverInfo]:
-            x = stand_in(b)
+            x = fallback(b)
             return x, answer[1]._replace(residual_norm=A.space.norm(A.residual(b, x)))
 
         at_once = (answer[1].status == int(Status.NEGATIVE_CURVATURE)) & (answer[1].steps == 1)

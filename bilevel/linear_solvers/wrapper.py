@@ -1,8 +1,6 @@
 """A linear solver around another one."""
-# pyright: reportIncompatibleVariableOverride=false
-# (The options of the solver inside are read, and not stored a second time.)
-
-from typing import Generic
+# pyright: reportIncompatibleVariableOverride=false, reportAssignmentType=false
+# (The options of the inner solver are read. They are not stored a second time.)
 
 from typing_extensions import override
 
@@ -11,16 +9,28 @@ from bilevel.operators.lanczos import Spectrum
 from bilevel.results import SolverInfo
 
 
-class Wrapper(LinearSolver[S], Generic[S]):
+class Wrapper(LinearSolver[S]):
     """A solver that has the properties and options of another one, ``solver``."""
 
     solver: LinearSolver[S]
     requires = property(lambda self: self.solver.requires)
-    name = property(lambda self: self.solver.name)
-    summary = property(lambda self: self.solver.summary)
     rtol = property(lambda self: self.solver.rtol)
     damping = property(lambda self: self.solver.damping)
-    maxiter = property(lambda self: self.solver.maxiter)
+
+    @property
+    @override
+    def name(self) -> str:
+        return self.solver.name
+
+    @property
+    @override
+    def summary(self) -> str:
+        return self.solver.summary
+
+    @property
+    @override
+    def most_steps(self) -> int | None:
+        return self.solver.most_steps
 
     @override
     def explain(self, info: SolverInfo, symmetric: bool, curvature: Spectrum[float] | None) -> str:

@@ -29,10 +29,18 @@ class Implicit(Method):
     solver: LinearSolver[Any]
     differentiates_steps = False
     stateful = property(lambda self: self.solver.stateful)  # pyright: ignore[reportAssignmentType]
-    name = property(lambda self: self.solver.name)  # pyright: ignore[reportAssignmentType]
-    summary = property(lambda self: self.solver.summary)  # pyright: ignore[reportAssignmentType]
     damping = property(lambda self: self.solver.damping)  # pyright: ignore[reportAssignmentType]
     rtol = property(lambda self: self.solver.rtol)  # pyright: ignore[reportAssignmentType]
+
+    @property
+    @override
+    def name(self) -> str:
+        return self.solver.name
+
+    @property
+    @override
+    def summary(self) -> str:
+        return self.solver.summary
 
     @override
     def solve(self, level: Level[P, H], adjoint0: P | None) -> Solution[P, H]:

@@ -161,12 +161,13 @@ class Unrolled(Method):
         return Run(level, space, of_hparams, space.sequence(level.batches), step), influences
 
     def _inner_step(self, level: Level[P, H], at: LinearizedMap[P, H], space: Space[P]) -> InnerStep[P, Any, Any, Any]:
-        auto = isinstance(self.step_size, str)
+        step_size: Number = ADAM_STEP_SIZE
+        if not isinstance(self.step_size, str):
+            step_size = self.step_size
+        elif self.optimizer == "descent":
+            step_size = safe_step(LinearOperator(space, at.vjp_params, level.problem.kind != "equation"))
         if self.optimizer == "adam":
-            step_size = ADAM_STEP_SIZE if auto else self.step_size
             return Adam(space, step_size, self.beta1, self.beta2, self.eps)
-        symmetric = level.problem.kind != "equation"
-        step_size = safe_step(LinearOperator(space, at.vjp_params, symmetric)) if auto else self.step_size
         return HeavyBall(space, step_size, self.momentum)
 
     def _reverse(self, run: Run[P, H], start: State[P], count: int, influences: bool) -> Solution[P, H]:

@@ -55,7 +55,7 @@ def finite_differences(
             "params, (x,)) inside it."
         )
 
-    def along(space: Space[V], x: V, v: V, result: Space[Any], grad: Callable[[V], Any | None]) -> Any | None:
+    def along(space: Space[V], x: V, v: V, result: Space[Any], grad: Callable[[V], Any]) -> Any:
         """Return the derivative of grad at x along v."""
         xp, top = space.xp, space.max_abs(v)
         top = xp.where(top == 0, 1.0, top)

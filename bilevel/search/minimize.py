@@ -180,7 +180,8 @@ class _Search(Generic[P, H]):
         x = x.copy()  # SciPy may go on to write to its own, and torch would share the memory
         hparams = backend.space(self.hparams0).unravel(backend.from_numpy(x))
         method, rtol = self._tightened()
-        params = self.fit(hparams, self.copied(warm.hg.params) if warm else self.params0)
+        start: Any = self.copied(warm.hg.params) if warm else self.params0
+        params = self.fit(hparams, start)
         if params is None:
             raise ValueError("fit: expected the params that it found, got None. Does it return them?")
         try:

@@ -1,10 +1,21 @@
 """Checks that two trees of arrays have the same structure, shapes and dtypes."""
 
+from bilevel.spaces.array import V
 from bilevel.spaces.space import Layout, Space
 
 
-def check_layout(name: str, tree: object, other: str, space: Space[object]) -> None:
-    """Raise a ValueError that names the first leaf unless a tree is laid out like the vectors of a space."""
+def check_layout(name: str, tree: object, other: str, space: Space[V]) -> None:
+    """Raise unless a tree is laid out like the vectors of a space.
+
+    Raises:
+        TypeError: if a leaf is no array.
+        ValueError: naming the first leaf that differs.
+    """
+    for leaf in space.leaves(tree):
+        if not hasattr(leaf, "dtype"):
+            raise TypeError(
+                f"{name}: expected arrays like {other}, got a leaf of type {type(leaf).__name__}."
+            )
     compare_layouts(name, space.layout(tree), other, space.layout(space.like))
 
 

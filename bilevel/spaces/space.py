@@ -33,13 +33,11 @@ class Space(Generic[V]):
         like: a tree of arrays.
     """
 
+    xp: Any = np
+    """The framework's array namespace, for functions of scalars: ``where``, ``sqrt``, ``isfinite``."""
+
     def __init__(self, like: V) -> None:
         self.like = like
-
-    @property
-    def xp(self) -> Any:
-        """The framework's array namespace, for functions of scalars: ``where``, ``sqrt``, ``isfinite``."""
-        return np
 
     # The tree.
 

@@ -220,7 +220,8 @@ class TestWhatASolverHolds:
         for other in (quadratic(backend, np.ones(5)), quadratic(backend, np.ones(3), np.float32)):
             prepared = bl.prepare(solver, *other)
             with pytest.raises(
-                ValueError, match=r"sketch was prepared for other params: params.* differs. Prepare anew"
+                ValueError,
+                match=r"params: expected the structure of the params that the solver was prepared for",
             ):
                 bl.hypergradient(problem, w, h, solver=prepared)
 
@@ -229,18 +230,13 @@ class TestWhatASolverHolds:
         for diagonal, error, message in (
             (move(np.ones(4)), ValueError, r"preconditioner\.diagonal: expected the structure of params"),
             ({"a": move(np.ones(3))}, ValueError, r"preconditioner\.diagonal"),
-            (move(np.ones(3, np.float32)), TypeError, r"preconditioner\.diagonal is .*float32, but params .*float64"),
-            ("ones", TypeError, r"preconditioner\.diagonal: expected an array"),
+            (move(np.ones(3, np.float32)), ValueError, r"preconditioner\.diagonal: .*float64.* has shape .*float32"),
+            ("ones", TypeError, r"preconditioner\.diagonal: expected arrays like params, got .* type str"),
         ):
             with pytest.raises(error, match=message):
                 bl.hypergradient(
                     problem, w, h, solver=bl.CG(preconditioner=bl.DiagonalPreconditioner(diagonal=diagonal))
                 )
-
-    def test_a_sketch_that_is_none(self):
-        problem, w, h, _ = self.trees(framework("numpy"))
-        with pytest.raises(TypeError, match=r"sketch: expected one that bl\.prepare has made, got ndarray"):
-            bl.hypergradient(problem, w, h, solver=bl.Nystrom(sketch=np.eye(3)))
 
     def test_a_stale_sketch_is_said(self, backend):
         problem, w, h, move = self.trees(backend)
@@ -248,7 +244,7 @@ class TestWhatASolverHolds:
         moved = bl.problems.quadratic(
             hessian=move(np.diag([8.0, 2.0, 1.0])), coupling=move(np.eye(3)), target=move(np.ones(3))
         )
-        with pytest.warns(bl.SolverWarning, match=r"residual .* prepare anew"):
+        with pytest.warns(bl.SolverWarning, match=r"did not solve the system .* prepare anew"):
             hg = bl.hypergradient(moved, w, h, solver=prepared)
         assert hg.info.status == Status.MAXITER
 

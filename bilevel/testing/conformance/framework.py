@@ -72,7 +72,7 @@ class Framework:
 
     def equal(self, what: str, got: object, expected: object) -> None:
         """Raise an AssertionError unless two values are equal."""
-        equal = np.array_equal(got, expected) if isinstance(expected, np.ndarray) else got == expected
+        equal = np.array_equal(np.asarray(got), expected) if isinstance(expected, np.ndarray) else got == expected
         self.require(equal, what, expected, got)
 
     def require(self, holds: object, what: str, expected: object, got: object) -> None:
