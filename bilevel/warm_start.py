@@ -138,6 +138,7 @@ class WarmStart(Wrapper[object]):
         self.calls, self.counts = state["calls"], Counter(state["counts"])
         self.adjoint, self.previous = state["adjoint"], state["previous"]
         # An adjoint serves any solver. What was prepared for one solver serves no other.
+        self.state = None
         self.loaded = state["state"] if state["solver"] == repr(self.solver) else []
 
     def _bring(self, A: LinearOperator[V]) -> None:
