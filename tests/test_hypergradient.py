@@ -5,40 +5,16 @@ import warnings
 
 import numpy as np
 import pytest
-from frameworks import DTYPES, FRAMEWORKS, framework, relative_error, symmetric, tolerance
+from cases import quadratic
+from frameworks import DTYPES, FRAMEWORKS, framework, relative_error, tolerance
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import linalg
 
 import bilevel as bl
 from bilevel import Status
-from bilevel.testing.conformance.problems import QUADRATIC
 
 seeds = st.integers(0, 2**32 - 1)
-
-
-class Case:
-    """A quadratic problem with its minimizer and hypergradient in closed form, moved to a framework."""
-
-    def __init__(self, backend, seed=0, weights=6, hypers=4, dtype=np.float64, at_minimum=True):
-        rng = np.random.default_rng(seed)
-        H = symmetric(np.linspace(1, 4, weights), seed)
-        B, t, c, d = (rng.standard_normal(shape) for shape in ((weights, hypers), weights, weights, hypers))
-        self.hparams_ = rng.standard_normal(hypers)
-        self.params_ = linalg.solve(H, B @ self.hparams_ + c) if at_minimum else rng.standard_normal(weights)
-        self.adjoint = linalg.solve(H, self.params_ - t)
-        self.expected = d + B.T @ self.adjoint
-        self.value = 0.5 * np.sum((self.params_ - t) ** 2) + d @ self.hparams_
-
-        def move(*arrays):
-            return tuple(backend.from_numpy(np.asarray(a, dtype)) for a in arrays)
-
-        self.params, self.hparams = move(self.params_, self.hparams_)
-        self.args = {"inner_args": move(H, B, c), "outer_args": move(t, d)}
-
-    def hypergradient(self, solver="cg", **options):
-        options = {"params": self.params, "hparams": self.hparams, "solver": solver, **self.args, **options}
-        return bl.hypergradient(QUADRATIC, **options)
 
 
 ACCURATE = [bl.CG(rtol=1e-6), bl.MINRES(rtol=1e-6), bl.GMRES(rtol=1e-6), bl.Neumann(terms=400), bl.Exact()]
@@ -47,9 +23,9 @@ ACCURATE = [bl.CG(rtol=1e-6), bl.MINRES(rtol=1e-6), bl.GMRES(rtol=1e-6), bl.Neum
 @pytest.mark.parametrize("solver", ACCURATE, ids=lambda s: type(s).__name__)
 def test_every_solver_reaches_the_closed_form_in_float32(backend, solver):
     """In float64, and by unrolling, the suites of `bilevel.testing` see to it."""
-    case = Case(backend, dtype=np.float32)
+    case = quadratic(backend, dtype=np.float32)
     hg = case.hypergradient(solver)
-    assert relative_error(backend.to_numpy(hg.grad), case.expected) <= tolerance(np.float32, condition=40)
+    assert relative_error(backend.to_numpy(hg.grad), case.grad) <= tolerance(np.float32, condition=40)
     assert relative_error(backend.to_numpy(hg.adjoint), case.adjoint) <= tolerance(np.float32, condition=40)
     assert relative_error(backend.to_host(hg.value), case.value) <= tolerance(np.float32)
     assert backend.to_numpy(hg.grad).dtype == np.float32
@@ -58,22 +34,22 @@ def test_every_solver_reaches_the_closed_form_in_float32(backend, solver):
 
 @given(seed=seeds, weights=st.sampled_from([1, 3, 8]), hypers=st.sampled_from([1, 5]))
 def test_backends_agree_with_the_closed_form_anywhere(backend, seed, weights, hypers):
-    case = Case(backend, seed, weights, hypers, at_minimum=False)
+    case = quadratic(backend, np.linspace(1, 4, weights), hypers, seed=seed, away=1.0, as_data=True)
     hg = case.hypergradient({"name": "cg", "rtol": 1e-12})
-    assert relative_error(backend.to_numpy(hg.grad), case.expected) <= 1e-9
+    assert relative_error(backend.to_numpy(hg.grad), case.grad) <= 1e-9
 
 
 def test_a_warm_start_saves_all_steps(backend):
-    case = Case(backend)
+    case = quadratic(backend)
     first = case.hypergradient({"name": "cg", "rtol": 1e-10})
     again = case.hypergradient(adjoint0=first.adjoint)
     assert first.info.steps > 0
     assert again.info.steps == 0
-    assert relative_error(backend.to_numpy(again.grad), case.expected) <= 1e-9
+    assert relative_error(backend.to_numpy(again.grad), case.grad) <= 1e-9
 
 
 def test_eager_info_is_plain_python(backend):
-    case = Case(backend)
+    case = quadratic(backend)
     info = case.hypergradient().info
     assert isinstance(info.steps, int)
     assert isinstance(info.residual_norm, float)
@@ -81,11 +57,11 @@ def test_eager_info_is_plain_python(backend):
 
 
 def test_a_linearization_filled_by_hand_gives_the_same(backend):
-    case = Case(backend)
-    outer = backend.outer(QUADRATIC.outer, case.params, case.hparams, case.args["outer_args"])
-    at = QUADRATIC.linearize(backend, case.params, case.hparams, case.args["inner_args"])
+    case = quadratic(backend)
+    outer = backend.outer(case.problem.outer, case.params, case.hparams, case.args["outer_args"])
+    at = case.problem.linearize(backend, case.params, case.hparams, case.args["inner_args"])
     by_hand = bl.hypergradient_from(bl.Linearization(*outer, at.vjp_params, at.vjp_hparams), solver="exact")
-    assert relative_error(backend.to_numpy(by_hand.grad), case.expected) <= 1e-12
+    assert relative_error(backend.to_numpy(by_hand.grad), case.grad) <= 1e-12
     assert by_hand.params is None
 
 
@@ -192,13 +168,11 @@ class TestModels:
     def test_the_quadratic_matches_its_closed_form(self, seed, weights, hypers):
         """Square couplings too, where a transposed one would have the right shape."""
         numpy = framework("numpy")
-        case = Case(numpy, seed, weights, hypers)
-        (H, B, c), (t, d) = case.args["inner_args"], case.args["outer_args"]
-        problem = bl.problems.quadratic(hessian=H, coupling=B, target=t, offset=c, direct=d)
-        hg = bl.hypergradient(problem, case.params, case.hparams, solver="exact")
-        assert relative_error(hg.grad, case.expected) <= 1e-10
+        case = quadratic(numpy, np.linspace(1, 4, weights), hypers, seed=seed)
+        hg = case.hypergradient("exact")
+        assert relative_error(hg.grad, case.grad) <= 1e-10
         assert relative_error(hg.value, case.value) <= 1e-12
-        w = problem.inner.grad(case.params, case.hparams)
+        w = case.problem.inner.grad(case.params, case.hparams)
         assert np.linalg.norm(w) <= 1e-10
 
     @given(seed=seeds, hypers=st.sampled_from(["shared", "feature", "groups"]))
@@ -285,7 +259,7 @@ class TestModels:
 
 
 def test_float32_stays_float32_throughout(backend):
-    case = Case(backend, dtype=np.float32)
+    case = quadratic(backend, dtype=np.float32)
     for solver in ("identity", "neumann", "cg", "minres", "exact", "unrolled"):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", bl.SolverWarning)

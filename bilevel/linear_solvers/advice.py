@@ -61,7 +61,7 @@ def _negative_curvature(damping: float, curvature: Spectrum[float] | None) -> st
     needed = max(needed, damping)
     advice = f"damping above {needed:.2g}" if needed else "damping"
     return (
-        f"met non-positive curvature and stopped before it. The Hessian is not positive definite{spectrum}: "
+        f"met non-positive curvature. The Hessian is not positive definite{spectrum}: "
         f"{'raise' if damping else 'add'} {advice}, train the inner problem further, use "
         'solver="minres", which takes eigenvalues of either sign, or use the Gauss-Newton matrix in place of the '
         "Hessian (bl.Problem.from_model)."

@@ -49,10 +49,6 @@ class BiCGStab(Iterative[None]):
     requires: ClassVar[frozenset[str]] = frozenset({STEADY})
 
     @override
-    def init(self, A: LinearOperator[V]) -> None:
-        return None
-
-    @override
     def solve(self, state: None, A: LinearOperator[V], b: V, x0: V | None) -> tuple[V, SolverInfo]:
         A = A.damped(self.damping)
         space = A.space

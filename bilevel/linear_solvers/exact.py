@@ -72,10 +72,6 @@ class Exact(LinearSolver[None]):
         check_real(self, "damping", least=0)
 
     @override
-    def init(self, A: LinearOperator[V]) -> None:
-        return None
-
-    @override
     def solve(self, state: None, A: LinearOperator[V], b: V, x0: V | None) -> tuple[V, SolverInfo]:
         check_size(A.space.size)
         A = A.damped(self.damping)

@@ -66,10 +66,6 @@ class GMRES(LinearSolver[None]):
         return self.restart * self.max_restarts
 
     @override
-    def init(self, A: LinearOperator[V]) -> None:
-        return None
-
-    @override
     def solve(self, state: None, A: LinearOperator[V], b: V, x0: V | None) -> tuple[V, SolverInfo]:
         A = A.damped(self.damping)
         space = A.space

@@ -33,10 +33,6 @@ class Identity(LinearSolver[None]):
         check_real(self, "scale", above=0)
 
     @override
-    def init(self, A: LinearOperator[V]) -> None:
-        return None
-
-    @override
     def solve(self, state: None, A: LinearOperator[V], b: V, x0: V | None) -> tuple[V, SolverInfo]:
         space = A.space
 

@@ -24,8 +24,8 @@ S = TypeVar("S")
 class LinearSolver(Generic[S]):
     """Solves A v = b by products with A: an inverse-Hessian-vector product.
 
-    Subclass it, as a frozen dataclass whose fields are the options. A solver without a shared state returns None from
-    `init`. The other attributes have defaults. A field of a dataclass replaces ``rtol`` or ``damping``.
+    Subclass it, as a frozen dataclass whose fields are the options. Only `solve` must be written. The other attributes
+    have defaults. A field of a dataclass replaces ``rtol`` or ``damping``.
 
     Attributes:
         requires: the properties that the operator must have: ``SYMMETRIC``, ``STEADY``.
@@ -43,13 +43,12 @@ class LinearSolver(Generic[S]):
     rtol: float = 0.0
     damping: float = 0.0
 
-    @abstractmethod
     def init(self, A: LinearOperator[V]) -> S:
         """Return the state that several solves can share: a step size, a sketch, a preconditioner. None: there is none.
 
         The state is any tree of arrays. It is right as long as A has not changed much.
         """
-        raise NotImplementedError
+        return None  # pyright: ignore[reportReturnType]
 
     @abstractmethod
     def solve(self, state: S, A: LinearOperator[V], b: V, x0: V | None) -> tuple[V, SolverInfo]:

@@ -49,10 +49,6 @@ class MINRES(Iterative[None]):
     """
 
     @override
-    def init(self, A: LinearOperator[V]) -> None:
-        return None
-
-    @override
     def solve(self, state: None, A: LinearOperator[V], b: V, x0: V | None) -> tuple[V, SolverInfo]:
         A = A.damped(self.damping)
         space = A.space

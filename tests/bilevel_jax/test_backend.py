@@ -19,26 +19,8 @@ jax = pytest.importorskip("jax")
 jnp = jax.numpy
 COMPILED = pytest.importorskip("bilevel_jax.backend").COMPILED
 equations = pytest.importorskip("bilevel_jax.sharding").equations
-
-
-def inner(w, h, X, y):
-    return jnp.mean((X @ w - y) ** 2) + jnp.sum(jnp.exp(h) * w**2)
-
-
-def outer(w, h, X, y):
-    return jnp.mean((X @ w - y) ** 2)
-
-
-PROBLEM = bl.Problem(inner, outer)
-
-
-def case(seed=0):
-    keys = jax.random.split(jax.random.key(seed), 6)
-    X, Xv = (jax.random.normal(k, (12, 4)) for k in keys[:2])
-    y, yv = (jax.random.normal(k, (12,)) for k in keys[2:4])
-    w, h = (jax.random.normal(k, (4,)) for k in keys[4:])
-    return w, h, (X, y), (Xv, yv)
-
+from jax_ridge import PROBLEM, inner, outer  # noqa: E402
+from jax_ridge import point as case  # noqa: E402
 
 SOLVERS = ["cg", "minres", "neumann", "identity", "exact", "unrolled"]
 

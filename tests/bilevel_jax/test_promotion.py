@@ -1,6 +1,6 @@
 """Under `jax_numpy_dtype_promotion="strict"`, where operands of different dtypes are errors, the laws hold as well.
 
-The whole suite runs in that mode with JAX_NUMPY_DTYPE_PROMOTION=strict in the environment.
+JAX_NUMPY_DTYPE_PROMOTION=strict in the environment runs the whole suite in that mode.
 """
 
 import pytest

@@ -9,25 +9,12 @@ import bilevel as bl
 
 jax = pytest.importorskip("jax")
 jnp = jax.numpy
-
-
-def inner(w, h, X, y):
-    return jnp.mean((X @ w - y) ** 2) + jnp.sum(jnp.exp(h) * w**2)
-
-
-def outer(w, h, X, y):
-    return jnp.mean((X @ w - y) ** 2)
-
-
-PROBLEM = bl.Problem(inner, outer)
+from jax_ridge import PROBLEM, inner, outer, point  # noqa: E402
 
 
 def case(seed=0):
-    keys = jax.random.split(jax.random.key(seed), 6)
-    X, X_val = (jax.random.normal(k, (12, 4)) for k in keys[:2])
-    y, y_val = (jax.random.normal(k, (12,)) for k in keys[2:4])
-    w, h = (jax.random.normal(k, (4,)) for k in keys[4:])
-    return w, h, {"inner_args": (X, y), "outer_args": (X_val, y_val)}
+    w, h, train, validation = point(seed)
+    return w, h, {"inner_args": train, "outer_args": validation}
 
 
 def counted():

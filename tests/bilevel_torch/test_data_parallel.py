@@ -14,6 +14,8 @@ if not torch.distributed.is_available() or not torch.distributed.is_gloo_availab
     pytest.skip("this torch is built without gloo", allow_module_level=True)
 import ranks  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 CASES = [*ranks.SOLVERS, "unrolled", "forward", "gauss-newton", "one rank's", "an odd machine", "fully_shard"]
 
 ENDS = """

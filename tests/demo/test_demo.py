@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from dense import by_jax, by_torch
 from frameworks import framework, relative_error
 
 import bilevel as bl
@@ -76,9 +77,35 @@ class TestModels:
         errors = task.errors(model.solver)
         assert errors[0] <= (1e-4 if name == "numpy" else 5e-3)
         assert len(errors) == (1 if name == "numpy" else 2)
-        assert errors[-1] < 1
+
+    @pytest.mark.parametrize("name", NETWORK_FRAMEWORKS)
+    def test_the_second_error_is_that_of_the_damping(self, digits, name):
+        task = Task(model := mlp(hidden=4), data.halve(digits), framework(name), seed=0)
+        hparams = task.shared(model.start)
+        params = task.fit(hparams, task.params0)
+
+        def dense(damping):
+            if name == "jax":
+                losses = (
+                    lambda w, h: model.problem.inner(w, h, *task.train),
+                    lambda w, h: model.problem.outer(w, h, *task.validation),
+                )
+                return by_jax(*losses, params, hparams, damping)
+            for tensor in [*params.values(), *hparams.values()]:
+                tensor.requires_grad_()
+            losses = (
+                model.problem.inner(params, hparams, *task.train),
+                model.problem.outer(params, hparams, *task.validation),
+            )
+            return by_torch(*losses, params.values(), hparams.values(), damping)
+
+        damped, exact = dense(model.solver.damping), dense(0.0)
+        expected = np.linalg.norm(damped - exact) / np.linalg.norm(exact)
+        assert expected > 0.01
+        assert task.errors(model.solver)[1] == pytest.approx(expected, rel=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORK_FRAMEWORKS)
 def test_tuning_a_small_network_lowers_the_validation_loss(digits, name):
     model = short(mlp(hidden=4))
@@ -150,6 +177,7 @@ def test_the_picture_is_a_png(tmp_path):
     assert len(np.unique(pixels.reshape(-1, pixels.shape[2]), axis=0)) > 100
 
 
+@pytest.mark.slow
 def test_a_run_from_end_to_end(capsys, tmp_path):
     path = demo("numpy", out=tmp_path / "made" / "for it")
     assert path == tmp_path / "made" / "for it" / "bilevel-demo-numpy.png"

@@ -25,6 +25,7 @@ def new_process():
     accelerate.state.GradientState._reset_state()
 
 
+@pytest.mark.slow
 class TestExample:
     @pytest.fixture
     def module(self, tmp_path, monkeypatch):

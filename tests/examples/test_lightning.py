@@ -36,6 +36,7 @@ def compiler():
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", ["pytorch/lightning_module.py", "pytorch/fabric_loop.py"])
 class TestExamples:
     @pytest.fixture

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from cases import diagonal
 from frameworks import DTYPES, framework, relative_error, solve, symmetric, tolerance
 from hypothesis import given
 from hypothesis import strategies as st
@@ -84,7 +85,7 @@ def test_an_indefinite_hessian_is_said(backend, dtype):
     ids=["rank", "indefinite", "stagnant", "cycles", "bicgstab", "neumann", "exact"],
 )
 def test_each_failure_names_its_cure(solver, curvatures, message):
-    problem, w, h = quadratic(framework("numpy"), np.array(curvatures))
+    problem, w, h = diagonal(np.array(curvatures), framework("numpy"), hparams=1.0)
     with pytest.raises(bl.SolverError, match=message):
         bl.hypergradient(problem, w, h, solver=solver, on_failure="raise")
 
@@ -138,20 +139,11 @@ def test_negative_curvature_is_met_with_a_preconditioner_too(backend):
         assert x.any()
 
 
-def quadratic(backend, curvatures, dtype=np.float64):
-    n = len(curvatures)
-    hessian, coupling, target, w, h = (
-        backend.from_numpy(a.astype(dtype))
-        for a in (np.diag(curvatures), np.eye(n), np.ones(n), np.zeros(n), np.ones(n))
-    )
-    return bl.problems.quadratic(hessian=hessian, coupling=coupling, target=target), w, h
-
-
 class TestPrepare:
     curvatures = np.array([1.0, 2.0, 8.0])
 
     def test_a_prepared_solver_gives_the_same(self, backend):
-        problem, w, h = quadratic(backend, self.curvatures)
+        problem, w, h = diagonal(self.curvatures, backend, hparams=1.0)
         for spec in (
             {"name": "neumann", "terms": 5, "damping": 0.5},
             {"name": "nystrom", "rank": 2},
@@ -167,7 +159,7 @@ class TestPrepare:
 
     def test_a_prepared_solver_spends_no_product_on_it(self):
         products = []
-        problem, w, h = quadratic(framework("numpy"), self.curvatures)
+        problem, w, h = diagonal(self.curvatures, framework("numpy"), hparams=1.0)
 
         class Counting(type(problem.inner)):
             def hvp(self, *args):
@@ -191,7 +183,7 @@ class TestPrepare:
 
     def test_jax_compiles_once_for_several_sketches(self):
         backend = framework("jax")
-        _, w, h = quadratic(backend, self.curvatures)
+        _, w, h = diagonal(self.curvatures, backend, hparams=1.0)
         traces = []
 
         def inner(w, h):
@@ -211,13 +203,16 @@ class TestWhatASolverHolds:
     """A sketch or a diagonal that is not for these params is named, and never met by the framework."""
 
     def trees(self, backend):
-        problem, w, h = quadratic(backend, np.array([1.0, 2.0, 8.0]))
+        problem, w, h = diagonal(np.array([1.0, 2.0, 8.0]), backend, hparams=1.0)
         return problem, w, h, backend.from_numpy
 
     @pytest.mark.parametrize("solver", ["nystrom", {"name": "cg", "preconditioner": "nystrom"}])
     def test_a_sketch_of_other_params(self, backend, solver):
         problem, w, h, _ = self.trees(backend)
-        for other in (quadratic(backend, np.ones(5)), quadratic(backend, np.ones(3), np.float32)):
+        for other in (
+            diagonal(np.ones(5), backend, hparams=1.0),
+            diagonal(np.ones(3), backend, hparams=1.0, dtype=np.float32),
+        ):
             prepared = bl.prepare(solver, *other)
             with pytest.raises(
                 ValueError,
@@ -227,16 +222,14 @@ class TestWhatASolverHolds:
 
     def test_a_diagonal_of_other_params(self, backend):
         problem, w, h, move = self.trees(backend)
-        for diagonal, error, message in (
+        for wrong, error, message in (
             (move(np.ones(4)), ValueError, r"preconditioner\.diagonal: expected the structure of params"),
             ({"a": move(np.ones(3))}, ValueError, r"preconditioner\.diagonal"),
             (move(np.ones(3, np.float32)), ValueError, r"preconditioner\.diagonal: .*float64; it has shape .*float32"),
             ("ones", ValueError, r"preconditioner\.diagonal: .*it has shape \(\) and type str"),
         ):
             with pytest.raises(error, match=message):
-                bl.hypergradient(
-                    problem, w, h, solver=bl.CG(preconditioner=bl.DiagonalPreconditioner(diagonal=diagonal))
-                )
+                bl.hypergradient(problem, w, h, solver=bl.CG(preconditioner=bl.DiagonalPreconditioner(diagonal=wrong)))
 
     def test_a_stale_sketch_is_said(self, backend):
         problem, w, h, move = self.trees(backend)

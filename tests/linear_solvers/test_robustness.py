@@ -256,9 +256,6 @@ class TestJaxCache:
         class Scaled(bl.LinearSolver):
             k = 1.0
 
-            def init(self, A):
-                return None
-
             def solve(self, state, A, b, x0):
                 return bl.Identity(self.k).solve(state, A, b, x0)
 

@@ -27,9 +27,6 @@ class Textbook(bl.LinearSolver):
     damping: float = 0.0
     fault: str = ""
 
-    def init(self, A):
-        return None
-
     def solve(self, state, A, rhs, x0):
         space, A = A.space, A if self.fault == "ignores the damping" else A.damped(self.damping)
         x0 = None if self.fault == "ignores the warm start" else x0
@@ -240,9 +237,6 @@ class TestExcuses:
 
     def test_an_exception_of_the_solver_is_a_failure_that_quotes_it(self):
         class Raising(bl.LinearSolver):
-            def init(self, A):
-                return None
-
             def solve(self, state, A, b, x0):
                 raise KeyError("alpha")
 
