@@ -75,7 +75,7 @@ WAYS_OUT = {
 
 
 def grad(
-    outputs: Sequence[torch.Tensor],
+    outputs: Sequence[Any],
     inputs: Sequence[torch.Tensor],
     grad_outputs: Sequence[torch.Tensor | None] | None,
     **options: bool,

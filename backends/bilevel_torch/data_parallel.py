@@ -216,8 +216,9 @@ class AgreedSpace(TorchSpace[V]):
         return self._broadcast_from_first(super().max_abs(x))
 
     @override
-    def isfinite(self, x: object) -> torch.Tensor:
-        return self._broadcast_from_first(super().isfinite(x).to(torch.uint8)).bool()  # pyright: ignore
+    def isfinite(self, x: object) -> Any:
+        finite: Any = super().isfinite(x)
+        return self._broadcast_from_first(finite.to(torch.uint8)).bool()
 
     @override
     def numpy_callback(self, function: Callable[..., np.ndarray], *arrays: torch.Tensor) -> torch.Tensor:

@@ -93,12 +93,11 @@ def solve_with_restarts(
         stand_in: b -> the answer if the first step from zero meets negative curvature. None: zero.
     """
 
-    fallback = stand_in if x0 is None else None
-
     def solve(b: V, x0: V | None, scale: Array) -> tuple[V, SolverInfo]:
         answer = _solve(cycle, A, b, x0, rtol, atol / scale, maxiter, rounds, progress)
-        if fallback is None:
+        if stand_in is None or x0 is not None:
             return answer
+        fallback = stand_in
 
         def replaced(answer: tuple[V, SolverInfo]) -> tuple[V, SolverInfo]:
             x = fallback(b)

@@ -14,7 +14,7 @@ from bilevel.linearization import Inputs, LinearizedMap, OuterDerivatives
 from bilevel.methods import Method, Unrolled
 from bilevel.problems.problem import Problem
 from bilevel.results import Status
-from bilevel.spaces.array import H, P
+from bilevel.spaces.array import Array, H, P
 from bilevel.testing.conformance.checks import Law
 from bilevel.testing.conformance.framework import Framework
 from bilevel.testing.conformance.problems import (
@@ -230,16 +230,16 @@ def _refused(f: Framework, name: str, call: Callable[[], object]) -> None:
 class _Constant:
     """An objective that reads neither params nor hparams."""
 
-    def __call__(self, w: Any, h: Any, *args: Any) -> Any:
+    def __call__(self, w: Array, h: Array, *args: Array) -> Array:
         return args[0].sum()
 
-    def grad(self, w: Any, h: Any, *args: Any) -> Any:
+    def grad(self, w: Array, h: Array, *args: Array) -> Any:
         return 0 * w if len(args) == 3 else (0 * w, None)
 
-    def hvp(self, w: Any, h: Any, v: Any, *args: Any) -> Any:
+    def hvp(self, w: Array, h: Array, v: Array, *args: Array) -> Array:
         return 0 * v
 
-    def cross_vjp(self, w: Any, h: Any, v: Any, *args: Any) -> None:
+    def cross_vjp(self, w: Array, h: Array, v: Array, *args: Array) -> None:
         return None
 
 
@@ -247,8 +247,8 @@ class _Constant:
 class _PerEntry:
     """½ (w − t)², entry by entry."""
 
-    def __call__(self, w: Any, h: Any, t: Any, d: Any) -> Any:
+    def __call__(self, w: Array, h: Array, t: Array, d: Array) -> Array:
         return 0.5 * (w - t) * (w - t)
 
-    def grad(self, w: Any, h: Any, t: Any, d: Any) -> tuple[Any, None]:
+    def grad(self, w: Array, h: Array, t: Array, d: Array) -> tuple[Array, None]:
         return w - t, None

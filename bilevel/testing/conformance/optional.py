@@ -1,7 +1,6 @@
 """The laws of what a backend need not derive: fixed points and Gauss-Newton products."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from scipy import linalg
@@ -11,6 +10,7 @@ from bilevel.hypergradient import hypergradient
 from bilevel.linear_solvers import Exact
 from bilevel.problems.model_loss import ModelLoss
 from bilevel.problems.optimality import FixedPoint
+from bilevel.spaces.array import Array
 from bilevel.testing.conformance.checks import Law
 from bilevel.testing.conformance.framework import Framework
 from bilevel.testing.conformance.problems import QUADRATIC, quadratic_point
@@ -21,13 +21,13 @@ from bilevel.testing.conformance.systems import SIZE, normal
 class _Step:
     """w ← M w + B λ."""
 
-    def __call__(self, w: Any, h: Any, M: Any, B: Any) -> Any:
+    def __call__(self, w: Array, h: Array, M: Array, B: Array) -> Array:
         return M @ w + B @ h
 
-    def vjp_params(self, w: Any, h: Any, v: Any, M: Any, B: Any) -> Any:
+    def vjp_params(self, w: Array, h: Array, v: Array, M: Array, B: Array) -> Array:
         return M.T @ v
 
-    def vjp_hparams(self, w: Any, h: Any, v: Any, M: Any, B: Any) -> Any:
+    def vjp_hparams(self, w: Array, h: Array, v: Array, M: Array, B: Array) -> Array:
         return B.T @ v
 
 
