@@ -1,9 +1,11 @@
 """What `bl.diagnose` has measured."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from bilevel.diagnosis.agreement import Agreements
+from bilevel.linear_solvers.linear_solver import LinearSolver
+from bilevel.methods.implicit import Implicit
 from bilevel.methods.method import Method
 from bilevel.operators.lanczos import Spectrum
 from bilevel.results import SolverInfo, Status
@@ -66,6 +68,11 @@ class Measured:
     repetition: Repetition
     derivatives: Agreements
     eps: float
+
+    @property
+    def solver(self) -> LinearSolver[Any] | Method:
+        """The solver of the call."""
+        return self.method.solver if isinstance(self.method, Implicit) else self.method
 
     @property
     def repeatable(self) -> bool:

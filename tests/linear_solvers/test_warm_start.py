@@ -245,7 +245,7 @@ class TestErrors:
 
     def test_a_failure_names_the_solver_in_it(self):
         lin = Linearization(0.0, np.ones(30), None, lambda v: H @ v, lambda v: v)
-        with pytest.warns(bl.SolverWarning, match="CG: stopped at its most steps"):
+        with pytest.warns(bl.SolverWarning, match="CG: stopped after 2 steps"):
             bl.hypergradient_from(lin, solver=bl.WarmStart(bl.CG(maxiter=2)))
 
     def test_what_the_solver_refuses_is_refused(self):
