@@ -107,7 +107,7 @@ class GMRES(LinearSolver[None]):
                     rotations=xp.where(ok, rotations, s.rotations),
                     triangle=xp.where(ok & here[None, :], column[:, None], s.triangle),
                     norm=xp.where(ok, remaining, s.norm),
-                    column=s.column + ok,
+                    column=xp.where(ok, s.column + 1, s.column),
                     steps=xp.where(s.live, s.steps + 1, s.steps),
                     status=xp.where(s.live & ~finite, int(Status.NON_FINITE), s.status),
                     live=ok & ~exhausted & (remaining > tolerance) & (s.column + 1 < dimension),
