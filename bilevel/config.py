@@ -10,8 +10,10 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
+from bilevel.backend import Backend
 from bilevel.errors import suggest
-from bilevel.protocols import Backend, HypergradientMethod, IHVPSolver, Solver
+from bilevel.linear_solvers.linear_solver import LinearSolver
+from bilevel.methods.method import Method
 
 
 @cache
@@ -42,7 +44,7 @@ def list_preconditioners() -> list[str]:
     return sorted(_plugins("bilevel.preconditioners"))
 
 
-def get_solver(spec: Any, **overrides: Any) -> Solver:
+def get_solver(spec: object, **overrides: object) -> LinearSolver[Any] | Method:
     """Return a solver.
 
     Args:
@@ -64,10 +66,10 @@ def get_solver(spec: Any, **overrides: Any) -> Solver:
         spec = {"name": spec}
     if isinstance(spec, Mapping):
         return _make("solver", {**spec, **overrides}, 'cg", "maxiter": 20')
-    if isinstance(spec, type) or not isinstance(spec, IHVPSolver | HypergradientMethod):
+    if not isinstance(spec, LinearSolver | Method):
         raise TypeError(
-            "solver: expected a name, a mapping, a TOML file or an object with a method solve() or "
-            f"hypergradient(), got {spec!r}. A namespace or a dataclass becomes a mapping by vars()."
+            "solver: expected a name, a mapping, a TOML file, or an object that subclasses bl.LinearSolver, got "
+            f"{spec!r}. A namespace or a dataclass becomes a mapping by vars()."
         )
     if overrides:
         if not dataclasses.is_dataclass(spec):
@@ -77,7 +79,26 @@ def get_solver(spec: Any, **overrides: Any) -> Solver:
     return spec
 
 
-def _make(kind: str, spec: Mapping[str, Any], example: str) -> Any:
+def get_linear_solver(spec: object, user: str) -> LinearSolver[Any]:
+    """Return a linear solver.
+
+    Args:
+        spec: as in `get_solver`.
+        user: the name of what needs it, for errors.
+
+    Raises:
+        TypeError, ValueError: as in `get_solver`, and if it is no linear solver.
+    """
+    solver = get_solver(spec)
+    if not isinstance(solver, LinearSolver):
+        raise TypeError(
+            f"{user} needs a linear solver, such as cg, minres or neumann. {solver.name} differentiates a training of "
+            "its own and needs the problem itself: use bl.hypergradient."
+        )
+    return solver
+
+
+def _make(kind: str, spec: Mapping[str, object], example: str) -> Any:
     """Return the solver or preconditioner of a name and options."""
     options = dict(spec)
     name = options.pop("name", None)
@@ -91,7 +112,7 @@ def _make(kind: str, spec: Mapping[str, Any], example: str) -> Any:
     return make(**_nested(options))
 
 
-def _nested(options: Mapping[str, Any]) -> dict[str, Any]:
+def _nested(options: Mapping[str, object]) -> dict[str, Any]:
     """Make the preconditioner among the options, where it is a name or a mapping."""
     spec = options.get("preconditioner")
     if isinstance(spec, str):
@@ -101,7 +122,7 @@ def _nested(options: Mapping[str, Any]) -> dict[str, Any]:
     return {**options, "preconditioner": _make("preconditioner", spec, 'nystrom", "rank": 20')}
 
 
-def _read_toml(path: Path) -> Mapping[str, Any]:
+def _read_toml(path: Path) -> Mapping[str, object]:
     with path.open("rb") as file:
         try:
             tables = tomllib.load(file)
@@ -115,12 +136,12 @@ def _read_toml(path: Path) -> Mapping[str, Any]:
     return table
 
 
-def solver_options(make: Any) -> dict[str, Any]:
+def solver_options(make: type) -> dict[str, Any]:
     """Return a solver's options with their defaults."""
     return {field.name: field.default for field in dataclasses.fields(make)} if dataclasses.is_dataclass(make) else {}
 
 
-def _check_options(kind: str, name: str, make: Any, options: Mapping[str, Any]) -> None:
+def _check_options(kind: str, name: str, make: type, options: Mapping[str, object]) -> None:
     if not dataclasses.is_dataclass(make):
         return
     known = solver_options(make)
@@ -129,7 +150,7 @@ def _check_options(kind: str, name: str, make: Any, options: Mapping[str, Any]) 
             raise TypeError(f"{kind} {name!r} has no option {option!r}." + suggest(option, known))
 
 
-def get_backend(spec: Any) -> Backend:
+def get_backend(spec: object) -> Backend:
     """Return a backend by name, or the object itself.
 
     Raises:
@@ -137,8 +158,10 @@ def get_backend(spec: Any) -> Backend:
         ImportError: if its framework is not installed, with the command that installs it.
     """
     if not isinstance(spec, str):
-        if not hasattr(spec, "linearize"):
-            raise TypeError(f"backend: expected a name or a backend, got {spec!r}.")
+        if not isinstance(spec, Backend):
+            raise TypeError(
+                f"backend: expected a name or an object that subclasses bilevel.backend.Backend, got {spec!r}."
+            )
         return spec
     plugins = _plugins("bilevel.backends")
     if spec not in plugins:

@@ -1,48 +1,39 @@
-"""Linearize, solve, combine."""
+"""Solve the inner problem's linearization, and combine."""
 
-from functools import partial
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from bilevel.config import get_solver
-from bilevel.convergence import UNKNOWN, OnFailure, check_on_failure, conclude
+from bilevel.backend import Backend
+from bilevel.config import get_linear_solver, get_solver
+from bilevel.convergence import OnFailure, check_on_failure, report
+from bilevel.linear_solvers.linear_solver import LinearSolver
+from bilevel.linearization import Linearization, LinearizedMap, NonSymmetric
+from bilevel.methods.implicit import Implicit, as_method, pull_back
+from bilevel.methods.method import Level, Method, Pullback
 from bilevel.operators.lanczos import Spectrum, spectrum
-from bilevel.protocols import (
-    Backend,
-    BilevelProblem,
-    HypergradientMethod,
-    Linearization,
-    NonSymmetric,
-    Operator,
-    Point,
-    Solver,
-    Stochastic,
-    Tree,
-    same_kind,
-)
+from bilevel.operators.linear_operator import LinearOperator
+from bilevel.problems.protocols import BilevelProblem
 from bilevel.results import Hypergradient, Status
-from bilevel.validation import (
-    check_like,
-    check_operator,
-    check_point,
-    check_prepared,
-    check_trees,
-    find_backend,
-    leaf_names,
-)
+from bilevel.spaces.array import Array, H, P
+from bilevel.validation import check_inputs, check_like, check_stateless, check_trees, find_backend, leaf_names
+
+SolverSpec = str | Path | Mapping[str, object] | LinearSolver[Any] | Method
+"""A name, a TOML file, a mapping with ``name`` and options, or a solver object."""
 
 
 def hypergradient(
     problem: BilevelProblem,
-    params: Tree,
-    hparams: Tree,
+    params: P,
+    hparams: H,
     *,
-    inner_args: tuple[Any, ...] | list[tuple[Any, ...]] = (),
-    outer_args: tuple[Any, ...] = (),
-    solver: Any = "cg",
-    adjoint0: Tree | None = None,
-    backend: Any = None,
+    inner_args: tuple[object, ...] | list[tuple[object, ...]] = (),
+    outer_args: tuple[object, ...] = (),
+    solver: SolverSpec = "cg",
+    adjoint0: P | None = None,
+    backend: Backend | str | None = None,
     on_failure: OnFailure = "warn",
-) -> Hypergradient:
+) -> Hypergradient[P, H]:
     """Return dF/dλ = ∂F/∂λ − (∂²L/∂λ∂w)ᵀ v, where (∂²L/∂w²) v = ∂F/∂w.
 
     The implicit function theorem at ``params``, which should minimize the inner objective L for ``hparams``
@@ -84,27 +75,31 @@ def hypergradient(
         raise TypeError(
             f"problem: expected bl.Problem(inner, outer), bl.FixedPoint or bl.Root, got {type(problem).__name__}."
         )
-    solver = get_solver(solver)
+    method = as_method(get_solver(solver))
     backend = find_backend(backend, params, hparams)
-    point = Point(params, hparams, inner_args, outer_args, adjoint0)
-    check_point(backend, point)
-    check_prepared(backend, solver, "params", params)
-    hg: Hypergradient = backend.execute(_hypergradient, solver, problem, point)
+    batches = check_inputs(backend, params, hparams, inner_args, outer_args, adjoint0)
+    check_stateless(backend, method.stateful, method.name)
+    hg = backend.run(_hypergradient, method, problem, params, hparams, batches, outer_args, adjoint0)
     if hg.params is None:
         hg = hg._replace(params=params)
-    ends = partial(backend.execute, _spectrum, solver, problem, point)
-    info = conclude(backend, hg.info, solver, on_failure, ends, " bl.diagnose looks closer.")
-    return hg._replace(info=info)
+    symmetric = problem.kind != "equation"
+
+    def curvature() -> Spectrum[Array]:
+        return backend.run(_spectrum, problem, params, hparams, batches)
+
+    hint = " bl.diagnose looks closer."
+    info = report(backend, hg.info, method, on_failure, symmetric=symmetric, curvature=curvature, hint=hint)
+    return hg._replace(info=info)  # pyright: ignore[reportReturnType]
 
 
 def hypergradient_from(
-    linearization: Linearization,
+    linearization: Linearization[P, H],
     *,
-    solver: Any = "cg",
-    adjoint0: Tree | None = None,
-    backend: Any = None,
+    solver: SolverSpec = "cg",
+    adjoint0: P | None = None,
+    backend: Backend | str | None = None,
     on_failure: OnFailure = "warn",
-) -> Hypergradient:
+) -> Hypergradient[P | None, H]:
     """Return the hypergradient of a `Linearization` that was filled by hand.
 
     For those whose derivatives come from elsewhere (SciPy, scikit-learn, a paper's formulas).
@@ -133,15 +128,13 @@ def hypergradient_from(
     array([-0.5])
     """
     check_on_failure(on_failure)
-    solver = get_solver(solver)
-    if isinstance(solver, HypergradientMethod):
-        raise TypeError(f"{type(solver).__name__} needs the problem itself: use bl.hypergradient.")
+    linear_solver = get_linear_solver(solver, "hypergradient_from")
     if not isinstance(linearization, Linearization):
         fields = ", ".join(f"{field}=..." for field in Linearization._fields)
         raise TypeError(
             f"linearization: expected bl.Linearization({fields}), got an object of type {type(linearization).__name__}."
         )
-    _, rhs, direct, hvp, _ = linearization
+    value, rhs, direct, hvp, cross_vjp = linearization
     if rhs is None:
         raise ValueError("grad_params is None: it is ∂F/∂w, and only grad_hparams may be None.")
     for name in ("hvp", "cross_vjp"):
@@ -153,86 +146,67 @@ def hypergradient_from(
     check_trees(
         backend, {"grad_params": rhs, "grad_hparams": direct, "adjoint0": adjoint0}, {"adjoint0": "grad_params"}
     )
-
-    check_prepared(backend, solver, "grad_params", rhs)
-
+    space = backend.space(rhs)
     unchecked = ["hvp(v)"]  # the first of all products is looked at
 
-    def checked(product: Operator) -> Operator:
-        def checked_hvp(v: Tree) -> Tree:
-            found = product(v)
-            while unchecked:
-                check_like(backend, unchecked.pop(), found, "grad_params", rhs)
-            return backend.space.map(lambda _, entry: entry, rhs, found)
+    def checked_hvp(v: P) -> P:
+        found = hvp(v)
+        while unchecked:
+            check_like(backend, unchecked.pop(), found, "grad_params", rhs)
+        return space.map(lambda _, entry: entry, rhs, found)
 
-        return checked_hvp
-
-    linearization = linearization._replace(hvp=same_kind(hvp, checked))
-    hg = _check_result(implicit(backend, solver, linearization, adjoint0), backend, direct)
-    info = conclude(backend, hg.info, solver, on_failure, lambda: _ends(backend, linearization))
+    A = LinearOperator(space, checked_hvp, symmetric=not isinstance(hvp, NonSymmetric))
+    no_residual: Any = None
+    at = LinearizedMap(no_residual, A.mv, cross_vjp)
+    hg = combine(backend, value, direct, pull_back(backend, linear_solver, A, at, rhs, adjoint0), direct)
+    info = report(
+        backend, hg.info, Implicit(linear_solver), on_failure, symmetric=A.symmetric, curvature=lambda: spectrum(A)
+    )
     return hg._replace(info=info)
 
 
-def linearize(backend: Backend, problem: BilevelProblem, point: Point) -> Linearization:
-    """Return the linearization of a problem at a point; of several batches, the first one serves but for products."""
-    linearization = backend.linearize(
-        problem, point.params, point.hparams, inner_args=point.batches[0], outer_args=point.outer_args
-    )
-    if len(point.batches) == 1:
-        return linearization
-    if isinstance(linearization.hvp, NonSymmetric):
-        raise TypeError("inner_args is a list, but a fixed point or a root is one of all the data: give one tuple.")
-    args = backend.space.sequence(point.batches)
+def combine(
+    backend: Backend, value: Array | float, direct: H | None, pulled: Pullback[P, H], hparams: H | None
+) -> Hypergradient[Any, H]:
+    """Add ∂F/∂λ to the pullback of ∂F/∂w, and flag a nan, which can enter by each of the two.
 
-    def sample(i: Any) -> Operator:
-        return problem.derivatives(backend, point.params, point.hparams, args(i + 1)).hvp
-
-    return linearization._replace(hvp=Stochastic(linearization.hvp, sample))
-
-
-def implicit(backend: Backend, solver: Any, linearization: Linearization, adjoint0: Tree | None) -> Hypergradient:
-    """Solve for the adjoint and combine: where an `IHVPSolver` becomes a `HypergradientMethod`."""
-    space = backend.space
-    value, rhs, direct, hvp, cross_vjp = linearization
-    check_operator(solver, hvp)
-    adjoint, info = solver.solve(hvp, rhs, adjoint0, space)
-    indirect = cross_vjp(adjoint)
-    grad = direct
-    if indirect is not None:
-        if direct is not None:
-            check_like(backend, "cross_vjp(v)", indirect, "grad_hparams", direct)
-        grad = space.scale(-1.0, indirect) if direct is None else space.axpy(-1.0, indirect, direct)
-    return Hypergradient(grad, value, adjoint, None, info)
-
-
-def _hypergradient(backend: Backend, solver: Solver, problem: BilevelProblem, point: Point) -> Hypergradient:
-    if isinstance(solver, HypergradientMethod):
-        hg = solver.hypergradient(backend, problem, point)
-    else:
-        hg = implicit(backend, solver, linearize(backend, problem, point), point.adjoint0)
-    return _check_result(hg, backend, point.hparams)
-
-
-def _check_result(hg: Hypergradient, backend: Backend, hparams: Tree) -> Hypergradient:
-    """Raise if λ has no influence; flag a nan, which can enter by the cross product or the direct gradient too."""
-    if hg.grad is None:
+    Raises:
+        ValueError: if λ has no influence, or if the two terms are unlike.
+    """
+    grad = direct if pulled.hparams is None else pulled.hparams
+    if grad is None:
         raise ValueError(
             f"Neither F nor ∂L/∂w depends on {leaf_names(backend, 'hparams', hparams)}. Use the hparams argument "
             "inside inner or outer: values that are closed over, detached or converted to numbers cannot be "
             "differentiated."
         )
-    xp = backend.space.xp
-    finite = backend.space.isfinite((hg.grad, hg.value))
-    return hg._replace(info=hg.info._replace(status=xp.where(finite, hg.info.status, int(Status.NON_FINITE))))
+    space = backend.space(grad)
+    if direct is not None and pulled.hparams is not None:
+        check_like(backend, "cross_vjp(v)", pulled.hparams, "grad_hparams", direct)
+        grad = space.axpy(1.0, pulled.hparams, direct)
+    finite = space.isfinite((grad, value))
+    status = space.xp.where(finite, pulled.info.status, int(Status.NON_FINITE))
+    return Hypergradient(grad, value, pulled.adjoint, None, pulled.info._replace(status=status))
 
 
-def _spectrum(backend: Backend, solver: Solver, problem: BilevelProblem, point: Point) -> Spectrum | None:
-    return _ends(backend, linearize(backend, problem, point))
+def _hypergradient(
+    backend: Backend,
+    method: Method,
+    problem: BilevelProblem,
+    params: P,
+    hparams: H,
+    batches: list[tuple[object, ...]],
+    outer_args: tuple[object, ...],
+    adjoint0: P | None,
+) -> Hypergradient[P | None, H]:
+    solution = method.solve(Level(backend, problem, params, hparams, batches), adjoint0)
+    value, cotangent, direct = backend.outer(problem.outer, solution.params, hparams, outer_args)
+    hg = combine(backend, value, direct, solution.pullback(cotangent), hparams)
+    return hg if solution.params is params else hg._replace(params=solution.params)
 
 
-def _ends(backend: Backend, linearization: Linearization) -> Spectrum | None:
-    if backend.collective:
-        return UNKNOWN
-    if isinstance(linearization.hvp, NonSymmetric):
-        return None
-    return spectrum(linearization.hvp, linearization.grad_params, backend.space)
+def _spectrum(
+    backend: Backend, problem: BilevelProblem, params: P, hparams: H, batches: list[tuple[object, ...]]
+) -> Spectrum[Array]:
+    level = Level(backend, problem, params, hparams, batches)
+    return spectrum(level.operator(level.linearize()))

@@ -1,7 +1,8 @@
-"""Checks of solver options. A number that is an array of a framework passes: it may be traced."""
+"""Solver options and their checks. A number that is an array of a framework passes: it may be traced."""
 
 import difflib
 from collections.abc import Sequence
+from dataclasses import fields
 from numbers import Integral, Real
 from typing import Any
 
@@ -61,3 +62,24 @@ def check_choice(solver: Any, option: str, choices: Sequence[Any]) -> None:
         f'{type(solver).__name__}.{option}: expected {listed} or "{choices[-1]}", got {value!r}.'
         + (f' Did you mean "{close[0]}"?' if close else "")
     )
+
+
+def check_step_size(solver: Any) -> None:
+    """Raise unless ``step_size`` is a positive number or "auto".
+
+    Raises:
+        TypeError: if it is no number.
+        ValueError: if it is out of range or another word.
+    """
+    if not isinstance(solver.step_size, str):
+        check_real(solver, "step_size", above=0)
+    elif solver.step_size != "auto":
+        name = type(solver).__name__
+        raise ValueError(f'{name}.step_size: expected a number > 0 or "auto", got {solver.step_size!r}.')
+
+
+def summary(owner: Any) -> str:
+    """Return a solver, a frozen dataclass, with only the options that differ from their defaults."""
+    options = [(field.name, getattr(owner, field.name), field.default) for field in fields(owner)]
+    given = ", ".join(f"{name}={value!r}" for name, value, default in options if value is not default)
+    return f"{type(owner).__name__}({given})"

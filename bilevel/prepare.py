@@ -2,33 +2,38 @@
 
 from typing import Any
 
+from bilevel.backend import Backend
 from bilevel.config import get_solver
-from bilevel.linear_solvers.prepared import prepared
-from bilevel.protocols import Backend, BilevelProblem, Point, Tree
-from bilevel.validation import check_like, check_operator, check_point, find_backend
+from bilevel.hypergradient import SolverSpec
+from bilevel.linear_solvers.linear_solver import LinearSolver
+from bilevel.methods.implicit import Implicit, as_method
+from bilevel.methods.method import Level, Method
+from bilevel.problems.protocols import BilevelProblem
+from bilevel.spaces.array import H, P
+from bilevel.validation import check_inputs, check_like, check_stateless, find_backend
 
 
 def prepare(
-    solver: Any,
+    solver: SolverSpec,
     problem: BilevelProblem,
-    params: Tree,
-    hparams: Tree,
+    params: P,
+    hparams: H,
     *,
-    inner_args: tuple[Any, ...] = (),
-    backend: Any = None,
-) -> Any:
+    inner_args: tuple[object, ...] | list[tuple[object, ...]] = (),
+    backend: Backend | str | None = None,
+) -> LinearSolver[Any] | Method:
     """Return the solver with its preliminary work done, for several calls at about these params and hparams.
 
-    Fixes what a solver otherwise finds out at each call, by products with the Hessian: the automatic step size of
-    ``neumann``, the sketch of ``nystrom``, the preconditioner of ``cg``. Other solvers come back as they are. It
-    holds as long as the Hessian has not moved much: prepare again every so many outer steps.
+    It fixes what a solver otherwise computes at each call by products with the Hessian: the automatic step size of
+    ``neumann`` and ``unrolled``, the sketch of ``nystrom``, the preconditioner of ``cg``. Other solvers come back
+    unchanged. The result is right as long as the Hessian has not changed much: prepare again after some outer steps.
 
     Args:
         solver: a name, a mapping with ``name`` and options, a TOML file, or a solver object.
         problem: as in `hypergradient`; its outer objective is not evaluated.
         params: w, a tree of floating-point arrays.
-        hparams: λ, likewise.
-        inner_args: further arguments of L; of a list of batches, the first is used.
+        hparams: λ, a tree of floating-point arrays.
+        inner_args: further arguments of L. Of a list of batches, the first is used.
         backend: a name or object; None: by the type of the arrays.
 
     Raises:
@@ -36,25 +41,30 @@ def prepare(
 
     >>> import numpy as np, bilevel as bl
     >>> problem = bl.problems.quadratic(hessian=np.diag([1.0, 4.0]), coupling=np.eye(2), target=np.ones(2))
-    >>> float(bl.prepare("neumann", problem, np.zeros(2), np.zeros(2)).step_size)
+    >>> float(bl.prepare("neumann", problem, np.zeros(2), np.zeros(2)).state)
     0.25
     """
-    solver = get_solver(solver)
+    method = as_method(get_solver(solver))
     backend = find_backend(backend, params, hparams)
-    point = Point(params, hparams, inner_args)
-    check_point(backend, point)
-    if not hasattr(solver, "prepare"):
-        return solver
-    return prepared(solver, backend.execute(_prepare, solver, problem, point))
+    batches = check_inputs(backend, params, hparams, inner_args)
+    check_stateless(backend, method.stateful, method.name)
+    state = backend.run(_init, method, problem, params, hparams, batches)
+    prepared = method.with_state(state, backend.space(params).layout(params))
+    return prepared.solver if isinstance(prepared, Implicit) else prepared
 
 
-def _prepare(backend: Backend, solver: Any, problem: BilevelProblem, point: Point) -> dict[str, Any]:
-    hvp = problem.derivatives(backend, point.params, point.hparams, point.batches[0]).hvp
-    check_operator(solver, hvp)
-    return solver.prepare(hvp, point.params, backend.space)
+def _init(
+    backend: Backend,
+    method: Method,
+    problem: BilevelProblem,
+    params: P,
+    hparams: H,
+    batches: list[tuple[object, ...]],
+) -> object:
+    return method.init(Level(backend, problem, params, hparams, batches))
 
 
-def extrapolate(adjoint: Tree, previous: Tree | None, *, backend: Any = None) -> Tree:
+def extrapolate(adjoint: P, previous: P | None, *, backend: Backend | str | None = None) -> P:
     """Return 2·adjoint − previous: where the adjoint of the next outer step should be if it goes on as it went.
 
     A better warm start (``adjoint0``) than the last adjoint alone once the outer steps are small and regular.
@@ -75,4 +85,5 @@ def extrapolate(adjoint: Tree, previous: Tree | None, *, backend: Any = None) ->
         return adjoint
     backend = find_backend(backend, adjoint, previous, ("adjoint", "previous"))
     check_like(backend, "previous", previous, "adjoint", adjoint)
-    return backend.space.axpy(-1.0, previous, backend.space.scale(2.0, adjoint))
+    space = backend.space(adjoint)
+    return space.axpy(-1.0, previous, space.scale(2.0, adjoint))

@@ -2,8 +2,8 @@
 
 from typing import Any
 
+from bilevel.backend import Backend
 from bilevel.config import get_backend, imported_backends
-from bilevel.protocols import Backend, NonSymmetric, Point, Stochastic, Tree
 
 TREES = (
     "A tree is made of dicts, lists and tuples of arrays; that of a module is dict(module.named_parameters()) in "
@@ -12,7 +12,9 @@ TREES = (
 )
 
 
-def find_backend(spec: Any, params: Tree, hparams: Tree, names: tuple[str, str] = ("params", "hparams")) -> Backend:
+def find_backend(
+    spec: Backend | str | None, params: object, hparams: object, names: tuple[str, str] = ("params", "hparams")
+) -> Backend:
     """Return the backend asked for, or the one that owns the arrays.
 
     Raises:
@@ -41,35 +43,42 @@ def find_backend(spec: Any, params: Tree, hparams: Tree, names: tuple[str, str] 
     return found
 
 
-def check_point(backend: Backend, point: Point) -> None:
-    """Raise unless params, hparams and adjoint0 are trees that can be differentiated together.
+def check_inputs(
+    backend: Backend,
+    params: object,
+    hparams: object,
+    inner_args: object = (),
+    outer_args: object = (),
+    adjoint0: object = None,
+) -> list[tuple[object, ...]]:
+    """Return the batches of the inner arguments: one, or those of a list.
 
     Raises:
-        TypeError: for leaves of another framework or that are not floating-point, or args that are no tuple: for
-            inner_args, also no list of tuples, one per batch.
+        TypeError: if a leaf of params or hparams belongs to another framework or is not floating-point, or if arguments
+            are no tuple. inner_args may also be a list of tuples, one per batch.
         ValueError: for empty trees, different devices, an adjoint0 unlike params, or a list of no batches.
     """
-    trees = {"params": point.params, "hparams": point.hparams, "adjoint0": point.adjoint0}
-    if point.params is None or point.hparams is None:
-        raise ValueError(f"{'params' if point.params is None else 'hparams'} is None.")
-    check_trees(backend, trees, {"adjoint0": "params"})
-    if not backend.space.size(point.params):
+    if params is None or hparams is None:
+        raise ValueError(f"{'params' if params is None else 'hparams'} is None.")
+    check_trees(backend, {"params": params, "hparams": hparams, "adjoint0": adjoint0}, {"adjoint0": "params"})
+    if not backend.space(params).size:
         raise ValueError("params has no entries: all its leaves are empty.")
-    if not isinstance(point.inner_args, list):
-        args = {"inner_args": point.inner_args}
-    elif point.inner_args:
-        args = {f"inner_args[{i}]": batch for i, batch in enumerate(point.inner_args)}
+    if not isinstance(inner_args, list):
+        args = {"inner_args": inner_args}
+    elif inner_args:
+        args = {f"inner_args[{i}]": batch for i, batch in enumerate(inner_args)}
     else:
         raise ValueError("inner_args: the list has no batch; without further arguments, leave inner_args out.")
-    for name, value in {**args, "outer_args": point.outer_args}.items():
+    for name, value in {**args, "outer_args": outer_args}.items():
         if not isinstance(value, tuple):
             hint = " A list holds one tuple per batch, as in inner_args=[(x0, y0), (x1, y1)]." if name in args else ""
             raise TypeError(
                 f"{name}: expected a tuple of arguments, as in {name}=(x, y), got {type(value).__name__}.{hint}"
             )
+    return list(args.values())  # pyright: ignore[reportReturnType]
 
 
-def check_trees(backend: Backend, trees: dict[str, Tree | None], like: dict[str, str]) -> None:
+def check_trees(backend: Backend, trees: dict[str, object], like: dict[str, str]) -> None:
     """Raise unless these are trees of floating-point arrays on one device; None stands for an absent one.
 
     ``like`` says which tree must have the structure, shapes and dtypes of which other.
@@ -98,17 +107,18 @@ def _check_leaf(backend: Backend, path: str, leaf: Any) -> str | None:
             f"{path}: expected a floating-point leaf, got {leaf.dtype} of shape {tuple(leaf.shape)}. "
             "Convert it, or pass it through inner_args and outer_args."
         )
+    backend.check_leaf(path, leaf)
     return backend.device(leaf)
 
 
-def check_dtypes(backend: Backend, name: str, tree: Tree, other: str, reference: Tree) -> None:
+def check_dtypes(backend: Backend, name: str, tree: object, other: str, reference: object) -> None:
     """Raise a TypeError unless two trees of one structure have the same dtypes."""
     for (path, leaf), (_, like) in zip(backend.leaves(tree), backend.leaves(reference), strict=True):
         if leaf.dtype != like.dtype:
             raise TypeError(f"{name}{path} is {leaf.dtype}, but {other}{path} {like.dtype}: convert one of them.")
 
 
-def check_like(backend: Backend, name: str, tree: Tree, other: str, reference: Tree) -> None:
+def check_like(backend: Backend, name: str, tree: object, other: str, reference: object) -> None:
     """Raise a ValueError unless two trees of arrays have the same structure and shapes."""
     leaves = backend.leaves(tree)
     for path, leaf in leaves:
@@ -125,58 +135,30 @@ def check_like(backend: Backend, name: str, tree: Tree, other: str, reference: T
             )
 
 
-def check_operator(solver: Any, operator: Any) -> None:
-    """Raise a TypeError if a solver cannot do with an operator of this kind."""
-    if isinstance(operator, Stochastic) and not getattr(solver, "stochastic", False):
+def check_stateless(backend: Backend, stateful: bool, name: str) -> None:
+    """Raise a TypeError if a solver keeps a state where the backend compiles."""
+    if stateful and backend.compiles:
         raise TypeError(
-            f"inner_args is a list, a batch per product, but {type(solver).__name__} needs the same Hessian in all of "
-            'them. Use solver="neumann" or "unrolled", or give one tuple: inner_args=(x, y).'
-        )
-    if isinstance(operator, NonSymmetric) and not getattr(solver, "nonsymmetric", False):
-        raise TypeError(
-            f"{type(solver).__name__} relies on a symmetric operator, which that of a fixed point or a root is "
-            'not. Use solver="gmres" or "bicgstab", {"name": "neumann", "step_size": 1.0} where the step contracts, '
-            '"exact" where params is small, or "identity".'
+            f"{name} keeps a state from call to call, which compiled code cannot. Carry the state yourself: pass "
+            "adjoint0=hg.adjoint of the last call (return it together with what your step returns), and the solver of "
+            "bl.prepare for a step size, sketch or preconditioner found once."
         )
 
 
-def check_prepared(backend: Backend, solver: Any, name: str, params: Tree) -> None:
-    """Raise unless the diagonal or the sketch that a solver or its preconditioner holds is one for these params.
-
-    Raises:
-        TypeError, ValueError: naming the leaf.
-    """
-    for prefix, owner in (("", solver), ("preconditioner.", getattr(solver, "preconditioner", None))):
-        diagonal, sketch = getattr(owner, "diagonal", None), getattr(owner, "sketch", None)
-        if diagonal is not None:
-            what = f"{prefix}diagonal"
-            check_trees(backend, {name: params, what: diagonal}, {what: name})
-        if sketch is not None:
-            if not hasattr(sketch, "vectors"):
-                raise TypeError(f"{prefix}sketch: expected one that bl.prepare has made, got {type(sketch).__name__}.")
-            expected, found = (dict(backend.leaves(tree)) for tree in (params, sketch.vectors))
-            for path in {**expected, **found}:
-                a, b = expected.get(path), found.get(path)
-                if a is None or b is None or a.dtype != b.dtype or tuple(a.shape) != tuple(b.shape[1:]):
-                    raise ValueError(
-                        f"{prefix}sketch was prepared for other params: {name}{path} differs. Prepare anew."
-                    )
-
-
-def leaf_names(backend: Backend, name: str, tree: Tree) -> str:
+def leaf_names(backend: Backend, name: str, tree: object) -> str:
     """Return the leaves of a tree by their paths, for an error."""
     return ", ".join(name + path for path, _ in backend.leaves(tree)) or name
 
 
-def depends_on_nothing(backend: Backend, role: str, params: Tree, hparams: Tree) -> str:
+def depends_on_nothing(backend: Backend, label: str, params: object, hparams: object) -> str:
     """Return the beginning of an error about an objective that has no derivative at all."""
     in_params = leaf_names(backend, "params", params)
-    if role == "inner":
+    if label == "inner":
         return f"inner does not depend on {in_params}"
-    return f"{role} depends on neither {in_params} nor {leaf_names(backend, 'hparams', hparams)}"
+    return f"{label} depends on neither {in_params} nor {leaf_names(backend, 'hparams', hparams)}"
 
 
-def check_scalar(role: str, value: Any) -> None:
+def check_scalar(label: str, value: Any) -> None:
     """Raise unless an objective returned one floating-point number: an array of shape ().
 
     Raises:
@@ -184,10 +166,10 @@ def check_scalar(role: str, value: Any) -> None:
         ValueError: if it returned another shape.
     """
     if not hasattr(value, "shape"):
-        raise TypeError(f"{role}: expected a scalar array, got {type(value).__name__}.")
+        raise TypeError(f"{label}: expected a scalar array, got {type(value).__name__}.")
     if not str(value.dtype).rpartition(".")[2].startswith(("float", "bfloat")):
-        raise TypeError(f"{role}: expected a floating-point scalar, got {value.dtype}: it has no derivative.")
+        raise TypeError(f"{label}: expected a floating-point scalar, got {value.dtype}: it has no derivative.")
     if tuple(value.shape) != ():
         raise ValueError(
-            f"{role}: expected a scalar, got an array of shape {tuple(value.shape)}. Take its mean or sum."
+            f"{label}: expected a scalar, got an array of shape {tuple(value.shape)}. Take its mean or sum."
         )

@@ -45,7 +45,7 @@ class TestNames:
     def test_a_preconditioner_that_is_none(self):
         for wrong in ("nystrom", 3, bl.NystromPreconditioner):
             with pytest.raises(
-                TypeError, match=r"CG\.preconditioner: expected an object with methods prepare\(\) and apply"
+                TypeError, match=r"CG\.preconditioner: expected an object with methods init\(\) and apply"
             ):
                 bl.CG(preconditioner=wrong)
 
@@ -74,7 +74,7 @@ class TestNames:
                 TypeError,
                 r"got Namespace\(name='cg'\)\. A namespace .* vars\(\)",
             ),
-            (3, TypeError, "expected a name, a mapping, a TOML file or an object"),
+            (3, TypeError, "expected a name, a mapping, a TOML file, or an object"),
             (bl.CG, TypeError, "expected a name, a mapping"),
             ({"name": "cg", "maxiter": -1}, ValueError, r"CG\.maxiter: expected an integer >= 0, got -1"),
             ({"name": "cg", "maxiter": 2.5}, TypeError, r"CG\.maxiter: expected an integer >= 0, got 2\.5"),

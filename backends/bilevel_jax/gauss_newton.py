@@ -1,23 +1,24 @@
 """Gauss-Newton products, linearized once."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from bilevel.problems.model_loss import ModelLoss
-from bilevel.protocols import Operator
+from bilevel.spaces.array import P
 from bilevel.validation import check_scalar
 from bilevel_jax.dependence import depends
 
 
-def gauss_newton(inner: ModelLoss, params: Any, hparams: Any, args: tuple[Any, ...]) -> Operator:
+def gauss_newton(inner: ModelLoss, params: P, hparams: object, args: tuple[object, ...]) -> Callable[[P], P]:
     """Return v -> Jᵀ (∂²loss/∂output²) J v + ∂²penalty/∂w² v, for use inside loops."""
     x, *targets = args
     output, structure = jax.tree.flatten(inner.model(params, hparams, x))
     varying = [i for i, z in enumerate(output) if jnp.issubdtype(z.dtype, jnp.floating)]
 
-    def model(w: Any) -> list[Any]:
+    def model(w: P) -> list[Any]:
         leaves = jax.tree.leaves(inner.model(w, hparams, x))
         return [leaves[i] for i in varying]
 

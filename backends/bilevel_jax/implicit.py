@@ -7,16 +7,17 @@ from typing import Any
 import jax
 from jax import lax
 
-from bilevel.config import get_solver
+from bilevel.config import get_linear_solver
 from bilevel.convergence import OnFailure, check_on_failure
-from bilevel.protocols import HypergradientMethod
-from bilevel.validation import check_prepared, check_trees
-from bilevel_jax.backend import backend, check_stateless
-from bilevel_jax.implicit_jvp import attach_derivative
+from bilevel.hypergradient import SolverSpec
+from bilevel.spaces.array import V
+from bilevel.validation import check_stateless, check_trees
+from bilevel_jax.backend import backend
+from bilevel_jax.implicit_jvp import with_implicit_jvp
 
 
 def implicit_minimizer(
-    inner: Callable[..., Any], solver: Any = "cg", *, on_failure: OnFailure = "warn"
+    inner: Callable[..., Any], solver: SolverSpec = "cg", *, on_failure: OnFailure = "warn"
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Return a decorator that makes a training function differentiable, without differentiating the training.
 
@@ -57,41 +58,26 @@ def implicit_minimizer(
     Array([-0.25], dtype=...)
     """
     check_on_failure(on_failure)
-    solver = _linear(get_solver(solver))
+    linear_solver = get_linear_solver(solver, "implicit_minimizer")
+    check_stateless(backend, linear_solver.stateful, linear_solver.name)
 
     def decorate(my_training: Callable[..., Any]) -> Callable[..., Any]:
         result = f"{getattr(my_training, '__name__', type(my_training).__name__)}(...)"
 
         @wraps(my_training)
-        def solve(hparams: Any, *args: Any) -> Any:
+        def solve(hparams: object, *args: object) -> Any:
             check_trees(backend, {"hparams": hparams}, {})
             # It sees values, and its result is one: how a minimum was found matters to no derivative.
             params = _constant(my_training(*_constant((hparams, *args))))
             if params is None:
                 raise TypeError(f"{result} returned None: return the trained params.")
             check_trees(backend, {result: params}, {})
-            check_prepared(backend, solver, "params", params)
-            return attach_derivative(inner, solver, on_failure, params, hparams, args)
+            return with_implicit_jvp(inner, linear_solver, on_failure, params, hparams, args)
 
         return solve
 
     return decorate
 
 
-def _linear(solver: Any) -> Any:
-    """Return the solver.
-
-    Raises:
-        TypeError: if it is no linear solver, or keeps a state.
-    """
-    if isinstance(solver, HypergradientMethod):
-        raise TypeError(
-            f"{type(solver).__name__} is no linear solver: it needs the outer objective, too, which implicit_minimizer "
-            "does not know. Use bl.hypergradient, or a solver such as cg, minres or neumann."
-        )
-    check_stateless(solver)
-    return solver
-
-
-def _constant(tree: Any) -> Any:
+def _constant(tree: V) -> V:
     return jax.tree.map(lambda leaf: lax.stop_gradient(leaf) if isinstance(leaf, jax.Array) else leaf, tree)

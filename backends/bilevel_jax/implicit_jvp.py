@@ -13,24 +13,27 @@ from jax.core import Tracer
 from jax.custom_derivatives import SymbolicZero
 from jax.dtypes import float0
 
-from bilevel.convergence import UNKNOWN, OnFailure, conclude
-from bilevel.protocols import IHVPSolver, Point
+from bilevel.convergence import OnFailure, report
+from bilevel.linear_solvers.linear_solver import LinearSolver, check_requirements
+from bilevel.methods.implicit import Implicit
+from bilevel.operators.linear_operator import LinearOperator
 from bilevel.results import SolverInfo
+from bilevel.spaces.array import P
 from bilevel.validation import check_scalar, leaf_names
 from bilevel_jax.backend import JaxBackend, backend, cross_products
 from bilevel_jax.dependence import depends
-from bilevel_jax.partition import join_solver, split_solver
+from bilevel_jax.partition import Static, combine, partition
 from bilevel_jax.sharding import unvarying
 
 
-def attach_derivative(
+def with_implicit_jvp(
     inner: Callable[..., Any],
-    solver: IHVPSolver,
+    solver: LinearSolver[Any],
     on_failure: OnFailure,
-    params: Any,
-    hparams: Any,
-    args: tuple[Any, ...],
-) -> Any:
+    params: P,
+    hparams: object,
+    args: tuple[object, ...],
+) -> P:
     """Return params, which JAX then differentiates as the minimizer of inner(params, hparams, *args).
 
     One rule, along a change of any of the arrays, gives all modes: JAX transposes it for reverse mode, where the linear
@@ -42,12 +45,9 @@ def attach_derivative(
     is_array = [isinstance(leaf, jax.Array) for leaf in leaves]
     others = [None if array else leaf for array, leaf in zip(is_array, leaves, strict=True)]
 
-    def call(function: Callable[..., Any], solver: Any, inner: Any, point: Point) -> Any:
-        if captured:  # made anew each time: nothing to cache
-            return function(backend, solver, inner, point)
-        return backend.compiled(function, solver, inner, point)
-
-    call(_check, None, loss, Point(params, hparams, (args, captured)))
+    # A loss that captures something is made for this call: there is nothing to cache.
+    call = partial(_call, backend) if captured else backend.compiled
+    call(_check, loss, params, hparams, (args, captured))
 
     @jax.custom_jvp
     def attach(params: Any, arrays: list[Any]) -> Any:
@@ -64,26 +64,23 @@ def attach_derivative(
             return params, jax.tree.map(jnp.zeros_like, params)
 
         moving = _Moving(loss, structure, tuple(moves))
-        resting = [leaf for i, leaf in enumerate(leaves) if i not in moves]
-        here = Point(params, [leaves[i] for i in moves], (resting,))
+        constants = [leaf for i, leaf in enumerate(leaves) if i not in moves]
+        here = (moving, params, [leaves[i] for i in moves], (constants,))
         solver = make_solver(jax.tree.unflatten(structure, leaves)[-1])
 
-        def product(function: Callable[..., Any], vector: Any) -> Any:
-            return call(function, solver, moving, here._replace(adjoint0=vector))
-
         def tell(info: SolverInfo) -> None:
-            conclude(backend, info, solver, on_failure, lambda: UNKNOWN, " bl.diagnose looks closer.")
+            report(backend, info, Implicit(solver), on_failure, hint=" bl.diagnose looks closer.")
 
         def solve(_: Any, rhs: Any) -> Any:
-            x, info = product(_solve, rhs)
+            x, info = call(_solve, solver, *here, rhs)
             if on_failure != "ignore":
                 jax.debug.callback(tell, info)
             return x
 
         # JAX cannot transpose a solve in which only some leaves move, for example weights with a penalty and a bias
         # without one. So all leaves are tied together wherever they may be a right-hand side.
-        rhs = _tied(product(_minus_cross_jvp, list(moves.values())))
-        change = lax.custom_linear_solve(lambda v: _tied(product(_hvp, v)), rhs, solve, symmetric=True)
+        rhs = _tied(call(_minus_jvp_hparams, *here, list(moves.values())))
+        change = lax.custom_linear_solve(lambda v: _tied(call(_hvp, *here, v)), rhs, solve, symmetric=True)
         return params, unvarying(_tied(change), params)
 
     return attach(params, [leaf for array, leaf in zip(is_array, leaves, strict=True) if array])
@@ -101,7 +98,7 @@ def _tied(tree: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class _Plain:
+class _Plain(Static):
     """(w, λ, args, captured) -> L, which captures nothing."""
 
     inner: Callable[..., Any]
@@ -111,15 +108,15 @@ class _Plain:
 
 
 @dataclass(frozen=True)
-class _Moving:
+class _Moving(Static):
     """L as a function of w and those leaves of all else that move, by their places; what a jit is cached by."""
 
     loss: Callable[..., Any]
     structure: Any
     places: tuple[int, ...]
 
-    def __call__(self, params: Any, moving: list[Any], resting: Sequence[Any]) -> Any:
-        leaves = list(resting)
+    def __call__(self, params: Any, moving: list[Any], constants: Sequence[Any]) -> Any:
+        leaves = list(constants)
         for i, leaf in zip(self.places, moving, strict=True):
             leaves.insert(i, leaf)
         hparams, args, captured, _ = jax.tree.unflatten(self.structure, leaves)
@@ -127,7 +124,7 @@ class _Moving:
 
 
 def _uncover(
-    inner: Callable[..., Any], params: Any, hparams: Any, args: tuple[Any, ...]
+    inner: Callable[..., Any], params: object, hparams: object, args: tuple[object, ...]
 ) -> tuple[Callable[..., Any], list[Any]]:
     """Return L as a function of what ``inner`` closes over, too, and the traced values that this is.
 
@@ -162,21 +159,24 @@ def _uncover(
     return loss, [const for t, const in zip(traced, closed.consts, strict=True) if t]
 
 
-def _uncover_options(solver: IHVPSolver) -> tuple[Callable[[list[Any]], IHVPSolver], list[Any]]:
+def _uncover_options(solver: LinearSolver[Any]) -> tuple[Callable[[list[Any]], LinearSolver[Any]], list[Any]]:
     """Return the solver as a function of its options, and these, where some are traced."""
     options: list[Any] = []
     try:
-        static = split_solver(solver, options)
-    except TypeError:  # one that cannot be rebuilt
+        static = partition(solver, options)
+    except TypeError:  # it cannot be rebuilt
         return lambda _: solver, []
     if not any(isinstance(option, Tracer) for option in options):
         return lambda _: solver, []
-    return lambda options: join_solver(static, iter(options)), options
+    return lambda options: combine(static, iter(options)), options
 
 
-def _check(backend: JaxBackend, solver: None, inner: Any, point: Point) -> None:
-    params, hparams = point.params, point.hparams
-    slope = backend.inner_slope(inner, params, hparams, point.inner_args)
+def _call(backend: JaxBackend, function: Callable[..., Any], *args: Any) -> Any:
+    return function(backend, *args)
+
+
+def _check(backend: JaxBackend, inner: Callable[..., Any], params: P, hparams: object, args: tuple[Any, ...]) -> None:
+    slope = backend.inner_slope(inner, params, hparams, args)
     if not depends(lambda h: slope(params, h), hparams):
         raise ValueError(
             f"∂inner/∂params does not depend on {leaf_names(backend, 'hparams', hparams)}, so that these have no "
@@ -184,17 +184,28 @@ def _check(backend: JaxBackend, solver: None, inner: Any, point: Point) -> None:
         )
 
 
-def _solve(backend: JaxBackend, solver: IHVPSolver, inner: Any, point: Point) -> tuple[Any, SolverInfo]:
-    hvp = backend.inner(inner, point.params, point.hparams, point.inner_args).hvp
-    return solver.solve(hvp, point.adjoint0, None, backend.space)
+def _solve(
+    backend: JaxBackend,
+    solver: LinearSolver[Any],
+    inner: Callable[..., Any],
+    params: P,
+    hparams: object,
+    args: tuple[Any, ...],
+    rhs: P,
+) -> tuple[P, SolverInfo]:
+    A = LinearOperator(backend.space(params), backend.inner(inner, params, hparams, args).vjp_params)
+    check_requirements(solver, A)
+    return solver.solve(solver.init(A), A, rhs, None)
 
 
-def _hvp(backend: JaxBackend, solver: IHVPSolver, inner: Any, point: Point) -> Any:
-    slope = backend.inner_slope(inner, point.params, point.hparams, point.inner_args)
-    return jax.jvp(lambda w: slope(w, point.hparams), (point.params,), (point.adjoint0,))[1]
+def _hvp(backend: JaxBackend, inner: Callable[..., Any], params: P, hparams: object, args: tuple[Any, ...], v: P) -> P:
+    slope = backend.inner_slope(inner, params, hparams, args)
+    return jax.jvp(lambda w: slope(w, hparams), (params,), (v,))[1]
 
 
-def _minus_cross_jvp(backend: JaxBackend, solver: IHVPSolver, inner: Any, point: Point) -> Any:
-    slope = backend.inner_slope(inner, point.params, point.hparams, point.inner_args)
-    _, cross_jvp = cross_products(slope, point.params, point.hparams)
-    return backend.space.scale(-1.0, cross_jvp(point.adjoint0))
+def _minus_jvp_hparams(
+    backend: JaxBackend, inner: Callable[..., Any], params: P, hparams: object, args: tuple[Any, ...], u: object
+) -> P:
+    slope = backend.inner_slope(inner, params, hparams, args)
+    _, jvp_hparams = cross_products(slope, params, hparams)
+    return backend.space(params).scale(-1.0, jvp_hparams(u))

@@ -7,12 +7,12 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 
-def forward_only(tree: Any) -> Any:
+def without_reverse_mode(tree: Any) -> Any:
     """Return a tree as it is, which JAX differentiates in forward mode alone."""
     return jax.tree.map(_identity.bind, tree)
 
 
-def refuse(*_: Any) -> Any:
+def raise_no_derivative(*_: Any) -> Any:
     """Raise: the rule for a derivative that there is not."""
     raise NotImplementedError(
         "bl.hypergradient has no derivative of its own here: JAX has no reverse mode for the loop of a solver, and "
@@ -24,6 +24,6 @@ def refuse(*_: Any) -> Any:
 _identity = Primitive("forward_only")
 _identity.def_impl(lambda x: x)
 _identity.def_abstract_eval(lambda x: x)
-ad.deflinear2(_identity, refuse)
+ad.deflinear2(_identity, raise_no_derivative)
 batching.defvectorized(_identity)
 mlir.register_lowering(_identity, lambda context, x: [x])

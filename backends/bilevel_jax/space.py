@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
+from functools import reduce
 from typing import Any
 
 import jax
@@ -10,84 +11,87 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.flatten_util import ravel_pytree
+from typing_extensions import override
 
-from bilevel_jax.no_reverse_mode import forward_only, refuse
+from bilevel.spaces.array import V
+from bilevel.spaces.space import Layout, Space, State, X, kind_of
+from bilevel_jax.no_reverse_mode import raise_no_derivative, without_reverse_mode
 from bilevel_jax.sharding import equations, explicitly_sharded
 
 UNROLLED = 20  # steps: the terms that neumann takes by default; compiling takes longer with each
 
 
-class JaxSpace:
-    """See `bilevel.protocols.VectorSpace`."""
+class JaxSpace(Space[V]):
+    """See `bilevel.spaces.space.Space`."""
 
     xp = jnp
 
-    def dot(self, x: Any, y: Any) -> jax.Array:
-        return jax.tree.reduce(jnp.add, jax.tree.map(_dot, x, y))
+    @override
+    def leaves(self, x: object) -> list[Any]:
+        return jax.tree.leaves(x)
 
-    def axpy(self, alpha: Any, x: Any, y: Any) -> Any:
-        return jax.tree.map(lambda a, b: jnp.asarray(alpha, b.dtype) * a + b, x, y)
+    @override
+    def map(self, function: Callable[..., Any], x: X, *rest: object) -> X:
+        return jax.tree.map(lambda a, *others: self.cast(function(a, *others), a), x, *rest)
 
-    def scale(self, alpha: Any, x: Any) -> Any:
-        return jax.tree.map(lambda a: jnp.asarray(alpha, a.dtype) * a, x)
+    @override
+    def layout(self, x: object) -> Layout:
+        flat = jax.tree_util.tree_flatten_with_path(x)[0]
+        return {jax.tree_util.keystr(path): kind_of(leaf) for path, leaf in flat}
 
-    def update(self, flag: Any, alpha: Any, x: Any, y: Any, beta: Any = None) -> Any:
-        return self.select(flag, self.axpy(alpha, x, y if beta is None else self.scale(beta, y)), y)
+    @override
+    def dot(self, x: V, y: V) -> Any:
+        return _sum(jax.tree.leaves(jax.tree.map(_dot, x, y)))
 
-    def zeros_like(self, x: Any) -> Any:
-        return jax.tree.map(jnp.zeros_like, x)
-
-    def map(self, function: Callable, x: Any, *rest: Any) -> Any:
-        return jax.tree.map(lambda a, *others: jnp.asarray(function(a, *others), a.dtype), x, *rest)
-
-    def select(self, flag: Any, x: Any, y: Any) -> Any:
-        return jax.tree.map(lambda a, b: jnp.where(flag, a, b), x, y)
-
-    def normal_like(self, x: Any, seed: int) -> Any:
-        leaves, structure = jax.tree.flatten(x)
+    @override
+    def normal(self, seed: int, count: int | None = None) -> Any:
+        leaves, structure = jax.tree.flatten(self.like if count is None else self.stack(count))
         keys = jax.random.split(jax.random.key(seed), len(leaves))
         # Zeros of the leaf, here and below, to be typed like it: varying over the axes of a shard_map, sharded.
         draws = [jnp.zeros_like(a) + jax.random.normal(k, a.shape, a.dtype) for k, a in zip(keys, leaves, strict=True)]
         return jax.tree.unflatten(structure, draws)
 
-    def max_abs(self, x: Any) -> jax.Array:
+    @override
+    def max_abs(self, x: V) -> Any:
         parts = [jnp.max(jnp.abs(leaf), initial=0).astype(_accumulator(leaf, leaf)) for leaf in jax.tree.leaves(x)]
-        return jnp.stack(jnp.broadcast_arrays(*parts)).max()
+        dtype = jnp.result_type(*(part.dtype for part in parts))
+        return jnp.stack(jnp.broadcast_arrays(*(part.astype(dtype) for part in parts))).max()
 
-    def isfinite(self, x: Any) -> jax.Array:
-        return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(x)]).all()
+    @override
+    def ravel(self, x: object) -> jax.Array:
+        return ravel_pytree(x)[0]
 
-    def eps(self, x: Any) -> float:
-        return max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(x))
+    @override
+    def unravel(self, array: Any) -> V:
+        flat, unravel = ravel_pytree(self.like)
+        return unravel(array.astype(flat.dtype))
 
-    def size(self, x: Any) -> int:
-        return sum(leaf.size for leaf in jax.tree.leaves(x))
+    @override
+    def stack(self, count: int) -> Any:
+        return jax.tree.map(lambda a: jnp.broadcast_to(jnp.zeros_like(a), (count, *a.shape)), self.like)
 
-    def stack_like(self, x: Any, count: int) -> Any:
-        return jax.tree.map(lambda a: jnp.broadcast_to(jnp.zeros_like(a), (count, *a.shape)), x)
-
-    def put(self, stack: Any, i: Any, x: Any) -> Any:
+    @override
+    def set(self, stack: Any, i: Any, x: V) -> Any:
         return jax.tree.map(lambda s, a: s.at[i].set(a), stack, x)
 
-    def take(self, stack: Any, i: Any) -> Any:
+    @override
+    def get(self, stack: Any, i: Any) -> V:
         return jax.tree.map(lambda s: s[i], stack)
 
-    def project(self, stack: Any, x: Any) -> jax.Array:
-        return jax.tree.reduce(jnp.add, jax.tree.map(_project, stack, x))
+    @override
+    def stack_dot(self, stack: Any, x: V) -> Any:
+        return _sum(jax.tree.leaves(jax.tree.map(_rows_dot, stack, x)))
 
-    def combine(self, coefficients: Any, stack: Any) -> Any:
+    @override
+    def linear_combination(self, coefficients: Any, stack: Any) -> V:
         return jax.tree.map(
             lambda s: jnp.tensordot(coefficients.astype(s.dtype), s, 1, precision=lax.Precision.HIGHEST), stack
         )
 
-    def sequence(self, items: Sequence[Any]) -> Callable[[Any], Any]:
-        if len(items) == 1:
-            return lambda i: items[0]
-        count = len(items)
-        leaves, structure = _stack(items)
-        return lambda i: jax.tree.unflatten(structure, [leaf(i % count) for leaf in leaves])
-
-    def while_loop(self, live: Callable, body: Callable, state: Any, max_steps: int) -> Any:
+    @override
+    def while_loop(
+        self, live: Callable[[State], Any], body: Callable[[State], State], state: State, max_steps: int
+    ) -> State:
         # Without an end before: once its flag is down, a body changes nothing.
         unrolled = min(max_steps, _steps_outside(body, state, max_steps))
         for _ in range(unrolled):
@@ -96,37 +100,43 @@ class JaxSpace:
         if not max_steps:
             return state
 
-        def counted_live(carry: Any) -> Any:
+        def counted_live(carry: tuple[Any, State]) -> Any:
             return (carry[0] < max_steps) & live(carry[1])
 
-        def counted_body(carry: Any) -> Any:
+        def counted_body(carry: tuple[Any, State]) -> tuple[Any, State]:
             return carry[0] + 1, body(carry[1])
 
         with _in_loop():
-            return forward_only(lax.while_loop(counted_live, counted_body, (0, state))[1])
+            return without_reverse_mode(lax.while_loop(counted_live, counted_body, (0, state))[1])
 
-    def scan(self, body: Callable, state: Any, xs: Any, length: int, reverse: bool = False) -> tuple[Any, Any]:
+    @override
+    def scan(
+        self,
+        body: Callable[[State, Any], tuple[State, Any]],
+        state: State,
+        xs: Any,
+        length: int,
+        reverse: bool = False,
+    ) -> tuple[State, Any]:
         first = None if xs is None else jax.tree.map(lambda a: a[0], xs)
         unroll = 0 < length == _steps_outside(lambda s: body(s, first), state, length)
         with nullcontext() if unroll else _in_loop():
             return lax.scan(body, state, xs, length=length, reverse=reverse, unroll=unroll)
 
-    def cond(self, flag: Any, body: Callable, state: Any) -> Any:
+    @override
+    def cond(self, flag: Any, body: Callable[[State], State], state: State) -> State:
         return lax.cond(flag, body, lambda s: s, state)
 
-    def ravel(self, x: Any) -> jax.Array:
-        return ravel_pytree(x)[0]
+    @override
+    def sequence(self, items: Sequence[X]) -> Callable[[Any], X]:
+        if len(items) == 1:
+            return lambda i: items[0]
+        count = len(items)
+        leaves, structure = _stack(items)
+        return lambda i: jax.tree.unflatten(structure, [leaf(i % count) for leaf in leaves])
 
-    def unravel(self, array: Any, like: Any) -> Any:
-        flat, unravel = ravel_pytree(like)
-        return unravel(array.astype(flat.dtype))
-
-    def dense(self, operator: Callable, like: Any) -> jax.Array:
-        flat, unravel = ravel_pytree(like)
-        rows = lax.map(lambda e: self.ravel(operator(unravel(e))), jnp.diag(jnp.ones_like(flat)))
-        return rows.T
-
-    def on_host(self, function: Callable, *arrays: Any) -> jax.Array:
+    @override
+    def numpy_callback(self, function: Callable[..., np.ndarray], *arrays: Any) -> jax.Array:
         like = arrays[-1]
 
         def call(*host: Any) -> np.ndarray:
@@ -137,8 +147,13 @@ class JaxSpace:
             result = jax.ShapeDtypeStruct(like.shape, like.dtype)
             return jax.pure_callback(call, result, *arrays, vmap_method="sequential")
 
-        without_derivative.defjvp(refuse)
+        without_derivative.defjvp(raise_no_derivative)
         return jnp.zeros_like(like) + without_derivative(*arrays)
+
+    @override
+    def materialise(self, operator: Callable[[V], V]) -> jax.Array:
+        flat, unravel = ravel_pytree(self.like)
+        return lax.map(lambda e: self.ravel(operator(unravel(e))), jnp.diag(jnp.ones_like(flat))).T
 
 
 _looping: ContextVar[bool] = ContextVar("whether the body of a loop is being traced", default=False)
@@ -172,8 +187,15 @@ def _steps_outside(body: Callable, state: Any, steps: int) -> int:
     return 1
 
 
+def _sum(parts: Sequence[jax.Array]) -> jax.Array:
+    """Return the sum of arrays in the widest of their dtypes."""
+    with jax.numpy_dtype_promotion("standard"):
+        return reduce(jnp.add, parts)
+
+
 def _accumulator(a: Any, b: Any) -> Any:
-    return jnp.promote_types(jnp.promote_types(a.dtype, b.dtype), jnp.float32)
+    with jax.numpy_dtype_promotion("standard"):  # where the caller has set "strict"
+        return jnp.promote_types(jnp.promote_types(a.dtype, b.dtype), jnp.float32)
 
 
 def _dot(a: Any, b: Any) -> jax.Array:
@@ -183,7 +205,7 @@ def _dot(a: Any, b: Any) -> jax.Array:
     return jnp.vdot(a.astype(dtype), b.astype(dtype), precision=lax.Precision.HIGHEST)
 
 
-def _project(s: Any, a: Any) -> jax.Array:
+def _rows_dot(s: Any, a: Any) -> jax.Array:
     dtype = _accumulator(s, a)
     if explicitly_sharded(a):
         return jnp.sum(s.astype(dtype) * a.astype(dtype), axis=tuple(range(1, s.ndim)))

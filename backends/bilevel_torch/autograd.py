@@ -7,13 +7,15 @@ from typing import Any
 
 import torch
 
+from bilevel.backend import R
+from bilevel.spaces.array import H, P, V
 from bilevel.spaces.tree import leaves, leaves_with_paths, tree_map, with_leaves
 from bilevel.validation import check_scalar
 from bilevel_torch.graph import INSTEAD, functions_recorded, nodes_of
-from bilevel_torch.isolation import buffers_aside
+from bilevel_torch.isolation import buffers_isolated
 
 
-def variables(params: Any, hparams: Any) -> tuple[Any, Any]:
+def as_graph_leaves(params: P, hparams: H) -> tuple[P, H]:
     """Return leaves of the graph to differentiate in: the user's own where they are, else detached views.
 
     The user's own, because a loss that runs a module uses the module's parameters, not what it is handed.
@@ -26,7 +28,7 @@ def variables(params: Any, hparams: Any) -> tuple[Any, Any]:
     return tree_map(variable, params), tree_map(variable, hparams)
 
 
-def check_distinct(params: Any, hparams: Any) -> None:
+def check_distinct(params: object, hparams: object) -> None:
     """Raise a ValueError if a tensor is there twice."""
     seen: dict[int, str] = {}
     for name, tree in (("params", params), ("hparams", hparams)):
@@ -39,12 +41,12 @@ def check_distinct(params: Any, hparams: Any) -> None:
             seen[id(leaf)] = path
 
 
-def scalar(role: str, value: Any) -> torch.Tensor:
+def scalar(label: str, value: object) -> torch.Tensor:
     """Return the value of an objective, checked."""
     if not isinstance(value, torch.Tensor):
         hint = ": do not call .item() on it" if isinstance(value, float) else ""
-        raise TypeError(f"{role}: expected a scalar tensor, got {type(value).__name__}{hint}.")
-    check_scalar(role, value)
+        raise TypeError(f"{label}: expected a scalar tensor, got {type(value).__name__}{hint}.")
+    check_scalar(label, value)
     return value
 
 
@@ -73,7 +75,10 @@ WAYS_OUT = {
 
 
 def grad(
-    outputs: Sequence[Any], inputs: Sequence[torch.Tensor], grad_outputs: Any, **options: bool
+    outputs: Sequence[Any],
+    inputs: Sequence[torch.Tensor],
+    grad_outputs: Sequence[torch.Tensor | None] | None,
+    **options: bool,
 ) -> list[torch.Tensor | None]:
     """Call autograd.grad; None where an output does not depend on an input, or an input requires no gradient.
 
@@ -87,7 +92,7 @@ def grad(
     wanted = [inputs[i] for i in places]
     again = functions_recorded(nodes_of(outputs)) if options.get("create_graph") else nullcontext()
     try:
-        with _hooks_aside(wanted), buffers_aside(), again:
+        with _hooks_aside(wanted), buffers_isolated(), again:
             found = torch.autograd.grad(outputs, wanted, grad_outputs, allow_unused=True, **options)
     except RuntimeError as error:
         for signs, way_out in WAYS_OUT.items():
@@ -129,9 +134,9 @@ _autocast: ContextVar[Sequence[tuple[str, torch.dtype]]] = ContextVar("what the 
 
 
 @contextmanager
-def own_arithmetic(tree: Any) -> Iterator[None]:
+def no_grad_no_autocast(tree: object) -> Iterator[None]:
     """Compute on the devices of a tree as a solver does: nothing is recorded, and autocast is off."""
-    kinds = {t.device.type for _, t in leaves_with_paths(tree)}
+    kinds = {t.device.type for t in leaves(tree) if isinstance(t, torch.Tensor)}
     cast = [(kind, torch.get_autocast_dtype(kind)) for kind in kinds if torch.is_autocast_enabled(kind)]
     before = _autocast.set(cast)
     try:
@@ -143,7 +148,7 @@ def own_arithmetic(tree: Any) -> Iterator[None]:
         _autocast.reset(before)
 
 
-def evaluate(function: Callable[..., Any], *args: Any) -> Any:
+def evaluate(function: Callable[..., R], *args: object) -> R:
     """Call a user's function as the user would: recorded, and under the autocast that the caller is in."""
     with torch.enable_grad(), ExitStack() as stack:
         for kind, dtype in _autocast.get(()):
@@ -151,7 +156,7 @@ def evaluate(function: Callable[..., Any], *args: Any) -> Any:
         return function(*args)
 
 
-def fill(grads: Sequence[torch.Tensor | None], like: Any) -> Any:
+def zeros_for_none(grads: Sequence[torch.Tensor | None], like: V) -> V:
     """Give gradients the structure of a tree, with zeros for None."""
     pairs = zip(grads, leaves(like), strict=True)
     return with_leaves(like, [torch.zeros_like(t, requires_grad=False) if g is None else g for g, t in pairs])
@@ -166,7 +171,7 @@ def reaches(outputs: Iterable[torch.Tensor], inputs: Iterable[torch.Tensor]) -> 
 LEAF = "torch::autograd::AccumulateGrad"
 
 
-def check_recorded(role: str, nodes: Iterable[Any], params: Any) -> None:
+def check_recorded(label: str, nodes: Iterable[Any], params: object) -> None:
     """Raise where part of the way from params to a loss is not in its graph: a derivative would be wrong in silence.
 
     Raises:
@@ -181,7 +186,7 @@ def check_recorded(role: str, nodes: Iterable[Any], params: Any) -> None:
         name = node.name()
         if name == "CheckpointFunctionBackward":
             raise RuntimeError(
-                f"{role} hides parameters from autograd.grad by a reentrant checkpoint, so that their derivatives "
+                f"{label} hides parameters from autograd.grad by a reentrant checkpoint, so that their derivatives "
                 f"would be silent zeros. {WAYS_OUT['use_reentrant=True',]}"
             )
         if name != LEAF:
@@ -190,13 +195,13 @@ def check_recorded(role: str, nodes: Iterable[Any], params: Any) -> None:
         path, copy = handed.get(own.data_ptr(), ("", own)) if own.numel() else ("", own)
         if copy is not own:
             raise ValueError(
-                f"{role} was computed with another tensor than {path}, which is a copy of it: a module runs with the "
+                f"{label} was computed with another tensor than {path}, which is a copy of it: a module runs with the "
                 "weights in it. Run it by torch.func.functional_call(module, params, (x,)), or hand over the module's "
                 "own parameters."
             )
 
 
-def check_computed(params: Any, hparams: Any, losses: Sequence[torch.Tensor]) -> None:
+def check_computed(params: object, hparams: object, losses: Sequence[torch.Tensor]) -> None:
     """Raise a ValueError where tensors that are computed from others could not have the derivative that is meant.
 
     That of one in the other would count twice; and one that no loss was computed from was most likely made anew.

@@ -1,18 +1,20 @@
 """Ranks that hold different batches of one problem, as under DistributedDataParallel."""
 
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 from zlib import crc32
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from typing_extensions import override
 
+from bilevel.backend import Data
 from bilevel.convergence import callers_level
+from bilevel.linearization import LinearizedMap, OuterDerivatives
 from bilevel.problems.model_loss import ModelLoss
-from bilevel.protocols import InnerDerivatives, OuterDerivatives, Tree
+from bilevel.spaces.array import H, P, V
 from bilevel.spaces.tree import leaves, leaves_with_paths, with_leaves
 from bilevel_torch.backend import TorchBackend
 from bilevel_torch.space import TorchSpace
@@ -53,7 +55,7 @@ class DataParallel(TorchBackend):
             ranks, if counts are given on some of them only, or params or hparams differ.
     """
 
-    collective = True
+    requires_all_ranks = True
 
     def __init__(
         self, *, inner_samples: float | None = None, outer_samples: float | None = None, group: Any = None
@@ -65,7 +67,7 @@ class DataParallel(TorchBackend):
         for name, samples in (("inner_samples", inner_samples), ("outer_samples", outer_samples)):
             if samples is not None and not samples >= 0:
                 raise ValueError(f"DataParallel.{name}: expected a number >= 0, got {samples!r}.")
-        super().__init__(AgreedSpace(group=group))
+        super().__init__()
         self.samples = (inner_samples, outer_samples)
         self.group = group
 
@@ -81,7 +83,7 @@ class DataParallel(TorchBackend):
                 raise ValueError(f"DataParallel.{name}: zero on all ranks.")
         return counts[0] / totals[0], counts[1] / totals[1]
 
-    def _check_equal(self, **trees: Tree) -> None:
+    def _check_equal(self, **trees: object) -> None:
         """Raise a ValueError on all ranks unless each of these trees is the same on all of them, by layout and sums."""
         named = [[*leaves_with_paths(tree)] for tree in trees.values()]
         layouts = [[(path, t.shape, t.dtype, t.requires_grad) for path, t in part] for part in named]
@@ -97,8 +99,8 @@ class DataParallel(TorchBackend):
             if layout:
                 raise ValueError(
                     f"DataParallel: {name} are other tensors on some ranks, by their order, names, shapes, dtypes or "
-                    "requires_grad. Of what belongs to a rank's own examples, such as their weights, hand over that of "
-                    "all examples on every rank, and use its part."
+                    "requires_grad. If a hyperparameter has one entry per example, pass the entries of all examples on "
+                    "every rank, and index the part that this rank needs."
                 )
             if values:
                 raise ValueError(
@@ -107,50 +109,61 @@ class DataParallel(TorchBackend):
                 )
 
     @override
-    def inner_of(self, value: Any, params: Any, hparams: Any, role: str = "inner") -> InnerDerivatives:
-        return self._joined(super().inner_of(value, params, hparams, role), hparams)
+    def space(self, tree: V) -> "AgreedSpace[V]":
+        return AgreedSpace(tree, self.group)
 
     @override
-    def gauss_newton(self, inner: ModelLoss, params: Any, hparams: Any, args: tuple[Any, ...]) -> InnerDerivatives:
-        return self._joined(super().gauss_newton(inner, params, hparams, args), hparams)
+    def inner_of(self, value: object, params: P, hparams: H, label: str = "inner") -> LinearizedMap[P, H]:
+        return self._averaged(super().inner_of(value, params, hparams, label), hparams)
 
     @override
-    def jacobian(self, *args: Any, **options: Any) -> InnerDerivatives:
+    def gauss_newton(self, inner: ModelLoss, params: P, hparams: H, args: tuple[object, ...]) -> LinearizedMap[P, H]:
+        return self._averaged(super().gauss_newton(inner, params, hparams, args), hparams)
+
+    @override
+    def jacobian(self, *args: object, **options: object) -> LinearizedMap[Any, Any]:
         raise TypeError("DataParallel: fixed points and roots of several ranks' data are not supported.")
 
     @override
     def outer_of(
-        self, value: Any, params: Any, hparams: Any, role: str, retain_graph: bool = False
-    ) -> OuterDerivatives:
-        if not role.startswith("inner"):
+        self,
+        value: object,
+        params: P,
+        hparams: H,
+        label: str = "outer",
+        data: Data = "outer",
+        retain_graph: bool = False,
+    ) -> OuterDerivatives[P, H]:
+        if data == "outer":
             self._check_equal(params=params, hparams=hparams)
-        own = super().outer_of(value, params, hparams, role, retain_graph)
-        share = self._shares(own.value.device)[0 if role.startswith("inner") else 1]
+        own = super().outer_of(value, params, hparams, label, data, retain_graph)
+        share = self._shares(own.value.device)[0 if data == "inner" else 1]  # pyright: ignore
         mean, grad_params = self._mean((own.value, own.grad_params), share)
         return OuterDerivatives(mean, grad_params, self._mean_or_none(own.grad_hparams, hparams, share))
 
-    def _joined(self, own: InnerDerivatives, hparams: Any) -> InnerDerivatives:
-        share, cross_jvp = self._shares(leaves(own.grad)[0].device)[0], own.cross_jvp
-        return InnerDerivatives(
-            grad=self._mean(own.grad, share),
-            hvp=lambda v: self._mean(own.hvp(v), share),
-            cross_vjp=lambda v: self._mean_or_none(own.cross_vjp(v), hparams, share),
-            cross_jvp=None if cross_jvp is None else lambda u: self._mean(cross_jvp(u), share),
+    def _averaged(self, own: LinearizedMap[P, H], hparams: H) -> LinearizedMap[P, H]:
+        """Return the map of all ranks' data: values and products averaged over the ranks."""
+        share, jvp_hparams = self._shares(leaves(own.residual)[0].device)[0], own.jvp_hparams
+        return LinearizedMap(
+            residual=self._mean(own.residual, share),
+            vjp_params=lambda v: self._mean(own.vjp_params(v), share),
+            vjp_hparams=lambda v: self._mean_or_none(own.vjp_hparams(v), hparams, share),
+            jvp_hparams=None if jvp_hparams is None else lambda u: self._mean(jvp_hparams(u), share),
         )
 
-    def _mean(self, tree: Tree, share: float) -> Tree:
+    def _mean(self, tree: V, share: float) -> V:
         """Return the weighted mean over the ranks."""
         # Without data, a loss may be nan.
         return with_leaves(tree, self._sum([t * share if share else torch.zeros_like(t) for t in leaves(tree)]))
 
-    def _mean_or_none(self, tree: Tree | None, like: Tree, share: float) -> Tree | None:
+    def _mean_or_none(self, tree: V | None, like: V, share: float) -> V | None:
         """Return the mean of what is None, and counts as zero, where a rank's loss does not depend on hparams.
 
         None if it is on all ranks.
         """
         if not leaves(like):
             return tree
-        own = self.space.zeros_like(like) if tree is None else tree
+        own = self.space(like).zeros() if tree is None else tree
         influence = leaves(like)[0].new_full((), float(tree is not None))
         mean = self._mean(own, share), self._sum([influence])[0]
         return mean[0] if mean[1] > 0 else None
@@ -179,32 +192,39 @@ def this_process() -> TorchBackend:
     return TorchBackend()
 
 
-@dataclass(frozen=True)
-class AgreedSpace(TorchSpace):
-    """Vectors that are equal on all ranks, and numbers of them that are equal to the last bit.
+class AgreedSpace(TorchSpace[V]):
+    """Vectors that are equal on all ranks, with scalars that are equal to the last bit.
 
-    All-reduced products are, but machines of different kinds may round a dot of them differently; then a rank could
-    stop a step before the others, which would wait for it for ever.
+    All-reduced products are equal, but machines of different kinds may round a dot of them differently. Then a rank
+    could stop a step before the others, which would wait for it without end.
     """
 
-    group: Any = None
+    def __init__(self, like: V, group: Any = None) -> None:
+        super().__init__(like)
+        self.group = group
 
-    def dot(self, x: Any, y: Any) -> torch.Tensor:
-        return self._agree(super().dot(x, y))
+    @override
+    def dot(self, x: V, y: V) -> torch.Tensor:
+        return self._broadcast_from_first(super().dot(x, y))
 
-    def project(self, stack: Any, x: Any) -> torch.Tensor:
-        return self._agree(super().project(stack, x))
+    @override
+    def stack_dot(self, stack: object, x: V) -> torch.Tensor:
+        return self._broadcast_from_first(super().stack_dot(stack, x))
 
-    def max_abs(self, x: Any) -> torch.Tensor:
-        return self._agree(super().max_abs(x))
+    @override
+    def max_abs(self, x: V) -> torch.Tensor:
+        return self._broadcast_from_first(super().max_abs(x))
 
-    def isfinite(self, x: Any) -> torch.Tensor:
-        return self._agree(super().isfinite(x).to(torch.uint8)).bool()
+    @override
+    def isfinite(self, x: object) -> Any:
+        finite: Any = super().isfinite(x)
+        return self._broadcast_from_first(finite.to(torch.uint8)).bool()
 
-    def on_host(self, function: Any, *arrays: torch.Tensor) -> torch.Tensor:
-        return self._agree(super().on_host(function, *arrays))
+    @override
+    def numpy_callback(self, function: Callable[..., np.ndarray], *arrays: torch.Tensor) -> torch.Tensor:
+        return self._broadcast_from_first(super().numpy_callback(function, *arrays))
 
-    def _agree(self, t: torch.Tensor) -> torch.Tensor:
-        """Return the first rank's."""
+    def _broadcast_from_first(self, t: torch.Tensor) -> torch.Tensor:
+        """Return the first rank's tensor."""
         dist.broadcast(t, group=self.group, group_src=0)
         return t

@@ -1,30 +1,37 @@
 """Hypergradients from two losses that a training loop has just computed."""
 
+from collections.abc import Callable
 from numbers import Real
 from typing import Any
 
 import torch
 
-from bilevel import hypergradient_from
-from bilevel.convergence import OnFailure
-from bilevel.protocols import InnerDerivatives, Linearization, OuterDerivatives, Tree
+from bilevel.config import get_linear_solver
+from bilevel.convergence import OnFailure, check_on_failure, report
+from bilevel.hypergradient import SolverSpec, combine
+from bilevel.linearization import LinearizedMap, OuterDerivatives
+from bilevel.methods.implicit import Implicit, pull_back
+from bilevel.operators.lanczos import spectrum
+from bilevel.operators.linear_operator import LinearOperator
 from bilevel.results import Hypergradient
+from bilevel.spaces.array import H, P
+from bilevel.spaces.space import X
 from bilevel.spaces.tree import leaves
 from bilevel.validation import check_trees, leaf_names
-from bilevel_torch.autograd import check_computed, check_distinct, own_arithmetic
+from bilevel_torch.autograd import check_computed, check_distinct, no_grad_no_autocast
 from bilevel_torch.backend import TorchBackend, check_supported
 from bilevel_torch.data_parallel import this_process
-from bilevel_torch.trees import tree_of
+from bilevel_torch.trees import TensorTree, tree_of
 
 
 def backward(
     inner_loss: torch.Tensor,
     outer_loss: torch.Tensor,
-    params: Any,
-    hparams: Any,
+    params: TensorTree,
+    hparams: TensorTree,
     *,
-    solver: Any = "cg",
-    adjoint0: Tree | None = None,
+    solver: SolverSpec = "cg",
+    adjoint0: TensorTree | None = None,
     on_failure: OnFailure = "warn",
     loss_scale: float = 1.0,
     backend: TorchBackend | None = None,
@@ -64,11 +71,11 @@ def backward(
 def hypergradient(
     inner_loss: torch.Tensor,
     outer_loss: torch.Tensor,
-    params: Any,
-    hparams: Any,
+    params: TensorTree,
+    hparams: TensorTree,
     *,
-    solver: Any = "cg",
-    adjoint0: Tree | None = None,
+    solver: SolverSpec = "cg",
+    adjoint0: TensorTree | None = None,
     on_failure: OnFailure = "warn",
     loss_scale: float = 1.0,
     backend: TorchBackend | None = None,
@@ -114,19 +121,26 @@ def hypergradient(
     if not (isinstance(loss_scale, Real) and 0 < loss_scale < float("inf")):
         raise ValueError(f"loss_scale: expected a finite number > 0, got {loss_scale!r}.")
     backend = this_process() if backend is None else backend
-    params, hparams = tree_of("params", params), tree_of("hparams", hparams)
-    adjoint0 = None if adjoint0 is None else tree_of("adjoint0", adjoint0)
-    check_trees(backend, {"params": params, "hparams": hparams, "adjoint0": adjoint0}, {"adjoint0": "params"})
-    _check_recorded(backend, inner_loss, outer_loss, params, hparams)
-    with own_arithmetic(params):
-        linearization = _linearize(backend, inner_loss, outer_loss, params, hparams, loss_scale)
-        hg = hypergradient_from(linearization, solver=solver, adjoint0=adjoint0, backend=backend, on_failure=on_failure)
-    return hg._replace(params=params)
+    check_on_failure(on_failure)
+    linear_solver = get_linear_solver(solver, "hypergradient, with losses that are there already,")
+    w, h = tree_of("params", params), tree_of("hparams", hparams)
+    v = None if adjoint0 is None else tree_of("adjoint0", adjoint0)
+    check_trees(backend, {"params": w, "hparams": h, "adjoint0": v}, {"adjoint0": "params"})
+    _check_recorded(backend, {"inner_loss": inner_loss, "outer_loss": outer_loss}, w, h)
+    with no_grad_no_autocast(w):
+        (value, cotangent, direct), at = _linearize(backend, inner_loss, outer_loss, w, h, loss_scale)
+        A = LinearOperator(backend.space(w), at.vjp_params)
+        hg = combine(backend, value, direct, pull_back(backend, linear_solver, A, at, cotangent, v), h)
+        method = Implicit(linear_solver)
+        info = report(backend, hg.info, method, on_failure, curvature=lambda: spectrum(A))
+    return hg._replace(params=w, info=info)
 
 
-def _check_recorded(backend: TorchBackend, inner_loss: Any, outer_loss: Any, params: Any, hparams: Any) -> None:
+def _check_recorded(backend: TorchBackend, losses: dict[str, object], params: object, hparams: object) -> None:
     """Raise unless the two losses can be differentiated in hparams and in some of params."""
-    check_supported({"inner_loss": inner_loss, "outer_loss": outer_loss, "params": params, "hparams": hparams})
+    tensors = {name: loss for name, loss in losses.items() if isinstance(loss, torch.Tensor)}
+    for name, loss in tensors.items():
+        check_supported(name, loss)
     check_distinct(params, hparams)
     for path, leaf in backend.leaves(hparams):
         if not leaf.requires_grad:
@@ -140,18 +154,18 @@ def _check_recorded(backend: TorchBackend, inner_loss: Any, outer_loss: Any, par
             "not its state_dict(), and call requires_grad_() on them before the losses are computed (in Lightning, "
             "untoggle_optimizer())."
         )
-    for name, loss in (("inner_loss", inner_loss), ("outer_loss", outer_loss)):
-        if isinstance(loss, torch.Tensor) and not loss.requires_grad:
+    for name, loss in tensors.items():
+        if not loss.requires_grad:
             raise ValueError(
                 f"{name} has no graph: compute it from params and hparams while they require gradients, outside of "
                 "torch.no_grad(), and do not detach it."
             )
-    check_computed(params, hparams, [loss for loss in (inner_loss, outer_loss) if isinstance(loss, torch.Tensor)])
+    check_computed(params, hparams, list(tensors.values()))
 
 
 def _linearize(
-    backend: TorchBackend, inner_loss: Any, outer_loss: Any, params: Any, hparams: Any, loss_scale: float
-) -> Linearization:
+    backend: TorchBackend, inner_loss: torch.Tensor, outer_loss: torch.Tensor, params: P, hparams: H, loss_scale: float
+) -> tuple[OuterDerivatives[P, H], LinearizedMap[P, H]]:
     inner, outer = inner_loss, outer_loss
     if loss_scale != 1.0:
         with torch.enable_grad():
@@ -162,8 +176,8 @@ def _linearize(
     if loss_scale != 1.0:
         of_outer, of_inner = _unscaled(backend, of_outer, of_inner, loss_scale)
 
-    def cross_vjp(v: Tree) -> Tree | None:
-        product = of_inner.cross_vjp(v)
+    def vjp_hparams(v: P) -> H | None:
+        product = of_inner.vjp_hparams(v)
         if product is None and of_outer.grad_hparams is None:
             raise ValueError(
                 f"Neither loss depends on {leaf_names(backend, 'hparams', hparams)}. Compute the losses with these "
@@ -174,24 +188,31 @@ def _linearize(
             )
         return product
 
-    return Linearization(*of_outer, hvp=of_inner.hvp, cross_vjp=cross_vjp)
+    return of_outer, of_inner._replace(vjp_hparams=vjp_hparams)
 
 
 def _unscaled(
-    backend: TorchBackend, outer: OuterDerivatives, inner: InnerDerivatives, scale: float
-) -> tuple[OuterDerivatives, InnerDerivatives]:
-    """Undo the scale, and hand vectors of ordinary size to half-precision products, which others do not survive."""
-    space = backend.space
+    backend: TorchBackend, outer: OuterDerivatives[P, H], inner: LinearizedMap[P, H], scale: float
+) -> tuple[OuterDerivatives[P, H], LinearizedMap[P, H]]:
+    """Undo the scale, and give half-precision products vectors of ordinary size: others would over- or underflow."""
+    space = backend.space(outer.grad_params)
 
-    def at_unit_size(product: Any) -> Any:
-        def of(v: Tree) -> Tree | None:
-            rms = (space.dot(v, v) / space.size(v)).sqrt()
+    def at_unit_size(product: Callable[[P], X | None]) -> Callable[[P], Any]:
+        def of(v: P) -> X | None:
+            rms: Any = space.norm(v) / space.size**0.5
             rms = torch.where(rms > 0, rms, 1.0)
             result = product(space.scale(1 / rms, v))
-            return None if result is None else space.scale(rms / scale, result)
+            return None if result is None else backend.space(result).scale(rms / scale, result)
 
         return of
 
-    direct = None if outer.grad_hparams is None else space.scale(1 / scale, outer.grad_hparams)
-    unscaled = OuterDerivatives(outer.value / scale, space.scale(1 / scale, outer.grad_params), direct)
-    return unscaled, inner._replace(hvp=at_unit_size(inner.hvp), cross_vjp=at_unit_size(inner.cross_vjp))
+    direct = outer.grad_hparams
+    return OuterDerivatives(
+        outer.value / scale,
+        space.scale(1 / scale, outer.grad_params),
+        None if direct is None else backend.space(direct).scale(1 / scale, direct),
+    ), inner._replace(
+        residual=space.scale(1 / scale, inner.residual),
+        vjp_params=at_unit_size(inner.vjp_params),
+        vjp_hparams=at_unit_size(inner.vjp_hparams),
+    )

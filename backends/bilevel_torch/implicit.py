@@ -1,19 +1,23 @@
 """The inner training as one differentiable function of its hyperparameters."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any, ClassVar
 
 import torch
 
-from bilevel import hypergradient_from
-from bilevel.config import get_solver
-from bilevel.convergence import OnFailure, check_on_failure
-from bilevel.protocols import HypergradientMethod, Linearization
-from bilevel.spaces.tree import leaves, tree_map, with_leaves
+from bilevel.config import get_linear_solver
+from bilevel.convergence import OnFailure, check_on_failure, report
+from bilevel.hypergradient import SolverSpec, combine
+from bilevel.linear_solvers import LinearSolver
+from bilevel.methods.implicit import Implicit, pull_back
+from bilevel.operators.lanczos import spectrum
+from bilevel.operators.linear_operator import LinearOperator
+from bilevel.spaces.array import V
+from bilevel.spaces.tree import leaves, leaves_with_paths, tree_map, with_leaves
 from bilevel.validation import check_trees
-from bilevel_torch.autograd import evaluate, own_arithmetic, variables
+from bilevel_torch.autograd import as_graph_leaves, evaluate, no_grad_no_autocast
 from bilevel_torch.backend import TorchBackend, check_supported
 from bilevel_torch.trees import tree_of
 
@@ -21,7 +25,7 @@ Train = Callable[..., Any]
 
 
 def implicit_minimizer(
-    inner: Callable[..., torch.Tensor], solver: Any = "cg", *, on_failure: OnFailure = "warn"
+    inner: Callable[..., torch.Tensor], solver: SolverSpec = "cg", *, on_failure: OnFailure = "warn"
 ) -> Callable[[Train], Train]:
     """Return a decorator that makes a training function differentiable, by the implicit function theorem.
 
@@ -64,18 +68,15 @@ def implicit_minimizer(
     >>> h.grad
     tensor([6.])
     """
-    method = get_solver(solver)
-    if isinstance(method, HypergradientMethod):
-        raise TypeError(
-            f"implicit_minimizer: {type(method).__name__} differentiates a training of its own, not yours: use "
-            "bl.hypergradient, or a linear solver here."
-        )
+    method = get_linear_solver(solver, "implicit_minimizer")
     check_on_failure(on_failure)
 
     def decorate(train: Train) -> Train:
         @wraps(train)
-        def solve(hparams: Any, *args: Any) -> Any:
-            check_supported({"hparams": hparams, "args": args})
+        def solve(hparams: object, *args: object) -> Any:
+            for path, leaf in leaves_with_paths({"hparams": hparams, "args": args}):
+                if isinstance(leaf, torch.Tensor):
+                    check_supported(path, leaf)
             return _Call(inner, method, on_failure)(train, tree_of("hparams", hparams), args)
 
         return solve
@@ -88,11 +89,11 @@ class _Call:
     """What stays the same from call to call."""
 
     inner: Callable[..., torch.Tensor]
-    solver: Any
+    solver: LinearSolver[Any]
     on_failure: OnFailure
     backend: ClassVar[TorchBackend] = TorchBackend()
 
-    def __call__(self, train: Train, hparams: Any, args: tuple[Any, ...]) -> Any:
+    def __call__(self, train: Train, hparams: object, args: tuple[object, ...]) -> Any:
         given = [hparams, *args]
         varied = [t for t in leaves(given) if _is_varied(t)]
         with torch.enable_grad():
@@ -100,21 +101,22 @@ class _Call:
         check_trees(self.backend, {"the result of the training": found}, {})
         return with_leaves(found, _Minimum.apply(self, found, given, *varied))
 
-    def pull(self, params: Any, given: list[Any], varied: list[torch.Tensor], grads: Any) -> Any:
-        """Return dF by what is varied from dF by params."""
-        varied = [t.detach().requires_grad_() for t in varied]
-        with own_arithmetic(params):
-            w, _ = variables(params, ())
-            at = self.backend.inner_of(evaluate(self.inner, w, *_replace(given, varied)), w, varied)
-            linearization = Linearization(torch.zeros(()), grads, None, at.hvp, at.cross_vjp)
-            return hypergradient_from(
-                linearization, solver=self.solver, backend=self.backend, on_failure=self.on_failure
-            ).grad
+    def pull(self, params: V, given: list[object], varied: list[torch.Tensor], grads: V) -> list[torch.Tensor]:
+        """Return the derivatives of F by the tensors that vary, from its derivatives by params."""
+        varied, backend = [t.detach().requires_grad_() for t in varied], self.backend
+        with no_grad_no_autocast(params):
+            w, _ = as_graph_leaves(params, ())
+            at = backend.inner_of(evaluate(self.inner, w, *_replace(given, varied)), w, varied)
+            A = LinearOperator(backend.space(w), at.vjp_params)
+            value: Any = torch.zeros(())  # F is not known here
+            hg = combine(backend, value, None, pull_back(backend, self.solver, A, at, grads, None), varied)
+            report(backend, hg.info, Implicit(self.solver), self.on_failure, curvature=lambda: spectrum(A))
+            return hg.grad
 
 
 class _Minimum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, call: _Call, found: Any, given: list[Any], *varied: torch.Tensor) -> Any:
+    def forward(ctx: Any, call: _Call, found: object, given: list[object], *varied: torch.Tensor) -> Any:
         out = tuple(t.detach() for t in leaves(found))
         ctx.call, ctx.given, ctx.structure = call, given, tree_map(lambda _: 0, found)
         ctx.save_for_backward(*out, *varied)
@@ -132,11 +134,11 @@ class _Minimum(torch.autograd.Function):
         return None, None, None, *ctx.call.pull(params, ctx.given, list(ctx.saved_tensors[count:]), grads)
 
 
-def _is_varied(leaf: Any) -> bool:
+def _is_varied(leaf: object) -> bool:
     return isinstance(leaf, torch.Tensor) and leaf.requires_grad
 
 
-def _replace(tree: Any, tensors: Any) -> Any:
+def _replace(tree: V, tensors: Iterable[torch.Tensor]) -> V:
     """Return a tree with these tensors in the place of those that require a gradient, in order."""
     it = iter(tensors)
     return tree_map(lambda t: next(it) if _is_varied(t) else t, tree)

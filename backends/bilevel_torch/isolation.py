@@ -7,29 +7,30 @@ from typing import Any
 import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from bilevel.protocols import Point
+from bilevel.linearization import Inputs
+from bilevel.spaces.array import H, P
 from bilevel.spaces.tree import tree_map
 
 
 @contextmanager
-def aside(point: Point, double: bool) -> Iterator[Callable[[Any, Any], Point]]:
-    """See `bilevel.protocols.Backend.aside`.
+def isolated(inputs: Inputs[P, H], double: bool) -> Iterator[Callable[[P, H], Inputs[P, H]]]:
+    """See `bilevel.backend.Backend.isolated`.
 
-    A loss that runs a module uses the module's own tensors, not what it is handed. So while this lasts, a hook gives
-    every module that is called other tensors to hold: the moved one in the place of a parameter, a copy in the place of
-    a buffer. The user's own are never written to: a parameter whose dtype has changed once, for one, has lost the hooks
-    that DDP put on it.
+    A loss that runs a module uses the module's own tensors, and not its arguments. So while this lasts, a hook gives
+    every module that is called other tensors to hold: the moved one in place of a parameter, a copy in place of a
+    buffer. The user's own tensors are never written to. A parameter whose dtype has changed once, for example, has lost
+    the hooks that DDP put on it.
     """
     stand_ins, states = _StandIns(double), _random_states()
 
-    def at(params: Any, hparams: Any) -> Point:
+    def at(params: P, hparams: H) -> Inputs[P, H]:
         _restore(states)
         stand_ins.give_back()
-        return point._replace(
-            params=tree_map(stand_ins.move, point.params, params),
-            hparams=tree_map(stand_ins.move, point.hparams, hparams),
-            inner_args=tree_map(stand_ins.convert, point.inner_args),
-            outer_args=tree_map(stand_ins.convert, point.outer_args),
+        return Inputs(
+            params=tree_map(stand_ins.move, inputs.params, params),
+            hparams=tree_map(stand_ins.move, inputs.hparams, hparams),
+            inner_args=tree_map(stand_ins.convert, inputs.inner_args),
+            outer_args=tree_map(stand_ins.convert, inputs.outer_args),
         )
 
     hook = register_module_forward_pre_hook(stand_ins.enter)
@@ -42,7 +43,7 @@ def aside(point: Point, double: bool) -> Iterator[Callable[[Any, Any], Point]]:
 
 
 @contextmanager
-def buffers_aside() -> Iterator[None]:
+def buffers_isolated() -> Iterator[None]:
     """Let a module that a checkpoint runs again move copies of its buffers."""
     stand_ins = _StandIns(double=False)
 

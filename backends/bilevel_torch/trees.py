@@ -5,8 +5,11 @@ from typing import Any
 
 import torch
 
+TensorTree = torch.Tensor | torch.nn.ParameterDict | Mapping[str, Any] | Iterable[Any]
+"""A tensor, or a list, dict or iterable of tensors, which may be nested."""
 
-def tree_of(name: str, given: Any) -> Any:
+
+def tree_of(name: str, given: object) -> Any:
     """Return a tensor, dict, list or tuple as it is; other mappings as a dict, other iterables as a list.
 
     Pairs of names and tensors (``module.named_parameters()``) become a dict.

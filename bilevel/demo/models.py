@@ -11,7 +11,6 @@ from bilevel.problems import logistic_regression
 from bilevel.problems.linear import cross_entropy
 from bilevel.problems.namespace import namespace
 from bilevel.problems.problem import Problem
-from bilevel.protocols import Tree
 
 CLASSES = 10
 
@@ -20,16 +19,16 @@ CLASSES = 10
 class Model:
     """A classifier, its bilevel problem, and how the demo tunes it.
 
-    ``hparams`` have the structure of ``params``: the logarithm of a penalty for each weight. Trees are of NumPy
+    ``hparams`` have the structure of ``params``: the logarithm of a penalty for each weight. Anys are of NumPy
     arrays here, and of the backend's everywhere else.
     """
 
     name: str
     problem: Problem
-    logits: Callable[[Tree, Any], Any]
-    params0: Callable[[np.random.Generator, int], Tree]  # for a number of pixels
+    logits: Callable[[Any, Any], Any]
+    params0: Callable[[np.random.Generator, int], Any]  # for a number of pixels
     features: Callable[[np.ndarray], np.ndarray]  # of images: what the inner problem takes as X
-    pixel_weights: Callable[[Tree], np.ndarray]  # the part of a tree that belongs to pixels, of shape (pixels, k)
+    pixel_weights: Callable[[Any], np.ndarray]  # the part of a tree that belongs to pixels, of shape (pixels, k)
     solver: Any
     grid: np.ndarray  # shared penalties to try
     bounds: tuple[float, float]  # of the penalties, when they are tuned
@@ -85,16 +84,16 @@ def _random_params(rng: np.random.Generator, pixels: int, hidden: int) -> dict[s
     return {name: array.astype(np.float32) for name, array in params.items()}
 
 
-def _logits(params: Tree, X: Any) -> Any:
+def _logits(params: Any, X: Any) -> Any:
     hidden = namespace(X).tanh(X @ params["W1"] + params["b1"])
     return hidden @ params["W2"] + params["b2"]
 
 
-def _unpenalized(params: Tree, hparams: Tree, X: Any, y: Any) -> Any:
+def _unpenalized(params: Any, hparams: Any, X: Any, y: Any) -> Any:
     return cross_entropy(_logits(params, X), y)
 
 
-def _penalized(params: Tree, hparams: Tree, X: Any, y: Any) -> Any:
+def _penalized(params: Any, hparams: Any, X: Any, y: Any) -> Any:
     exp = namespace(X).exp
     penalty = sum((exp(hparams[name]) * params[name] ** 2).sum() for name in params)
     return cross_entropy(_logits(params, X), y) + 0.5 * penalty

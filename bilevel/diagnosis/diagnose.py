@@ -1,45 +1,39 @@
 """Measure what a hypergradient rests on."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from copy import copy
-from typing import Any, cast
 
 import numpy as np
 
+from bilevel.backend import Backend
 from bilevel.config import get_solver
-from bilevel.diagnosis.agreement import compare, kind_of, nothing
+from bilevel.diagnosis.agreement import compare, nothing
 from bilevel.diagnosis.measurements import PRODUCTS, Repetition
 from bilevel.diagnosis.report import Diagnosis
-from bilevel.hypergradient import hypergradient
-from bilevel.operators.combinators import norm, residual
+from bilevel.hypergradient import SolverSpec, hypergradient
+from bilevel.linearization import Inputs
+from bilevel.methods.implicit import as_method
+from bilevel.methods.method import Level, Method
 from bilevel.operators.lanczos import Spectrum, spectrum
-from bilevel.protocols import (
-    Backend,
-    BilevelProblem,
-    HypergradientMethod,
-    NonSymmetric,
-    Point,
-    Scalar,
-    Solver,
-    Tree,
-    VectorSpace,
-)
-from bilevel.validation import check_point, find_backend
+from bilevel.problems.protocols import BilevelProblem
+from bilevel.spaces.array import Array, H, P, V
+from bilevel.spaces.space import Space
+from bilevel.validation import check_inputs, find_backend
 
 SEED = 3
 
 
 def diagnose(
     problem: BilevelProblem,
-    params: Tree,
-    hparams: Tree,
+    params: P,
+    hparams: H,
     *,
-    inner_args: tuple[Any, ...] = (),
-    outer_args: tuple[Any, ...] = (),
-    solver: Any = "cg",
-    backend: Any = None,
+    inner_args: tuple[object, ...] | list[tuple[object, ...]] = (),
+    outer_args: tuple[object, ...] = (),
+    solver: SolverSpec = "cg",
+    backend: Backend | str | None = None,
 ) -> Diagnosis:
     """Return a report on a hypergradient, to be printed: whether it can be trusted, why not, and what to do.
 
@@ -76,44 +70,47 @@ def diagnose(
     >>> [finding.name for finding in far.findings]
     ['not solved']
     """
-    method = copy(get_solver(solver))  # a WarmStart must not learn from this
+    method = as_method(copy(get_solver(solver)))  # a WarmStart must not learn from this
     found = find_backend(backend, params, hparams)
-    point = Point(params, hparams, inner_args, outer_args)
-    check_point(found, point)
-    if found.to_host(found.space.max_abs(params)) is None:
+    batches = check_inputs(found, params, hparams, inner_args, outer_args)
+    if found.to_host(found.space(params).max_abs(params)) is None:
         raise TypeError("bl.diagnose reads numbers: call it outside jit, grad and vmap.")
     with _random_state_kept():
-        return _diagnose(found, method, problem, point)
+        return _diagnose(found, method, problem, Inputs(params, hparams, batches[0], outer_args), batches)
 
 
-def _diagnose(backend: Backend, solver: Solver, problem: BilevelProblem, point: Point) -> Diagnosis:
-    def host(scalars: Any) -> list[float]:
+def _diagnose(
+    backend: Backend,
+    method: Method,
+    problem: BilevelProblem,
+    inputs: Inputs[P, H],
+    batches: list[tuple[object, ...]],
+) -> Diagnosis:
+    def host(scalars: Iterable[Array]) -> list[float]:
         return [float(backend.to_host(x)) for x in scalars]
 
-    batches = point.inner_args
-    point = point._replace(inner_args=point.batches[0])
-    with backend.aside(point, False):
-        first, numbers = backend.execute(_look, None, problem, point)
+    params, hparams, inner_args, outer_args = inputs
+    with backend.isolated(inputs, False):
+        first, numbers = backend.run(_look, problem, params, hparams, inner_args)
         grad_norm, distance, asymmetry, *ends = host(numbers)
         hg = hypergradient(
             problem,
-            point.params,
-            point.hparams,
-            inner_args=batches,
-            outer_args=point.outer_args,
-            solver=solver,
+            params,
+            hparams,
+            inner_args=batches if len(batches) > 1 else inner_args,
+            outer_args=outer_args,
+            solver=method,
             backend=backend,
             on_failure="ignore",
         )
-        again = point._replace(adjoint0=(hg.adjoint, first))
-        value, change, left, undamped, *changes = host(backend.execute(_look_again, solver, problem, again))
-    if isinstance(solver, HypergradientMethod) or batches is not point.inner_args:
+        again = backend.run(_look_again, problem, inputs, hg.adjoint, first, method.damping)
+        value, change, left, undamped, *changes = host(again)
+    if method.differentiates_steps or len(batches) > 1:
         change = left = undamped = float("nan")
-    kind = kind_of(problem)
-    finite = np.isfinite([grad_norm, value, *(ends if kind != "equation" else ())]).all()
+    finite = np.isfinite([grad_norm, value, *(ends if problem.kind != "equation" else ())]).all()
     return Diagnosis(
-        curvature=kind,
-        solver=solver,
+        curvature=problem.kind,
+        method=method,
         info=hg.info,
         residual=left,
         undamped_residual=undamped,
@@ -124,63 +121,71 @@ def _diagnose(backend: Backend, solver: Solver, problem: BilevelProblem, point: 
         eigenvalues=Spectrum(*ends),
         asymmetry=asymmetry,
         repetition=Repetition(*changes),
-        derivatives=compare(backend, problem, point) if finite else nothing(problem, "nan or inf"),
-        eps=backend.space.eps((point.params, point.hparams)),
+        derivatives=compare(backend, problem, inputs) if finite else nothing(problem, "nan or inf"),
+        eps=max(backend.space(params).eps, backend.space(hparams).eps),
     )
 
 
-def _look(backend: Backend, solver: None, problem: BilevelProblem, point: Point) -> tuple[Any, tuple[Scalar, ...]]:
+def _look(
+    backend: Backend, problem: BilevelProblem, params: P, hparams: H, args: tuple[object, ...]
+) -> tuple[tuple[P, P, H | None], tuple[Array, ...]]:
     """Return (Hu, ∂L/∂w, cross product), and the numbers that one linearization yields."""
-    space = backend.space
-    xp, dot = space.xp, space.dot
-    grad, hvp, cross_vjp, *_ = problem.derivatives(backend, point.params, point.hparams, point.inner_args)
-    u, v = _directions(point.params, space)
-    Hu = hvp(u)
-    grad_norm, params_norm = norm(grad, space), norm(point.params, space)
+    level = Level(backend, problem, params, hparams, [args])
+    at = level.linearize()
+    A, grad = level.operator(at), at.residual
+    space, xp, dot = A.space, A.space.xp, A.space.dot
+    u, v = space.normal(SEED), space.normal(SEED + 1)
+    Hu = A(u)
+    grad_norm, params_norm = space.norm(grad), space.norm(params)
     unit = space.scale(_ratio(xp.ones_like(grad_norm), grad_norm, space), grad)
-    curvature = dot(unit, hvp(unit))
-    if isinstance(hvp, NonSymmetric):
+    curvature = dot(unit, A(unit))
+    if A.symmetric:
+        size = space.norm(Hu) * space.norm(v) / space.size**0.5
+        asymmetry = _ratio(xp.abs(dot(u, A(v)) - dot(v, Hu)), size, space)
+        ends = spectrum(A, PRODUCTS)
+    else:
         asymmetry = xp.full_like(grad_norm, float("nan"))
         curvature, ends = xp.abs(curvature), [asymmetry] * 4
-    else:
-        size = norm(Hu, space) * norm(v, space) / space.size(v) ** 0.5
-        asymmetry = _ratio(xp.abs(dot(u, hvp(v)) - dot(v, Hu)), size, space)
-        ends = spectrum(hvp, grad, space, PRODUCTS)
     step = xp.where(curvature > 0, _ratio(grad_norm, curvature, space), float("inf"))
     distance = xp.where(grad_norm > 0, _ratio(step, params_norm, space), 0.0)
-    return (Hu, grad, cross_vjp(u)), (grad_norm, distance, asymmetry, *ends)
+    return (Hu, grad, at.vjp_hparams(u)), (grad_norm, distance, asymmetry, *ends)
 
 
-def _look_again(backend: Backend, solver: Any, problem: BilevelProblem, point: Point) -> tuple[Scalar, ...]:
+def _look_again(
+    backend: Backend,
+    problem: BilevelProblem,
+    inputs: Inputs[P, H],
+    v: P,
+    first: tuple[P, P, H | None],
+    damping: float,
+) -> tuple[Array, ...]:
     """Return F, its change, both residuals, and the changes within this linearization and since the first look."""
-    space, (v, first) = backend.space, cast("tuple[Tree, Any]", point.adjoint0)
-    value, rhs, _ = backend.outer(problem.outer, point.params, point.hparams, point.outer_args)
-    grad, hvp, cross_vjp, *_ = problem.derivatives(backend, point.params, point.hparams, point.inner_args)
-    u, _ = _directions(point.params, space)
+    params, hparams, inner_args, outer_args = inputs
+    value, rhs, _ = backend.outer(problem.outer, params, hparams, outer_args)
+    at = problem.linearize(backend, params, hparams, inner_args)
+    space, hvp = backend.space(params), at.vjp_params
+    u = space.normal(SEED)
     Hu = hvp(u)
-    undamped = residual(hvp, rhs, v, space)
-    left = space.axpy(-getattr(solver, "damping", 0.0), v, undamped)
-    residuals = (_ratio(norm(r, space), norm(rhs, space), space) for r in (left, undamped))
-    changes = (
-        _change(old, new, space) for old, new in zip((Hu, *first), (hvp(u), Hu, grad, cross_vjp(u)), strict=True)
-    )
-    return value, -space.dot(v, grad), *residuals, *changes
+    undamped = space.subtract(rhs, hvp(v))
+    left = space.axpy(-damping, v, undamped)
+    residuals = (_ratio(space.norm(r), space.norm(rhs), space) for r in (left, undamped))
+    pairs = ((Hu, hvp(u)), (first[0], Hu), (first[1], at.residual), (first[2], at.vjp_hparams(u)))
+    changes = (_change(old, new, backend) for old, new in pairs)
+    return value, -space.dot(v, at.residual), *residuals, *changes
 
 
-def _directions(like: Tree, space: VectorSpace) -> tuple[Tree, Tree]:
-    return space.normal_like(like, SEED), space.normal_like(like, SEED + 1)
-
-
-def _change(old: Tree | None, new: Tree | None, space: VectorSpace) -> Scalar:
+def _change(old: V | None, new: V | None, backend: Backend) -> Array:
     """Return the norm of the change, relative to the larger of both; None stands for zero."""
     if old is None or new is None:
-        return space.xp.zeros(()) + (old is not new)
-    size = space.xp.maximum(norm(old, space), norm(new, space))
-    return _ratio(norm(space.axpy(-1.0, old, new), space), size, space)
+        like = backend.space(new if old is None else old)
+        return like.xp.zeros(()) + float(old is not new)
+    space = backend.space(old)
+    size = space.xp.maximum(space.norm(old), space.norm(new))
+    return _ratio(space.norm(space.subtract(new, old)), size, space)
 
 
-def _ratio(a: Scalar, b: Scalar, space: VectorSpace) -> Scalar:
-    """Return a / b; 0 for 0 / 0 and infinity where b alone is zero."""
+def _ratio(a: Array, b: Array, space: Space[V]) -> Array:
+    """Return a / b; 0 for 0 / 0, and infinity where only b is zero."""
     xp = space.xp
     return xp.where(b == 0, xp.where(a == 0, 0.0, float("inf")), a / xp.where(b == 0, 1.0, b))
 

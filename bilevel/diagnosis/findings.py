@@ -4,11 +4,9 @@ from collections.abc import Iterator
 from math import isfinite
 from typing import NamedTuple
 
-from bilevel.convergence import explain
 from bilevel.diagnosis.agreement import Agreement
-from bilevel.diagnosis.formatting import percent, short
+from bilevel.diagnosis.formatting import percent
 from bilevel.diagnosis.measurements import Measured
-from bilevel.protocols import HypergradientMethod
 from bilevel.results import Status
 
 AWAY = 0.01  # of the weights, from the minimum: hypergradients were found to be off by ten per cent and more there
@@ -67,14 +65,14 @@ def findings(m: Measured) -> Iterator[Finding]:
             "Autocast or half precision may do that, or a wrong derivative." if m.repeatable else "",
         )
     # The gradient of one draw vanishes nowhere, and a method that differentiates the training needs no minimum.
-    if m.repeatable and not isinstance(m.solver, HypergradientMethod) and (m.distance > AWAY or abs(m.gain) > AWAY):
+    if m.repeatable and not m.method.differentiates_steps and (m.distance > AWAY or abs(m.gain) > AWAY):
         yield _not_solved(m)
     if m.info.status != Status.CONVERGED:
         yield Finding("solve failed", _failure(m, m.info.status), "")
     elif m.repeatable and not m.solved:
         yield Finding(
             "residual",
-            f"v leaves {percent(m.residual)} of the right-hand side unsolved: {short(m.solver)} stops before.",
+            f"v leaves {percent(m.residual)} of the right-hand side unsolved: {m.method.summary} stops before.",
             "That may be intended; else take more terms, or a solver with a tolerance.",
         )
 
@@ -125,7 +123,8 @@ def _not_solved(m: Measured) -> Finding:
 
 def _failure(m: Measured, status: Status) -> str:
     ends = None if m.curvature == "equation" else m.eigenvalues
-    return explain(m.info._replace(status=status), m.solver, lambda: ends)
+    info = m.info._replace(status=status)
+    return f"{m.method.name}: {m.method.explain(info, m.curvature != 'equation', ends)}"
 
 
 def _rounding(m: Measured) -> float:

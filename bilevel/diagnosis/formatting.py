@@ -2,9 +2,6 @@
 
 from decimal import ROUND_DOWN, ROUND_UP, Context
 from math import isfinite
-from typing import Any
-
-from bilevel.config import solver_options
 
 
 def percent(x: float) -> str:
@@ -14,13 +11,6 @@ def percent(x: float) -> str:
     ('1%', '108%', '-0.0004%')
     """
     return f"{100 * x:.{'0f' if 0.01 <= abs(x) < 100 else '1g'}}%"
-
-
-def short(solver: Any) -> str:
-    """Return a solver without the options that are at their defaults."""
-    options = [(name, getattr(solver, name), default) for name, default in solver_options(type(solver)).items()]
-    given = ", ".join(f"{name}={value!r}" for name, value, default in options if value is not default)
-    return f"{type(solver).__name__}({given})"
 
 
 def first_line(text: str, width: int) -> str:

@@ -4,6 +4,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from bilevel.diagnosis.agreement import Agreements
+from bilevel.linear_solvers.linear_solver import LinearSolver
+from bilevel.methods.implicit import Implicit
+from bilevel.methods.method import Method
 from bilevel.operators.lanczos import Spectrum
 from bilevel.results import SolverInfo, Status
 
@@ -34,7 +37,7 @@ class Measured:
     Attributes:
         curvature: what H is: "hessian", "gauss-newton", "finite-differences", or "equation" for the transposed Jacobian
             of a fixed point or a root.
-        solver: the solver looked at.
+        method: the method that was looked at.
         info: how its solve ended.
         residual: norm of b - (H + damping I) v, by a product of a new linearization, relative to b; nan for a method
             that solves no linear system, or one for each batch.
@@ -52,7 +55,7 @@ class Measured:
     """
 
     curvature: str
-    solver: Any
+    method: Method
     info: SolverInfo
     residual: float
     undamped_residual: float
@@ -60,11 +63,16 @@ class Measured:
     change: float
     grad_norm: float
     distance: float
-    eigenvalues: Spectrum
+    eigenvalues: Spectrum[float]
     asymmetry: float
     repetition: Repetition
     derivatives: Agreements
     eps: float
+
+    @property
+    def solver(self) -> LinearSolver[Any] | Method:
+        """The solver of the call."""
+        return self.method.solver if isinstance(self.method, Implicit) else self.method
 
     @property
     def repeatable(self) -> bool:
@@ -85,7 +93,7 @@ class Measured:
     @property
     def solved(self) -> bool:
         """Whether the linear solve did what it promised, by the residual that it really leaves."""
-        rtol = float(getattr(self.solver, "rtol", 0.0))
+        rtol = float(self.method.rtol)
         allowed = max(10 * rtol, self.eps**0.5) if rtol else LEFT
         return self.info.status == Status.CONVERGED and not self.residual > allowed
 

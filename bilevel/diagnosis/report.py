@@ -6,7 +6,7 @@ from math import isfinite
 from textwrap import fill
 
 from bilevel.diagnosis.findings import Finding, findings, how_far
-from bilevel.diagnosis.formatting import first_line, short
+from bilevel.diagnosis.formatting import first_line
 from bilevel.diagnosis.measurements import Measured
 from bilevel.diagnosis.suggestions import suggestions
 
@@ -61,7 +61,7 @@ def _lines(m: Measured) -> Iterator[tuple[set[str], str, str]]:
     yield {"wrong derivative"}, "differences", _differences(m)
     left = f", true residual {m.residual:.2g} of the right-hand side" if isfinite(m.residual) else ""
     plain = f" ({m.undamped_residual:.2g} without the damping)" if m.undamped_residual != m.residual and left else ""
-    solve = f"{short(m.solver)}: {m.info.status.name} after {m.info.steps} steps{left}{plain}"
+    solve = f"{m.method.summary}: {m.info.status.name} after {m.info.steps} steps{left}{plain}"
     yield {"solve failed", "residual", "not finite"}, "solve", solve
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from math import ceil, log
 
-from bilevel.diagnosis.formatting import rounded, short
+from bilevel.diagnosis.formatting import rounded
 from bilevel.diagnosis.measurements import PRODUCTS, Measured
 from bilevel.results import Status
 
@@ -32,7 +32,7 @@ def suggestions(m: Measured) -> Iterator[str]:
             f'({largest:.2g}): solver="minres" solves such a system, but there is no minimum to differentiate.'
         )
     if m.solved:
-        yield f"keep {short(m.solver)}, which took {m.info.steps} steps ({about})."
+        yield f"keep {m.method.summary}, which took {m.info.steps} steps ({about})."
     elif negative and not strong:
         yield (
             f'solver={{"name": "cg", "damping": {lift:.2g}}}. It lifts negative eigenvalues above zero ({about}), '
@@ -57,7 +57,7 @@ def suggestions(m: Measured) -> Iterator[str]:
 
 def _for_an_equation(m: Measured) -> str:
     if m.solved:
-        return f"keep {short(m.solver)}, which took {m.info.steps} steps."
+        return f"keep {m.method.summary}, which took {m.info.steps} steps."
     return (
         'solver="gmres", or "bicgstab" if its vectors are too many to store: the system of a fixed point or a root is '
         'not symmetric. {"name": "neumann", "step_size": 1.0} where the step contracts.'

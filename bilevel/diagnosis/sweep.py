@@ -5,13 +5,13 @@ step crosses kinks (relu, max-pooling), too short a one drowns in rounding. What
 themselves is the noise, below which differences cannot tell.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Generic, NamedTuple
 
 import numpy as np
 
-from bilevel.operators.combinators import norm
-from bilevel.protocols import Backend, Scalar, Tree
+from bilevel.backend import Backend
+from bilevel.spaces.array import Array, V
 
 SMALL = 0.01  # a leaf whose share of the whole is less is measured against that share
 
@@ -57,10 +57,10 @@ class Agreement(NamedTuple):
         )
 
 
-class Sweep:
+class Sweep(Generic[V]):
     """A claimed tree against differences with falling steps, leaf by leaf."""
 
-    def __init__(self, backend: Backend, claimed: Tree, tolerance: float) -> None:
+    def __init__(self, backend: Backend, claimed: V, tolerance: float) -> None:
         self.backend, self.claimed, self.tolerance = backend, claimed, tolerance
         self.last, self.nearest, self.nearest_error = None, claimed, np.inf
         # Of each leaf at each step: the size of the difference, its distance from the claim and from the last step's.
@@ -74,7 +74,7 @@ class Sweep:
         """Whether each leaf has agreed at some step, with room to spare."""
         return bool(self.errors) and bool((_least(self.errors) <= 0.01 * self.tolerance).all())
 
-    def add(self, measured: Tree) -> None:
+    def add(self, measured: V) -> None:
         """Take in the differences of the next step."""
         size, distance = self._norms(measured), self._distance(measured, self.claimed)
         scale = np.maximum(self.claimed_size, size)
@@ -88,7 +88,7 @@ class Sweep:
             self.spreads.append(self._distance(measured, self.last) / scale)
         self.last = measured
 
-    def result(self, name: str, source: str, along: Scalar, measure: Callable[[Tree], Scalar]) -> Agreement:
+    def result(self, name: str, source: str, along: Array, measure: Callable[[V], Array]) -> Agreement:
         """Return the worst leaf's agreement."""
         errors, noise = _least(self.errors), self._noise()
         with np.errstate(invalid="ignore"):
@@ -119,14 +119,14 @@ class Sweep:
             open_ = np.take_along_axis(around, best, 0) + np.take_along_axis(errors[1:-1], best, 0) - _least(errors)
         return np.nan_to_num(open_[0], nan=np.inf, posinf=np.inf)
 
-    def _norms(self, tree: Tree) -> np.ndarray:
-        leaves = self.backend.leaves(tree)
-        return np.array([float(self.backend.to_host(norm(leaf, self.backend.space))) for _, leaf in leaves])
+    def _norms(self, tree: V) -> np.ndarray:
+        norms = (self.backend.space(leaf).norm(leaf) for _, leaf in self.backend.leaves(tree))
+        return np.array([float(self.backend.to_host(norm)) for norm in norms])
 
-    def _distance(self, x: Tree, y: Tree) -> np.ndarray:
-        return self._norms(self.backend.space.axpy(-1.0, y, x))
+    def _distance(self, x: V, y: V) -> np.ndarray:
+        return self._norms(self.backend.space(x).subtract(x, y))
 
 
-def _least(rows: Any) -> np.ndarray:
+def _least(rows: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
     """Return the smallest number of each column, infinity where there is none."""
     return np.where(np.isnan(rows), np.inf, rows).min(axis=0)

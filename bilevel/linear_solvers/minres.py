@@ -1,34 +1,36 @@
 """MINRES, for symmetric operators of any sign."""
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Generic, NamedTuple
 
-from bilevel.linear_solvers.restarts import Iterative, Sweep, iterate
-from bilevel.operators.combinators import damped, norm, scale_free
-from bilevel.protocols import Operator, Tree, VectorSpace
+from typing_extensions import override
+
+from bilevel.linear_solvers.restarts import Cycle, Iterative, solve_with_restarts
+from bilevel.operators.linear_operator import LinearOperator
 from bilevel.results import SolverInfo, Status
+from bilevel.spaces.array import Array, V
 
 
-class _State(NamedTuple):
-    x: Tree
-    q_old: Tree  # Lanczos vectors
-    q: Tree
-    d_old: Tree  # search directions
-    d: Tree
-    beta: Any  # coupling of q_old and q
-    cs_old: Any  # the last two Givens rotations
-    sn_old: Any
-    cs: Any
-    sn: Any
-    eta: Any  # the signed norm of the residual
-    scale: Any  # largest entry of the tridiagonal matrix so far
-    steps: Any
-    status: Any
-    live: Any
+class _State(NamedTuple, Generic[V]):
+    x: V
+    q_old: V  # Lanczos vectors
+    q: V
+    d_old: V  # search directions
+    d: V
+    beta: Array  # coupling of q_old and q
+    cs_old: Array  # the last two Givens rotations
+    sn_old: Array
+    cs: Array
+    sn: Array
+    eta: Array  # the signed norm of the residual
+    scale: Array  # largest entry of the tridiagonal matrix so far
+    steps: Array
+    status: Array
+    live: Array
 
 
 @dataclass(frozen=True)
-class MINRES(Iterative):
+class MINRES(Iterative[None]):
     """Solve (H + damping I) v = b by minimal residuals (Paige & Saunders 1975).
 
     For symmetric Hessians that may be indefinite, as those of networks in mid-training are: the residual falls at each
@@ -46,17 +48,19 @@ class MINRES(Iterative):
         damping: added to the Hessian.
     """
 
-    def solve(self, operator: Operator, rhs: Tree, x0: Tree | None, space: VectorSpace) -> tuple[Tree, SolverInfo]:
-        xp, eps = space.xp, space.eps(rhs)
-        A = damped(operator, self.damping, space)
+    @override
+    def solve(self, state: None, A: LinearOperator[V], b: V, x0: V | None) -> tuple[V, SolverInfo]:
+        A = A.damped(self.damping)
+        space = A.space
+        xp, eps = space.xp, space.eps
 
-        def sweep(x: Tree, r: Tree, steps: Any, live: Any, tolerance: Any) -> Sweep:
-            def step(s: _State) -> _State:
+        def cycle(x: V, r: V, steps: Array, live: Array, tolerance: Array) -> Cycle[V]:
+            def step(s: _State[V]) -> _State[V]:
                 # One more column of the Lanczos process ...
                 z = space.axpy(-s.beta, s.q_old, A(s.q))
                 alpha = space.dot(s.q, z)
                 z = space.axpy(-alpha, s.q, z)
-                beta = norm(z, space)
+                beta = space.norm(z)
                 scale = xp.maximum(s.scale, xp.maximum(xp.abs(alpha), beta))
                 # ... through the last two rotations, and a new one that annihilates beta.
                 delta = s.cs * alpha - s.cs_old * s.sn * s.beta
@@ -74,7 +78,7 @@ class MINRES(Iterative):
                 eta = -s.eta * beta / pivot
                 done = xp.abs(eta) <= tolerance
                 # A residual is only known to eps norm(A) norm(x): on the null space x runs away, and that with it.
-                lost = ~done & (eps * scale * norm(x, space) > 0.2 * xp.abs(s.eta))
+                lost = ~done & (eps * scale * space.norm(x) > 0.2 * xp.abs(s.eta))
                 ok = s.live & finite & ~stationary & ~lost
                 cs = xp.where(ok, delta / pivot, s.cs)
                 sn = xp.where(ok, beta / pivot, s.sn)
@@ -82,11 +86,11 @@ class MINRES(Iterative):
                 status = xp.where(done & ok, int(Status.CONVERGED), s.status)
                 status = xp.where(finite, status, int(Status.NON_FINITE))
                 return _State(
-                    x=space.select(ok, x, s.x),
-                    q_old=space.select(ok, s.q, s.q_old),
-                    q=space.select(ok, space.scale(1.0 / xp.where(exhausted, 1.0, beta), z), s.q),
-                    d_old=space.select(ok, s.d, s.d_old),
-                    d=space.select(ok, d, s.d),
+                    x=space.where(ok, x, s.x),
+                    q_old=space.where(ok, s.q, s.q_old),
+                    q=space.where(ok, space.scale(1.0 / xp.where(exhausted, 1.0, beta), z), s.q),
+                    d_old=space.where(ok, s.d, s.d_old),
+                    d=space.where(ok, d, s.d),
                     beta=xp.where(ok, beta, s.beta),
                     cs_old=xp.where(ok, s.cs, s.cs_old),
                     sn_old=xp.where(ok, s.sn, s.sn_old),
@@ -94,13 +98,13 @@ class MINRES(Iterative):
                     sn=sn,
                     eta=xp.where(ok, eta, s.eta),
                     scale=xp.where(ok, scale, s.scale),
-                    steps=s.steps + s.live,
+                    steps=xp.where(s.live, s.steps + 1, s.steps),
                     status=xp.where(s.live, status, s.status),
                     live=ok & ~done & ~exhausted & (s.steps + 1 < self.maxiter),
                 )
 
-            size = norm(r, space)
-            zero, one, none = xp.zeros_like(size), xp.ones_like(size), space.zeros_like(r)
+            size = space.norm(r)
+            zero, one, none = xp.zeros_like(size), xp.ones_like(size), space.zeros()
             s = _State(
                 x=x,
                 q_old=none,
@@ -119,9 +123,6 @@ class MINRES(Iterative):
                 live=live,
             )
             s = space.while_loop(lambda s: s.live, step, s, self.maxiter)
-            return Sweep(s.x, xp.abs(s.eta), s.steps, s.status)
+            return Cycle(s.x, xp.abs(s.eta), s.steps, s.status)
 
-        def solve(b: Tree, x0: Tree | None, scale: Any) -> tuple[Tree, SolverInfo]:
-            return iterate(sweep, A, b, x0, space, rtol=self.rtol, atol=self.atol / scale, maxiter=self.maxiter)
-
-        return scale_free(solve, rhs, x0, space)
+        return solve_with_restarts(cycle, A, b, x0, maxiter=self.maxiter, rtol=self.rtol, atol=self.atol)

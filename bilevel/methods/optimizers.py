@@ -1,124 +1,132 @@
 """The steps that an unroll differentiates through: each optimizer's own, and how derivatives pass them."""
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
-from bilevel.protocols import Tree, VectorSpace
+from bilevel.spaces.array import Array, Number, V
+from bilevel.spaces.space import Space
+
+S = TypeVar("S")
+"""The optimizer's state."""
+D = TypeVar("D")
+"""A derivative of the state, or by it."""
+K = TypeVar("K")
+"""What the way back needs of the state."""
 
 
-class InnerStep(Protocol):
+class InnerStep(Protocol, Generic[V, S, D, K]):
     """One step (w, s) -> (w', s') with the gradient g = ∂L/∂w at w; s is the optimizer's state.
 
     w' is w minus what s and g give, so that w itself passes a derivative on unchanged; the way by g, through the
     Hessian, is the caller's.
     """
 
-    def init(self, params: Tree) -> Any:
+    def init(self, params: V) -> S:
         """Return the state before the first step."""
         ...
 
-    def zero(self, params: Tree) -> Any:
+    def zero(self, params: V) -> D:
         """Return zero derivatives of a state, or by one."""
         ...
 
-    def step(self, grad: Tree, params: Tree, state: Any) -> tuple[Tree, Any]:
+    def step(self, grad: V, params: V, state: S) -> tuple[V, S]:
         """Return (w', s')."""
         ...
 
-    def keep(self, state: Any) -> Any:
+    def keep(self, state: S) -> K:
         """Return what `pullback` will need of s; it is stored for every step."""
         ...
 
-    def pullback(self, grad: Tree, kept: Any, by_params: Tree, by_state: Any) -> tuple[Tree, Any]:
+    def pullback(self, grad: V, kept: K, by_params: V, by_state: D) -> tuple[V, D]:
         """Return (dF/dg, dF/ds), from dF/dw' and dF/ds'."""
         ...
 
-    def pushforward(self, grad: Tree, state: Any, d_grad: Tree, d_params: Tree, d_state: Any) -> tuple[Tree, Any]:
+    def pushforward(self, grad: V, state: S, d_grad: V, d_params: V, d_state: D) -> tuple[V, D]:
         """Return the derivatives of w' and s', from those of g, w and s."""
         ...
 
 
 @dataclass(frozen=True)
-class HeavyBall:
+class HeavyBall(Generic[V]):
     """m' = momentum·m + g,  w' = w − step_size·m'; linear, so that a pullback needs nothing of the state."""
 
-    space: VectorSpace
-    step_size: Any
-    momentum: Any
+    space: Space[V]
+    step_size: Number
+    momentum: Number
 
-    def init(self, params: Tree) -> Tree:
-        return self.space.zeros_like(params)
+    def init(self, params: V) -> V:
+        return self.space.zeros()
 
-    def zero(self, params: Tree) -> Tree:
-        return self.space.zeros_like(params)
+    def zero(self, params: V) -> V:
+        return self.space.zeros()
 
-    def step(self, grad: Tree, params: Tree, state: Tree) -> tuple[Tree, Tree]:
+    def step(self, grad: V, params: V, state: V) -> tuple[V, V]:
         velocity = self.space.axpy(self.momentum, state, grad)
         return self.space.axpy(-self.step_size, velocity, params), velocity
 
-    def keep(self, state: Tree) -> None:
+    def keep(self, state: V) -> None:
         return None
 
-    def pullback(self, grad: Tree, kept: None, by_params: Tree, by_state: Tree) -> tuple[Tree, Tree]:
+    def pullback(self, grad: V, kept: None, by_params: V, by_state: V) -> tuple[V, V]:
         by_velocity = self.space.axpy(-self.step_size, by_params, by_state)
         return by_velocity, self.space.scale(self.momentum, by_velocity)
 
-    def pushforward(self, grad: Tree, state: Tree, d_grad: Tree, d_params: Tree, d_state: Tree) -> tuple[Tree, Tree]:
+    def pushforward(self, grad: V, state: V, d_grad: V, d_params: V, d_state: V) -> tuple[V, V]:
         return self.step(d_grad, d_params, d_state)
 
 
-class AdamState(NamedTuple):
+class AdamState(NamedTuple, Generic[V]):
     """Moving averages of g and g², and the weight that each has gathered, 1 − βᵗ: what corrects their bias.
 
     The weights are averages of 1, since 1 − β**t would cancel in float32.
     """
 
-    mean: Tree
-    square: Tree
-    mean_weight: Any
-    square_weight: Any
+    mean: V
+    square: V
+    mean_weight: Number
+    square_weight: Number
 
 
-class AdamTangent(NamedTuple):
+class AdamTangent(NamedTuple, Generic[V]):
     """A derivative of the two averages, or by them."""
 
-    mean: Tree
-    square: Tree
+    mean: V
+    square: V
 
 
 @dataclass(frozen=True)
-class Adam:
+class Adam(Generic[V]):
     """Adam (Kingma & Ba, ICLR 2015): w' = w − step_size·m̂/(√v̂ + eps), as in torch and optax.
 
     An entry whose gradients were all zero has v̂ = 0, where √v̂ has no derivative. There it counts as zero, which
     gives the true derivative of the step: it moves by ∓step_size/eps per unit of gradient.
     """
 
-    space: VectorSpace
-    step_size: Any
-    beta1: Any
-    beta2: Any
-    eps: Any
+    space: Space[V]
+    step_size: Number
+    beta1: Number
+    beta2: Number
+    eps: Number
 
-    def init(self, params: Tree) -> AdamState:
+    def init(self, params: V) -> AdamState[V]:
         return AdamState(*self.zero(params), mean_weight=0.0 * self.beta1, square_weight=0.0 * self.beta2)
 
-    def zero(self, params: Tree) -> AdamTangent:
-        return AdamTangent(self.space.zeros_like(params), self.space.zeros_like(params))
+    def zero(self, params: V) -> AdamTangent[V]:
+        return AdamTangent(self.space.zeros(), self.space.zeros())
 
-    def step(self, grad: Tree, params: Tree, state: AdamState) -> tuple[Tree, AdamState]:
+    def step(self, grad: V, params: V, state: AdamState[V]) -> tuple[V, AdamState[V]]:
         xp, new = self.space.xp, self._average(grad, state)
         c1, c2 = new.mean_weight, new.square_weight
 
-        def move(w: Any, m: Any, v: Any) -> Any:
+        def move(w: Array, m: Array, v: Array) -> Array:
             return w - self.step_size * (m / c1) / (xp.sqrt(v / c2) + self.eps)
 
         return self.space.map(move, params, new.mean, new.square), new
 
-    def keep(self, state: AdamState) -> AdamState:
+    def keep(self, state: AdamState[V]) -> AdamState[V]:
         return state
 
-    def pullback(self, grad: Tree, kept: AdamState, by_params: Tree, by_state: AdamTangent) -> tuple[Tree, AdamTangent]:
+    def pullback(self, grad: V, kept: AdamState[V], by_params: V, by_state: AdamTangent[V]) -> tuple[V, AdamTangent[V]]:
         space, slopes = self.space, self._slopes(self._average(grad, kept))
         by_mean, by_square = (
             space.map(lambda total, slope, by: total + slope * by, by_total, slope, by_params)
@@ -130,8 +138,8 @@ class Adam:
         return by_grad, AdamTangent(space.scale(self.beta1, by_mean), space.scale(self.beta2, by_square))
 
     def pushforward(
-        self, grad: Tree, state: AdamState, d_grad: Tree, d_params: Tree, d_state: AdamTangent
-    ) -> tuple[Tree, AdamTangent]:
+        self, grad: V, state: AdamState[V], d_grad: V, d_params: V, d_state: AdamTangent[V]
+    ) -> tuple[V, AdamTangent[V]]:
         space = self.space
         d_mean = space.map(lambda m, g: self.beta1 * m + (1 - self.beta1) * g, d_state.mean, d_grad)
         d_square = space.map(
@@ -141,7 +149,7 @@ class Adam:
         d_params = space.map(lambda w, s, m, t, v: w + s * m + t * v, d_params, by_mean, d_mean, by_square, d_square)
         return d_params, AdamTangent(d_mean, d_square)
 
-    def _average(self, grad: Tree, state: AdamState) -> AdamState:
+    def _average(self, grad: V, state: AdamState[V]) -> AdamState[V]:
         beta1, beta2 = self.beta1, self.beta2
         return AdamState(
             mean=self.space.map(lambda m, g: beta1 * m + (1 - beta1) * g, state.mean, grad),
@@ -150,14 +158,14 @@ class Adam:
             square_weight=beta2 * state.square_weight + (1 - beta2),
         )
 
-    def _slopes(self, new: AdamState) -> tuple[Tree, Tree]:
+    def _slopes(self, new: AdamState[V]) -> tuple[V, V]:
         """Return ∂w'/∂m' and ∂w'/∂v', entry by entry."""
         xp, c1, c2 = self.space.xp, new.mean_weight, new.square_weight
 
-        def by_mean(v: Any) -> Any:
+        def by_mean(v: Array) -> Array:
             return -self.step_size / (c1 * (xp.sqrt(v / c2) + self.eps))
 
-        def by_square(v: Any, m: Any) -> Any:
+        def by_square(v: Array, m: Array) -> Array:
             root = xp.sqrt(v / c2)
             ratio = xp.where(root > 0, (m / c1) / xp.where(root > 0, root, 1.0), 0.0)  # of order one: no overflow
             return self.step_size * ratio / (2 * c2 * (root + self.eps) ** 2)

@@ -1,15 +1,22 @@
 """Differentiation through the steps of an optimizer on the inner problem."""
 
-from dataclasses import dataclass, fields
-from typing import Literal
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, Self
 
-from bilevel.linear_solvers.neumann import check_step_size, safe_step
+from typing_extensions import override
+
+from bilevel.linear_solvers import advice
+from bilevel.linear_solvers.neumann import safe_step
+from bilevel.linearization import LinearizedMap
+from bilevel.methods.method import Level, Method, Pullback, Solution
 from bilevel.methods.optimizers import Adam, HeavyBall, InnerStep
-from bilevel.methods.unroll import Adjoint, Recording, Run, State, Tangent, ascend_at, push
-from bilevel.operators.combinators import norm
-from bilevel.options import check_choice, check_int, check_real, is_python_value
-from bilevel.protocols import Backend, BilevelProblem, InnerDerivatives, NonSymmetric, Point, Tree, VectorSpace
-from bilevel.results import Hypergradient, SolverInfo, Status
+from bilevel.methods.unroll import Adjoint, Recording, Run, State, Tangent, backward_at, forward_tangents
+from bilevel.operators.lanczos import Spectrum
+from bilevel.operators.linear_operator import LinearOperator
+from bilevel.options import check_choice, check_int, check_real, check_step_size, is_python_value
+from bilevel.results import SolverInfo, Status
+from bilevel.spaces.array import H, Number, P
+from bilevel.spaces.space import Layout, Space
 
 GROWTH = 10.0  # of dF/dw backwards through the steps; momentum alone may let it grow a little
 MANY_STEPS = 100  # from which on their iterates, not one step's graph, are what fills the memory
@@ -18,7 +25,7 @@ ADAM_STEP_SIZE = 1e-3
 
 
 @dataclass(frozen=True)
-class Unrolled:
+class Unrolled(Method):
     """Run ``steps`` steps of an optimizer from ``params`` and differentiate through them.
 
     The derivative is that of the program, at any distance from a minimum. It is one by ``hparams``, not by the options
@@ -115,77 +122,94 @@ class Unrolled:
             if is_python_value(value) and value != default:
                 raise ValueError(f'Unrolled.{option}: optimizer="{self.optimizer}" has no {option}; leave it out.')
 
-    def hypergradient(self, backend: Backend, problem: BilevelProblem, point: Point) -> Hypergradient:
-        space = backend.space
-        batch = space.sequence(point.batches)
-
-        at_start = problem.derivatives(backend, point.params, point.hparams, batch(0))
-        influences = at_start.cross_vjp(space.zeros_like(point.params)) is not None
-        if self.mode == "forward":
-            _check_forward(backend, at_start, point.hparams)
-        run = Run(backend, problem, point.hparams, batch, self._inner_step(at_start, point.params, backend))
-        del at_start  # and with it, in torch, the graph
-
+    @override
+    def solve(self, level: Level[P, H], adjoint0: P | None) -> Solution[P, H]:
+        run, influences = self._run(level)
         count = self.steps if self.truncation is None else min(self.truncation, self.steps)
-        start = run.advance(run.start(point.params), self.steps - count)
-        differentiate = self._reverse if self.mode == "reverse" else self._forward
-        return differentiate(run, start, count, point, influences)
+        start = run.advance(run.start(level.params), self.steps - count)
+        return (self._reverse if self.mode == "reverse" else self._forward)(run, start, count, influences)
 
-    def _inner_step(self, at_start: InnerDerivatives, params: Tree, backend: Backend) -> InnerStep:
-        space, auto = backend.space, isinstance(self.step_size, str)
+    @override
+    def init(self, level: Level[P, H]) -> Number | None:
+        """Return the automatic step size of descent."""
+        auto = isinstance(self.step_size, str) and self.optimizer == "descent"
+        return safe_step(level.operator(level.linearize())) if auto else None
+
+    @override
+    def with_state(self, state: object, layout: Layout) -> Self:
+        return self if state is None else replace(self, step_size=state)
+
+    @override
+    def explain(self, info: SolverInfo, symmetric: bool, curvature: Spectrum[float] | None) -> str:
+        if info.status == Status.NON_FINITE:
+            return advice.NON_FINITE
         if self.optimizer == "adam":
-            step_size = ADAM_STEP_SIZE if auto else self.step_size
+            return (
+                "diverged: Adam's steps drive apart what they start from. Use a smaller step_size, a larger eps (its "
+                "step is near a sign where gradients are small), or truncation."
+            )
+        return advice.diverged(0.0, curvature) if symmetric else advice.NO_CONTRACTION
+
+    def _run(self, level: Level[P, H]) -> tuple[Run[P, H], bool]:
+        """Return the run, and whether λ has an influence on its steps."""
+        space, of_hparams = level.space, level.backend.space(level.hparams)
+        at_start = level.linearize()
+        influences = at_start.vjp_hparams(space.zeros()) is not None
+        if self.mode == "forward":
+            _check_forward(level, of_hparams)
+        step = self._inner_step(level, at_start, space)
+        return Run(level, space, of_hparams, space.sequence(level.batches), step), influences
+
+    def _inner_step(self, level: Level[P, H], at: LinearizedMap[P, H], space: Space[P]) -> InnerStep[P, Any, Any, Any]:
+        step_size: Number = ADAM_STEP_SIZE
+        if not isinstance(self.step_size, str):
+            step_size = self.step_size
+        elif self.optimizer == "descent":
+            step_size = safe_step(LinearOperator(space, at.vjp_params, level.problem.kind != "equation"))
+        if self.optimizer == "adam":
             return Adam(space, step_size, self.beta1, self.beta2, self.eps)
-        step_size = safe_step(at_start.hvp, params, space) if auto else self.step_size
         return HeavyBall(space, step_size, self.momentum)
 
-    def _reverse(self, run: Run, start: State, count: int, point: Point, influences: bool) -> Hypergradient:
-        space = run.backend.space
+    def _reverse(self, run: Run[P, H], start: State[P], count: int, influences: bool) -> Solution[P, H]:
         checkpoint = count >= MANY_STEPS if isinstance(self.checkpoint, str) else self.checkpoint
         recording = Recording(run, start, count, checkpoint, keep=self.checkpoint is False)
-        params = recording.end.params
-        value, grad_params, direct = run.backend.outer(run.problem.outer, params, run.hparams, point.outer_args)
-        a = recording.back(run.adjoint(grad_params, space.zeros_like(run.hparams) if influences else None))
-        return Hypergradient(_sum(a.cross, direct, space), value, a.total, params, self._info(a, grad_params, space))
 
-    def _forward(self, run: Run, start: State, count: int, point: Point, influences: bool) -> Hypergradient:
-        space = run.backend.space
-        end, tangents = push(run, start, count) if influences else (run.advance(start, count), None)
-        value, grad_params, direct = run.backend.outer(run.problem.outer, end.params, run.hparams, point.outer_args)
+        def pullback(cotangent: P) -> Pullback[P, H]:
+            a = recording.back(run.adjoint(cotangent, run.of_hparams.zeros() if influences else None))
+            return Pullback(a.cross, a.total, self._info(a, cotangent, run.space))
 
-        def add(grad: Tree, z: Tangent) -> tuple[Tree, None]:
-            return space.axpy(space.dot(grad_params, z.params), z.hparams, grad), None
+        return Solution(recording.end.params, pullback)
 
-        indirect = None
-        if influences:
-            indirect, _ = space.scan(add, space.zeros_like(run.hparams), tangents, space.size(run.hparams))
-        a = ascend_at(run, end, count, run.adjoint(grad_params, None), same_data=len(point.batches) == 1)
-        grad = _sum(indirect, direct, space)
-        return Hypergradient(grad, value, a.total, end.params, self._info(a, grad_params, space))
+    def _forward(self, run: Run[P, H], start: State[P], count: int, influences: bool) -> Solution[P, H]:
+        space, of_hparams = run.space, run.of_hparams
+        end, tangents = forward_tangents(run, start, count) if influences else (run.advance(start, count), None)
 
-    def _info(self, a: Adjoint, grad_params: Tree, space: VectorSpace) -> SolverInfo:
-        xp, left, rhs_norm = space.xp, norm(a.params, space), norm(grad_params, space)
+        def pullback(cotangent: P) -> Pullback[P, H]:
+            def add(grad: H, z: Tangent[P, H]) -> tuple[H, None]:
+                return of_hparams.axpy(space.dot(cotangent, z.params), z.hparams, grad), None
+
+            indirect = space.scan(add, of_hparams.zeros(), tangents, of_hparams.size)[0] if influences else None
+            a = backward_at(run, end, count, run.adjoint(cotangent, None), same_data=len(run.level.batches) == 1)
+            return Pullback(indirect, a.total, self._info(a, cotangent, space))
+
+        return Solution(end.params, pullback)
+
+    def _info(self, a: Adjoint[P, H], cotangent: P, space: Space[P]) -> SolverInfo:
+        xp, left, rhs_norm = space.xp, space.norm(a.params), space.norm(cotangent)
         steps = xp.full_like(left, self.steps, dtype=xp.int32)
         status = xp.where(left > GROWTH * rhs_norm, int(Status.DIVERGED), xp.full_like(steps, int(Status.CONVERGED)))
         status = xp.where(xp.isfinite(left), status, int(Status.NON_FINITE))
         return SolverInfo(steps, left, rhs_norm, status)
 
 
-def _sum(indirect: Tree | None, direct: Tree | None, space: VectorSpace) -> Tree | None:
-    if indirect is None or direct is None:
-        return direct if indirect is None else indirect
-    return space.axpy(1.0, indirect, direct)
-
-
-def _check_forward(backend: Backend, at: InnerDerivatives, hparams: Tree) -> None:
-    entries = backend.space.size(hparams)
-    if entries > MANY_HPARAMS:
+def _check_forward(level: Level[P, H], of_hparams: Space[H]) -> None:
+    if of_hparams.size > MANY_HPARAMS:
         raise ValueError(
             f'Unrolled: mode="forward" carries a copy of params for each entry of hparams, at most {MANY_HPARAMS}, but '
-            f'hparams has {entries:,}. Use mode="reverse".'
+            f'hparams has {of_hparams.size:,}. Use mode="reverse".'
         )
-    if isinstance(at.hvp, NonSymmetric):
+    if level.problem.kind == "equation":
         raise TypeError(
-            'Unrolled: mode="forward" needs products with the Jacobian of the inner equations, and has those with its '
-            'transpose, which are others unless the inner problem is a minimization. Use mode="reverse".'
+            'Unrolled: mode="forward" needs products with the Jacobian of the inner equations. There are only products '
+            'with its transpose, which differ unless the inner problem is a minimization. Use mode="reverse".'
         )

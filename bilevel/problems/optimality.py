@@ -2,19 +2,40 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from bilevel.linearization import LinearizedMap
 from bilevel.problems.problem import check_functions
-from bilevel.protocols import InnerDerivatives, NonSymmetric
+from bilevel.problems.protocols import Kind
+from bilevel.spaces.array import H, P
 
 if TYPE_CHECKING:
-    from bilevel.protocols import Backend, Tree
+    from bilevel.backend import Backend
+
+
+class _Equation:
+    """A problem whose w* solves an equation and minimizes nothing."""
+
+    @property
+    def kind(self) -> Kind:
+        """What the products of the linearized map are: neither symmetric nor second derivatives."""
+        return "equation"
+
+    @abstractmethod
+    def linearize(self, backend: Backend, params: P, hparams: H, args: tuple[object, ...]) -> LinearizedMap[P, H]:
+        """Differentiate r at a point."""
+        raise NotImplementedError
+
+    def value_and_residual(self, backend: Backend, params: P, hparams: H, args: tuple[object, ...]) -> tuple[None, P]:
+        """Return None, since there is no objective, and r."""
+        return None, self.linearize(backend, params, hparams, args).residual
 
 
 @dataclass(frozen=True)
-class FixedPoint:
+class FixedPoint(_Equation):
     """Minimize ``outer(w*, λ)`` over λ, where ``w* = step(w*, λ)``.
 
     A deep equilibrium model (Bai, Kolter & Koltun, NeurIPS 2019), or a solver's or optimizer's step. At the fixed point
@@ -45,31 +66,31 @@ class FixedPoint:
     array([4.])
     """
 
-    step: Callable[..., Any]
-    outer: Callable[..., Any]
+    step: Callable[..., object]
+    outer: Callable[..., object]
 
     def __post_init__(self) -> None:
         check_functions(self, step="the next params", outer="a scalar")
 
-    def derivatives(self, backend: Backend, params: Tree, hparams: Tree, args: tuple[Any, ...]) -> InnerDerivatives:
+    def linearize(self, backend: Backend, params: P, hparams: H, args: tuple[object, ...]) -> LinearizedMap[P, H]:
         """Differentiate w − step(w, λ) at a point."""
-        space = backend.space
-        stepped, pull, cross_pull, cross_push = backend.jacobian(self.step, params, hparams, args, role="step")
+        of_params, of_hparams = backend.space(params), backend.space(hparams)
+        step, pull, cross_pull, cross_push = backend.jacobian(self.step, params, hparams, args, label="step")
 
-        def cross_vjp(v: Tree) -> Tree | None:
+        def vjp_hparams(v: P) -> H | None:
             product = cross_pull(v)
-            return None if product is None else space.scale(-1.0, product)
+            return None if product is None else of_hparams.scale(-1.0, product)
 
-        return InnerDerivatives(
-            grad=space.axpy(-1.0, stepped, params),
-            hvp=NonSymmetric(lambda v: space.axpy(-1.0, pull(v), v)),
-            cross_vjp=cross_vjp,
-            cross_jvp=None if cross_push is None else lambda u: space.scale(-1.0, cross_push(u)),
+        return LinearizedMap(
+            residual=of_params.subtract(params, step),
+            vjp_params=lambda v: of_params.subtract(v, pull(v)),
+            vjp_hparams=vjp_hparams,
+            jvp_hparams=None if cross_push is None else lambda u: of_params.scale(-1.0, cross_push(u)),
         )
 
 
 @dataclass(frozen=True)
-class Root:
+class Root(_Equation):
     """Minimize ``outer(w*, λ)`` over λ, where ``residual(w*, λ) = 0``.
 
     At the root
@@ -88,13 +109,12 @@ class Root:
         TypeError: if one of the two cannot be called.
     """
 
-    residual: Callable[..., Any]
-    outer: Callable[..., Any]
+    residual: Callable[..., object]
+    outer: Callable[..., object]
 
     def __post_init__(self) -> None:
         check_functions(self, residual="a tree like params", outer="a scalar")
 
-    def derivatives(self, backend: Backend, params: Tree, hparams: Tree, args: tuple[Any, ...]) -> InnerDerivatives:
+    def linearize(self, backend: Backend, params: P, hparams: H, args: tuple[object, ...]) -> LinearizedMap[P, H]:
         """Differentiate the residual at a point."""
-        found = backend.jacobian(self.residual, params, hparams, args, role="residual")
-        return found._replace(hvp=NonSymmetric(found.hvp))
+        return backend.jacobian(self.residual, params, hparams, args, label="residual")

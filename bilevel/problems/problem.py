@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from bilevel.errors import suggest
 from bilevel.problems.central_differences import finite_differences
+from bilevel.problems.gradients import in_params
 from bilevel.problems.model_loss import ModelLoss
+from bilevel.spaces.array import Array, H, P
 
 if TYPE_CHECKING:
-    from bilevel.protocols import Backend, InnerDerivatives, Tree
+    from bilevel.backend import Backend
+    from bilevel.linearization import LinearizedMap
 
 Curvature = Literal["hessian", "gauss-newton", "finite-differences"]
 
@@ -22,8 +25,8 @@ class Problem:
 
     Both are called as ``f(params, hparams, *args)`` and return a scalar; ``args`` are the ``inner_args``
     and ``outer_args`` of the call, most often data. The torch and jax backends differentiate them. The
-    numpy backend needs objects with analytic derivatives: see `bilevel.protocols.InnerProblem` and
-    `bilevel.protocols.OuterObjective`, and `bilevel.problems` for ready ones.
+    numpy backend needs objects with analytic derivatives: see `bilevel.problems.protocols.InnerProblem` and
+    `bilevel.problems.protocols.OuterObjective`, and `bilevel.problems` for ready ones.
 
     Problems of the same functions are equal, so a problem may be built anew at each call.
 
@@ -39,8 +42,8 @@ class Problem:
         ValueError: if there is no such curvature.
     """
 
-    inner: Callable[..., Any]
-    outer: Callable[..., Any]
+    inner: Callable[..., object]
+    outer: Callable[..., object]
     curvature: Curvature = "hessian"
 
     def __post_init__(self) -> None:
@@ -59,11 +62,11 @@ class Problem:
     @classmethod
     def from_model(
         cls,
-        model: Callable[..., Any],
-        loss: Callable[..., Any],
-        outer: Callable[..., Any],
+        model: Callable[..., object],
+        loss: Callable[..., object],
+        outer: Callable[..., object],
         *,
-        penalty: Callable[..., Any] | None = None,
+        penalty: Callable[..., object] | None = None,
         curvature: Curvature = "gauss-newton",
     ) -> Problem:
         """Return the problem with L = loss(model(w, λ, x), *targets) + penalty(w, λ) and Gauss-Newton curvature.
@@ -92,16 +95,28 @@ class Problem:
         """
         return cls(ModelLoss(model, loss, penalty), outer, curvature)
 
-    def derivatives(self, backend: Backend, params: Tree, hparams: Tree, args: tuple[Any, ...]) -> InnerDerivatives:
-        """Differentiate the inner objective at a point, with the curvature asked for."""
+    @property
+    def kind(self) -> Curvature:
+        """The curvature."""
+        return self.curvature
+
+    def linearize(self, backend: Backend, params: P, hparams: H, args: tuple[object, ...]) -> LinearizedMap[P, H]:
+        """Differentiate ∂L/∂w at a point, with the curvature asked for."""
         if self.curvature == "finite-differences":
             return finite_differences(backend, self.inner, params, hparams, args)
         if isinstance(self.inner, ModelLoss) and self.curvature == "gauss-newton":
             return backend.gauss_newton(self.inner, params, hparams, args)
         return backend.inner(self.inner, params, hparams, args)
 
+    def value_and_residual(
+        self, backend: Backend, params: P, hparams: H, args: tuple[object, ...]
+    ) -> tuple[Array | None, P]:
+        """Return L and ∂L/∂w."""
+        value, grad, _ = in_params(backend, self.inner, params, hparams, args)
+        return value, grad
 
-def check_functions(owner: Any, **returns: str) -> None:
+
+def check_functions(owner: object, **returns: str) -> None:
     """Raise a TypeError unless these attributes can be called."""
     for role, what in returns.items():
         if not callable(getattr(owner, role)):

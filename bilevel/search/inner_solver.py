@@ -2,29 +2,28 @@
 
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import numpy as np
 from scipy import optimize
 
+from bilevel.backend import Backend
 from bilevel.errors import SolverWarning
 from bilevel.problems.gradients import in_params
 from bilevel.problems.problem import Problem
-from bilevel.protocols import Backend, Point, Tree
-from bilevel.spaces.ravel import to_host
-from bilevel.validation import check_point, find_backend
+from bilevel.spaces.array import Array, H, P
+from bilevel.validation import check_inputs, find_backend
 
 
 def scipy_fit(
     problem: Problem,
     *,
-    inner_args: tuple[Any, ...] = (),
+    inner_args: tuple[object, ...] = (),
     method: str = "L-BFGS-B",
     gtol: float = 1e-8,
     maxiter: int = 2000,
-    options: Mapping[str, Any] | None = None,
-    backend: Any = None,
-) -> Callable[[Tree, Tree], Tree]:
+    options: Mapping[str, object] | None = None,
+    backend: Backend | str | None = None,
+) -> Callable[[H, P], P]:
     """Return ``fit(hparams, params0) -> params``, which minimizes the inner objective from ``params0``.
 
     The ``fit`` of `bilevel.search.minimize` for those without a training loop. It is a full-batch method: the backend
@@ -50,39 +49,39 @@ def scipy_fit(
     >>> scipy_fit(problem)(np.array([2.0, 4.0]), np.zeros(2))
     array([1., 2.])
     """
-    if not hasattr(problem, "inner"):
+    if not isinstance(problem, Problem):
         raise TypeError(
             f"scipy_fit minimizes an inner objective, which {type(problem).__name__} does not have: write a "
             "fit(hparams, params0) -> params of your own, which repeats the step until it stands still, say."
         )
     worst = 0.0
 
-    def fit(hparams: Tree, params0: Tree) -> Tree:
+    def fit(hparams: H, params0: P) -> P:
         nonlocal worst
         if params0 is None:
             raise ValueError("params0: the fit needs a start, as in bl.minimize(..., params0=np.zeros(10)).")
         backend_ = find_backend(backend, params0, hparams)
-        check_point(backend_, Point(params0, hparams, inner_args))
-        space = backend_.space
+        check_inputs(backend_, params0, hparams, inner_args)
+        space = backend_.space(params0)
 
         def value_and_grad(x: np.ndarray) -> tuple[float, np.ndarray]:
-            point = Point(params0, hparams, inner_args, (backend_.from_numpy(x),))
-            value, grad = backend_.execute(_value_and_grad, None, problem, point)
+            flat = backend_.from_numpy(x)
+            value, grad = backend_.run(_value_and_grad, problem, flat, params0, hparams, inner_args)
             return float(backend_.to_host(value)), backend_.to_numpy(grad).astype(np.float64)
 
         found = optimize.minimize(
             value_and_grad,
-            to_host(backend_, params0),
+            backend_.to_flat(params0),
             jac=True,
             method=method,
             options={"gtol": gtol, "maxiter": maxiter, **_OPTIONS.get(method.lower(), {}), **(options or {})},
         )
         slope = float(np.abs(found.jac).max())
-        ended_by_rounding = found.nit < maxiter and _left(found) <= space.eps(params0) ** 0.75 * abs(found.fun)
+        ended_by_rounding = found.nit < maxiter and _left(found) <= space.eps**0.75 * abs(found.fun)
         if not (slope <= max(gtol, 10 * worst) or ended_by_rounding):
             worst = slope
             _warn(found, slope, gtol)
-        return space.unravel(backend_.from_numpy(found.x), params0)
+        return space.unravel(backend_.from_numpy(found.x))
 
     return fit
 
@@ -90,12 +89,13 @@ def scipy_fit(
 _OPTIONS = {"l-bfgs-b": {"ftol": 0.0, "maxfun": 10**9}}  # the gradient decides when to stop, and maxiter
 
 
-def _value_and_grad(backend: Backend, solver: None, problem: Problem, point: Point) -> tuple[Any, Any]:
+def _value_and_grad(
+    backend: Backend, problem: Problem, flat: Array, like: P, hparams: H, inner_args: tuple[object, ...]
+) -> tuple[Array, Array]:
     """Return the inner objective and its gradient at flat parameters; JAX compiles this once for all fits."""
-    del solver
-    params = backend.space.unravel(point.outer_args[0], point.params)
-    value, grad, _ = in_params(backend, problem.inner, params, point.hparams, point.inner_args)
-    return value, backend.space.ravel(grad)
+    space = backend.space(like)
+    value, grad, _ = in_params(backend, problem.inner, space.unravel(flat), hparams, inner_args)
+    return value, space.ravel(grad)
 
 
 def _left(found: optimize.OptimizeResult) -> float:

@@ -3,22 +3,24 @@
 import dataclasses
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from numbers import Integral
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple
 
 import numpy as np
 from scipy import optimize
 
+from bilevel.backend import Backend
 from bilevel.config import get_solver
 from bilevel.convergence import OnFailure
 from bilevel.errors import SolverError, SolverWarning, suggest
-from bilevel.hypergradient import hypergradient
-from bilevel.operators.combinators import copy
-from bilevel.protocols import Backend, BilevelProblem, Point, Solver, Tree
+from bilevel.hypergradient import SolverSpec, hypergradient
+from bilevel.methods.implicit import as_method
+from bilevel.methods.method import Method
+from bilevel.problems.protocols import BilevelProblem
 from bilevel.results import Hypergradient, Status
-from bilevel.spaces.ravel import to_host
+from bilevel.spaces.array import H, P
 from bilevel.validation import find_backend
 
 LOOSEST_RTOL = 1e-2  # of the first linear solves: a line search still finds its way by such gradients
@@ -38,19 +40,19 @@ class Evaluation(NamedTuple):
 
 def minimize(
     problem: BilevelProblem,
-    hparams0: Tree,
+    hparams0: H,
     *,
-    fit: Callable[[Tree, Any], Tree],
-    params0: Tree | None = None,
-    inner_args: tuple[Any, ...] = (),
-    outer_args: tuple[Any, ...] = (),
-    solver: Any = "cg",
+    fit: Callable[[H, P], P],
+    params0: P | None = None,
+    inner_args: tuple[object, ...] = (),
+    outer_args: tuple[object, ...] = (),
+    solver: SolverSpec = "cg",
     method: str = "L-BFGS-B",
-    bounds: Any = None,
+    bounds: optimize.Bounds | Sequence[object] | None = None,
     maxiter: int = 50,
-    callback: Callable[[optimize.OptimizeResult], Any] | None = None,
-    options: Mapping[str, Any] | None = None,
-    backend: Any = None,
+    callback: Callable[[optimize.OptimizeResult], object] | None = None,
+    options: Mapping[str, object] | None = None,
+    backend: Backend | str | None = None,
     on_failure: OnFailure = "warn",
     progress: bool | None = None,
 ) -> optimize.OptimizeResult:
@@ -66,9 +68,9 @@ def minimize(
     Args:
         problem: as in `hypergradient`.
         hparams0: where to start: a tree of arrays of any backend, scaled so that a change by 1 is moderate.
-        fit: ``fit(hparams, params0) -> params`` solves the inner problem from ``params0``; `bilevel.search.inner_solver.scipy_fit`
-            makes one. What it leaves unsolved is noise to the search, which ends where steps drown in it. It may
-            train in place, be it ``params0`` or a model of its own: both are copied.
+        fit: ``fit(hparams, params0) -> params`` solves the inner problem from ``params0``; `bl.scipy_fit` makes one.
+            What it leaves unsolved is noise to the search, which ends where steps drown in it. It may train in place,
+            both ``params0`` and a model: params are copied.
         params0: what the first fit starts from, if it needs that.
         inner_args: further arguments of L.
         outer_args: further arguments of F.
@@ -101,10 +103,10 @@ def minimize(
     if isinstance(maxiter, bool) or not isinstance(maxiter, Integral) or maxiter < 1:
         raise ValueError(f"maxiter: expected an integer >= 1, got {maxiter!r}.")
     backend = find_backend(backend, hparams0, hparams0)
-    x0 = to_host(backend, hparams0)
+    x0 = backend.to_flat(hparams0)
     box = _box(bounds, x0.size)
     call = {"inner_args": inner_args, "outer_args": outer_args, "backend": backend, "on_failure": on_failure}
-    search = _Search(problem, fit, params0, get_solver(solver), backend, hparams0, box, call)
+    search = _Search(problem, fit, params0, as_method(get_solver(solver)), backend, hparams0, box, call)
     nit = 0
 
     def after_iteration(intermediate_result: optimize.OptimizeResult) -> None:
@@ -130,29 +132,29 @@ def minimize(
     return optimize.OptimizeResult(**search.accept(found.x), **ended, history=search.history)
 
 
-class _Point(NamedTuple):
+class _Point(NamedTuple, Generic[P, H]):
     x: np.ndarray
-    hparams: Tree
-    hg: Hypergradient
+    hparams: H
+    hg: Hypergradient[P, H]
     value: float
     grad: np.ndarray
 
 
 @dataclasses.dataclass
-class _Search:
+class _Search(Generic[P, H]):
     """F and its hypergradient as SciPy calls them, and what they have seen."""
 
     problem: BilevelProblem
-    fit: Callable[[Tree, Any], Tree]
-    params0: Tree | None
-    solver: Solver
+    fit: Callable[[H, P], P]
+    params0: P | None
+    method: Method
     backend: Backend
-    hparams0: Tree
+    hparams0: H
     box: optimize.Bounds
     call: dict[str, Any]  # further arguments of each hypergradient
     history: list[Evaluation] = dataclasses.field(default_factory=list)
-    accepted: _Point | None = None
-    last: _Point | None = None
+    accepted: _Point[P, H] | None = None
+    last: _Point[P, H] | None = None
 
     def __call__(self, x: np.ndarray) -> tuple[float, np.ndarray]:
         """Return F and its hypergradient, over the norm of the first one."""
@@ -173,12 +175,13 @@ class _Search:
             "nfev": len(self.history),
         }
 
-    def evaluate(self, x: np.ndarray) -> _Point:
+    def evaluate(self, x: np.ndarray) -> _Point[P, H]:
         backend, warm = self.backend, self.accepted
         x = x.copy()  # SciPy may go on to write to its own, and torch would share the memory
-        hparams = backend.space.unravel(backend.from_numpy(x), self.hparams0)
-        solver, rtol = self._tightened()
-        params = self.fit(hparams, self.copied(warm.hg.params) if warm else self.params0)
+        hparams = backend.space(self.hparams0).unravel(backend.from_numpy(x))
+        method, rtol = self._tightened()
+        start: Any = self.copied(warm.hg.params) if warm else self.params0
+        params = self.fit(hparams, start)
         if params is None:
             raise ValueError("fit: expected the params that it found, got None. Does it return them?")
         try:
@@ -186,39 +189,38 @@ class _Search:
                 if any(evaluation.status != Status.CONVERGED for evaluation in self.history):
                     warnings.simplefilter("ignore", SolverWarning)  # the first has said it
                 adjoint0 = warm.hg.adjoint if warm else None
-                hg = hypergradient(self.problem, params, hparams, solver=solver, adjoint0=adjoint0, **self.call)
+                hg = hypergradient(self.problem, params, hparams, solver=method, adjoint0=adjoint0, **self.call)
         except SolverError as error:
             raise SolverError(
                 f"{error} This was evaluation {len(self.history) + 1} of minimize, at hyperparameters from "
                 f"{x.min():.3g} to {x.max():.3g}: bounds=(low, high) keeps a search where the inner problem can be "
                 "solved."
             ) from error
-        value, grad = float(backend.to_host(hg.value)), to_host(backend, hg.grad)
+        value, grad = float(backend.to_host(hg.value)), backend.to_flat(hg.grad)
         blocked = ((x <= self.box.lb) & (grad > 0)) | ((x >= self.box.ub) & (grad < 0))
         grad_norm = float(np.linalg.norm(np.where(blocked, 0.0, grad)))
         self.history.append(Evaluation(value, grad_norm, rtol, hg.info.steps, hg.info.status))
         return _Point(x, hparams, hg._replace(params=self.copied(hg.params)), value, grad)
 
-    def copied(self, params: Tree) -> Tree:
+    def copied(self, params: P) -> P:
         """Return params that no fit writes to, as one that trains in place would, and without a graph."""
-        return self.backend.execute(_copy, None, self.problem, Point(params, self.hparams0))
+        return self.backend.run(_copy, params)
 
-    def _tightened(self) -> tuple[Solver, float | None]:
-        """Return the solver with the tolerance that the progress so far calls for, and that tolerance."""
-        if not (dataclasses.is_dataclass(self.solver) and getattr(self.solver, "rtol", 0)):
-            return self.solver, None
+    def _tightened(self) -> tuple[Method, float | None]:
+        """Return the method with the tolerance that the progress so far calls for, and that tolerance."""
+        if not self.method.rtol or self.method.stateful:
+            return self.method, None
         norms = [evaluation.grad_norm for evaluation in self.history] or [1.0]
         progress = min(min(norms) / (norms[0] or 1.0), TIGHTENING ** len(self.history))
-        rtol = max(float(self.solver.rtol), LOOSEST_RTOL * progress)  # pyright: ignore[reportAttributeAccessIssue]
-        return dataclasses.replace(self.solver, rtol=rtol), rtol  # pyright: ignore[reportReturnType]
+        rtol = max(float(self.method.rtol), LOOSEST_RTOL * progress)
+        return self.method.with_rtol(rtol), rtol
 
 
-def _copy(backend: Backend, solver: None, problem: BilevelProblem, point: Point) -> Tree:
-    del solver, problem
-    return copy(point.params, backend.space)
+def _copy(backend: Backend, params: P) -> P:
+    return backend.space(params).copy(params)
 
 
-def _check_method(method: str, bounds: Any) -> str:
+def _check_method(method: str, bounds: object) -> str:
     known = {name.lower(): name for name in TAKES_BOUNDS}
     if str(method).lower() not in known:
         raise ValueError(f"method: there is no {method!r} here." + suggest(str(method), TAKES_BOUNDS))

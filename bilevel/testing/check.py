@@ -2,10 +2,15 @@
 
 from typing import Any, Literal, get_args
 
+from bilevel.backend import Backend
 from bilevel.config import get_solver
 from bilevel.errors import suggest
-from bilevel.hypergradient import hypergradient
-from bilevel.protocols import BilevelProblem, Tree
+from bilevel.hypergradient import SolverSpec, hypergradient
+from bilevel.linear_solvers.linear_solver import LinearSolver
+from bilevel.methods.implicit import as_method
+from bilevel.methods.method import Method
+from bilevel.problems.protocols import BilevelProblem
+from bilevel.spaces.array import H, P
 from bilevel.testing.comparisons import Subject, against_differences, against_exact
 from bilevel.testing.host import prepare
 
@@ -14,16 +19,16 @@ Reference = Literal["exact", "finite-differences"]
 
 def check_hypergradient(
     problem: BilevelProblem,
-    params: Tree,
-    hparams: Tree,
+    params: P,
+    hparams: H,
     *,
-    solver: Any = "cg",
-    inner_args: tuple[Any, ...] = (),
-    outer_args: tuple[Any, ...] = (),
+    solver: SolverSpec = "cg",
+    inner_args: tuple[object, ...] = (),
+    outer_args: tuple[object, ...] = (),
     reference: Reference = "exact",
     rtol: float | None = None,
     atol: float | None = None,
-    backend: Any = None,
+    backend: Backend | str | None = None,
     seed: int = 0,
 ) -> None:
     """Raise an AssertionError with a table unless `bl.hypergradient` agrees with a reference.
@@ -62,19 +67,28 @@ def check_hypergradient(
     for name, value in (("rtol", rtol), ("atol", atol)):
         if value is not None and not value >= 0:
             raise ValueError(f"{name}: expected a number >= 0, got {value!r}.")
-    method = get_solver(solver)
-    found, point = prepare(params, hparams, inner_args, outer_args, backend, f"the {reference} reference")
-    args = {"inner_args": inner_args, "outer_args": outer_args, "solver": method, "backend": found}
-    hg = hypergradient(problem, params, hparams, on_failure="ignore", **args)
-    rtol = default_rtol(method, found.space.eps((params, hparams))) if rtol is None else rtol
+    method = as_method(get_solver(solver))
+    found, inputs = prepare(params, hparams, inner_args, outer_args, backend, f"the {reference} reference")
+    hg = hypergradient(
+        problem,
+        params,
+        hparams,
+        inner_args=inner_args,
+        outer_args=outer_args,
+        solver=method,
+        backend=found,
+        on_failure="ignore",
+    )
+    eps = max(found.space(params).eps, found.space(hparams).eps)
+    rtol = default_rtol(method, eps) if rtol is None else rtol
     # An unroll takes the hypergradient elsewhere.
-    subject = Subject(found, problem, point._replace(params=hg.params), method, hg, rtol, atol)
+    subject = Subject(found, problem, inputs._replace(params=hg.params), method, hg, rtol, atol)
     failure = against_exact(subject) if reference == "exact" else against_differences(subject, seed)
     if failure is not None:
         raise AssertionError(failure)
 
 
-def default_rtol(solver: Any, eps: float) -> float:
+def default_rtol(solver: LinearSolver[Any] | Method, eps: float) -> float:
     """Return max(100 · the solver's own rtol, 10 √eps), at most ½.
 
     The condition number multiplies the solver's residual, and the rounding of products in the dtype.
@@ -82,4 +96,4 @@ def default_rtol(solver: Any, eps: float) -> float:
     >>> default_rtol(get_solver("cg", rtol=1e-6), eps=2.0**-52)
     0.0001
     """
-    return min(0.5, max(100 * float(getattr(solver, "rtol", 0.0)), 10 * eps**0.5))
+    return min(0.5, max(100 * float(solver.rtol), 10 * eps**0.5))

@@ -2,29 +2,29 @@
 
 import warnings
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 from scipy import linalg
 from scipy.linalg import get_lapack_funcs
 
+from bilevel.backend import Backend
 from bilevel.errors import SolverError
-from bilevel.hypergradient import linearize
-from bilevel.protocols import Backend, BilevelProblem, NonSymmetric, Point, Tree
+from bilevel.linearization import Inputs
+from bilevel.problems.protocols import BilevelProblem
 from bilevel.results import Hypergradient, SolverInfo, Status
-from bilevel.spaces.ravel import to_host
-from bilevel.testing.host import from_host, precision, prepare, with_true_hessian
+from bilevel.spaces.array import Array, H, P
+from bilevel.testing.host import precision, prepare, with_true_hessian
 
 
 def exact_hypergradient(
     problem: BilevelProblem,
-    params: Tree,
-    hparams: Tree,
+    params: P,
+    hparams: H,
     *,
-    inner_args: tuple[Any, ...] = (),
-    outer_args: tuple[Any, ...] = (),
-    backend: Any = None,
-) -> Hypergradient:
+    inner_args: tuple[object, ...] = (),
+    outer_args: tuple[object, ...] = (),
+    backend: Backend | str | None = None,
+) -> Hypergradient[P, H]:
     """Return ∂F/∂λ − (∂²L/∂λ∂w)ᵀ v with v = [∂²L/∂w²]⁻¹ ∂F/∂w from the dense Hessian.
 
     The Hessian, of shape (n, n), is put together from n Hessian-vector products in the model's own dtype,
@@ -49,27 +49,27 @@ def exact_hypergradient(
     >>> exact_hypergradient(problem, np.zeros(2), np.zeros(2)).grad
     array([-0.5, -0.5])
     """
-    backend, point = prepare(params, hparams, inner_args, outer_args, backend, "the exact reference")
-    space, eps, problem = backend.space, backend.space.eps(params), with_true_hessian(problem)
-    value, rhs, hessian, symmetric = backend.execute(_system, None, problem, point)
-    b, hessian = to_host(backend, rhs), np.asarray(backend.to_numpy(hessian), dtype=np.float64)
-    if symmetric:
+    backend, inputs = prepare(params, hparams, inner_args, outer_args, backend, "the exact reference")
+    eps, problem = backend.space(params).eps, with_true_hessian(problem)
+    value, rhs, hessian = backend.run(_system, problem, inputs)
+    b, hessian = backend.to_flat(rhs), np.asarray(backend.to_numpy(hessian), dtype=np.float64)
+    if problem.kind != "equation":
         check_symmetric(hessian, precision(problem, eps))
     v = factorize(hessian, eps)(b)
-    adjoint = from_host(backend, v, params)
+    adjoint = backend.from_flat(v, params)
 
-    direct, cross = backend.execute(_parts, None, problem, point._replace(adjoint0=adjoint))
+    direct, cross = backend.run(_parts, problem, inputs, adjoint)
     if direct is None and cross is None:
         raise ValueError("neither objective depends on hparams: there is no hypergradient to refer to.")
-    zeros = space.zeros_like(hparams)
-    grad = to_host(backend, zeros if direct is None else direct) - to_host(backend, zeros if cross is None else cross)
+    zeros = backend.space(hparams).zeros()
+    grad = backend.to_flat(zeros if direct is None else direct) - backend.to_flat(zeros if cross is None else cross)
     info = SolverInfo(
         steps=len(b),
         residual_norm=float(np.linalg.norm(b - hessian @ v)),
         rhs_norm=float(np.linalg.norm(b)),
         status=Status.CONVERGED,
     )
-    return Hypergradient(from_host(backend, grad, hparams), value, adjoint, params, info)
+    return Hypergradient(backend.from_flat(grad, hparams), value, adjoint, params, info)
 
 
 def factorize(hessian: np.ndarray, eps: float) -> Callable[[np.ndarray], np.ndarray]:
@@ -113,12 +113,14 @@ def check_symmetric(hessian: np.ndarray, eps: float) -> None:
         )
 
 
-def _system(backend: Backend, solver: None, problem: BilevelProblem, point: Point) -> tuple[Any, Tree, Any, bool]:
-    lin = linearize(backend, problem, point)
-    symmetric = not isinstance(lin.hvp, NonSymmetric)
-    return lin.value, lin.grad_params, backend.space.dense(lin.hvp, point.params), symmetric
+def _system(backend: Backend, problem: BilevelProblem, inputs: Inputs[P, H]) -> tuple[Array, P, Array]:
+    params, hparams, inner_args, outer_args = inputs
+    value, grad_params, _ = backend.outer(problem.outer, params, hparams, outer_args)
+    at = problem.linearize(backend, params, hparams, inner_args)
+    return value, grad_params, backend.space(params).materialise(at.vjp_params)
 
 
-def _parts(backend: Backend, solver: None, problem: BilevelProblem, point: Point) -> tuple[Tree | None, Tree | None]:
-    lin = linearize(backend, problem, point)
-    return lin.grad_hparams, lin.cross_vjp(point.adjoint0)
+def _parts(backend: Backend, problem: BilevelProblem, inputs: Inputs[P, H], adjoint: P) -> tuple[H | None, H | None]:
+    params, hparams, inner_args, outer_args = inputs
+    direct = backend.outer(problem.outer, params, hparams, outer_args).grad_hparams
+    return direct, problem.linearize(backend, params, hparams, inner_args).vjp_hparams(adjoint)

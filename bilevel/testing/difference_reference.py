@@ -5,10 +5,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from bilevel.backend import Backend
 from bilevel.errors import SolverError
-from bilevel.protocols import BilevelProblem, Tree
+from bilevel.problems.protocols import BilevelProblem
 from bilevel.results import Hypergradient, SolverInfo, Status
-from bilevel.testing.host import HostProblem, from_host, prepare
+from bilevel.spaces.array import H, P
+from bilevel.testing.host import HostProblem, prepare
 from bilevel.testing.newton import InnerSolver
 
 MAX_HPARAMS = 200
@@ -90,13 +92,13 @@ def step_scale(x: np.ndarray, d: np.ndarray) -> float:
 
 def finite_difference_hypergradient(
     problem: BilevelProblem,
-    params: Tree,
-    hparams: Tree,
+    params: P,
+    hparams: H,
     *,
-    inner_args: tuple[Any, ...] = (),
-    outer_args: tuple[Any, ...] = (),
-    backend: Any = None,
-) -> Hypergradient:
+    inner_args: tuple[object, ...] = (),
+    outer_args: tuple[object, ...] = (),
+    backend: Backend | str | None = None,
+) -> Hypergradient[Any, H]:
     """Return (F(w*(λ + h e), λ + h e) − F(w*(λ − h e), λ − h e)) / 2h for each coordinate e of λ.
 
     The inner problem is solved from ``params`` by Newton's method, after SciPy's L-BFGS-B where that alone
@@ -123,19 +125,19 @@ def finite_difference_hypergradient(
     >>> finite_difference_hypergradient(problem, np.zeros(2), np.zeros(2)).grad
     array([-0.5, -0.5])
     """
-    backend, point = prepare(params, hparams, inner_args, outer_args, backend, "the reference by finite differences")
-    size = backend.space.size(hparams)
+    backend, inputs = prepare(params, hparams, inner_args, outer_args, backend, "the reference by finite differences")
+    size = backend.space(hparams).size
     if size > MAX_HPARAMS:
         raise ValueError(
             f"hparams has {size:,} entries: finite differences would solve the inner problem some "
             f"{30 * size:,} times (limit: {MAX_HPARAMS} entries). Use check_hypergradient with "
             'reference="finite-differences", which probes a few random directions, or exact_hypergradient.'
         )
-    solver = InnerSolver(HostProblem(backend, problem, point))
+    solver = InnerSolver(HostProblem(backend, problem, inputs))
     host, w = solver.host, solver.minimizer.w
     slopes = directional_derivatives(solver, np.eye(size))
     grad, noise = (np.array(column) for column in zip(*slopes, strict=True))
     solved = host.at(w, host.lam)
-    value = backend.outer(problem.outer, solved.params, solved.hparams, point.outer_args).value
+    value = backend.outer(problem.outer, solved.params, solved.hparams, inputs.outer_args).value
     info = SolverInfo(size, float(np.linalg.norm(noise)), float(np.linalg.norm(grad)), Status.CONVERGED)
-    return Hypergradient(from_host(backend, grad, hparams), value, None, solved.params, info)
+    return Hypergradient(backend.from_flat(grad, hparams), value, None, solved.params, info)

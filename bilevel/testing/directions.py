@@ -1,16 +1,15 @@
 """Where to look at a hypergradient: its leaves, and directions to multiply it with."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 
-from bilevel.protocols import Backend
+from bilevel.backend import Backend
 
 RANDOM, CHOSEN, LEAVES = 2, 3, 6  # directions over all of λ, coordinates, directions in one leaf at most
 
 
-def leaf_slices(backend: Backend, tree: Any) -> Iterator[tuple[str, tuple[int, ...], slice]]:
+def leaf_slices(backend: Backend, tree: object) -> Iterator[tuple[str, tuple[int, ...], slice]]:
     """Yield path, shape and place in the flat vector of each leaf of hparams."""
     start = 0
     for path, leaf in backend.leaves(tree):
@@ -26,7 +25,7 @@ def index(i: int, shape: tuple[int, ...]) -> str:
 
 
 def directions(
-    backend: Backend, hparams: Any, grad: np.ndarray, rng: np.random.Generator
+    backend: Backend, hparams: object, grad: np.ndarray, rng: np.random.Generator
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yield names and vectors of shape (m,), norm one: random ones, and coordinates of large entries."""
     m = len(grad)

@@ -1,7 +1,7 @@
 """Solve the inner problem to rounding, and follow its minimizer as λ moves."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import linalg, optimize
@@ -27,7 +27,7 @@ class _Hessian:
     So a wrong ``hvp`` cannot keep the inner problem from being solved, which is what shows that it is wrong.
     """
 
-    def __init__(self, host: HostProblem) -> None:
+    def __init__(self, host: HostProblem[Any, Any]) -> None:
         self.host = host
         self.trusted: bool | None = None
 
@@ -57,7 +57,7 @@ class InnerSolver:
         SolverError: if no isolated minimizer is found.
     """
 
-    def __init__(self, host: HostProblem) -> None:
+    def __init__(self, host: HostProblem[Any, Any]) -> None:
         self.host, self.hessian = host, _Hessian(host)
         self.minimizer = self._minimize()
 

@@ -12,8 +12,8 @@ import numpy as np
 from scipy import linalg
 
 from bilevel import problems
+from bilevel.backend import Backend
 from bilevel.problems.problem import Problem
-from bilevel.protocols import Backend, Tree
 from bilevel.spaces.tree import leaves_with_paths, tree_map
 
 try:
@@ -107,7 +107,7 @@ def symmetric_matrices(
 
 
 @st.composite
-def trees(draw: Draw, dtype: Any = np.float64, max_leaves: int = 4, allow_empty: bool = True) -> Tree:
+def trees(draw: Draw, dtype: Any = np.float64, max_leaves: int = 4, allow_empty: bool = True) -> Any:
     """Draw nested dicts, lists and tuples of arrays with standard normal entries, at least one entry in all.
 
     Leaves have up to two axes of up to three entries; with ``allow_empty``, some have none.

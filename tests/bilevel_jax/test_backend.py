@@ -14,7 +14,6 @@ from frameworks import relative_error
 
 import bilevel as bl
 from bilevel import Status
-from bilevel.protocols import Point
 
 jax = pytest.importorskip("jax")
 jnp = jax.numpy
@@ -111,14 +110,14 @@ class TestTraces:
         """With what their losses close over: a loop may make one per batch."""
         backend, (w, h, _, _) = bl.get_backend("jax"), case()
 
-        def evaluate(backend, solver, problem, point):  # compiles sooner than a hypergradient
-            return problem.inner(point.params, point.hparams)
+        def evaluate(backend, problem, w, h):  # compiles sooner than a hypergradient
+            return problem.inner(w, h)
 
         losses = []
         for _ in range(COMPILED + 20):
             problem = bl.Problem(lambda w, h: jnp.sum(w * h), outer)
             losses.append(weakref.ref(problem.inner))
-            backend.execute(evaluate, None, problem, Point(w, h))
+            backend.run(evaluate, problem, w, h)
         del problem
         gc.collect()
         assert sum(loss() is not None for loss in losses) <= COMPILED

@@ -176,10 +176,13 @@ class TestTraining:
         h, X, y, outer = case
         trainings, solves = [], []
 
-        class Counted:  # someone else's solver
-            def solve(self, operator, rhs, x0, space):
+        class Counted(bl.LinearSolver):  # someone else's solver
+            def init(self, A):
+                return TIGHT.init(A)
+
+            def solve(self, state, A, b, x0):
                 jax.debug.callback(lambda: solves.append(1))
-                return TIGHT.solve(operator, rhs, x0, space)
+                return TIGHT.solve(state, A, b, x0)
 
         def counted(h, X, y, poison):
             trainings.append(1)

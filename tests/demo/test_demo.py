@@ -66,7 +66,7 @@ class TestModels:
             backend.to_host(f(task.params0, task.shared(0.2), *task.train))
             for f in (task.model.problem.outer, task.model.problem.inner)
         )
-        squares = backend.to_host(backend.space.dot(task.params0, task.params0))
+        squares = backend.to_host(backend.space(task.params0).norm(task.params0)) ** 2
         assert penalized - loss == pytest.approx(0.1 * squares, rel=1e-4)
         assert loss == pytest.approx(np.log(10), rel=1e-5)  # no pixels, no preference
 

@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 from cases import KINDS, Affine, equation, quadratic
-from frameworks import framework, symmetric
+from frameworks import framework, namespace, symmetric
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -405,7 +405,7 @@ class TestEquations:
 
 def model_problem(backend, dtype, curvature):
     """A tanh network with squares for a loss: problem, params, hparams and data."""
-    xp, rng = backend.space.xp, np.random.default_rng(0)
+    xp, rng = namespace(backend), np.random.default_rng(0)
     x, y, a, b = (backend.from_numpy(rng.standard_normal(s).astype(dtype)) for s in ((9, 3), (9,), (3, 2), (2,)))
 
     def model(w, h, x):

@@ -69,9 +69,9 @@ def test_an_indefinite_hessian_is_said(backend, dtype):
         (
             bl.Nystrom(rank=1, damping=0.1),
             [1.0, 2.0, 3.0],
-            r"Nystrom: did not solve .* residual .* Raise rank or damping",
+            r"Nystrom: did not solve .* Raise rank or damping.* The residual is",
         ),
-        (bl.Nystrom(rank=3), [1.0, 2.0, -3.0], r"Nystrom: met non-positive curvature .* raise damping above 3"),
+        (bl.Nystrom(rank=3), [1.0, 2.0, -3.0], r"Nystrom: met non-positive curvature.* raise damping above 3"),
         (bl.GMRES(restart=1), [1.0, -1.0], r"GMRES: stagnated .* Raise restart, loosen"),
         (
             bl.GMRES(restart=1, max_restarts=1),
@@ -215,7 +215,8 @@ class TestWhatASolverHolds:
         ):
             prepared = bl.prepare(solver, *other)
             with pytest.raises(
-                ValueError, match=r"sketch was prepared for other params: params.* differs. Prepare anew"
+                ValueError,
+                match=r"params: expected the structure of the params that the solver was prepared for",
             ):
                 bl.hypergradient(problem, w, h, solver=prepared)
 
@@ -224,16 +225,11 @@ class TestWhatASolverHolds:
         for wrong, error, message in (
             (move(np.ones(4)), ValueError, r"preconditioner\.diagonal: expected the structure of params"),
             ({"a": move(np.ones(3))}, ValueError, r"preconditioner\.diagonal"),
-            (move(np.ones(3, np.float32)), TypeError, r"preconditioner\.diagonal is .*float32, but params .*float64"),
-            ("ones", TypeError, r"preconditioner\.diagonal: expected an array"),
+            (move(np.ones(3, np.float32)), ValueError, r"preconditioner\.diagonal: .*float64; it has shape .*float32"),
+            ("ones", ValueError, r"preconditioner\.diagonal: .*it has shape \(\) and type str"),
         ):
             with pytest.raises(error, match=message):
                 bl.hypergradient(problem, w, h, solver=bl.CG(preconditioner=bl.DiagonalPreconditioner(diagonal=wrong)))
-
-    def test_a_sketch_that_is_none(self):
-        problem, w, h, _ = self.trees(framework("numpy"))
-        with pytest.raises(TypeError, match=r"sketch: expected one that bl\.prepare has made, got ndarray"):
-            bl.hypergradient(problem, w, h, solver=bl.Nystrom(sketch=np.eye(3)))
 
     def test_a_stale_sketch_is_said(self, backend):
         problem, w, h, move = self.trees(backend)
@@ -241,7 +237,7 @@ class TestWhatASolverHolds:
         moved = bl.problems.quadratic(
             hessian=move(np.diag([8.0, 2.0, 1.0])), coupling=move(np.eye(3)), target=move(np.ones(3))
         )
-        with pytest.warns(bl.SolverWarning, match=r"residual .* prepare anew"):
+        with pytest.warns(bl.SolverWarning, match=r"did not solve the system .* prepare anew"):
             hg = bl.hypergradient(moved, w, h, solver=prepared)
         assert hg.info.status == Status.MAXITER
 

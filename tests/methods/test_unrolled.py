@@ -14,8 +14,7 @@ from scipy import linalg
 
 import bilevel as bl
 from bilevel import Status
-from bilevel.problems.gradients import inner_grad
-from bilevel.protocols import InnerDerivatives, NonSymmetric
+from bilevel.linearization import LinearizedMap
 from bilevel.spaces.tree import leaves_with_paths
 
 OPTIMIZERS = {
@@ -178,13 +177,13 @@ def test_checkpoints_agree_in_jax_to_rounding():
         assert relative_error(jax.to_numpy(b), jax.to_numpy(a)) <= 1e-13
 
 
-class CountingSpace(type(framework("numpy").space)):
-    """A space that counts how many of its results, of n entries, are alive at a time."""
+class Counter:
+    """How many arrays of n entries are alive, and the most that ever were."""
 
     def __init__(self, n):
         self.n, self.live, self.peak = n, 0, 0
 
-    def _counted(self, tree):
+    def counted(self, tree):
         for _, leaf in leaves_with_paths(tree):
             if isinstance(leaf, np.ndarray) and leaf.size == self.n:
                 self.live += 1
@@ -195,14 +194,16 @@ class CountingSpace(type(framework("numpy").space)):
     def _drop(self):
         self.live -= 1
 
-    def axpy(self, alpha, x, y):
-        return self._counted(super().axpy(alpha, x, y))
 
-    def scale(self, alpha, x):
-        return self._counted(super().scale(alpha, x))
+class CountingSpace(type(framework("numpy").space(np.zeros(1)))):
+    """A space whose results are counted while they live; axpy and scale are maps."""
+
+    def __init__(self, like, counter):
+        super().__init__(like)
+        self.counter = counter
 
     def map(self, function, x, *rest):
-        return self._counted(super().map(function, x, *rest))
+        return self.counter.counted(super().map(function, x, *rest))
 
 
 class TestMemory:
@@ -210,16 +211,18 @@ class TestMemory:
 
     @staticmethod
     def peak(steps, optimizer, **way):
-        class Counting(type(framework("numpy"))):
-            space = CountingSpace(6)
+        counter = Counter(6)
 
-        backend = Counting()
-        Quartic().hypergradient(backend, None, **OPTIMIZERS[optimizer], **{"steps": steps, **way})
-        return backend.space.peak
+        class Counting(type(framework("numpy"))):
+            def space(self, tree):
+                return CountingSpace(tree, counter)
+
+        Quartic().hypergradient(Counting(), None, **OPTIMIZERS[optimizer], **{"steps": steps, **way})
+        return counter.peak
 
     @pytest.mark.parametrize(("optimizer", "stored", "at_start"), [("heavy ball", 1, 2), ("adam", 3, 3)])
     def test_it_is_what_is_claimed(self, optimizer, stored, at_start):
-        around = 15  # what one step needs: adjoint, derivatives, averages
+        around = 16  # what one step needs: adjoint, derivatives, averages
         for steps in (50, 200, 450):
             plain, checkpointed, forward = (self.peak(steps, optimizer, **way) for way in WAYS.values())
             assert stored * steps <= plain <= stored * steps + around
@@ -447,19 +450,20 @@ class TestFailures:
         problem = bl.problems.quadratic(*(backend.from_numpy(a) for a in (np.diag([1.0, 10.0]), np.eye(2), np.ones(2))))
         w = backend.from_numpy(np.zeros(2))
         solver = bl.Unrolled(steps=30, step_size=0.5, **WAYS[way])
-        with pytest.warns(bl.SolverWarning, match=r"Unrolled: diverged .* use step_size=0\.1 "):
-            hg = bl.hypergradient(problem, w, w + 0, solver=solver)
+        with pytest.raises(bl.SolverError, match=r"Unrolled: diverged.* use step_size=0\.1 "):
+            bl.hypergradient(problem, w, w + 0, solver=solver, on_failure="raise")
+        hg = bl.hypergradient(problem, w, w + 0, solver=solver, on_failure="ignore")
         assert hg.info.status is Status.DIVERGED
 
     def test_batches_that_drive_apart(self, backend):
-        """The warning looks for the curvature, and there is no single batch to look at."""
+        """The error looks for the curvature, of the first batch."""
         case = Quartic()
         args = [tuple(map(backend.from_numpy, batch)) for batch in case.batches]
         w, h = backend.from_numpy(case.w), backend.from_numpy(case.h)
         outer = tuple(map(backend.from_numpy, (case.t, case.d)))
         solver = bl.Unrolled(steps=2, step_size=20.0)
-        with pytest.warns(bl.SolverWarning, match=r"Unrolled: diverged .* use step_size="):
-            bl.hypergradient(PROBLEM, w, h, inner_args=args, outer_args=outer, solver=solver)
+        with pytest.raises(bl.SolverError, match=r"Unrolled: diverged.* use step_size="):
+            bl.hypergradient(PROBLEM, w, h, inner_args=args, outer_args=outer, solver=solver, on_failure="raise")
 
     def test_adams_steps_that_drive_apart(self):
         """At a minimum, where its step is a sign smoothed by eps; the inverse of the curvature would be no advice."""
@@ -483,12 +487,11 @@ class TestFailures:
 
 
 class TestCrossProducts:
-    """cross_jvp is the transpose of cross_vjp: ⟨v, C u⟩ = ⟨Cᵀ v, u⟩."""
+    """jvp_hparams is the transpose of vjp_hparams: ⟨v, C u⟩ = ⟨Cᵀ v, u⟩."""
 
     @staticmethod
     def check(backend, problem, params, hparams, args):
-        point = bl.protocols.Point(params, hparams, args)
-        left, right = (backend.to_numpy(x) for x in backend.execute(_products, None, problem, point))
+        left, right = (backend.to_numpy(x) for x in backend.run(_products, problem, params, hparams, args))
         assert left == pytest.approx(right, rel=1e-10)
         assert abs(left) > 1e-6
 
@@ -519,7 +522,7 @@ class TestCrossProducts:
         problem, params, hparams = bl.Problem(inner, inner), {"a": a, "b": b, "c": c}, {"d": d, "e": e}
         self.check(backend, problem, params, hparams, ())
         u = {"d": e, "e": d}
-        product = backend.execute(_cross_jvp, None, problem, bl.protocols.Point(params, hparams, (), (), u))
+        product = backend.run(_cross_jvp, problem, params, hparams, u)
         assert backend.to_numpy(product["a"]) == pytest.approx(backend.to_numpy(2 * a * e))
         assert backend.to_numpy(product["b"]) == pytest.approx(backend.to_numpy(3 * d**2 * e))
         assert backend.to_numpy(product["c"]).tolist() == [0, 0, 0]
@@ -530,34 +533,34 @@ class TestCrossProducts:
         w, h = (backend.from_numpy(np.arange(3.0)) for _ in range(2))
         for inner in (lambda w, h: (w**2).sum(), lambda w, h: w.sum()):
             problem = bl.Problem(inner, lambda w, h: (w * h).sum())
-            product = backend.execute(_cross_jvp, None, problem, bl.protocols.Point(w, h, (), (), h))
+            product = backend.run(_cross_jvp, problem, w, h, h)
             assert backend.to_numpy(product).tolist() == [0, 0, 0]
             hg = bl.hypergradient(problem, w, h, solver=bl.Unrolled(steps=2, step_size=0.25, mode="forward"))
             assert backend.to_numpy(hg.grad).tolist() == backend.to_numpy(hg.params).tolist()
 
 
-def _products(backend, solver, problem, point):
-    space, inner = backend.space, backend.inner(problem.inner, point.params, point.hparams, point.inner_args)
-    v, u = space.normal_like(point.params, 1), space.normal_like(point.hparams, 2)
-    return space.dot(v, inner.cross_jvp(u)), space.dot(inner.cross_vjp(v), u)
+def _products(backend, problem, params, hparams, args):
+    at, of_params, of_hparams = (
+        backend.inner(problem.inner, params, hparams, args),
+        *map(backend.space, (params, hparams)),
+    )
+    v, u = of_params.normal(1), of_hparams.normal(2)
+    return of_params.dot(v, at.jvp_hparams(u)), of_hparams.dot(at.vjp_hparams(v), u)
 
 
-def _cross_jvp(backend, solver, problem, point):
-    return backend.inner(problem.inner, point.params, point.hparams, ()).cross_jvp(point.adjoint0)
+def _cross_jvp(backend, problem, params, hparams, u):
+    return backend.inner(problem.inner, params, hparams, ()).jvp_hparams(u)
 
 
 def test_the_gradient_alone_is_that_of_the_derivatives(backend):
     case = Quartic()
-    point = bl.protocols.Point(
-        *map(backend.from_numpy, (case.w, case.h)), tuple(map(backend.from_numpy, case.batches[0]))
-    )
-    alone, among = backend.execute(_gradients, None, PROBLEM, point)
+    at = (*map(backend.from_numpy, (case.w, case.h)), tuple(map(backend.from_numpy, case.batches[0])))
+    alone, among = backend.run(_gradients, PROBLEM, *at)
     assert relative_error(backend.to_numpy(alone), backend.to_numpy(among)) <= 1e-14
 
 
-def _gradients(backend, solver, problem, point):
-    at = (point.params, point.hparams, point.inner_args)
-    return inner_grad(backend, problem, *at), backend.inner(problem.inner, *at).grad
+def _gradients(backend, problem, *at):
+    return problem.value_and_residual(backend, *at)[1], backend.inner(problem.inner, *at).residual
 
 
 SIZES = {"a": (4, 5), "b": (4,), "c": (3, 4)}
@@ -824,23 +827,27 @@ class TestErrors:
 
     def test_derivatives_that_forward_mode_cannot_use(self):
         """A backend without the optional product, and the transposed Jacobian of a fixed point."""
-        numpy = framework("numpy")
 
-        class Changed(type(numpy)):
-            def __init__(self, change):
-                self.change = change
+        class Changed(type(framework("numpy"))):
+            def inner(self, *args) -> LinearizedMap:
+                return super().inner(*args)._replace(jvp_hparams=None)
 
-            def inner(self, *args) -> InnerDerivatives:
-                return self.change(super().inner(*args))
+        class Halve:
+            def __call__(self, w, h, *args):
+                return w / 2
+
+            def vjp_params(self, w, h, v, *args):
+                return v / 2
+
+            def vjp_hparams(self, w, h, v, *args):
+                return None
 
         case, solver = Quartic(), bl.Unrolled(mode="forward", step_size=0.1)
         args = {"inner_args": case.batches[0], "outer_args": (case.t, case.d), "solver": solver}
-        for change, message in (
-            (lambda at: at._replace(cross_jvp=None), r"numpy backend does not have \(InnerDerivatives\.cross_jvp\)"),
-            (lambda at: at._replace(hvp=NonSymmetric(at.hvp)), r"has those with its transpose.*Use mode=\"reverse\""),
-        ):
-            with pytest.raises(TypeError, match=message):
-                bl.hypergradient(PROBLEM, case.w, case.h, **args, backend=Changed(change))
+        with pytest.raises(TypeError, match=r"numpy backend does not have \(LinearizedMap\.jvp_hparams\)"):
+            bl.hypergradient(PROBLEM, case.w, case.h, **args, backend=Changed())
+        with pytest.raises(TypeError, match=r"only products with its transpose.*Use mode=\"reverse\""):
+            bl.hypergradient(bl.FixedPoint(Halve(), PROBLEM.outer), case.w, case.h, **args)
 
     @pytest.mark.parametrize(
         ("batches", "error", "message"),

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 from cases import quadratic, ridge
-from frameworks import framework, relative_error, tolerance
+from frameworks import framework, namespace, relative_error, tolerance
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import bilevel as bl
-from bilevel.hypergradient import implicit
+from bilevel.methods import Implicit, Method
 from bilevel.spaces.tree import leaves_with_paths, tree_map
 from bilevel.testing import check_hypergradient, exact_hypergradient, finite_difference_hypergradient, strategies
 from bilevel.testing.difference_reference import slope
@@ -36,7 +36,7 @@ def data_of(case):
 
 def tanh_net(backend, dtype=np.float64):
     """A small network whose penalties and labels are hyperparameters: problem, params, hparams, and its data."""
-    xp, rng = backend.space.xp, np.random.default_rng(0)
+    xp, rng = namespace(backend), np.random.default_rng(0)
     x, x_val = rng.standard_normal((2, 20, 3))
     params = {"a": 0.5 * rng.standard_normal((3, 2)), "b": [np.zeros(2), 0.5 * rng.standard_normal(2)]}
     hparams = {"decay": rng.uniform(-3, -2, 3), "label": 0.1 * rng.standard_normal(4)}
@@ -69,7 +69,7 @@ def solved_net(name, dtype=np.float64):
 
 
 def flat(backend, tree):
-    return np.asarray(backend.to_numpy(backend.space.ravel(tree)), np.float64)
+    return backend.to_flat(tree)
 
 
 def failure(*args, **options) -> str:
@@ -204,9 +204,9 @@ def test_a_zero_reference_is_compared_without_a_division_by_zero():
     at_minimum = bl.Problem(problem.inner, dataclasses.replace(problem.outer, target=params))
 
     @dataclasses.dataclass(frozen=True)
-    class Ones:
-        def solve(self, operator, rhs, x0, space):
-            return np.ones_like(rhs), bl.CG().solve(operator, rhs, x0, space)[1]
+    class Ones(bl.LinearSolver):
+        def solve(self, state, A, b, x0):
+            return np.ones_like(b), bl.CG().solve(None, A, b, x0)[1]
 
     assert " inf " in failure(at_minimum, params, lam, solver=Ones(), rtol=0, atol=0)
 
@@ -303,10 +303,11 @@ def test_differences_reject_a_wrong_backend(name, what):
     class Wrong(type(right)):
         def inner(self, *args):
             inner, factor = super().inner(*args), {"sign": -1.0, "twice": 2.0}.get(what, 1.0)
-            return inner._replace(cross_vjp=lambda v: self.space.scale(factor, inner.cross_vjp(v)))
+            of_hparams = self.space(args[2])
+            return inner._replace(vjp_hparams=lambda v: of_hparams.scale(factor, inner.vjp_hparams(v)))
 
-        def outer(self, *args, **role):
-            outer = super().outer(*args, **role)
+        def outer(self, *args, **options):
+            outer = super().outer(*args, **options)
             return outer._replace(grad_hparams=None) if what == "direct dropped" else outer
 
     options = {"solver": SHARP, "reference": DIFFERENCES, **data}
@@ -320,28 +321,33 @@ def test_differences_reject_a_wrong_backend(name, what):
 
 
 @dataclasses.dataclass(frozen=True)
-class WrongSolver:
+class WrongSolver(bl.LinearSolver):
     """CG, its answer multiplied."""
 
     factor: float
 
-    def solve(self, operator, rhs, x0, space):
-        x, info = bl.CG(rtol=1e-10).solve(operator, rhs, x0, space)
-        return space.scale(self.factor, x), info
+    def solve(self, state, A, b, x0):
+        x, info = bl.CG(rtol=1e-10).solve(None, A, b, x0)
+        return A.space.scale(self.factor, x), info
 
 
 @dataclasses.dataclass(frozen=True)
-class WrongLeaf:
-    """CG, the sign of one leaf of the hypergradient flipped."""
+class WrongLeaf(Method):
+    """CG, the sign of one leaf of the indirect term flipped."""
 
     leaf: str
 
-    def hypergradient(self, backend, problem, point):
-        lin = backend.linearize(
-            problem, point.params, point.hparams, inner_args=point.inner_args, outer_args=point.outer_args
-        )
-        hg = implicit(backend, bl.CG(rtol=1e-10), lin, None)
-        return hg._replace(grad={**hg.grad, self.leaf: -hg.grad[self.leaf]}, params=point.params)
+    def explain(self, info, symmetric, curvature):
+        return "failed"
+
+    def solve(self, level, adjoint0):
+        right = Implicit(bl.CG(rtol=1e-10)).solve(level, adjoint0)
+
+        def pullback(cotangent):
+            pulled = right.pullback(cotangent)
+            return pulled._replace(hparams={**pulled.hparams, self.leaf: -pulled.hparams[self.leaf]})
+
+        return right._replace(pullback=pullback)
 
 
 @pytest.mark.parametrize(

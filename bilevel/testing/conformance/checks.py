@@ -7,8 +7,8 @@ from importlib.metadata import entry_points
 from typing import Any, NamedTuple
 from unittest import SkipTest
 
+from bilevel.backend import Backend
 from bilevel.errors import suggest
-from bilevel.protocols import Backend
 
 Law = Callable[[Any], None]
 DTYPES = ("float64", "float32")
@@ -106,7 +106,7 @@ def collect(
     ]
 
 
-def require(holds: Any, where: str, expected: str, got: Any) -> None:
+def require(holds: object, where: str, expected: str, got: object) -> None:
     """Raise an AssertionError that says where, what was expected and what was got, unless it holds."""
     if not holds:
         raise AssertionError(f"On {where}:\n  expected {expected}\n  got      {got}")

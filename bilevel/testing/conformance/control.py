@@ -1,9 +1,10 @@
-"""The laws of a `VectorSpace`'s loops, branches, and functions of scalars."""
+"""The laws of a `Space`'s loops, branches, and functions of scalars."""
 
 from typing import Any
 
 import numpy as np
 
+from bilevel.spaces.array import Array
 from bilevel.testing.conformance.checks import Law
 from bilevel.testing.conformance.framework import Framework
 
@@ -12,12 +13,12 @@ def while_loop(f: Framework) -> None:
     """A loop runs while its flag holds, at most max_steps times, and not at all if it does not hold at first."""
     for bound, most, expected in ((5.0, 100, 5.0), (5.0, 3, 3.0), (5.0, 0, 0.0), (-1.0, 100, 0.0)):
 
-        def count(space: Any, zero: Any, bound: Any, most: int = most) -> Any:
-            def live(state: Any) -> Any:
+        def count(space: Any, zero: Array, bound: Array, most: int = most) -> Any:
+            def live(state: Any) -> Array:
                 return state[0] < bound
 
             def body(state: Any) -> Any:
-                return space.xp.where(live(state), state[0] + 1, state[0]), space.select(
+                return space.xp.where(live(state), state[0] + 1, state[0]), space.where(
                     live(state), space.axpy(2.0, state[1], state[1]), state[1]
                 )
 
@@ -67,7 +68,7 @@ def sequence(f: Framework) -> None:
     """A sequence of trees is read by a number counted in a loop, and starts over at its end."""
     items = [{"x": f.array(np.full(2, float(i)))} for i in range(3)]
 
-    def digits(space: Any, zero: Any, *items: Any) -> Any:
+    def digits(space: Any, zero: Array, *items: Any) -> Array:
         at = space.sequence(items)
 
         def step(state: Any) -> Any:

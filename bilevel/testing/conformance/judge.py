@@ -36,7 +36,7 @@ def honest(s: Subject, system: System, answer: Answer) -> None:
     """Raise an AssertionError if the info or the dtype of an answer to a finite system is not true."""
     info = answer.info
     matrix, rhs = s.rounded(system)
-    eps = s.backend.space.eps(s.array(rhs))
+    eps = s.eps
     expect(all(dtype == s.dtype for _, _, dtype in answer.leaves), s, system, f"v in {s.dtype}", answer.leaves)
     expect(np.isfinite(answer.x).all(), s, system, "a finite v, since the system is finite", answer)
     expect(info.status != Status.NON_FINITE, s, system, "no NON_FINITE, since the system is finite", answer)

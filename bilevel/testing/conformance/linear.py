@@ -156,7 +156,7 @@ def in_a_hypergradient(s: Subject) -> None:
         expect(error <= 4 * s.tolerance(), s, system, f"the adjoint {point.adjoint}", answer)
     grad = np.asarray(s.backend.to_numpy(hg.grad), np.float64)
     combined = point.direct + point.coupling.T @ answer.x
-    allowed = ROUNDING * s.backend.space.eps(hg.grad) * np.linalg.norm(combined)
+    allowed = ROUNDING * s.backend.space(hg.grad).eps * np.linalg.norm(combined)
     expect(np.linalg.norm(grad - combined) <= allowed, s, system, f"dF/dλ = {combined}", grad)
 
 

@@ -1,11 +1,12 @@
 """The conformance suite of solvers."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
 
+from bilevel.backend import Backend
 from bilevel.config import get_backend, get_solver, list_backends
 from bilevel.errors import suggest
-from bilevel.protocols import HypergradientMethod
+from bilevel.hypergradient import SolverSpec
+from bilevel.methods import Method
 from bilevel.testing.conformance import capabilities, execution, linear, methods, rounding
 from bilevel.testing.conformance.checks import Applied, Check, collect, known_backends
 from bilevel.testing.conformance.subject import Subject, widest
@@ -13,13 +14,13 @@ from bilevel.testing.conformance.systems import CLASSES
 
 
 def check_solver(
-    solver: Any,
+    solver: SolverSpec,
     *,
     solves: Iterable[str] = ("definite",),
     rtol: float | None = None,
     truncated: bool = False,
     warm_start: bool = True,
-    backends: Any = None,
+    backends: Backend | str | Iterable[Backend | str] | None = None,
     excused: Mapping[str, str] | None = None,
 ) -> list[Check]:
     """Return the laws of a solver as checks, to be called one by one.
@@ -34,12 +35,11 @@ def check_solver(
     installed backend, and compiled where the framework compiles. What is not promised may fail, but must say so.
 
     Args:
-        solver: an object with ``solve`` (`bilevel.protocols.IHVPSolver`), or with ``hypergradient``
-            (`bilevel.protocols.HypergradientMethod`), or what `bl.get_solver` takes. To vary its options, the
+        solver: a `bl.LinearSolver`, a `bilevel.methods.Method`, or what `bl.get_solver` takes. To vary its options, the
             suite takes those of a frozen dataclass: ``maxiter``, ``damping`` and ``rtol`` if there are such.
         solves: the classes of systems on which it promises to converge: "definite" (eigenvalues from 1 to 4),
             "ill_conditioned" (from 4e-4 to 4), "indefinite", "singular" (with a solution) and "nonsymmetric". On the
-            others, it must not claim CONVERGED with a wrong answer. Of a method with ``hypergradient``, the first and
+            others, it must not claim CONVERGED with a wrong answer. For a `Method`, the first and
             the third.
         rtol: what CONVERGED promises of ``norm(b - A v) / norm(b)``, to a factor of 10 and what the dtype can.
             Default: the solver's own ``rtol``, or √eps if it has none or 0.
@@ -73,10 +73,10 @@ def check_solver(
         raise ValueError(f"rtol: expected a number >= 0, got {rtol!r}.")
     if backends is None:
         backends = list_backends()
-    elif isinstance(backends, str) or hasattr(backends, "linearize"):
+    elif isinstance(backends, str | Backend):
         backends = [backends]
     found = [get_backend(backend) for backend in backends]
-    is_method = isinstance(solver, HypergradientMethod)
+    is_method = isinstance(solver, Method)
 
     def applied() -> Iterator[Applied]:
         for backend in found:

@@ -1,0 +1,146 @@
+"""What turns a bilevel problem at a point into a hypergradient."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Generic, NamedTuple, Self
+
+from bilevel.backend import Backend
+from bilevel.linearization import LinearizedMap
+from bilevel.operators.lanczos import Spectrum
+from bilevel.operators.linear_operator import LinearOperator
+from bilevel.options import summary
+from bilevel.problems.protocols import BilevelProblem
+from bilevel.results import SolverInfo
+from bilevel.spaces.array import Array, H, P
+from bilevel.spaces.space import Layout, Space
+
+
+@dataclass(frozen=True)
+class Level(Generic[P, H]):
+    """The inner level of a problem at a point: the map r( · , λ, data) that defines w*.
+
+    Attributes:
+        backend: the framework.
+        problem: the problem.
+        params: w.
+        hparams: λ.
+        batches: the further arguments of the inner objective; several where each product or step takes the next batch.
+    """
+
+    backend: Backend
+    problem: BilevelProblem
+    params: P
+    hparams: H
+    batches: list[tuple[object, ...]]
+
+    @property
+    def space(self) -> Space[P]:
+        """The vectors like params."""
+        return self.backend.space(self.params)
+
+    def linearize(self, args: tuple[object, ...] | None = None, params: P | None = None) -> LinearizedMap[P, H]:
+        """Linearize the map, on the first batch and at params unless told otherwise."""
+        params = self.params if params is None else params
+        return self.problem.linearize(self.backend, params, self.hparams, self.batches[0] if args is None else args)
+
+    def operator(self, at: LinearizedMap[P, H]) -> LinearOperator[P]:
+        """Return v -> (∂r/∂w)ᵀ v with its properties.
+
+        Raises:
+            TypeError: if there are several batches of an equation.
+        """
+        symmetric = self.problem.kind != "equation"
+        if len(self.batches) == 1:
+            return LinearOperator(self.space, at.vjp_params, symmetric)
+        if not symmetric:
+            raise TypeError(
+                "inner_args is a list, but a fixed point or a root belongs to all of the data: give one tuple."
+            )
+        args = self.space.sequence(self.batches)
+
+        def sample(i: Array | int) -> Callable[[P], P]:
+            return self.linearize(args(i + 1)).vjp_params
+
+        return LinearOperator(self.space, at.vjp_params, sample=sample)
+
+
+class Pullback(NamedTuple, Generic[P, H]):
+    """A cotangent of w*, pulled back to λ.
+
+    Attributes:
+        hparams: (dw*/dλ)ᵀ times the cotangent; None if λ has no influence on w*.
+        adjoint: v.
+        info: how v was found.
+    """
+
+    hparams: H | None
+    adjoint: P
+    info: SolverInfo
+
+
+class Solution(NamedTuple, Generic[P, H]):
+    """w*, or what stands for it, and how its derivative is taken.
+
+    Attributes:
+        params: w*, where the outer objective is evaluated.
+        pullback: from a cotangent of w*, such as ∂F/∂w, to its `Pullback`.
+    """
+
+    params: P
+    pullback: Callable[[P], Pullback[P, H]]
+
+
+class Method:
+    """Differentiates the solution map w*(λ). A hypergradient is the pullback of ∂F/∂w, plus ∂F/∂λ.
+
+    Subclass it, as a frozen dataclass whose fields are the options.
+
+    Attributes:
+        stateful: whether the object changes with each call.
+        differentiates_steps: whether it differentiates a training of its own, which needs no minimum.
+        damping: added to the Hessian.
+        rtol: relative residual that CONVERGED promises; 0: none.
+    """
+
+    stateful: ClassVar[bool] = False
+    differentiates_steps: ClassVar[bool] = True
+    damping: float = 0.0
+    rtol: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """The name in messages."""
+        return type(self).__name__
+
+    @property
+    def summary(self) -> str:
+        """The solver with only the options that differ from their defaults."""
+        return summary(self)
+
+    @abstractmethod
+    def solve(self, level: Level[P, H], adjoint0: P | None) -> Solution[P, H]:
+        """Return w* and its pullback. ``adjoint0`` is a warm start for v."""
+        raise NotImplementedError
+
+    def init(self, level: Level[P, H]) -> object:
+        """Return the state that several calls can share, a tree of arrays; None: there is none."""
+        return None
+
+    def with_state(self, state: object, layout: Layout) -> Method:
+        """Return the method with the result of `init` fixed. ``layout`` is the layout of the params it is for."""
+        return self
+
+    def with_rtol(self, rtol: float) -> Self:
+        """Return the method with another relative tolerance, if it has one."""
+        return self
+
+    @abstractmethod
+    def explain(self, info: SolverInfo, symmetric: bool, curvature: Spectrum[float] | None) -> str:
+        """Return why it failed, and the way out; see `bilevel.linear_solvers.LinearSolver.explain`."""
+        raise NotImplementedError
+
+    def record(self, info: SolverInfo) -> None:
+        """Take note of how a call ended, in Python numbers."""

@@ -1,0 +1,65 @@
+"""What the two levels of a bilevel problem offer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Generic, Literal, Protocol, runtime_checkable
+
+from bilevel.linearization import LinearizedMap
+from bilevel.spaces.array import Array, H, P
+
+if TYPE_CHECKING:
+    from bilevel.backend import Backend
+
+Kind = Literal["hessian", "gauss-newton", "finite-differences", "equation"]
+"""What (∂r/∂w)ᵀ is: the Hessian of L, a replacement for it, or the transposed Jacobian of an equation."""
+
+
+@runtime_checkable
+class BilevelProblem(Protocol):
+    """An outer objective F and a map r(w, λ) whose zero is w*: `bl.Problem`, `bl.FixedPoint`, `bl.Root`.
+
+    A problem is hashable and equal to other problems of the same functions, so that JAX compiles once for all of them.
+    """
+
+    @property
+    def outer(self) -> Callable[..., object]: ...
+    @property
+    def kind(self) -> Kind:
+        """What the products of the linearized map are."""
+        ...
+
+    def linearize(self, backend: Backend, params: P, hparams: H, args: tuple[object, ...]) -> LinearizedMap[P, H]:
+        """Differentiate r at a point; ``args`` are the ``inner_args``."""
+        ...
+
+    def value_and_residual(
+        self, backend: Backend, params: P, hparams: H, args: tuple[object, ...]
+    ) -> tuple[Array | None, P]:
+        """Return L and r = ∂L/∂w. For an equation, return None and r."""
+        ...
+
+
+class InnerProblem(Protocol, Generic[P, H]):
+    """An inner objective with analytic derivatives, for the numpy backend.
+
+    ``vector`` has the structure of ``params``. The results of ``grad`` and ``hvp`` have it too. The result of
+    ``cross_vjp`` has the structure of ``hparams``. Forward mode of ``unrolled`` needs one more method,
+    ``cross_jvp(params, hparams, vector, *args)``, where the vector is like ``hparams`` and the result like ``params``.
+    With ``curvature="finite-differences"``, ``grad`` (∂L/∂w) and ``grad_hparams`` (∂L/∂λ) are all that is needed.
+    """
+
+    def __call__(self, params: P, hparams: H, *args: object) -> object: ...
+    def grad(self, params: P, hparams: H, *args: object) -> P: ...
+    def hvp(self, params: P, hparams: H, vector: P, *args: object) -> P: ...
+    def cross_vjp(self, params: P, hparams: H, vector: P, *args: object) -> H: ...
+
+
+class OuterObjective(Protocol, Generic[P, H]):
+    """An outer objective with an analytic gradient, for the numpy backend.
+
+    ``grad`` returns the pair (∂F/∂w, ∂F/∂λ). The second may be ``None`` for zero.
+    """
+
+    def __call__(self, params: P, hparams: H, *args: object) -> object: ...
+    def grad(self, params: P, hparams: H, *args: object) -> tuple[P, H | None]: ...
