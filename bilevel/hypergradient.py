@@ -75,10 +75,11 @@ def hypergradient(
         raise TypeError(
             f"problem: expected bl.Problem(inner, outer), bl.FixedPoint or bl.Root, got {type(problem).__name__}."
         )
-    method = as_method(get_solver(solver))
+    found = get_solver(solver)
+    method = as_method(found)
     backend = find_backend(backend, params, hparams)
     batches = check_inputs(backend, params, hparams, inner_args, outer_args, adjoint0)
-    check_stateless(backend, method.stateful, method.name)
+    check_stateless(backend, found)
     hg = backend.run(_hypergradient, method, problem, params, hparams, batches, outer_args, adjoint0)
     if hg.params is None:
         hg = hg._replace(params=params)

@@ -44,10 +44,11 @@ def prepare(
     >>> float(bl.prepare("neumann", problem, np.zeros(2), np.zeros(2)).state)
     0.25
     """
-    method = as_method(get_solver(solver))
+    found = get_solver(solver)
+    method = as_method(found)
     backend = find_backend(backend, params, hparams)
     batches = check_inputs(backend, params, hparams, inner_args)
-    check_stateless(backend, method.stateful, method.name)
+    check_stateless(backend, found)
     state = backend.run(_init, method, problem, params, hparams, batches)
     prepared = method.with_state(state, backend.space(params).layout(params))
     return prepared.solver if isinstance(prepared, Implicit) else prepared

@@ -4,6 +4,8 @@ from typing import Any
 
 from bilevel.backend import Backend
 from bilevel.config import get_backend, imported_backends
+from bilevel.linear_solvers.linear_solver import LinearSolver
+from bilevel.methods.method import Method
 
 TREES = (
     "A tree is made of dicts, lists and tuples of arrays; that of a module is dict(module.named_parameters()) in "
@@ -135,11 +137,11 @@ def check_like(backend: Backend, name: str, tree: object, other: str, reference:
             )
 
 
-def check_stateless(backend: Backend, stateful: bool, name: str) -> None:
+def check_stateless(backend: Backend, solver: LinearSolver[Any] | Method) -> None:
     """Raise a TypeError if a solver keeps a state where the backend compiles."""
-    if stateful and backend.compiles:
+    if solver.stateful and backend.compiles:
         raise TypeError(
-            f"{name} keeps a state from call to call, which compiled code cannot. Carry the state yourself: pass "
+            f"{type(solver).__name__} keeps a state from call to call, which compiled code cannot. Carry the state yourself: pass "
             "adjoint0=hg.adjoint of the last call (return it together with what your step returns), and the solver of "
             "bl.prepare for a step size, sketch or preconditioner found once."
         )
