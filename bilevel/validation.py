@@ -141,9 +141,9 @@ def check_stateless(backend: Backend, solver: LinearSolver[Any] | Method) -> Non
     """Raise a TypeError if a solver keeps a state where the backend compiles."""
     if solver.stateful and backend.compiles:
         raise TypeError(
-            f"{type(solver).__name__} keeps a state from call to call, which compiled code cannot. Carry the state yourself: pass "
-            "adjoint0=hg.adjoint of the last call (return it together with what your step returns), and the solver of "
-            "bl.prepare for a step size, sketch or preconditioner found once."
+            f"{type(solver).__name__} keeps a state from call to call, which compiled code cannot. Pass "
+            "the state yourself: adjoint0=hg.adjoint of the last call, which your step returns too. For a step size, "
+            "sketch or preconditioner that is found once, pass the solver of bl.prepare."
         )
 
 
