@@ -55,12 +55,7 @@ def prepare(
 
 
 def _init(
-    backend: Backend,
-    method: Method,
-    problem: BilevelProblem,
-    params: P,
-    hparams: H,
-    batches: list[tuple[object, ...]],
+    backend: Backend, method: Method, problem: BilevelProblem, params: P, hparams: H, batches: list[tuple[object, ...]]
 ) -> object:
     return method.init(Level(backend, problem, params, hparams, batches))
 

@@ -77,11 +77,7 @@ class _Look(Generic[P, H]):
     """A problem around a point: w + t d and λ + t e for random d and e."""
 
     def __init__(
-        self,
-        backend: Backend,
-        problem: BilevelProblem,
-        inputs: Inputs[P, H],
-        at: Callable[[P, H], Inputs[P, H]],
+        self, backend: Backend, problem: BilevelProblem, inputs: Inputs[P, H], at: Callable[[P, H], Inputs[P, H]]
     ) -> None:
         self.backend, self.problem, self.at = backend, problem, at
         self.start = at(inputs.params, inputs.hparams)

@@ -80,11 +80,7 @@ def diagnose(
 
 
 def _diagnose(
-    backend: Backend,
-    method: Method,
-    problem: BilevelProblem,
-    inputs: Inputs[P, H],
-    batches: list[tuple[object, ...]],
+    backend: Backend, method: Method, problem: BilevelProblem, inputs: Inputs[P, H], batches: list[tuple[object, ...]]
 ) -> Diagnosis:
     def host(scalars: Iterable[Array]) -> list[float]:
         return [float(backend.to_host(x)) for x in scalars]
@@ -152,12 +148,7 @@ def _look(
 
 
 def _look_again(
-    backend: Backend,
-    problem: BilevelProblem,
-    inputs: Inputs[P, H],
-    v: P,
-    first: tuple[P, P, H | None],
-    damping: float,
+    backend: Backend, problem: BilevelProblem, inputs: Inputs[P, H], v: P, first: tuple[P, P, H | None], damping: float
 ) -> tuple[Array, ...]:
     """Return F, its change, both residuals, and the changes within this linearization and since the first look."""
     params, hparams, inner_args, outer_args = inputs
