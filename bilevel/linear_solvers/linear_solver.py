@@ -98,7 +98,7 @@ def check_requirements(solver: LinearSolver[S], A: LinearOperator[V]) -> None:
     """Raise a TypeError if an operator lacks a property that a solver requires."""
     if STEADY in solver.requires and A.sample is not None:
         raise TypeError(
-            f"inner_args is a list, with a batch per product, but {solver.name} needs one Hessian for all products. "
+            f"inner_args is a list, one batch per product, but {solver.name} needs the same Hessian in all products. "
             'Use solver="neumann" or "unrolled", or pass one tuple: inner_args=(x, y).'
         )
     if SYMMETRIC in solver.requires and not A.symmetric:

@@ -229,7 +229,7 @@ class TestErrors:
         solver = bl.WarmStart()
         run("numpy", solver, 0, 1)
         lin = Linearization(0.0, np.ones(2), None, lambda v: v, lambda v: v)
-        with pytest.raises(ValueError, match=r"remembered adjoint has another structure.*reset\(\)"):
+        with pytest.raises(ValueError, match=r"stored adjoint has another structure.*reset\(\)"):
             bl.hypergradient_from(lin, solver=solver)
         solver.reset()
         assert bl.hypergradient_from(lin, solver=solver).info.status is bl.Status.CONVERGED
