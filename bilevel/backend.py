@@ -60,15 +60,10 @@ class Backend:
     def outer(
         self, objective: Any, params: P, hparams: H, args: Args, *, label: str = "outer", data: Data = "outer"
     ) -> OuterDerivatives[P, H]:
-        """Evaluate an objective at a point, with its first derivatives.
+        """Evaluate objective(params, hparams, *args) -> scalar, with its first derivatives.
 
-        Args:
-            objective: (params, hparams, *args) -> scalar.
-            params: w.
-            hparams: λ.
-            args: further arguments.
-            label: the name of the objective in errors.
-            data: the data that the objective is a mean over. It matters if ranks have different numbers of samples.
+        ``label`` is the name of the objective in errors. ``data`` is the data that the objective is a mean over, which
+        matters if ranks have different numbers of samples.
         """
         raise NotImplementedError
 

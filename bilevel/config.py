@@ -80,15 +80,7 @@ def get_solver(spec: object, **overrides: object) -> LinearSolver[Any] | Method:
 
 
 def get_linear_solver(spec: object, user: str) -> LinearSolver[Any]:
-    """Return a linear solver.
-
-    Args:
-        spec: as in `get_solver`.
-        user: the name of the function or class that needs the solver, for errors.
-
-    Raises:
-        TypeError, ValueError: as in `get_solver`, and if the solver is not linear.
-    """
+    """Return a linear solver, or raise an error that names its user. Arguments and errors are as in `get_solver`."""
     solver = get_solver(spec)
     if not isinstance(solver, LinearSolver):
         raise TypeError(

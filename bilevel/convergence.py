@@ -36,14 +36,7 @@ def report(
     Traced info is returned unchanged. If the result is not finite, "warn" also raises. Only the text of an error has
     numbers of the spectrum. So a warning takes no products, and its text stays the same: Python shows it once.
 
-    Args:
-        backend: the framework.
-        info: information about the solve.
-        method: the method.
-        on_failure: as in `bl.hypergradient`.
-        symmetric: whether the operator was symmetric.
-        curvature: a function that estimates the spectrum of the undamped operator. None: unknown.
-        hint: the end of the message.
+    ``curvature`` is a function that estimates the spectrum of the undamped operator. ``hint`` ends the message.
     """
     numbers = [backend.to_host(x) if hasattr(x, "dtype") else x for x in info]
     if numbers[3] is None:

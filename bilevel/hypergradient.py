@@ -167,8 +167,7 @@ def combine(
 ) -> Hypergradient[Any, H]:
     """Add ∂F/∂λ to the pullback of ∂F/∂w. A nan in either of them sets the status.
 
-    Raises:
-        ValueError: if nothing depends on λ, or if the two terms have different structures or shapes.
+    Raise a ValueError if nothing depends on λ, or if the two terms have different structures or shapes.
     """
     grad = direct if pulled.hparams is None else pulled.hparams
     if grad is None:

@@ -15,11 +15,9 @@ def is_python_value(value: Any) -> bool:
 def check_real(
     solver: Any, *options: str, above: float | None = None, least: float = 0.0, below: float = float("inf")
 ) -> None:
-    """Raise unless each option is a finite number, > ``above`` or else >= ``least``, and < ``below``.
+    """Raise a TypeError unless each option is a number, and a ValueError unless it is finite and within the bounds.
 
-    Raises:
-        TypeError: if an option is not a number.
-        ValueError: if an option is out of range.
+    It must be > ``above``, or else >= ``least``, and < ``below``.
     """
     bound = f">= {least:g}" if above is None else f"> {above:g}"
     bound += f" and < {below:g}" if below < float("inf") else ""
@@ -36,12 +34,7 @@ def check_real(
 
 
 def check_int(solver: Any, *options: str, least: int) -> None:
-    """Raise unless each option is an integer >= ``least``.
-
-    Raises:
-        TypeError: if an option is not an integer.
-        ValueError: if an option is out of range.
-    """
+    """Raise a TypeError unless each option is an integer, and a ValueError unless it is >= ``least``."""
     for option in options:
         value = getattr(solver, option)
         message = f"{type(solver).__name__}.{option}: expected an integer >= {least}, got {value!r}."
@@ -66,12 +59,7 @@ def check_choice(solver: Any, option: str, choices: Sequence[Any]) -> None:
 
 
 def check_step_size(solver: Any) -> None:
-    """Raise unless ``step_size`` is a positive number or "auto".
-
-    Raises:
-        TypeError: if it is neither a number nor a string.
-        ValueError: if it is out of range or another string.
-    """
+    """Raise a TypeError or ValueError unless ``step_size`` is a positive number or "auto"."""
     if not isinstance(solver.step_size, str):
         check_real(solver, "step_size", above=0)
     elif solver.step_size != "auto":

@@ -18,11 +18,7 @@ TREES = (
 def find_backend(
     spec: Backend | str | None, params: object, hparams: object, names: tuple[str, str] = ("params", "hparams")
 ) -> Backend:
-    """Return the given backend, or the backend that owns the arrays.
-
-    Raises:
-        TypeError: if the arrays belong to no backend, or to different ones.
-    """
+    """Return the given backend, or the backend of the arrays. Raise a TypeError unless there is exactly one."""
     if spec is not None:
         return get_backend(spec)
     owners = [
@@ -162,12 +158,7 @@ def depends_on_nothing(backend: Backend, label: str, params: object, hparams: ob
 
 
 def check_scalar(label: str, value: Any) -> None:
-    """Raise unless an objective returned one floating-point number: an array of shape ().
-
-    Raises:
-        TypeError: if the value is not a floating-point array.
-        ValueError: if it has another shape.
-    """
+    """Raise a TypeError unless an objective returns a floating-point array, and a ValueError unless its shape is ()."""
     if not hasattr(value, "shape"):
         raise TypeError(f"{label}: expected a scalar array, got {type(value).__name__}.")
     if not str(value.dtype).rpartition(".")[2].startswith(("float", "bfloat")):

@@ -29,7 +29,7 @@ def suggestions(m: Measured) -> Iterator[str]:
     if strong := smallest < -STRONG * largest:
         yield (
             f"train the inner problem further. The negative curvature ({smallest:.2g}) is not small against the "
-            f'positive curvature ({largest:.2g}): solver="minres" solves such a system, but there is no minimum to differentiate.'
+            f'positive curvature ({largest:.2g}): solver="minres" solves such a system, but there is no minimum.'
         )
     if m.solved:
         yield f"keep {m.method.summary}, which took {m.info.steps} steps ({about})."

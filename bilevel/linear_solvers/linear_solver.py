@@ -83,10 +83,7 @@ class LinearSolver(Generic[S]):
     def explain(self, info: SolverInfo, symmetric: bool, curvature: Spectrum[float] | None) -> str:
         """Return the cause of a failed solve, and a remedy.
 
-        Args:
-            info: information about the solve, in Python numbers.
-            symmetric: whether the operator was symmetric.
-            curvature: the spectrum of A in Python numbers, for advice with numbers. None: unknown.
+        ``info`` and ``curvature``, the spectrum of A, are in Python numbers. ``curvature`` is None if it is unknown.
         """
         return advice.explain(self, info, symmetric, curvature)
 

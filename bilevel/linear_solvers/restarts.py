@@ -87,95 +87,81 @@ def solve_with_restarts(
         A: the operator, with its damping.
         b: the right-hand side.
         x0: a warm start, at one product. It is ignored for b = 0, whose solution is zero.
-        maxiter: maximum number of steps.
-        rtol: relative tolerance.
-        atol: absolute tolerance.
+        maxiter, rtol, atol: as in `CG`.
         rounds: maximum number of cycles.
         progress: continue while a cycle leaves less than this share of the residual.
         stand_in: b -> the result if the first step from zero meets negative curvature. None: zero.
     """
+    space, xp = A.space, A.space.xp
 
     def solve(b: V, x0: V | None, scale: Array) -> tuple[V, SolverInfo]:
-        answer = _solve(cycle, A, b, x0, rtol, atol / scale, maxiter, rounds, progress)
+        rhs_norm = space.norm(b)
+        # No solve can be more precise than the dtype's epsilon.
+        tolerance = xp.maximum(xp.maximum(rtol * rhs_norm, space.eps * rhs_norm), atol / scale * xp.ones_like(rhs_norm))
+
+        def check(s: _State[V]) -> _State[V]:
+            r = A.residual(b, s.x)
+            size = space.norm(r)
+            claimed, met = s.status == int(Status.CONVERGED), size <= tolerance
+            undecided = claimed | (s.status == int(Status.MAXITER))
+            status = xp.where(met, int(Status.CONVERGED), xp.full_like(s.status, int(Status.MAXITER)))
+            status = xp.where(xp.isfinite(size), status, int(Status.NON_FINITE))
+            # A residual may grow, as in CG, but not if the recurrence reports a smaller one.
+            worse = (size > s.confirmed) & (s.norm <= s.confirmed)
+            return s._replace(
+                x=space.where(worse, s.start, s.x),
+                r=r,
+                norm=xp.where(worse, s.confirmed, size),
+                confirmed=size,
+                status=xp.where(undecided, status, s.status),
+                live=claimed & ~met & (size < progress * s.confirmed) & (s.steps < maxiter),
+            )
+
+        def round_(s: _State[V]) -> _State[V]:
+            end = cycle(s.x, s.r, s.steps, s.live, tolerance)
+            short = (end.status == int(Status.MAXITER)) & (end.steps == maxiter) & (end.steps <= DRIFT)
+            doubtful = s.live & ~short
+            s = s._replace(
+                start=s.x,
+                x=end.x,
+                norm=xp.where(s.live, end.norm, s.norm),
+                steps=end.steps,
+                status=xp.where(s.live, end.status, s.status),
+                live=s.live & False,
+            )
+            return space.cond(doubtful, check, s)
+
+        if x0 is None:
+            x, r = space.zeros(), b
+        else:
+            x = space.where(rhs_norm > 0, x0, space.zeros())
+            r = space.where(rhs_norm > 0, A.residual(b, x), b)
+        size = space.norm(r)
+        met, finite = size <= tolerance, xp.isfinite(size)
+        steps = xp.zeros_like(size, dtype=xp.int32)
+        status = xp.where(met, int(Status.CONVERGED), xp.full_like(steps, int(Status.MAXITER)))
+        status = xp.where(finite, status, int(Status.NON_FINITE))
+        s = _State(x, x, r, norm=size, confirmed=size, steps=steps, status=status, live=~met & finite & (maxiter > 0))
+        s = space.while_loop(lambda s: s.live, round_, s, rounds)
+
+        def fill_nan(s: _State[V]) -> _State[V]:
+            """Return nan, because nothing can raise under jit."""
+            return s._replace(x=space.scale(float("nan"), b), norm=s.norm + float("nan"))
+
+        s = space.cond(s.status == int(Status.NON_FINITE), fill_nan, s)
+        return s.x, SolverInfo(s.steps, s.norm, rhs_norm, s.status)
+
+    def solve_or_stand_in(b: V, x0: V | None, scale: Array) -> tuple[V, SolverInfo]:
+        x, info = solve(b, x0, scale)
         if stand_in is None or x0 is not None:
-            return answer
+            return x, info
         fallback = stand_in
 
         def replaced(answer: tuple[V, SolverInfo]) -> tuple[V, SolverInfo]:
             x = fallback(b)
-            return x, answer[1]._replace(residual_norm=A.space.norm(A.residual(b, x)))
+            return x, answer[1]._replace(residual_norm=space.norm(A.residual(b, x)))
 
-        at_once = (answer[1].status == int(Status.NEGATIVE_CURVATURE)) & (answer[1].steps == 1)
-        return A.space.cond(at_once, replaced, answer)
+        immediate = (info.status == int(Status.NEGATIVE_CURVATURE)) & (info.steps == 1)
+        return space.cond(immediate, replaced, (x, info))
 
-    return scale_free(solve, b, x0, A.space)
-
-
-def _solve(
-    cycle: RunCycle[V],
-    A: LinearOperator[V],
-    b: V,
-    x0: V | None,
-    rtol: Number,
-    atol: Array,
-    maxiter: int,
-    rounds: int,
-    progress: float,
-) -> tuple[V, SolverInfo]:
-    space = A.space
-    xp = space.xp
-    rhs_norm = space.norm(b)
-    # No solve can be more precise than the dtype's epsilon.
-    tolerance = xp.maximum(xp.maximum(rtol * rhs_norm, space.eps * rhs_norm), atol * xp.ones_like(rhs_norm))
-
-    def check(s: _State[V]) -> _State[V]:
-        r = A.residual(b, s.x)
-        size = space.norm(r)
-        claimed, met = s.status == int(Status.CONVERGED), size <= tolerance
-        undecided = claimed | (s.status == int(Status.MAXITER))
-        status = xp.where(met, int(Status.CONVERGED), xp.full_like(s.status, int(Status.MAXITER)))
-        status = xp.where(xp.isfinite(size), status, int(Status.NON_FINITE))
-        # A residual may grow, as in CG, but not if the recurrence reports a smaller one.
-        worse = (size > s.confirmed) & (s.norm <= s.confirmed)
-        return s._replace(
-            x=space.where(worse, s.start, s.x),
-            r=r,
-            norm=xp.where(worse, s.confirmed, size),
-            confirmed=size,
-            status=xp.where(undecided, status, s.status),
-            live=claimed & ~met & (size < progress * s.confirmed) & (s.steps < maxiter),
-        )
-
-    def round_(s: _State[V]) -> _State[V]:
-        end = cycle(s.x, s.r, s.steps, s.live, tolerance)
-        short = (end.status == int(Status.MAXITER)) & (end.steps == maxiter) & (end.steps <= DRIFT)
-        doubtful = s.live & ~short
-        s = s._replace(
-            start=s.x,
-            x=end.x,
-            norm=xp.where(s.live, end.norm, s.norm),
-            steps=end.steps,
-            status=xp.where(s.live, end.status, s.status),
-            live=s.live & False,
-        )
-        return space.cond(doubtful, check, s)
-
-    if x0 is None:
-        x, r = space.zeros(), b
-    else:
-        x = space.where(rhs_norm > 0, x0, space.zeros())
-        r = space.where(rhs_norm > 0, A.residual(b, x), b)
-    size = space.norm(r)
-    met, finite = size <= tolerance, xp.isfinite(size)
-    steps = xp.zeros_like(size, dtype=xp.int32)
-    status = xp.where(met, int(Status.CONVERGED), xp.full_like(steps, int(Status.MAXITER)))
-    status = xp.where(finite, status, int(Status.NON_FINITE))
-    s = _State(x, x, r, norm=size, confirmed=size, steps=steps, status=status, live=~met & finite & (maxiter > 0))
-    s = space.while_loop(lambda s: s.live, round_, s, rounds)
-
-    def fill_nan(s: _State[V]) -> _State[V]:
-        """Return nan, because nothing can raise under jit."""
-        return s._replace(x=space.scale(float("nan"), b), norm=s.norm + float("nan"))
-
-    s = space.cond(s.status == int(Status.NON_FINITE), fill_nan, s)
-    return s.x, SolverInfo(s.steps, s.norm, rhs_norm, s.status)
+    return scale_free(solve_or_stand_in, b, x0, space)

@@ -81,10 +81,8 @@ def pull_back(
 ) -> Pullback[P, H]:
     """Solve A v = cotangent, where A is v -> (∂r/∂w)ᵀ v. Return −(∂r/∂λ)ᵀ v, and v.
 
-    ``at`` is the linearized map. Its residual may be None. ``adjoint0`` is a warm start.
-
-    Raises:
-        TypeError: if A lacks a property that the solver requires.
+    ``at`` is the linearized map. Its residual may be None. ``adjoint0`` is a warm start. Raise a TypeError if A lacks a
+    property that the solver requires.
     """
     check_requirements(solver, A)
     adjoint, info = solver.solve(solver.init(A), A, cotangent, adjoint0)

@@ -47,11 +47,7 @@ class Level(Generic[P, H]):
         return self.problem.linearize(self.backend, params, self.hparams, self.batches[0] if args is None else args)
 
     def operator(self, at: LinearizedMap[P, H]) -> LinearOperator[P]:
-        """Return v -> (∂r/∂w)ᵀ v with its properties.
-
-        Raises:
-            TypeError: if an equation has several batches.
-        """
+        """Return v -> (∂r/∂w)ᵀ v with its properties. Raise a TypeError if an equation has several batches."""
         symmetric = self.problem.kind != "equation"
         if len(self.batches) == 1:
             return LinearOperator(self.space, at.vjp_params, symmetric)

@@ -31,11 +31,7 @@ class DiagonalPreconditioner:
         check_int(self, "seed", least=0)
 
     def init(self, A: LinearOperator[V]) -> V:
-        """Return the diagonal.
-
-        Raises:
-            ValueError: if the given diagonal has another structure, shape or dtype than params.
-        """
+        """Return the diagonal. Raise a ValueError if a given diagonal has another layout than params."""
         space = A.space
         if self.diagonal is not None:
             check_layout("preconditioner.diagonal", self.diagonal, "params", space)

@@ -211,7 +211,7 @@ def _copy(backend: Backend, params: P) -> P:
 def _check_method(method: str, bounds: object) -> str:
     known = {name.lower(): name for name in TAKES_BOUNDS}
     if str(method).lower() not in known:
-        raise ValueError(f"method: there is no {method!r}." + suggest(str(method), TAKES_BOUNDS))
+        raise ValueError(f"method: minimize does not support {method!r}." + suggest(str(method), TAKES_BOUNDS))
     method = known[method.lower()]
     if bounds is not None and not TAKES_BOUNDS[method]:
         raise ValueError(f'bounds: {method} does not accept bounds; use method="L-BFGS-B".')

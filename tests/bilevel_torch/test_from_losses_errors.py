@@ -492,7 +492,7 @@ def test_an_adjoint_of_other_params(net, decay):
 
 
 def test_unrolled_needs_the_losses_as_functions(net, decay):
-    with pytest.raises(TypeError, match=r"Unrolled differentiates a training of its own .* use bl\.hypergradient"):
+    with pytest.raises(TypeError, match=r"Unrolled runs inner steps .* use bl\.hypergradient"):
         bilevel_torch.backward(*losses(net, decay), net.parameters(), decay, solver="unrolled")
 
 

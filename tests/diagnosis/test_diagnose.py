@@ -320,7 +320,7 @@ def test_a_solver_that_does_its_work_is_kept():
 
 def test_strong_negative_curvature_is_not_damped_away():
     report = bl.diagnose(*plain(None, [*np.linspace(1, 8, 20), -5.0]).at)
-    assert "is of the size of the positive" in report.suggestions[0]
+    assert "is not small against the positive" in report.suggestions[0]
 
 
 # Every framework
