@@ -36,8 +36,8 @@ def hypergradient(
 ) -> Hypergradient[P, H]:
     """Return dF/dλ = ∂F/∂λ − (∂²L/∂λ∂w)ᵀ v, where (∂²L/∂w²) v = ∂F/∂w.
 
-    It follows from the implicit function theorem at ``params``, which should minimize the inner objective L for
-    ``hparams`` (Lorraine, Vicol & Duvenaud, AISTATS 2020, theorem 1 and algorithm 2). The call does not change its
+    It follows from the implicit function theorem (Lorraine, Vicol & Duvenaud, AISTATS 2020, theorem 1 and algorithm 2).
+    ``params`` should minimize the inner objective L for ``hparams``. The call does not change its
     arguments, but objectives may (BatchNorm's statistics in train mode, random states by dropout).
 
     In JAX, an eager call is compiled, and cached by the two functions and the solver. The objectives must be pure.

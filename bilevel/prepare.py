@@ -24,9 +24,9 @@ def prepare(
 ) -> LinearSolver[Any] | Method:
     """Return the solver with its preliminary work done, for several calls near these params and hparams.
 
-    The result keeps values that a solver otherwise computes at each call by products with the Hessian: the automatic
-    step size of ``neumann`` and ``unrolled``, the sketch of ``nystrom``, the preconditioner of ``cg``. Other solvers
-    are returned unchanged. Prepare again after some outer steps, when the Hessian has changed.
+    By default, a solver computes some values at each call by products with the Hessian. The result stores them: the
+    automatic step size of ``neumann`` and ``unrolled``, the sketch of ``nystrom``, the preconditioner of ``cg``. Other
+    solvers are returned unchanged. Prepare again after some outer steps, when the Hessian has changed.
 
     Args:
         solver, params, hparams, backend: as in `hypergradient`.

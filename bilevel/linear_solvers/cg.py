@@ -33,8 +33,8 @@ class CG(Iterative[object]):
     a product confirms this. An ``rtol`` below the dtype's epsilon counts as the epsilon.
 
     If a direction has no positive curvature (to rounding), the solve stops at the iterate before it, with
-    ``NEGATIVE_CURVATURE``. If it is the first direction and there is no warm start, v is b over its absolute
-    curvature, as in truncated Newton methods (Dembo & Steihaug 1983).
+    ``NEGATIVE_CURVATURE``. If this is the first direction, without a warm start, v is b over its absolute curvature,
+    as in truncated Newton methods (Dembo & Steihaug 1983).
 
     ``info.steps`` counts iterations, of one product each. A warm start and each check take one more product.
 

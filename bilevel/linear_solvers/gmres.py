@@ -31,7 +31,7 @@ class GMRES(LinearSolver[None]):
 
     Each cycle minimizes the residual over a Krylov space of ``restart`` dimensions, orthogonalised twice. The next
     cycle starts from the true residual. The solve stops at ``norm(b - A v) <= rtol * norm(b)``, SciPy's rule. It also
-    stops, with ``MAXITER``, if a cycle reduces the residual by less than a thousandth: on an indefinite or singular A,
+    stops, with ``MAXITER``, if a cycle reduces the residual by less than a thousandth. On an indefinite or singular A,
     restarts can stagnate where a longer cycle does not.
 
     The solver stores ``restart`` + 1 vectors. ``info.steps`` counts iterations, of one product each. Each cycle and a

@@ -40,8 +40,8 @@ class Unrolled(Method):
 
     ``mode`` is one of the following, with the same result to rounding:
 
-    - "reverse": store the iterates, and go back through them with one Hessian-vector and one cross product per step
-      (Franceschi et al., ICML 2017), for any number of hyperparameters. Each step takes two gradients, or three with
+    - "reverse": store the iterates, and go back with one Hessian-vector and one cross product per step (Franceschi et
+      al., ICML 2017). The number of hyperparameters is not limited. Each step takes two gradients, or three with
       checkpoints, and two products.
     - "forward": compute dw/dλ along the steps, with one tangent for each of at most 100 entries of ``hparams``. The
       memory does not depend on ``steps``. Each step takes one gradient, two products per entry, and one more product.
@@ -69,9 +69,9 @@ class Unrolled(Method):
         mode: "reverse" or "forward".
         truncation: number of steps at the end to differentiate (Shaban et al., AISTATS 2019). None: all.
         checkpoint: what reverse mode stores, with the same result. True: some 3√K states instead of K; the steps
-            between them run again (Chen et al., 2016). False: everything; in PyTorch, this includes the graph of each
-            step, which saves a gradient per step and takes more memory than autograd. "auto": the iterates, or
-            checkpoints for 100 steps or more, since fewer iterates seldom take more memory than one step.
+            between them run again (Chen et al., 2016). False: everything. In PyTorch, this includes the graph of each
+            step: it saves a gradient per step and takes more memory than autograd. "auto": the iterates, or checkpoints
+            for 100 steps or more. Fewer iterates seldom take more memory than one step.
         optimizer: "descent" or "adam".
         beta1: Adam's factor for the average of gradients, >= 0 and < 1.
         beta2: Adam's factor for the average of squared gradients, >= 0 and < 1.

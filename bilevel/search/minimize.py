@@ -60,9 +60,9 @@ def minimize(
 
     At each λ, ``fit`` and the linear solve start from the solution and the adjoint at the last accepted λ. So all
     trials of a line search have the same start. The tolerance of a solver with an ``rtol`` decreases from 1e-2 to its
-    ``rtol``, with the norm of the hypergradient and by at least 15 % per evaluation (approximate gradients with
-    summable errors, as in HOAG: Pedregosa, ICML 2016). F is divided by the norm of the first hypergradient, so the
-    first step has a length of about 1, and the method's ``gtol`` is relative.
+    ``rtol``. It follows the norm of the hypergradient, and decreases by at least 15 % per evaluation. The errors of the
+    gradients are summable, as in HOAG (Pedregosa, ICML 2016). F is divided by the norm of the first hypergradient. So
+    the first step has a length of about 1, and the method's ``gtol`` is relative.
 
     Args:
         problem, inner_args, outer_args, solver, backend: as in `hypergradient`.

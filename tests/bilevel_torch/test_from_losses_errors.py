@@ -366,7 +366,7 @@ class TestSecondDerivativesThatAreLost:
 
 def test_devices_that_differ_are_named(net, decay):
     weights = torch.ones(3, device="meta", requires_grad=True)
-    with pytest.raises(ValueError, match=r"hparams\['weights'\] is on meta, but params\['0\.bias'\] on cpu"):
+    with pytest.raises(ValueError, match=r"hparams\['weights'\] is on meta, but params\['0\.bias'\] is on cpu"):
         call(*losses(net, decay), net.named_parameters(), {"weights": weights})
 
 
