@@ -176,7 +176,5 @@ def test_a_solver_that_keeps_a_state_is_refused(jit):
     def call(w):
         return bl.hypergradient(PROBLEM, w, h, solver=bl.WarmStart("cg"), **data)
 
-    with pytest.raises(
-        TypeError, match=r"WarmStart keeps a state .*adjoint0=hg\.adjoint.*bl\.prepare"
-    ):
+    with pytest.raises(TypeError, match=r"WarmStart keeps a state .*adjoint0=hg\.adjoint.*bl\.prepare"):
         (jax.jit(call) if jit else call)(w)
