@@ -271,7 +271,7 @@ class TestFailure:
 
 class TestRefused:
     def test_what_is_no_linear_solver(self):
-        with pytest.raises(TypeError, match=r"Unrolled differentiates a training of its own.*use bl\.hypergradient"):
+        with pytest.raises(TypeError, match=r"Unrolled runs inner steps.*use bl\.hypergradient"):
             bilevel_jax.implicit_minimizer(inner, solver="unrolled")
 
     def test_a_solver_that_keeps_a_state(self):
