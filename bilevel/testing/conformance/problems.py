@@ -79,7 +79,7 @@ class _OuterAlone:
 class _TreeInner:
     """L = Σ k (½w² − wλ), for trees k, w and λ of one structure."""
 
-    def __call__(self, w: Array, h: Array, k: Array) -> Array:
+    def __call__(self, w: Array, h: Array, k: Array) -> Any:
         return sum(
             leaf.sum() for _, leaf in leaves_with_paths(tree_map(lambda w, h, k: k * (w * w / 2 - w * h), w, h, k))
         )
@@ -101,7 +101,7 @@ class _TreeInner:
 class _TreeOuter:
     """F = ½ Σ (w − t)²."""
 
-    def __call__(self, w: Array, h: Array, t: Array) -> Array:
+    def __call__(self, w: Array, h: Array, t: Array) -> Any:
         return sum(_leaves(tree_map(lambda w, t: ((w - t) * (w - t)).sum() / 2, w, t)))
 
     def grad(self, w: Array, h: Array, t: Array) -> tuple[Array, None]:
@@ -112,7 +112,7 @@ class _TreeOuter:
 class _CurvedInner:
     """L = Σ ½ (1 + λ²) w² + ¼ w⁴ − w, for trees w and λ of one structure."""
 
-    def __call__(self, w: Array, h: Array) -> Array:
+    def __call__(self, w: Array, h: Array) -> Any:
         return sum(_leaves(tree_map(lambda w, h: ((1 + h * h) * w * w / 2 + w * w * w * w / 4 - w).sum(), w, h)))
 
     def grad(self, w: Array, h: Array) -> Array:
@@ -132,7 +132,7 @@ class _CurvedInner:
 class _CurvedOuter:
     """F = ½ Σ (1 + λ) (w − t)²."""
 
-    def __call__(self, w: Array, h: Array, t: Array) -> Array:
+    def __call__(self, w: Array, h: Array, t: Array) -> Any:
         return sum(_leaves(tree_map(lambda w, h, t: ((1 + h) * (w - t) * (w - t)).sum() / 2, w, h, t)))
 
     def grad(self, w: Array, h: Array, t: Array) -> tuple[Array, Array]:
