@@ -41,10 +41,7 @@ def table(rows: list[tuple[str, Score]]) -> str:
                                       loss  accuracy      loss  accuracy
       tuned                         0.0721     99.1%    0.1398     96.4%
     """
-    lines = [
-        f"  {'penalty':<28}{'validation':>18}{'test':>20}",
-        f"  {'':<28}" + 2 * f"{'loss':>8}{'accuracy':>10}  ",
-    ]
+    lines = [f"  {'penalty':<28}{'validation':>18}{'test':>20}", f"  {'':<28}" + 2 * f"{'loss':>8}{'accuracy':>10}  "]
     for name, s in rows:
         validation = f"{s.validation_loss:>8.4f}{s.validation_accuracy:>10.1%}"
         lines.append(f"  {name:<28}{validation}{s.test_loss:>10.4f}{s.test_accuracy:>10.1%}")

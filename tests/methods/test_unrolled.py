@@ -740,7 +740,7 @@ class TestJax:
             ),
             ([(np.ones(3),), (np.ones(3, int),)], ValueError, r"leaf \[0\] is int64 of shape \(3,\) in batch 1"),
             ([(np.ones(3),), (np.ones(3), 1.0)], ValueError, "batch 1 has the structure"),
-            ([("a",), ("b",)], TypeError, r"leaf \[0\] of the batches is no number or array, and not the same in all"),
+            ([("a",), ("b",)], TypeError, r"leaf \[0\] of the batches is not a number or array, and it differs"),
         ],
         ids=["shape", "dtype", "structure", "words"],
     )

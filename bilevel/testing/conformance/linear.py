@@ -160,14 +160,7 @@ def in_a_hypergradient(s: Subject) -> None:
     expect(np.linalg.norm(grad - combined) <= allowed, s, system, f"dF/dλ = {combined}", grad)
 
 
-PER_DTYPE: list[Law] = [
-    definite,
-    ill_conditioned,
-    indefinite,
-    singular,
-    inconsistent,
-    multiples_of_identity,
-]
+PER_DTYPE: list[Law] = [definite, ill_conditioned, indefinite, singular, inconsistent, multiples_of_identity]
 LAWS: list[Law] = [
     one_unknown,
     zero_rhs,
