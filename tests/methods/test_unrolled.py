@@ -810,7 +810,7 @@ class TestErrors:
         args = {"inner_args": case.batches[0], "outer_args": (case.t, case.d)}
         problem = bl.Problem(NoCrossJvp(), QuarticOuter())
         assert bl.hypergradient(problem, case.w, case.h, **args, solver="unrolled").grad.shape == (4,)
-        with pytest.raises(TypeError, match=r"\(NoCrossJvp\) has no method 'cross_jvp'.*mode=\"reverse\" does without"):
+        with pytest.raises(TypeError, match=r"\(NoCrossJvp\) has no .*cross_jvp.*mode=\"reverse\" does not need it"):
             bl.hypergradient(problem, case.w, case.h, **args, solver=bl.Unrolled(mode="forward"))
 
     def test_a_cross_jvp_of_the_wrong_shape(self):
