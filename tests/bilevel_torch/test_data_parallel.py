@@ -107,9 +107,7 @@ def test_what_goes_wrong_on_one_rank_is_known_to_all(several):
 def test_a_rank_outside_of_the_group_is_told(several):
     said = [rank["said"].get("not in the group") for rank in several]
     message = "DataParallel: rank 0 is not in the group. Make no DataParallel there."
-    assert said == ["DataParallel: rank 0 is not in the group. Make no DataParallel there."] + [None] * (
-        len(several) - 1
-    )
+    assert said == [message] + [None] * (len(several) - 1)
 
 
 def test_a_rank_without_the_others_is_warned(several):

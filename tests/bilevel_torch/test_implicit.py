@@ -164,8 +164,5 @@ class TestErrors:
 
     def test_inference_mode(self):
         solve = bilevel_torch.implicit_minimizer(inner)(train)
-        with (
-            torch.inference_mode(),
-            pytest.raises(RuntimeError, match=r"inference_mode.*zero without an error"),
-        ):
+        with torch.inference_mode(), pytest.raises(RuntimeError, match=r"inference_mode.*zero without an error"):
             solve(hparams(), X, y)
