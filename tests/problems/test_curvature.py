@@ -215,7 +215,7 @@ class TestGaussNewton:
     def test_a_check_says_what_gauss_newton_costs(self, autodiff):
         params, hparams, train, val = move(autodiff, arrays())
         args = {"inner_args": train, "outer_args": val, "solver": "exact"}
-        with pytest.raises(AssertionError, match="Gauss-Newton leaves part of the Hessian out"):
+        with pytest.raises(AssertionError, match="Gauss-Newton leaves out part of the Hessian"):
             check_hypergradient(classifier(namespace(autodiff)), params, hparams, **args)
         check_hypergradient(classifier(namespace(autodiff), curvature="hessian"), params, hparams, **args)
 
