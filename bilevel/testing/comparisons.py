@@ -109,7 +109,7 @@ def against_differences(subject: Subject, seed: int) -> str | None:
     contradictions = [a for a in compare(subject.backend, subject.problem, subject.inputs).of if a.wrong]
     if contradictions and contradictions[0].name == "inner grad":
         return paragraphs(
-            f"{contradictions[0].sentence()} The reference needs it to solve the inner problem, so there is none."
+            f"{contradictions[0].sentence()} It cannot solve the inner problem, so there is no reference."
         )
 
     named = list(directions(subject.backend, subject.inputs.hparams, subject.grad, np.random.default_rng(seed)))
