@@ -68,16 +68,7 @@ def check_hypergradient(
             raise ValueError(f"{name}: expected a number >= 0, got {value!r}.")
     method = as_method(get_solver(solver))
     found, inputs = prepare(params, hparams, inner_args, outer_args, backend, f"the {reference} reference")
-    hg = hypergradient(
-        problem,
-        params,
-        hparams,
-        inner_args=inner_args,
-        outer_args=outer_args,
-        solver=method,
-        backend=found,
-        on_failure="ignore",
-    )
+    hg = hypergradient(problem, **inputs._asdict(), solver=method, backend=found, on_failure="ignore")
     eps = max(found.space(params).eps, found.space(hparams).eps)
     rtol = default_rtol(method, eps) if rtol is None else rtol
     # An unrolled method evaluates the hypergradient at other params.

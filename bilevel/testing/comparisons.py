@@ -69,14 +69,7 @@ class Subject(NamedTuple):
 def against_exact(subject: Subject) -> str | None:
     """Compare with the result of a dense solve, leaf by leaf."""
     backend, inputs = subject.backend, subject.inputs
-    reference = exact_hypergradient(
-        subject.problem,
-        inputs.params,
-        inputs.hparams,
-        inner_args=inputs.inner_args,
-        outer_args=inputs.outer_args,
-        backend=backend,
-    )
+    reference = exact_hypergradient(subject.problem, **inputs._asdict(), backend=backend)
     tested, expected = subject.grad, backend.to_flat(reference.grad)
     atol = subject.absolute(expected)
     rows, wrong = [], np.zeros(len(tested), dtype=bool)
@@ -181,18 +174,9 @@ def _cause(subject: Subject, tested: Any, expected: Any, direct: Any, noise: Any
 
 
 def _grad_at(subject: Subject, host: HostProblem[Any, Any], w: np.ndarray) -> np.ndarray:
-    inputs = host.at(w, host.lam)
-    hg = hypergradient(
-        subject.problem,
-        inputs.params,
-        subject.inputs.hparams,
-        inner_args=inputs.inner_args,
-        outer_args=inputs.outer_args,
-        solver=subject.method,
-        backend=subject.backend,
-        on_failure="ignore",
-    )
-    return subject.backend.to_flat(hg.grad)
+    inputs, backend = subject.inputs._replace(params=host.at(w, host.lam).params)._asdict(), subject.backend
+    hg = hypergradient(subject.problem, **inputs, solver=subject.method, backend=backend, on_failure="ignore")
+    return backend.to_flat(hg.grad)
 
 
 def _inner_grad(backend: Backend, problem: BilevelProblem, inputs: Inputs[P, H]) -> P:
