@@ -461,7 +461,7 @@ def test_references_refuse_what_is_too_large():
     large = bl.problems.quadratic(1.0, 1.0, 0.0)
     with pytest.raises(ValueError, match="the exact reference would take 5,001 Hessian-vector products"):
         exact_hypergradient(large, np.zeros(5001), np.zeros(1))
-    with pytest.raises(ValueError, match=r"hparams has 201 entries.*reference=\"finite-differences\", which probes"):
+    with pytest.raises(ValueError, match=r"hparams has 201 entries.*reference=\"finite-differences\", which tests"):
         finite_difference_hypergradient(large, np.zeros(1), np.zeros(201))
 
 

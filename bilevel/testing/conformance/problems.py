@@ -80,7 +80,7 @@ class _TreeInner:
     """L = Σ k (½w² − wλ), for trees k, w and λ of one structure."""
 
     def __call__(self, w: Array, h: Array, k: Array) -> Array:
-        return sum(_leaves(tree_map(lambda w, h, k: (k * (w * w / 2 - w * h)).sum(), w, h, k)))
+        return _total(tree_map(lambda w, h, k: (k * (w * w / 2 - w * h)).sum(), w, h, k))
 
     def grad(self, w: Array, h: Array, k: Array) -> Array:
         return tree_map(lambda w, h, k: k * (w - h), w, h, k)
@@ -100,7 +100,7 @@ class _TreeOuter:
     """F = ½ Σ (w − t)²."""
 
     def __call__(self, w: Array, h: Array, t: Array) -> Array:
-        return sum(_leaves(tree_map(lambda w, t: ((w - t) * (w - t)).sum() / 2, w, t)))
+        return _total(tree_map(lambda w, t: ((w - t) * (w - t)).sum() / 2, w, t))
 
     def grad(self, w: Array, h: Array, t: Array) -> tuple[Array, None]:
         return tree_map(lambda w, t: w - t, w, t), None
@@ -111,7 +111,7 @@ class _CurvedInner:
     """L = Σ ½ (1 + λ²) w² + ¼ w⁴ − w, for trees w and λ of one structure."""
 
     def __call__(self, w: Array, h: Array) -> Array:
-        return sum(_leaves(tree_map(lambda w, h: ((1 + h * h) * w * w / 2 + w * w * w * w / 4 - w).sum(), w, h)))
+        return _total(tree_map(lambda w, h: ((1 + h * h) * w * w / 2 + w * w * w * w / 4 - w).sum(), w, h))
 
     def grad(self, w: Array, h: Array) -> Array:
         return tree_map(lambda w, h: (1 + h * h) * w + w * w * w - 1, w, h)
@@ -131,7 +131,7 @@ class _CurvedOuter:
     """F = ½ Σ (1 + λ) (w − t)²."""
 
     def __call__(self, w: Array, h: Array, t: Array) -> Array:
-        return sum(_leaves(tree_map(lambda w, h, t: ((1 + h) * (w - t) * (w - t)).sum() / 2, w, h, t)))
+        return _total(tree_map(lambda w, h, t: ((1 + h) * (w - t) * (w - t)).sum() / 2, w, h, t))
 
     def grad(self, w: Array, h: Array, t: Array) -> tuple[Array, Array]:
         in_w = tree_map(lambda w, h, t: (1 + h) * (w - t), w, h, t)
@@ -227,5 +227,5 @@ def quadratic_point(
     return QuadraticPoint(arguments, *truth, damping=damping)
 
 
-def _leaves(tree: Any) -> list[Any]:
-    return [leaf for _, leaf in leaves_with_paths(tree)]
+def _total(tree: Any) -> Any:
+    return sum(leaf for _, leaf in leaves_with_paths(tree))
