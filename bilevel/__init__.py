@@ -7,17 +7,7 @@ from bilevel.config import get_backend, get_solver, list_backends, list_precondi
 from bilevel.diagnosis import diagnose
 from bilevel.errors import SolverError, SolverWarning
 from bilevel.hypergradient import hypergradient, hypergradient_from
-from bilevel.linear_solvers import (
-    CG,
-    GMRES,
-    MINRES,
-    BiCGStab,
-    Exact,
-    Identity,
-    LinearSolver,
-    Neumann,
-    Nystrom,
-)
+from bilevel.linear_solvers import CG, GMRES, MINRES, BiCGStab, Exact, Identity, LinearSolver, Neumann, Nystrom
 from bilevel.linearization import Linearization, NonSymmetric
 from bilevel.methods import Unrolled
 from bilevel.preconditioners import DiagonalPreconditioner, NystromPreconditioner

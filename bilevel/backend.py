@@ -1,4 +1,4 @@
-"""What a framework must offer."""
+"""The base class of backends."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ from typing import TYPE_CHECKING, Any, ClassVar, Concatenate, Literal, ParamSpec
 import numpy as np
 
 from bilevel.linearization import Inputs, LinearizedMap, OuterDerivatives
-from bilevel.spaces.array import H, P, V
+from bilevel.spaces.array import Args, H, P, V
 from bilevel.spaces.space import Space
 from bilevel.spaces.tree import leaves_with_paths
 
 if TYPE_CHECKING:
     from bilevel.problems.model_loss import ModelLoss
 
-Args = ParamSpec("Args")
+Rest = ParamSpec("Rest")
 R = TypeVar("R")
 Data = Literal["inner", "outer"]
-"""Whose data an objective is a mean over: the training data or the validation data."""
+"""The data that an objective is a mean over: the training data or the validation data."""
 
 
 class Backend:
-    """A framework: it differentiates objectives and maps, and knows trees of its arrays as vectors.
+    """A framework with derivatives of objectives and maps, and with trees of arrays as vectors.
 
-    Subclass it. The methods with a body are right for frameworks that run step by step and have no trees.
+    Write a subclass. The methods with a body suit frameworks that run step by step and have no trees.
 
     Attributes:
-        name: also the name of the framework's top-level module, by which its arrays are recognised.
-        compiles: whether `run` compiles, so that no object can keep a state from call to call.
-        requires_all_ranks: whether a product takes part of all processes. Then no process may take one alone.
-        can_store_graphs: whether a scan can collect `LinearizedMap`, and storing them is cheaper than computing them
-            again.
+        name: the name of the backend and of the framework's top-level module.
+        compiles: whether `run` compiles. Then no object can keep a state between calls.
+        requires_all_ranks: whether all processes must take part in each product.
+        can_store_graphs: whether a scan can collect `LinearizedMap` objects, and storing them is cheaper than computing
+            them again.
     """
 
     name: str
@@ -48,48 +48,36 @@ class Backend:
 
     @abstractmethod
     def space(self, tree: V) -> Space[V]:
-        """Return the vectors that are like a tree of arrays."""
+        """Return the space of vectors that are like a tree of arrays."""
         raise NotImplementedError
 
     @abstractmethod
-    def inner(self, objective: Any, params: P, hparams: H, args: tuple[object, ...]) -> LinearizedMap[P, H]:
+    def inner(self, objective: Any, params: P, hparams: H, args: Args) -> LinearizedMap[P, H]:
         """Linearize the gradient ∂L/∂w of an inner objective at a point."""
         raise NotImplementedError
 
     @abstractmethod
     def outer(
-        self,
-        objective: Any,
-        params: P,
-        hparams: H,
-        args: tuple[object, ...],
-        *,
-        label: str = "outer",
-        data: Data = "outer",
+        self, objective: Any, params: P, hparams: H, args: Args, *, label: str = "outer", data: Data = "outer"
     ) -> OuterDerivatives[P, H]:
-        """Evaluate an objective at a point, with its first derivatives.
+        """Evaluate objective(params, hparams, *args) -> scalar, with its first derivatives.
 
-        Args:
-            objective: (params, hparams, *args) -> scalar.
-            params: w.
-            hparams: λ.
-            args: further arguments.
-            label: the name of the objective in errors.
-            data: whose data the objective is a mean over. It matters where ranks have different numbers of samples.
+        ``label`` is the name of the objective in errors. ``data`` is the data that the objective is a mean over, which
+        matters if ranks have different numbers of samples.
         """
         raise NotImplementedError
 
-    def gauss_newton(self, inner: ModelLoss, params: P, hparams: H, args: tuple[object, ...]) -> LinearizedMap[P, H]:
+    def gauss_newton(self, inner: ModelLoss, params: P, hparams: H, args: Args) -> LinearizedMap[P, H]:
         """Linearize ∂L/∂w, with Gauss-Newton products for ``vjp_params``."""
         raise TypeError(
             f'curvature="gauss-newton": the {self.name} backend derives no Gauss-Newton products. If an objective '
-            'brings its own derivatives, let its hvp return them, with curvature="hessian".'
+            'has analytic derivatives, return the products from its hvp, with curvature="hessian".'
         )
 
     def jacobian(
-        self, function: Callable[..., object], params: P, hparams: H, args: tuple[object, ...], label: str
+        self, function: Callable[..., object], params: P, hparams: H, args: Args, label: str
     ) -> LinearizedMap[P, H]:
-        """Linearize a map from params to trees like it. ``label`` is its name in errors."""
+        """Linearize a map from params to trees like params. ``label`` is the name of the map in errors."""
         raise TypeError(f"{label}: the {self.name} backend has no derivatives of fixed points and roots.")
 
     def leaves(self, tree: object) -> Sequence[tuple[str, Any]]:
@@ -102,23 +90,23 @@ class Backend:
         raise NotImplementedError
 
     def device(self, leaf: Any) -> str | None:
-        """Return where an array is; ``None`` where the framework moves it to the others."""
+        """Return the device of an array; ``None`` if the framework moves arrays automatically."""
         return None
 
     def devices(self) -> list[str]:
-        """Return the devices that this framework can use here, for people to read."""
+        """Return the devices that this framework can use, for `bilevel info`."""
         return ["cpu"]
 
     def check_leaf(self, path: str, leaf: Any) -> None:
-        """Raise for an array whose derivatives would be wrong."""
+        """Raise an error for an array whose derivatives would be wrong."""
 
     def to_host(self, scalar: Any) -> Any:
-        """Return a scalar as a Python number; ``None`` while it is only traced."""
+        """Return a scalar as a Python number; ``None`` if it is traced."""
         return scalar.item()
 
     @abstractmethod
     def from_numpy(self, array: Any) -> Any:
-        """Return a NumPy array as an array of this framework, of the same dtype where it has it."""
+        """Return a NumPy array as an array of this framework, with the same dtype if the framework has it."""
         raise NotImplementedError
 
     @abstractmethod
@@ -135,25 +123,22 @@ class Backend:
         space = self.space(like)
         return space.unravel(self.from_numpy(array.astype(self.to_numpy(space.ravel(like)).dtype)))
 
-    def run(self, function: Callable[Concatenate[Backend, Args], R], *args: Args.args, **options: Args.kwargs) -> R:
-        """Call function(backend, *args), compiled where the framework compiles.
+    def run(self, function: Callable[Concatenate[Backend, Rest], R], *args: Rest.args, **options: Rest.kwargs) -> R:
+        """Call function(backend, *args), compiled if the framework compiles.
 
-        Arrays and floats in the arguments are inputs of the compiled function, also in solvers. The rest is compared by
-        value. The function is one of a module: a closure would be compiled again at each call.
+        Arrays and floats in the arguments are inputs of the compiled function, also in solvers. Other values are
+        compared by value. Pass a function of a module: a closure would be compiled again at each call.
         """
         return function(self, *args, **options)
 
     @contextmanager
     def isolated(self, inputs: Inputs[P, H], double: bool) -> Iterator[Callable[[P, H], Inputs[P, H]]]:
-        """Let objectives be evaluated without side effects that last.
+        """Undo the side effects of objectives on exit, such as changes of random states and buffers of modules.
 
-        In this context their side effects happen as usual (random states, the buffers of modules). On leaving it, all
-        is as it was. It yields ``at(params, hparams)``, which returns the inputs moved to other values. Objectives that
-        compute with arrays of their own, in place of their arguments, follow as far as possible. Each call of ``at``
-        restores the random states and buffers of the start. With ``double``, the moved inputs are in float64, and so
-        are the arrays that the objectives hold, as far as possible.
-
-        This default only moves the inputs.
+        The context yields ``at(params, hparams)``, which returns the inputs moved to other values. It also moves the
+        arrays that objectives use in place of their arguments, as far as possible. Each call of ``at`` restores the
+        random states and buffers of the start. With ``double``, the moved inputs and the arrays of the objectives are
+        in float64, as far as possible. This default only moves the inputs.
         """
         del double
         yield lambda params, hparams: inputs._replace(params=params, hparams=hparams)

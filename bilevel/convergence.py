@@ -1,4 +1,4 @@
-"""Report how a solve ended: a warning, an error or nothing."""
+"""Warn or raise if a solve failed."""
 
 import sys
 import warnings
@@ -16,7 +16,7 @@ OnFailure = Literal["raise", "warn", "ignore"]
 
 
 def check_on_failure(on_failure: str) -> None:
-    """Raise a ValueError unless this is one of the three words."""
+    """Raise a ValueError unless the string is one of the three choices."""
     if on_failure not in get_args(OnFailure):
         raise ValueError(f'on_failure: expected "raise", "warn" or "ignore", got {on_failure!r}.')
 
@@ -31,19 +31,12 @@ def report(
     curvature: Callable[[], Spectrum[Array]] | None = None,
     hint: str = "",
 ) -> SolverInfo:
-    """Return a solve's info in Python numbers, and warn or raise if the solve failed. Traced info is returned as it is.
+    """Return the info of a solve in Python numbers, and warn or raise if the solve failed.
 
-    A result that is not finite raises even if a warning was asked for. A warning costs no product: only an error has
-    numbers of the spectrum in its text. So the text of a warning stays the same, and Python shows it once in a place.
+    Traced info is returned unchanged. If the result is not finite, "warn" also raises. Only the text of an error has
+    numbers of the spectrum. So a warning takes no products, and its text stays the same: Python shows it once.
 
-    Args:
-        backend: the framework.
-        info: information about the solve.
-        method: the method.
-        on_failure: as in `bl.hypergradient`.
-        symmetric: whether the operator was symmetric.
-        curvature: estimates the spectrum of the undamped operator; None: unknown.
-        hint: what the message ends with.
+    ``curvature`` is a function that estimates the spectrum of the undamped operator. ``hint`` ends the message.
     """
     numbers = [backend.to_host(x) if hasattr(x, "dtype") else x for x in info]
     if numbers[3] is None:
@@ -67,7 +60,7 @@ def report(
 
 
 def callers_level() -> int:
-    """Return the stacklevel, for a warning one function up, of the line that called this library or a backend of it."""
+    """Return the stacklevel of the line that called the library or a backend, for a warning in the calling function."""
     level, frame = 1, sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("bilevel"):
         level, frame = level + 1, frame.f_back

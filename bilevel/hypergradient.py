@@ -1,4 +1,4 @@
-"""Solve the inner problem's linearization, and combine."""
+"""Compute hypergradients."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +15,7 @@ from bilevel.operators.lanczos import Spectrum, spectrum
 from bilevel.operators.linear_operator import LinearOperator
 from bilevel.problems.protocols import BilevelProblem
 from bilevel.results import Hypergradient, Status
-from bilevel.spaces.array import Array, H, P
+from bilevel.spaces.array import Args, Array, H, P
 from bilevel.validation import check_inputs, check_like, check_stateless, check_trees, find_backend, leaf_names
 
 SolverSpec = str | Path | Mapping[str, object] | LinearSolver[Any] | Method
@@ -27,8 +27,8 @@ def hypergradient(
     params: P,
     hparams: H,
     *,
-    inner_args: tuple[object, ...] | list[tuple[object, ...]] = (),
-    outer_args: tuple[object, ...] = (),
+    inner_args: Args | list[Args] = (),
+    outer_args: Args = (),
     solver: SolverSpec = "cg",
     adjoint0: P | None = None,
     backend: Backend | str | None = None,
@@ -36,34 +36,34 @@ def hypergradient(
 ) -> Hypergradient[P, H]:
     """Return dF/dλ = ∂F/∂λ − (∂²L/∂λ∂w)ᵀ v, where (∂²L/∂w²) v = ∂F/∂w.
 
-    The implicit function theorem at ``params``, which should minimize the inner objective L for ``hparams``
-    (Lorraine, Vicol & Duvenaud, AISTATS 2020, theorem 1 and algorithm 2). Nothing that is passed in is changed, beyond
-    what the objectives themselves do when they are evaluated (BatchNorm's statistics in train mode, dropout's draws).
+    It follows from the implicit function theorem (Lorraine, Vicol & Duvenaud, AISTATS 2020, theorem 1 and algorithm 2).
+    ``params`` should minimize the inner objective L for ``hparams``. The call does not change its
+    arguments, but objectives may (BatchNorm's statistics in train mode, random states by dropout).
 
-    In JAX an eager call is compiled, and cached by the two functions and the solver: the objectives must be pure, and
-    what they read beside their arguments (globals, attributes of ``self``) stays as it was when they were first traced.
+    In JAX, an eager call is compiled, and cached by the two functions and the solver. The objectives must be pure.
+    Other values that they read, such as globals and attributes of ``self``, keep the values of the first trace.
 
     Args:
-        problem: the inner objective L and the outer objective F; or a `FixedPoint` or a `Root`, which have an equation
-            in place of ∂L/∂w = 0.
+        problem: the inner objective L and the outer objective F, or a `FixedPoint` or `Root`, which have an equation in
+            place of ∂L/∂w = 0.
         params: w, a tree of floating-point arrays.
-        hparams: λ, likewise, of the same framework.
-        inner_args: further arguments of L, most often the training data, as a tuple. A list of such tuples is one
-            batch per step, taken in turn, for ``neumann`` and ``unrolled``; in JAX their arrays must be alike.
-        outer_args: further arguments of F, most often the validation data.
-        solver: for v: a name, a mapping with ``name`` and options, a TOML file, or a solver object.
+        hparams: λ, a tree of floating-point arrays of the same framework.
+        inner_args: further arguments of L, usually the training data, as a tuple. A list of tuples holds one batch per
+            step, in a cycle, for ``neumann`` and ``unrolled``. In JAX, the batches must have equal shapes and dtypes.
+        outer_args: further arguments of F, usually the validation data.
+        solver: solver for v: a name, a mapping with ``name`` and options, a TOML file, or a solver object.
         adjoint0: a warm start for v: the ``adjoint`` of an earlier call.
-        backend: a name or object; None: by the type of the arrays.
-        on_failure: what to do unless the solve converged. "warn" raises all the same where the result is not
-            finite. Under ``jit`` and ``vmap`` only ``info.status`` speaks.
+        backend: a name or object. None: the backend of the arrays.
+        on_failure: "warn", "raise" or "ignore" a failed solve. "warn" also raises if the result is not finite. Under
+            ``jit`` and ``vmap``, only ``info.status`` reports failures.
 
     Returns:
         A `Hypergradient`: ``grad``, ``value``, ``adjoint``, ``params`` and ``info``.
 
     Raises:
-        TypeError, ValueError: for input that does not fit; the message names the leaf. A fixed point or a root
-            takes a solver that does not rely on symmetry.
-        SolverError: if the solve failed and ``on_failure`` says so.
+        TypeError, ValueError: for invalid input; the message names the leaf. For example, a fixed point or a root needs
+            a solver that does not rely on symmetry.
+        SolverError: if the solve failed with ``on_failure="raise"``, or the result is not finite.
 
     >>> import numpy as np, bilevel as bl
     >>> problem = bl.problems.quadratic(hessian=np.eye(2), coupling=np.eye(2), target=np.ones(2))
@@ -75,20 +75,23 @@ def hypergradient(
         raise TypeError(
             f"problem: expected bl.Problem(inner, outer), bl.FixedPoint or bl.Root, got {type(problem).__name__}."
         )
-    method = as_method(get_solver(solver))
+    found = get_solver(solver)
+    method = as_method(found)
     backend = find_backend(backend, params, hparams)
     batches = check_inputs(backend, params, hparams, inner_args, outer_args, adjoint0)
-    check_stateless(backend, method.stateful, method.name)
+    check_stateless(backend, found)
     hg = backend.run(_hypergradient, method, problem, params, hparams, batches, outer_args, adjoint0)
     if hg.params is None:
         hg = hg._replace(params=params)
-    symmetric = problem.kind != "equation"
-
-    def curvature() -> Spectrum[Array]:
-        return backend.run(_spectrum, problem, params, hparams, batches)
-
-    hint = " bl.diagnose looks closer."
-    info = report(backend, hg.info, method, on_failure, symmetric=symmetric, curvature=curvature, hint=hint)
+    info = report(
+        backend,
+        hg.info,
+        method,
+        on_failure,
+        symmetric=problem.kind != "equation",
+        curvature=lambda: backend.run(_spectrum, problem, params, hparams, batches),
+        hint=" Run bl.diagnose for details.",
+    )
     return hg._replace(info=info)  # pyright: ignore[reportReturnType]
 
 
@@ -100,24 +103,21 @@ def hypergradient_from(
     backend: Backend | str | None = None,
     on_failure: OnFailure = "warn",
 ) -> Hypergradient[P | None, H]:
-    """Return the hypergradient of a `Linearization` that was filled by hand.
+    """Return the hypergradient of a `Linearization` that is filled by the user.
 
-    For those whose derivatives come from elsewhere (SciPy, scikit-learn, a paper's formulas).
+    Use it with derivatives from SciPy, scikit-learn or formulas.
 
     Args:
-        linearization: F, its gradients, and the two products, at one point. Products are taken in the dtypes of
-            ``grad_params``.
-        solver: a linear solver: any but ``unrolled``, which needs the problem itself.
-        adjoint0: a warm start for v.
-        backend: a name or object; None: by the type of the arrays.
-        on_failure: as in `hypergradient`.
+        linearization: F, its gradients, and the two products, at one point. The results of ``hvp`` are cast to the
+            dtypes of ``grad_params``.
+        solver: a linear solver: any solver except ``unrolled``, which needs the problem itself.
+        adjoint0, backend, on_failure: as in `hypergradient`.
 
     Returns:
         A `Hypergradient`; its ``params`` is None.
 
     Raises:
-        TypeError, ValueError: for input that does not fit.
-        SolverError: if the solve failed and ``on_failure`` says so.
+        TypeError, ValueError, SolverError: as in `hypergradient`.
 
     >>> import numpy as np, bilevel as bl
     >>> lin = bl.Linearization(
@@ -136,18 +136,15 @@ def hypergradient_from(
         )
     value, rhs, direct, hvp, cross_vjp = linearization
     if rhs is None:
-        raise ValueError("grad_params is None: it is ∂F/∂w, and only grad_hparams may be None.")
+        raise ValueError("grad_params is None: pass ∂F/∂w. Only grad_hparams may be None.")
     for name in ("hvp", "cross_vjp"):
         if not callable(product := getattr(linearization, name)):
-            raise TypeError(
-                f"{name}: expected a function, such as lambda v: A @ v of a matrix A, got {type(product).__name__}."
-            )
+            raise TypeError(f"{name}: expected a function, such as lambda v: A @ v, got {type(product).__name__}.")
     backend = find_backend(backend, rhs, direct, ("grad_params", "grad_hparams"))
-    check_trees(
-        backend, {"grad_params": rhs, "grad_hparams": direct, "adjoint0": adjoint0}, {"adjoint0": "grad_params"}
-    )
+    trees = {"grad_params": rhs, "grad_hparams": direct, "adjoint0": adjoint0}
+    check_trees(backend, trees, {"adjoint0": "grad_params"})
     space = backend.space(rhs)
-    unchecked = ["hvp(v)"]  # the first of all products is looked at
+    unchecked = ["hvp(v)"]  # only the first product is checked
 
     def checked_hvp(v: P) -> P:
         found = hvp(v)
@@ -168,17 +165,15 @@ def hypergradient_from(
 def combine(
     backend: Backend, value: Array | float, direct: H | None, pulled: Pullback[P, H], hparams: H | None
 ) -> Hypergradient[Any, H]:
-    """Add ∂F/∂λ to the pullback of ∂F/∂w, and flag a nan, which can enter by each of the two.
+    """Add ∂F/∂λ to the pullback of ∂F/∂w. A nan in either of them sets the status.
 
-    Raises:
-        ValueError: if λ has no influence, or if the two terms are unlike.
+    Raise a ValueError if nothing depends on λ, or if the two terms have different structures or shapes.
     """
     grad = direct if pulled.hparams is None else pulled.hparams
     if grad is None:
         raise ValueError(
             f"Neither F nor ∂L/∂w depends on {leaf_names(backend, 'hparams', hparams)}. Use the hparams argument "
-            "inside inner or outer: values that are closed over, detached or converted to numbers cannot be "
-            "differentiated."
+            "inside inner or outer. Values that are closed over, detached or converted to numbers have no derivative."
         )
     space = backend.space(grad)
     if direct is not None and pulled.hparams is not None:
@@ -195,8 +190,8 @@ def _hypergradient(
     problem: BilevelProblem,
     params: P,
     hparams: H,
-    batches: list[tuple[object, ...]],
-    outer_args: tuple[object, ...],
+    batches: list[Args],
+    outer_args: Args,
     adjoint0: P | None,
 ) -> Hypergradient[P | None, H]:
     solution = method.solve(Level(backend, problem, params, hparams, batches), adjoint0)
@@ -205,8 +200,6 @@ def _hypergradient(
     return hg if solution.params is params else hg._replace(params=solution.params)
 
 
-def _spectrum(
-    backend: Backend, problem: BilevelProblem, params: P, hparams: H, batches: list[tuple[object, ...]]
-) -> Spectrum[Array]:
+def _spectrum(backend: Backend, problem: BilevelProblem, params: P, hparams: H, batches: list[Args]) -> Spectrum[Array]:
     level = Level(backend, problem, params, hparams, batches)
     return spectrum(level.operator(level.linearize()))

@@ -1,4 +1,4 @@
-"""A bilevel problem at one point: all that implicit differentiation needs."""
+"""A bilevel problem at one point, with the values and products for implicit differentiation."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, NamedTuple
 
-from bilevel.spaces.array import Array, H, P, V
+from bilevel.spaces.array import Args, Array, H, P, V
 
 
 class Linearization(NamedTuple, Generic[P, H]):
-    """A bilevel problem at one point (w, λ), filled by hand, for `bl.hypergradient_from`.
+    """A bilevel problem at one point (w, λ), filled by the user, for `bl.hypergradient_from`.
 
     Attributes:
         value: F(w, λ), a scalar.
-        grad_params: ∂F/∂w, the structure of params; the right-hand side of the linear system.
-        grad_hparams: ∂F/∂λ, the structure of hparams; ``None`` where F does not depend on λ.
-        hvp: v -> (∂²L/∂w²) v, from and to the structure of params. If w solves an equation r(w, λ) = 0 and minimizes
-            nothing, v -> (∂r/∂w)ᵀ v, wrapped in `NonSymmetric`.
-        cross_vjp: v -> (∂²L/∂λ∂w)ᵀ v, or (∂r/∂λ)ᵀ v, from the structure of params to that of hparams; returns
-            ``None`` where ∂L/∂w, or r, does not depend on λ.
+        grad_params: ∂F/∂w, with the structure of params: the right-hand side of the linear system.
+        grad_hparams: ∂F/∂λ, with the structure of hparams; ``None`` if F does not depend on λ.
+        hvp: v -> (∂²L/∂w²) v, from and to trees like params. For an equation r(w, λ) = 0 that is not a gradient,
+            v -> (∂r/∂w)ᵀ v, wrapped in `NonSymmetric`.
+        cross_vjp: v -> (∂²L/∂λ∂w)ᵀ v, or (∂r/∂λ)ᵀ v, from trees like params to trees like hparams. It returns ``None``
+            if ∂L/∂w, or r, does not depend on λ.
     """
 
     value: Array | float
@@ -55,9 +55,9 @@ class LinearizedMap(NamedTuple, Generic[P, H]):
 
     Attributes:
         residual: r, with the structure of params.
-        vjp_params: v -> (∂r/∂w)ᵀ v. For an inner objective, a Hessian-vector product.
-        vjp_hparams: v -> (∂r/∂λ)ᵀ v. Returns None where r does not depend on λ.
-        jvp_hparams: u -> (∂r/∂λ) u, from the structure of hparams to that of params. None where a backend lacks it.
+        vjp_params: v -> (∂r/∂w)ᵀ v. For an inner objective, it is a Hessian-vector product.
+        vjp_hparams: v -> (∂r/∂λ)ᵀ v. It returns None if r does not depend on λ.
+        jvp_hparams: u -> (∂r/∂λ) u, from trees like hparams to trees like params. None if the backend does not have it.
     """
 
     residual: P
@@ -67,7 +67,7 @@ class LinearizedMap(NamedTuple, Generic[P, H]):
 
 
 class OuterDerivatives(NamedTuple, Generic[P, H]):
-    """An objective at one point. ``grad_hparams`` is ``None`` where it does not depend on λ."""
+    """An objective and its gradients at one point. ``grad_hparams`` is ``None`` if it does not depend on λ."""
 
     value: Array
     grad_params: P
@@ -75,9 +75,9 @@ class OuterDerivatives(NamedTuple, Generic[P, H]):
 
 
 class Inputs(NamedTuple, Generic[P, H]):
-    """Where a bilevel problem is evaluated: w, λ and the further arguments of its two objectives."""
+    """The inputs of a bilevel problem: w, λ and the further arguments of its two objectives."""
 
     params: P
     hparams: H
-    inner_args: tuple[object, ...] = ()
-    outer_args: tuple[object, ...] = ()
+    inner_args: Args = ()
+    outer_args: Args = ()

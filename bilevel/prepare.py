@@ -1,4 +1,4 @@
-"""What one call can hand on to the next: work that is done once, and a guess of the next adjoint."""
+"""Reuse work between calls: prepared solvers, and extrapolated adjoints."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from bilevel.linear_solvers.linear_solver import LinearSolver
 from bilevel.methods.implicit import Implicit, as_method
 from bilevel.methods.method import Level, Method
 from bilevel.problems.protocols import BilevelProblem
-from bilevel.spaces.array import H, P
+from bilevel.spaces.array import Args, H, P
 from bilevel.validation import check_inputs, check_like, check_stateless, find_backend
 
 
@@ -19,63 +19,56 @@ def prepare(
     params: P,
     hparams: H,
     *,
-    inner_args: tuple[object, ...] | list[tuple[object, ...]] = (),
+    inner_args: Args | list[Args] = (),
     backend: Backend | str | None = None,
 ) -> LinearSolver[Any] | Method:
-    """Return the solver with its preliminary work done, for several calls at about these params and hparams.
+    """Return the solver with its preliminary work done, for several calls near these params and hparams.
 
-    It fixes what a solver otherwise computes at each call by products with the Hessian: the automatic step size of
-    ``neumann`` and ``unrolled``, the sketch of ``nystrom``, the preconditioner of ``cg``. Other solvers come back
-    unchanged. The result is right as long as the Hessian has not changed much: prepare again after some outer steps.
+    By default, a solver computes some values at each call by products with the Hessian. The result stores them: the
+    automatic step size of ``neumann`` and ``unrolled``, the sketch of ``nystrom``, the preconditioner of ``cg``. Other
+    solvers are returned unchanged. Prepare again after some outer steps, when the Hessian has changed.
 
     Args:
-        solver: a name, a mapping with ``name`` and options, a TOML file, or a solver object.
-        problem: as in `hypergradient`; its outer objective is not evaluated.
-        params: w, a tree of floating-point arrays.
-        hparams: λ, a tree of floating-point arrays.
-        inner_args: further arguments of L. Of a list of batches, the first is used.
-        backend: a name or object; None: by the type of the arrays.
+        solver, params, hparams, backend: as in `hypergradient`.
+        problem: as in `hypergradient`. The outer objective is not evaluated.
+        inner_args: further arguments of L. If they are a list of batches, only the first batch is used.
 
     Raises:
-        TypeError, ValueError: for input that does not fit.
+        TypeError, ValueError: for invalid input.
 
     >>> import numpy as np, bilevel as bl
     >>> problem = bl.problems.quadratic(hessian=np.diag([1.0, 4.0]), coupling=np.eye(2), target=np.ones(2))
     >>> float(bl.prepare("neumann", problem, np.zeros(2), np.zeros(2)).state)
     0.25
     """
-    method = as_method(get_solver(solver))
+    found = get_solver(solver)
+    method = as_method(found)
     backend = find_backend(backend, params, hparams)
     batches = check_inputs(backend, params, hparams, inner_args)
-    check_stateless(backend, method.stateful, method.name)
+    check_stateless(backend, found)
     state = backend.run(_init, method, problem, params, hparams, batches)
     prepared = method.with_state(state, backend.space(params).layout(params))
     return prepared.solver if isinstance(prepared, Implicit) else prepared
 
 
 def _init(
-    backend: Backend,
-    method: Method,
-    problem: BilevelProblem,
-    params: P,
-    hparams: H,
-    batches: list[tuple[object, ...]],
+    backend: Backend, method: Method, problem: BilevelProblem, params: P, hparams: H, batches: list[Args]
 ) -> object:
     return method.init(Level(backend, problem, params, hparams, batches))
 
 
 def extrapolate(adjoint: P, previous: P | None, *, backend: Backend | str | None = None) -> P:
-    """Return 2·adjoint − previous: where the adjoint of the next outer step should be if it goes on as it went.
+    """Return 2·adjoint − previous, a linear extrapolation to the adjoint of the next outer step.
 
-    A better warm start (``adjoint0``) than the last adjoint alone once the outer steps are small and regular.
+    If the outer steps are small and regular, it is a better warm start (``adjoint0``) than the last adjoint.
 
     Args:
-        adjoint: of the last call.
-        previous: of the call before; None at the first step, which returns ``adjoint``.
-        backend: a name or object; None: by the type of the arrays.
+        adjoint: the adjoint of the last call.
+        previous: the adjoint of the call before. None, at the first step: return ``adjoint``.
+        backend: as in `hypergradient`.
 
     Raises:
-        TypeError, ValueError: if the two do not fit together.
+        TypeError, ValueError: if the two trees have different frameworks, structures or shapes.
 
     >>> import numpy as np
     >>> extrapolate(np.array([3.0]), np.array([1.0]))

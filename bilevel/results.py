@@ -1,4 +1,4 @@
-"""What a hypergradient call returns. NamedTuples, so that they are pytrees in every framework."""
+"""Results of hypergradients. They are NamedTuples, so they are pytrees in every framework."""
 
 from enum import IntEnum
 from typing import Any, Generic, NamedTuple
@@ -7,11 +7,10 @@ from bilevel.spaces.array import H, P
 
 
 class Status(IntEnum):
-    """How a solve ended.
+    """The outcome of a solve.
 
-    ``CONVERGED`` means that the method did what it promises. Either the tolerance was met by a residual computed from
-    the operator itself. Or, for a method with a fixed number of terms (``identity``, ``neumann``, ``unrolled``), all of
-    them were summed and nothing went wrong.
+    ``CONVERGED`` means that a residual from a product with the operator meets the tolerance. For a method with a fixed
+    number of terms (``identity``, ``neumann``, ``unrolled``), it means that all terms are summed without a failure.
     """
 
     CONVERGED = 0
@@ -22,16 +21,16 @@ class Status(IntEnum):
 
 
 class SolverInfo(NamedTuple):
-    """How the adjoint was found: Python numbers from an eager call, arrays under ``jit`` and ``vmap``.
+    """Information about a solve: Python numbers from an eager call, arrays under ``jit`` and ``vmap``.
 
     Attributes:
-        steps: iterations; one Hessian-vector product each, two for BiCGStab.
-        residual_norm: norm of rhs - A v, in the units of ``rhs_norm``. Each solver documents how it is known. ``nan``
-            where it would cost as much as the solve (``identity``).
+        steps: number of iterations, of one Hessian-vector product each, or two for BiCGStab.
+        residual_norm: norm of rhs - A v, in the units of ``rhs_norm``. Each solver documents its computation. ``nan``
+            if it would take as much work as the solve (``identity``).
         rhs_norm: norm of the right-hand side ∂F/∂w.
         status: a `Status`.
-        inner_grad_norm: norm of ∂L/∂w at ``params``, or of the residual of a fixed point or root: zero where the inner
-            problem is solved. ``nan`` where it is not known (``unrolled``, `hypergradient_from`).
+        inner_grad_norm: norm of ∂L/∂w at ``params``, or of the residual of a fixed point or root. It is zero at a
+            solution of the inner problem, and ``nan`` if it is unknown (``unrolled``, `hypergradient_from`).
     """
 
     steps: Any
@@ -52,14 +51,14 @@ class SolverInfo(NamedTuple):
 
 
 class Hypergradient(NamedTuple, Generic[P, H]):
-    """dF/dλ at one point and how it was found.
+    """dF/dλ at one point, with information about the solve.
 
     Attributes:
         grad: dF/dλ, with the structure, shapes and dtypes of ``hparams``.
         value: F(w, λ), a scalar of the framework.
-        adjoint: v of (∂²L/∂w²) v = ∂F/∂w, with the structure of ``params``; the warm start (``adjoint0``) of a next
-            call nearby.
-        params: where the hypergradient was taken: the ``params`` given, or the end of an unroll.
+        adjoint: v of (∂²L/∂w²) v = ∂F/∂w, with the structure of ``params``. It is a warm start (``adjoint0``) of the
+            next call.
+        params: the weights of the hypergradient: the given ``params``, or the end of an unroll.
         info: `SolverInfo`.
     """
 

@@ -1,25 +1,24 @@
-"""Checks of what a caller hands over; each error names the leaf by its path."""
+"""Checks of arguments. Errors name a leaf by its path."""
 
 from typing import Any
 
 from bilevel.backend import Backend
 from bilevel.config import get_backend, imported_backends
+from bilevel.linear_solvers.linear_solver import LinearSolver
+from bilevel.methods.method import Method
+from bilevel.spaces.array import Args
 
 TREES = (
-    "A tree is made of dicts, lists and tuples of arrays; that of a module is dict(module.named_parameters()) in "
-    "torch, nnx.state(module, nnx.Param) in Flax, eqx.filter(module, eqx.is_inexact_array) in Equinox. A number "
-    "becomes an array by np.array, torch.tensor or jnp.asarray."
+    "A tree consists of dicts, lists and tuples of arrays. For a module, use dict(module.named_parameters()) in "
+    "torch, nnx.state(module, nnx.Param) in Flax, eqx.filter(module, eqx.is_inexact_array) in Equinox. Convert a "
+    "number by np.array, torch.tensor or jnp.asarray."
 )
 
 
 def find_backend(
     spec: Backend | str | None, params: object, hparams: object, names: tuple[str, str] = ("params", "hparams")
 ) -> Backend:
-    """Return the backend asked for, or the one that owns the arrays.
-
-    Raises:
-        TypeError: if the arrays belong to no backend, or to different ones.
-    """
+    """Return the given backend, or the backend of the arrays. Raise a TypeError unless there is exactly one."""
     if spec is not None:
         return get_backend(spec)
     owners = [
@@ -32,13 +31,13 @@ def find_backend(
     if not owners:
         raise TypeError(
             f"{names[0]} and {names[1]}: expected trees of NumPy, torch or JAX arrays, got {type(params).__name__} and "
-            f"{type(hparams).__name__} without any. {TREES}"
+            f"{type(hparams).__name__} without arrays. {TREES}"
         )
     (first, found), (last, other) = owners[0], owners[-1]
     if found is not other:
         raise TypeError(
-            f"{first} is an array of {found.name}, but {last} one of {other.name}: "
-            f"{names[0]} and {names[1]} must be of one framework."
+            f"{first} is an array of {found.name}, but {last} is an array of {other.name}: "
+            f"{names[0]} and {names[1]} must belong to one framework."
         )
     return found
 
@@ -50,13 +49,13 @@ def check_inputs(
     inner_args: object = (),
     outer_args: object = (),
     adjoint0: object = None,
-) -> list[tuple[object, ...]]:
-    """Return the batches of the inner arguments: one, or those of a list.
+) -> list[Args]:
+    """Return the list of batches of the inner arguments.
 
     Raises:
         TypeError: if a leaf of params or hparams belongs to another framework or is not floating-point, or if arguments
-            are no tuple. inner_args may also be a list of tuples, one per batch.
-        ValueError: for empty trees, different devices, an adjoint0 unlike params, or a list of no batches.
+            are not a tuple. inner_args may also be a list of tuples, one per batch.
+        ValueError: for empty trees, different devices, an adjoint0 unlike params, or an empty list of batches.
     """
     if params is None or hparams is None:
         raise ValueError(f"{'params' if params is None else 'hparams'} is None.")
@@ -68,7 +67,7 @@ def check_inputs(
     elif inner_args:
         args = {f"inner_args[{i}]": batch for i, batch in enumerate(inner_args)}
     else:
-        raise ValueError("inner_args: the list has no batch; without further arguments, leave inner_args out.")
+        raise ValueError("inner_args: the list has no batch. If there are no arguments, leave inner_args out.")
     for name, value in {**args, "outer_args": outer_args}.items():
         if not isinstance(value, tuple):
             hint = " A list holds one tuple per batch, as in inner_args=[(x0, y0), (x1, y1)]." if name in args else ""
@@ -79,9 +78,9 @@ def check_inputs(
 
 
 def check_trees(backend: Backend, trees: dict[str, object], like: dict[str, str]) -> None:
-    """Raise unless these are trees of floating-point arrays on one device; None stands for an absent one.
+    """Raise unless these are trees of floating-point arrays on one device. None is an absent tree.
 
-    ``like`` says which tree must have the structure, shapes and dtypes of which other.
+    ``like`` maps the name of a tree to the name of another tree that must have the same structure, shapes and dtypes.
     """
     first: tuple[str, str] | None = None
     for name, tree in trees.items():
@@ -91,7 +90,7 @@ def check_trees(backend: Backend, trees: dict[str, object], like: dict[str, str]
         for path, leaf in leaves:
             where = _check_leaf(backend, name + path, leaf)
             if where is not None and first is not None and where != first[1]:
-                raise ValueError(f"{name}{path} is on {where}, but {first[0]} on {first[1]}: move them together.")
+                raise ValueError(f"{name}{path} is on {where}, but {first[0]} is on {first[1]}: move one of them.")
             first = first or (where and (name + path, where)) or None
     for name, other in like.items():
         if trees[name] is not None:
@@ -115,7 +114,7 @@ def check_dtypes(backend: Backend, name: str, tree: object, other: str, referenc
     """Raise a TypeError unless two trees of one structure have the same dtypes."""
     for (path, leaf), (_, like) in zip(backend.leaves(tree), backend.leaves(reference), strict=True):
         if leaf.dtype != like.dtype:
-            raise TypeError(f"{name}{path} is {leaf.dtype}, but {other}{path} {like.dtype}: convert one of them.")
+            raise TypeError(f"{name}{path} is {leaf.dtype}, but {other}{path} is {like.dtype}: convert one of them.")
 
 
 def check_like(backend: Backend, name: str, tree: object, other: str, reference: object) -> None:
@@ -135,23 +134,23 @@ def check_like(backend: Backend, name: str, tree: object, other: str, reference:
             )
 
 
-def check_stateless(backend: Backend, stateful: bool, name: str) -> None:
-    """Raise a TypeError if a solver keeps a state where the backend compiles."""
-    if stateful and backend.compiles:
+def check_stateless(backend: Backend, solver: LinearSolver[Any] | Method) -> None:
+    """Raise a TypeError if a solver keeps a state and the backend compiles."""
+    if solver.stateful and backend.compiles:
         raise TypeError(
-            f"{name} keeps a state from call to call, which compiled code cannot. Carry the state yourself: pass "
-            "adjoint0=hg.adjoint of the last call (return it together with what your step returns), and the solver of "
-            "bl.prepare for a step size, sketch or preconditioner found once."
+            f"{type(solver).__name__} keeps a state between calls, which is not possible in compiled code. Return "
+            "hg.adjoint from your step, and pass adjoint0=hg.adjoint to the next call. To reuse a step size, sketch or "
+            "preconditioner, pass the solver that bl.prepare returns."
         )
 
 
 def leaf_names(backend: Backend, name: str, tree: object) -> str:
-    """Return the leaves of a tree by their paths, for an error."""
+    """Return the paths of the leaves of a tree, for an error."""
     return ", ".join(name + path for path, _ in backend.leaves(tree)) or name
 
 
 def depends_on_nothing(backend: Backend, label: str, params: object, hparams: object) -> str:
-    """Return the beginning of an error about an objective that has no derivative at all."""
+    """Return the beginning of an error about an objective without any derivative."""
     in_params = leaf_names(backend, "params", params)
     if label == "inner":
         return f"inner does not depend on {in_params}"
@@ -159,17 +158,10 @@ def depends_on_nothing(backend: Backend, label: str, params: object, hparams: ob
 
 
 def check_scalar(label: str, value: Any) -> None:
-    """Raise unless an objective returned one floating-point number: an array of shape ().
-
-    Raises:
-        TypeError: if it returned no array.
-        ValueError: if it returned another shape.
-    """
+    """Raise a TypeError unless an objective returns a floating-point array, and a ValueError unless its shape is ()."""
     if not hasattr(value, "shape"):
         raise TypeError(f"{label}: expected a scalar array, got {type(value).__name__}.")
     if not str(value.dtype).rpartition(".")[2].startswith(("float", "bfloat")):
-        raise TypeError(f"{label}: expected a floating-point scalar, got {value.dtype}: it has no derivative.")
-    if tuple(value.shape) != ():
-        raise ValueError(
-            f"{label}: expected a scalar, got an array of shape {tuple(value.shape)}. Take its mean or sum."
-        )
+        raise TypeError(f"{label}: expected a floating-point scalar, got {value.dtype}, which has no derivative.")
+    if shape := tuple(value.shape):
+        raise ValueError(f"{label}: expected a scalar, got an array of shape {shape}. Take its mean or sum.")

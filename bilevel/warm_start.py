@@ -1,4 +1,4 @@
-"""A solver that remembers: for eager loops, and for the checkpoints of their users."""
+"""A solver with a state, for eager loops and for checkpoints."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ FORMAT = 2
 
 
 class WarmStart(Wrapper[object]):
-    """A linear solver that starts each solve from the last solution, and keeps its preliminary work.
+    """A linear solver that starts each solve from the last solution, and reuses its preliminary work.
 
     Pass the same object as ``solver=`` to every call of a loop. It has state. Save the state in your checkpoint
     together with the optimizers' states. Otherwise a resumed run differs from an uninterrupted one.
@@ -29,17 +29,17 @@ class WarmStart(Wrapper[object]):
 
     Args:
         solver: a linear solver: a name, a mapping with ``name`` and options, a TOML file, or a solver object. A run
-            that resumes with another solver keeps the adjoint and does the preliminary work again.
-        extrapolate: start from 2·(last adjoint) − (the one before), as `bl.extrapolate` does. It helps where outer
-            steps are small and regular.
-        prepare_every: find the step size, sketch or preconditioner in every so many calls, and use it in the calls
-            between, as `bl.prepare` does. None: find it at each call.
+            that resumes with another solver keeps the adjoint and repeats the preliminary work.
+        extrapolate: start from 2·(last adjoint) − (adjoint before), as `bl.extrapolate` does. It helps if outer steps
+            are small and regular.
+        prepare_every: number of calls that share a step size, sketch or preconditioner, as with `bl.prepare`. None:
+            compute it at each call.
 
     Attributes:
-        counts: how many solves ended with each status, by its name.
+        counts: number of solves by the name of their status.
 
     Raises:
-        TypeError, ValueError: if an option does not fit, or if the method is no linear solver (``unrolled``).
+        TypeError, ValueError: if an option is invalid, or if the solver is not linear (``unrolled``).
 
     >>> import numpy as np, bilevel as bl
     >>> problem = bl.problems.quadratic(hessian=np.diag([1.0, 4.0]), coupling=np.eye(2), target=np.ones(2))
@@ -61,7 +61,7 @@ class WarmStart(Wrapper[object]):
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything, as for params of another shape."""
+        """Delete the state, for example before using params of another shape."""
         self.calls = 0
         self.counts: Counter[str] = Counter()
         self.adjoint: object = None
@@ -74,9 +74,9 @@ class WarmStart(Wrapper[object]):
 
     @override
     def init(self, A: LinearOperator[V]) -> object:
-        """Return the state of the solver inside: the kept one, unless it is due again."""
-        if self.loaded is not None:  # from a file, most often to the CPU
-            self._bring(A)
+        """Return the stored state of the inner solver, or a new one after ``prepare_every`` calls."""
+        if self.loaded is not None:
+            self._move(A)
         if self.prepare_every is None:
             return self.solver.init(A)
         if self.state is None or self.calls % self.prepare_every == 0:
@@ -85,13 +85,13 @@ class WarmStart(Wrapper[object]):
 
     @override
     def solve(self, state: object, A: LinearOperator[V], b: V, x0: V | None) -> tuple[V, SolverInfo]:
-        space, last = A.space, self._remembered(self.adjoint, A.space)
+        space, last = A.space, self._stored(self.adjoint, A.space)
         if x0 is None and last is not None:
-            previous = self._remembered(self.previous, space) if self.extrapolate else None
+            previous = self._stored(self.previous, space) if self.extrapolate else None
             x0 = last if previous is None else space.axpy(-1.0, previous, space.scale(2.0, last))
         adjoint, info = self.solver.solve(state, A, b, x0)
-        # A failed solve leaves the memory as it was, if an indefinite Hessian has led it away from the solution. The
-        # next solve would start there, and the one after from further away.
+        # Do not store the result of a failed solve that moved away from the solution, as with an indefinite Hessian.
+        # Otherwise the next solves would start further and further away.
         status, worse = info.status, info.residual_norm > info.rhs_norm
         lost = (status == int(Status.NON_FINITE)) | ((status != int(Status.MAXITER)) & worse)
         self.calls += 1
@@ -102,7 +102,7 @@ class WarmStart(Wrapper[object]):
 
     @override
     def with_rtol(self, rtol: float) -> Self:
-        """Return the same object: a copy would have a memory of its own."""
+        """Return the same object, because a copy would have a separate state."""
         return self
 
     @override
@@ -110,7 +110,7 @@ class WarmStart(Wrapper[object]):
         self.counts[Status(info.status).name] += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state, in arrays, numbers, dicts and lists: `torch.load` takes it with ``weights_only``."""
+        """Return the state as arrays, numbers, dicts and lists, which `torch.load` reads with ``weights_only``."""
         return {
             "format": FORMAT,
             "solver": repr(self.solver),
@@ -122,49 +122,45 @@ class WarmStart(Wrapper[object]):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a state that `state_dict` has returned. The next solve brings it to the device of params.
+        """Load a state from `state_dict`. The next solve moves it to the device of params.
 
         Raises:
-            ValueError: if a key is missing or unknown, or the format is another.
+            ValueError: if a key is missing or unknown, or if the format is another.
         """
         expected = set(self.state_dict())
         if set(state) != expected:
             raise ValueError(
-                f"WarmStart.load_state_dict: expected the keys {sorted(expected)}, got {sorted(state)}. This is no "
+                f"WarmStart.load_state_dict: expected the keys {sorted(expected)}, got {sorted(state)}. This is not a "
                 "state of a WarmStart, or it is from another version."
             )
         if state["format"] != FORMAT:
             raise ValueError(f"WarmStart.load_state_dict: expected format {FORMAT}, got {state['format']!r}.")
         self.calls, self.counts = state["calls"], Counter(state["counts"])
         self.adjoint, self.previous = state["adjoint"], state["previous"]
-        # An adjoint serves any solver. What was prepared for one solver serves no other.
+        # All solvers can use the adjoint. Only the same solver can use the prepared state.
         self.state = None
         self.loaded = state["state"] if state["solver"] == repr(self.solver) else []
 
-    def _bring(self, A: LinearOperator[V]) -> None:
-        """Bring loaded arrays to the dtype and device of params."""
+    def _move(self, A: LinearOperator[V]) -> None:
+        """Move loaded arrays to the dtype and device of params."""
         space = A.space
         for name in ("adjoint", "previous"):
-            kept = self._remembered(getattr(self, name), space, dtypes=False)
+            kept = self._stored(getattr(self, name), space, dtypes=False)
             setattr(self, name, None if kept is None else space.unravel(space.ravel(kept)))
-        if self.loaded:  # a state made for any operator has the same structure, dtypes and devices
+        if self.loaded:  # the structure, dtypes and devices of a state do not depend on the operator
             like = self.solver.init(LinearOperator(space, lambda v: v))
             leaves = zip(self.loaded, tree.leaves(like), strict=True)
             self.state = tree.with_leaves(like, [s if is_python_value(a) else _to(s, a, space) for s, a in leaves])
         self.loaded = None
 
-    def _remembered(self, adjoint: object, space: Space[V], dtypes: bool = True) -> V | None:
-        """Return a remembered vector.
-
-        Raises:
-            ValueError: if it is laid out unlike params.
-        """
+    def _stored(self, adjoint: object, space: Space[V], dtypes: bool = True) -> V | None:
+        """Return a stored vector. Raise a ValueError if its layout differs from params."""
         found, expected = space.layout(adjoint), space.layout(space.like)
         shapes = [{path: leaf if dtypes else leaf[0] for path, leaf in layout.items()} for layout in (found, expected)]
         if adjoint is not None and shapes[0] != shapes[1]:
             raise ValueError(
-                "WarmStart: the remembered adjoint has another structure than params, or other shapes or dtypes. Use "
-                "one WarmStart for each problem, or call reset()."
+                "WarmStart: the stored adjoint has another structure than params, or other shapes or dtypes. Use one "
+                "WarmStart for each problem, or call reset()."
             )
         return adjoint  # pyright: ignore[reportReturnType]
 

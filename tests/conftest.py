@@ -24,7 +24,7 @@ settings.register_profile(
 settings.register_profile("explore", deadline=None)
 PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "repeat")
 settings.load_profile(PROFILE)
-FEW = 6 if PROFILE == "repeat" else 100  # examples in JAX
+FEW = 3 if PROFILE == "repeat" else 100  # examples in JAX
 
 collect_ignore = [
     "helpers",  # imported by the tests, some run by them in processes

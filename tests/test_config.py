@@ -72,7 +72,7 @@ class TestNames:
             (
                 Namespace(name="cg"),
                 TypeError,
-                r"got Namespace\(name='cg'\)\. A namespace .* vars\(\)",
+                r"got Namespace\(name='cg'\)\. Convert a namespace .* vars\(\)",
             ),
             (3, TypeError, "expected a name, a mapping, a TOML file, or an object"),
             (bl.CG, TypeError, "expected a name, a mapping"),
@@ -155,7 +155,7 @@ class TestConfig:
             bl.get_solver(file)
         for encoding in ("utf-8", "utf-8-sig", "utf-16"):  # the last two as Windows may save it
             file.write_text("[solver\n", encoding)
-            with pytest.raises(ValueError, match=r"solver\.toml: this is no TOML"):
+            with pytest.raises(ValueError, match=r"solver\.toml: this is not TOML"):
                 bl.get_solver(file)
 
     def test_a_preconditioner_within(self, tmp_path):

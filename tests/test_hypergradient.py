@@ -1,11 +1,12 @@
 """The hypergradient against closed forms, on every backend."""
 
 import re
+import sys
 import warnings
 
 import numpy as np
 import pytest
-from cases import quadratic
+from cases import diagonal, quadratic
 from frameworks import DTYPES, FRAMEWORKS, framework, relative_error, tolerance
 from hypothesis import given
 from hypothesis import strategies as st
@@ -58,8 +59,8 @@ def test_eager_info_is_plain_python(backend):
 
 def test_a_linearization_filled_by_hand_gives_the_same(backend):
     case = quadratic(backend)
-    outer = backend.outer(case.problem.outer, case.params, case.hparams, case.args["outer_args"])
-    at = case.problem.linearize(backend, case.params, case.hparams, case.args["inner_args"])
+    outer = backend.outer(case.problem.outer, case.params, case.hparams, case.args.get("outer_args", ()))
+    at = case.problem.linearize(backend, case.params, case.hparams, case.args.get("inner_args", ()))
     by_hand = bl.hypergradient_from(bl.Linearization(*outer, at.vjp_params, at.vjp_hparams), solver="exact")
     assert relative_error(backend.to_numpy(by_hand.grad), case.grad) <= 1e-12
     assert by_hand.params is None
@@ -266,3 +267,61 @@ def test_float32_stays_float32_throughout(backend):
             hg = case.hypergradient(solver)
         for tree in (hg.grad, hg.adjoint, hg.value, hg.params):
             assert backend.to_numpy(tree).dtype == np.float32
+
+
+class Counted:
+    """A backend that counts products and evaluations, wherever they run."""
+
+    def __init__(self, backend):
+        self.products, self.evaluations = [], []
+
+        def count(log):
+            if backend.name == "jax":
+                sys.modules["jax"].debug.callback(lambda: log.append(1))
+            else:
+                log.append(1)
+
+        def product(function):
+            return lambda v: count(self.products) or function(v)
+
+        class Counting(type(backend)):
+            def inner(_, *args):
+                found = super().inner(*args)
+                count(self.evaluations)
+                return found._replace(vjp_params=product(found.vjp_params))
+
+            def outer(_, *args, **options):
+                count(self.evaluations)
+                return super().outer(*args, **options)
+
+        self.backend = Counting()
+
+    def numbers(self, *case, **options):
+        self.products.clear()
+        self.evaluations.clear()
+        bl.hypergradient(*case, backend=self.backend, **options)
+        if self.backend.name == "jax":
+            sys.modules["jax"].effects_barrier()
+        return len(self.products), len(self.evaluations)
+
+
+@pytest.mark.parametrize(
+    "solver", [bl.CG(), bl.CG(maxiter=1), bl.Neumann(step_size=1.0), bl.MINRES(maxiter=2)], ids=repr
+)
+def test_a_warning_takes_no_product_and_no_evaluation(backend, solver):
+    case, counted = diagonal([-1.0, 2.0, 4.0], backend), Counted(backend)
+    quiet = counted.numbers(*case, solver=solver, on_failure="ignore")
+    with pytest.warns(bl.SolverWarning):
+        assert counted.numbers(*case, solver=solver) == quiet
+    assert quiet[1] == 2
+
+
+def test_info_as_numbers_for_a_logger(backend):
+    info = quadratic(backend, away=0.1).hypergradient().info
+    numbers = info.as_dict("inner/")
+    assert set(numbers) == {f"inner/{name}" for name in (*info._fields, "converged")}
+    assert all(type(number) in (int, float) for number in numbers.values())
+    assert numbers["inner/converged"] == 1
+    case = quadratic(backend, away=0.1)
+    slope = case.matrix @ (backend.to_numpy(case.params) - case.minimum)
+    assert numbers["inner/inner_grad_norm"] == pytest.approx(np.linalg.norm(slope), rel=1e-9)

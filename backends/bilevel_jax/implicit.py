@@ -57,7 +57,7 @@ def implicit_minimizer(
     """
     check_on_failure(on_failure)
     linear_solver = get_linear_solver(solver, "implicit_minimizer")
-    check_stateless(backend, linear_solver.stateful, linear_solver.name)
+    check_stateless(backend, linear_solver)
 
     def decorate(my_training: Callable[..., V]) -> Callable[..., V]:
         result = f"{getattr(my_training, '__name__', type(my_training).__name__)}(...)"

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
+from functools import reduce
 from typing import Any
 
 import jax
@@ -40,7 +41,7 @@ class JaxSpace(Space[V]):
 
     @override
     def dot(self, x: V, y: V) -> Any:
-        return jax.tree.reduce(jnp.add, jax.tree.map(_dot, x, y))
+        return _sum(jax.tree.leaves(jax.tree.map(_dot, x, y)))
 
     @override
     def normal(self, seed: int, count: int | None = None) -> Any:
@@ -79,7 +80,7 @@ class JaxSpace(Space[V]):
 
     @override
     def stack_dot(self, stack: object, x: V) -> Any:
-        return jax.tree.reduce(jnp.add, jax.tree.map(_rows_dot, stack, x))
+        return _sum(jax.tree.leaves(jax.tree.map(_rows_dot, stack, x)))
 
     @override
     def linear_combination(self, coefficients: Any, stack: Any) -> V:
@@ -186,8 +187,15 @@ def _steps_outside(body: Callable[[X], object], state: X, steps: int) -> int:
     return 1
 
 
+def _sum(parts: Sequence[jax.Array]) -> jax.Array:
+    """Return the sum of arrays in the widest of their dtypes."""
+    with jax.numpy_dtype_promotion("standard"):
+        return reduce(jnp.add, parts)
+
+
 def _accumulator(a: jax.Array, b: jax.Array) -> Any:
-    return jnp.promote_types(jnp.promote_types(a.dtype, b.dtype), jnp.float32)
+    with jax.numpy_dtype_promotion("standard"):  # also if the caller has set "strict"
+        return jnp.promote_types(jnp.promote_types(a.dtype, b.dtype), jnp.float32)
 
 
 def _dot(a: jax.Array, b: jax.Array) -> jax.Array:

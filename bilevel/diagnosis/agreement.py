@@ -1,4 +1,4 @@
-"""Whether the derivatives of a problem agree with differences of what they are derived from."""
+"""Compare the derivatives of a problem with differences."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -15,21 +15,21 @@ DERIVATIVES = ("inner grad", "inner hvp", "inner cross_vjp", "outer grad_params"
 STEPS = 5
 SEED = 1
 R = TypeVar("R")
-AWAY = 0.1  # from the point, relative to the weights
+AWAY = 0.1  # distance from the point, relative to the weights
 
 
 class Agreements(NamedTuple):
-    """All that could be compared, in which arithmetic, and what stood in the way of more."""
+    """The comparisons, their dtype, and the obstacle to further comparisons."""
 
-    names: tuple[str, ...]  # of the derivatives that there are to compare
+    names: tuple[str, ...]  # of the derivatives of the problem
     of: tuple[Agreement, ...]
-    eps: float  # of the dtype; nan where nothing could be compared
-    obstacle: str  # what the objectives said to float64, or to other values than the ones given; "" if nothing
+    eps: float  # of the dtype; nan without a comparison
+    obstacle: str  # the error of the objectives in float64, or at other values than the given ones; "" if none
 
 
 def nothing(problem: BilevelProblem, obstacle: str) -> Agreements:
-    """Return what is known where nothing could be compared."""
-    # A residual derives from nothing, and Gauss-Newton products are no derivatives.
+    """Return the result without any comparison."""
+    # A residual is not the derivative of an objective, and Gauss-Newton products are not derivatives.
     left_out = {"equation": "inner grad", "gauss-newton": "inner hvp"}.get(problem.kind)
     return Agreements(tuple(name for name in DERIVATIVES if name != left_out), (), float("nan"), obstacle)
 
@@ -37,8 +37,9 @@ def nothing(problem: BilevelProblem, obstacle: str) -> Agreements:
 def compare(backend: Backend, problem: BilevelProblem, inputs: Inputs[P, H]) -> Agreements:
     """Compare all first and second derivatives of a problem with differences, around a point.
 
-    In float64 where the framework and the objectives can, else in their own dtype. It takes a linearization with one
-    product of each kind. It takes some 9 gradients of L and 7 of F if all agrees at once, else at most 33 and 23.
+    The differences are in float64 if the framework and the objectives support it, else in the dtype of the inputs. They
+    take a linearization with one product of each kind. They also take some 9 gradients of L and 7 gradients of F if all
+    derivatives agree immediately, else at most 33 and 23.
     """
     if not _follows(backend, problem, inputs):
         return nothing(problem, "copies of params and hparams change the gradients")
@@ -49,13 +50,13 @@ def compare(backend: Backend, problem: BilevelProblem, inputs: Inputs[P, H]) -> 
                 look = _Look(backend, problem, inputs, at)
                 names = nothing(problem, "").names
                 return Agreements(names, tuple(look.agreements(names)), look.eps, obstacle)
-        except Exception as error:  # whatever the objectives raise about arrays that are not the ones they know
+        except Exception as error:  # any error of the objectives for other arrays
             obstacle = obstacle or f"{type(error).__name__}: {error}"
     return nothing(problem, obstacle)
 
 
 def _follows(backend: Backend, problem: BilevelProblem, inputs: Inputs[P, H]) -> bool:
-    """Tell whether the objectives compute with their arguments: whether copies leave their gradients as they are."""
+    """Tell whether the objectives compute with their arguments, so that copies have the same gradients."""
     with backend.isolated(inputs, False) as at:
         copied = at(inputs.params, inputs.hparams)
         leaves = zip(backend.leaves(inputs.params), backend.leaves(copied.params), strict=True)
@@ -63,7 +64,7 @@ def _follows(backend: Backend, problem: BilevelProblem, inputs: Inputs[P, H]) ->
             return True
         try:
             found = backend.run(_gradients, problem, copied)
-        except ValueError:  # they do not depend on the copies at all
+        except ValueError:  # the objectives do not depend on the copies
             return False
     with backend.isolated(inputs, False):
         expected = backend.run(_gradients, problem, inputs)
@@ -77,11 +78,7 @@ class _Look(Generic[P, H]):
     """A problem around a point: w + t d and λ + t e for random d and e."""
 
     def __init__(
-        self,
-        backend: Backend,
-        problem: BilevelProblem,
-        inputs: Inputs[P, H],
-        at: Callable[[P, H], Inputs[P, H]],
+        self, backend: Backend, problem: BilevelProblem, inputs: Inputs[P, H], at: Callable[[P, H], Inputs[P, H]]
     ) -> None:
         self.backend, self.problem, self.at = backend, problem, at
         self.start = at(inputs.params, inputs.hparams)
@@ -92,10 +89,10 @@ class _Look(Generic[P, H]):
         self.directions = _Directions(*backend.run(_directions, self.start.params, self.start.hparams))
 
     def agreements(self, names: Sequence[str]) -> Iterator[Agreement]:
-        """Yield one for each of these derivatives."""
+        """Yield the agreement of each of these derivatives."""
         product, transposed, cross = self._run(_claims, 0.0, 0.0)
         if "inner grad" in names:
-            # At a minimum the gradient says nothing: look a little away.
+            # At a minimum the gradient vanishes: compare at a distance.
             slope = self._run(_inner, AWAY, 0.0).along_d
             yield self._slope("inner grad", "inner", slope, lambda t: self._run(_inner, AWAY + t, 0.0).value)
         if self.problem.kind == "equation":
@@ -121,13 +118,8 @@ class _Look(Generic[P, H]):
                 sweep.add(space.scale(0.5 / t, space.subtract(function(t), function(-t))))
         return sweep
 
-    def _run(
-        self,
-        function: "Callable[[Backend, BilevelProblem, Inputs[P, H], _Directions[P, H]], R]",
-        in_w: float,
-        in_lam: float,
-    ) -> R:
-        """Call a function of the inputs moved along d and e."""
+    def _run(self, function: Callable[..., R], in_w: float, in_lam: float) -> R:
+        """Call function(backend, problem, inputs, directions), with the inputs moved along d and e."""
         d, e, _ = self.directions
         params = self.of_params.axpy(in_w, d, self.start.params)
         moved = self.at(params, self.of_hparams.axpy(in_lam, e, self.start.hparams))
@@ -135,7 +127,7 @@ class _Look(Generic[P, H]):
 
 
 class _Directions(NamedTuple, Generic[P, H]):
-    """Random ones: d and u of w, e of λ."""
+    """Random directions: d and u of w, e of λ."""
 
     d: P
     e: H
@@ -143,7 +135,7 @@ class _Directions(NamedTuple, Generic[P, H]):
 
 
 class _Inner(NamedTuple, Generic[P]):
-    """L, ∂L/∂w, and ∂L/∂w along d and u. For an equation: no L, and its residual."""
+    """L, ∂L/∂w, and ∂L/∂w along d and u. For an equation, None and the residual."""
 
     value: Array | None
     grad: P
@@ -152,7 +144,7 @@ class _Inner(NamedTuple, Generic[P]):
 
 
 def _directions(backend: Backend, params: P, hparams: H) -> tuple[P, H, P]:
-    """Return random d, e and u, as large as the weights: for each its own size and that of all."""
+    """Return random d, e and u. The scale of an entry is its absolute value plus the typical absolute value."""
 
     def along(x: V, seed: int) -> V:
         space = backend.space(x)

@@ -1,9 +1,10 @@
-"""Measure what a hypergradient rests on."""
+"""Check a hypergradient."""
 
 import random
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from copy import copy
+from typing import Any
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from bilevel.methods.implicit import as_method
 from bilevel.methods.method import Level, Method
 from bilevel.operators.lanczos import Spectrum, spectrum
 from bilevel.problems.protocols import BilevelProblem
-from bilevel.spaces.array import Array, H, P, V
+from bilevel.spaces.array import Args, Array, H, P, V
 from bilevel.spaces.space import Space
 from bilevel.validation import check_inputs, find_backend
 
@@ -30,36 +31,35 @@ def diagnose(
     params: P,
     hparams: H,
     *,
-    inner_args: tuple[object, ...] | list[tuple[object, ...]] = (),
-    outer_args: tuple[object, ...] = (),
+    inner_args: Args | list[Args] = (),
+    outer_args: Args = (),
     solver: SolverSpec = "cg",
     backend: Backend | str | None = None,
 ) -> Diagnosis:
-    """Return a report on a hypergradient, to be printed: whether it can be trusted, why not, and what to do.
+    """Return a report on a hypergradient, for printing: its errors, their causes, and remedies.
 
-    It looks at whether the inner problem is solved, at the curvature, whether the losses repeat themselves, at the
-    symmetry of the Hessian-vector products, every derivative against differences of what it is derived from, and the
-    residual that the solver really leaves. What goes wrong in silence shows here: ``detach()`` in a forward pass,
-    custom functions with a wrong second derivative, dropout left on, a mistake in a formula.
+    The report checks whether the inner problem is solved and whether the losses are repeatable. It estimates the
+    curvature and the symmetry of the Hessian-vector products. It compares each derivative with differences, and
+    computes the true residual of the solver. So it finds errors without a symptom: ``detach()`` in a forward pass,
+    custom functions with a wrong second derivative, active dropout, or a mistake in a formula.
 
-    Differences are taken in float64 on copies of everything, modules included, where the objectives can; else in the
-    dtype there is, which the report says, and which may leave them too noisy to tell. A small batch of the data is
-    enough. The whole takes about 30 Hessian-vector products (20 of them for the curvature), 15 gradients where all is
-    well, at most 50, and the solve. In JAX, each of its seven functions compiles once per problem.
+    Differences are in float64, on copies of all arrays and modules, if the objectives support it. Otherwise they are in
+    the dtype of the inputs, and may be too noisy. The report has the dtype. A small batch of the data is enough. The
+    report takes about 30 Hessian-vector products (20 of them for the curvature), the solve, and 15 gradients if all is
+    well, at most 50. In JAX, its seven functions compile once per problem.
 
-    Nothing that is passed in is changed: neither params, ``.grad``, modules and their buffers, nor the random states of
-    the framework, NumPy and Python. (A ``torch.Generator`` or other state of the losses' own does move.)
+    The call changes neither params, ``.grad``, modules and their buffers, nor the random states of the framework, NumPy
+    and Python. Losses may change other states, such as a ``torch.Generator``.
 
     Args:
-        problem, params, hparams, inner_args, outer_args, solver, backend: as in `bl.hypergradient`. Of a list of
-            batches, all is measured on the first one, and there is no residual.
+        problem, params, hparams, inner_args, outer_args, solver, backend: as in `bl.hypergradient`. With a list of
+            batches, all measurements use the first batch, and there is no residual.
 
     Returns:
-        A `Diagnosis`. ``ok`` tells whether nothing was found; ``findings`` and ``suggestions`` what; the other fields
-        are the numbers.
+        A `Diagnosis`. ``ok`` is true if there are no ``findings``. The other fields are ``suggestions`` and numbers.
 
     Raises:
-        TypeError, ValueError, RuntimeError: for what `bl.hypergradient` refuses too, and within ``jit``.
+        TypeError, ValueError, RuntimeError: as in `bl.hypergradient`, and under ``jit``.
 
     >>> import numpy as np, bilevel as bl
     >>> problem = bl.problems.quadratic(hessian=np.diag([1.0, 4.0]), coupling=np.eye(2), target=np.ones(2))
@@ -70,7 +70,7 @@ def diagnose(
     >>> [finding.name for finding in far.findings]
     ['not solved']
     """
-    method = as_method(copy(get_solver(solver)))  # a WarmStart must not learn from this
+    method = as_method(copy(get_solver(solver)))  # a WarmStart must not change
     found = find_backend(backend, params, hparams)
     batches = check_inputs(found, params, hparams, inner_args, outer_args)
     if found.to_host(found.space(params).max_abs(params)) is None:
@@ -80,11 +80,7 @@ def diagnose(
 
 
 def _diagnose(
-    backend: Backend,
-    method: Method,
-    problem: BilevelProblem,
-    inputs: Inputs[P, H],
-    batches: list[tuple[object, ...]],
+    backend: Backend, method: Method, problem: BilevelProblem, inputs: Inputs[P, H], batches: list[Args]
 ) -> Diagnosis:
     def host(scalars: Iterable[Array]) -> list[float]:
         return [float(backend.to_host(x)) for x in scalars]
@@ -93,16 +89,8 @@ def _diagnose(
     with backend.isolated(inputs, False):
         first, numbers = backend.run(_look, problem, params, hparams, inner_args)
         grad_norm, distance, asymmetry, *ends = host(numbers)
-        hg = hypergradient(
-            problem,
-            params,
-            hparams,
-            inner_args=batches if len(batches) > 1 else inner_args,
-            outer_args=outer_args,
-            solver=method,
-            backend=backend,
-            on_failure="ignore",
-        )
+        data: dict[str, Any] = {"inner_args": batches if len(batches) > 1 else inner_args, "outer_args": outer_args}
+        hg = hypergradient(problem, params, hparams, **data, solver=method, backend=backend, on_failure="ignore")
         again = backend.run(_look_again, problem, inputs, hg.adjoint, first, method.damping)
         value, change, left, undamped, *changes = host(again)
     if method.differentiates_steps or len(batches) > 1:
@@ -127,9 +115,9 @@ def _diagnose(
 
 
 def _look(
-    backend: Backend, problem: BilevelProblem, params: P, hparams: H, args: tuple[object, ...]
+    backend: Backend, problem: BilevelProblem, params: P, hparams: H, args: Args
 ) -> tuple[tuple[P, P, H | None], tuple[Array, ...]]:
-    """Return (Hu, ∂L/∂w, cross product), and the numbers that one linearization yields."""
+    """Return (Hu, ∂L/∂w, cross product), and the numbers from one linearization."""
     level = Level(backend, problem, params, hparams, [args])
     at = level.linearize()
     A, grad = level.operator(at), at.residual
@@ -152,12 +140,7 @@ def _look(
 
 
 def _look_again(
-    backend: Backend,
-    problem: BilevelProblem,
-    inputs: Inputs[P, H],
-    v: P,
-    first: tuple[P, P, H | None],
-    damping: float,
+    backend: Backend, problem: BilevelProblem, inputs: Inputs[P, H], v: P, first: tuple[P, P, H | None], damping: float
 ) -> tuple[Array, ...]:
     """Return F, its change, both residuals, and the changes within this linearization and since the first look."""
     params, hparams, inner_args, outer_args = inputs
@@ -175,7 +158,7 @@ def _look_again(
 
 
 def _change(old: V | None, new: V | None, backend: Backend) -> Array:
-    """Return the norm of the change, relative to the larger of both; None stands for zero."""
+    """Return the norm of the change, relative to the larger norm. None counts as zero."""
     if old is None or new is None:
         like = backend.space(new if old is None else old)
         return like.xp.zeros(()) + float(old is not new)
@@ -185,14 +168,14 @@ def _change(old: V | None, new: V | None, backend: Backend) -> Array:
 
 
 def _ratio(a: Array, b: Array, space: Space[V]) -> Array:
-    """Return a / b; 0 for 0 / 0, and infinity where only b is zero."""
+    """Return a / b, but 0 for 0 / 0, and infinity if only b is zero."""
     xp = space.xp
     return xp.where(b == 0, xp.where(a == 0, 0.0, float("inf")), a / xp.where(b == 0, 1.0, b))
 
 
 @contextmanager
 def _random_state_kept() -> Iterator[None]:
-    """Put back the random states of Python and NumPy, which losses of any framework may use."""
+    """Restore the random states of Python and NumPy, which losses of any framework may use."""
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
     try:
         yield

@@ -1,4 +1,4 @@
-"""Numbers and solvers as a report writes them."""
+"""Formats of numbers and texts in a report."""
 
 from decimal import ROUND_DOWN, ROUND_UP, Context
 from math import isfinite
@@ -20,7 +20,7 @@ def first_line(text: str, width: int) -> str:
 
 
 def rounded(x: float, up: bool) -> float:
-    """Return a positive number rounded to two digits in one direction, so that a bound stays one.
+    """Return a positive number rounded to two digits, up or down, so that a bound stays valid.
 
     >>> rounded(0.01234, up=True), rounded(0.01234, up=False), rounded(0.09999999999999999, up=False)
     (0.013, 0.012, 0.099)

@@ -1,4 +1,4 @@
-"""Solvers of linear systems, one file each, each written once for all backends."""
+"""Solvers of linear systems, for all backends."""
 
 from bilevel.linear_solvers.bicgstab import BiCGStab
 from bilevel.linear_solvers.cg import CG

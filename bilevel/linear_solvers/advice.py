@@ -1,4 +1,4 @@
-"""Why a solve failed, and the way out. The same text each time, so that a warning is shown once in a place."""
+"""Messages about failed solves. A text without numbers stays the same, so Python shows its warning once per place."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def explain(solver: LinearSolver[Any], info: SolverInfo, symmetric: bool, curvature: Spectrum[float] | None) -> str:
-    """Return what happened and what to do; see `LinearSolver.explain`."""
+    """Return the failure and its remedy; see `LinearSolver.explain`."""
     if info.status == Status.NON_FINITE:
         return NON_FINITE
     if info.status == Status.MAXITER:
@@ -26,13 +26,13 @@ def explain(solver: LinearSolver[Any], info: SolverInfo, symmetric: bool, curvat
 
 
 NON_FINITE = (
-    "nan or inf in the losses, their gradients or a Hessian-vector product; no hypergradient is returned. Look for "
-    "overflow in the inner problem, hyperparameters that ran away (a penalty exp(λ) with a large λ), or an inner "
+    "nan or inf in the losses, their gradients or a Hessian-vector product; no hypergradient is returned. Check for "
+    "overflow in the inner problem, very large hyperparameters (a penalty exp(λ) with a large λ), or an inner "
     'training that diverged. on_failure="ignore" returns the nan.'
 )
 NO_CONTRACTION = (
-    "diverged. A fixed point's step, or w − step_size·residual of a root, does not contract at params, so its series "
-    'has no sum. Use solver="gmres", add damping, or check whether params is the solution.'
+    "diverged. The step of the fixed point, or w − step_size·residual of the root, does not contract at params, so "
+    'the series has no sum. Use solver="gmres", add damping, or check whether params is the solution.'
 )
 
 
@@ -41,8 +41,8 @@ def _maxiter(solver: LinearSolver[Any], info: SolverInfo) -> str:
         return f"did not solve the system to its tolerance. {solver.remedy}"
     if info.steps < solver.most_steps:
         return (
-            "stagnated above its tolerance. A singular or ill-conditioned Hessian, or the precision of the dtype, "
-            f"prevents more. {solver.stagnation_remedy}"
+            "stagnated above its tolerance: the Hessian is singular or ill-conditioned, or the dtype is not precise "
+            f"enough. {solver.stagnation_remedy}"
         )
     return f"stopped after {info.steps} steps above its tolerance. {solver.remedy}"
 
@@ -53,23 +53,24 @@ def _negative_curvature(damping: float, curvature: Spectrum[float] | None) -> st
         spectrum, needed = "", damping
     elif smallest < -1e-6 * largest:
         spectrum, needed = f" (eigenvalues from about {smallest:.2g} to {largest:.2g})", -smallest
-    elif largest > 0:  # too close to zero, or too rare, for a few products to tell
-        spectrum, needed = f" (largest eigenvalue about {largest:.2g}, smallest one zero or just below)", 1e-3 * largest
+    elif largest > 0:  # a few products do not resolve the negative eigenvalue
+        spectrum = f" (the largest eigenvalue is about {largest:.2g}, the smallest is zero or slightly negative)"
+        needed = 1e-3 * largest
     else:
         spectrum, needed = "", 0.0
-    # The estimate errs towards zero: damping that is there already has been found to be too little.
+    # The estimate is too close to zero. The present damping was too small.
     needed = max(needed, damping)
     advice = f"damping above {needed:.2g}" if needed else "damping"
     return (
         f"met non-positive curvature. The Hessian is not positive definite{spectrum}: "
         f"{'raise' if damping else 'add'} {advice}, train the inner problem further, use "
-        'solver="minres", which takes eigenvalues of either sign, or use the Gauss-Newton matrix in place of the '
+        'solver="minres", which accepts eigenvalues of either sign, or use the Gauss-Newton matrix instead of the '
         "Hessian (bl.Problem.from_model)."
     )
 
 
 def diverged(damping: float, curvature: Spectrum[float] | None) -> str:
-    """Return what to do if a series diverges with a symmetric operator."""
+    """Return the remedy for a series that diverges with a symmetric operator."""
     smallest, largest = _ends(curvature)
     if curvature is None:
         return (
@@ -78,7 +79,7 @@ def diverged(damping: float, curvature: Spectrum[float] | None) -> str:
         )
     if smallest + damping < -1e-6 * abs(largest):
         return (
-            f"diverged. The Hessian has a negative eigenvalue (about {smallest:.2g}), so that no step size holds: add "
+            f"diverged. The Hessian has a negative eigenvalue (about {smallest:.2g}), so no step size converges: add "
             f"damping above {-smallest:.2g}, or train the inner problem further."
         )
     top = largest + damping
@@ -89,9 +90,9 @@ def diverged(damping: float, curvature: Spectrum[float] | None) -> str:
 
 
 def _ends(curvature: Spectrum[float] | None) -> tuple[float, float]:
-    """Return bounds of the spectrum; 0 and 0 if it is unknown."""
+    """Return bounds of the spectrum, or 0 and 0 if it is unknown."""
     if curvature is None:
         return 0.0, 0.0
     smallest, largest, below, above = curvature
-    # Estimates lie inside the spectrum: if one is below zero, so is an eigenvalue. Its error bound proves nothing.
+    # Estimates lie inside the spectrum: a negative estimate proves a negative eigenvalue, an error bound does not.
     return smallest - below if smallest < 0 else smallest, largest + above

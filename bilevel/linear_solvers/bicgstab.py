@@ -1,4 +1,4 @@
-"""BiCGStab: for operators that are not symmetric, in a fixed number of vectors."""
+"""BiCGStab, for operators that are not symmetric."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Generic, NamedTuple
@@ -22,7 +22,7 @@ class _State(NamedTuple, Generic[V]):
     rho: Array  # shadow·r
     alpha: Array
     omega: Array
-    best: V  # the x of the least residual: they go up and down
+    best: V  # the x with the smallest residual
     least: Array
     steps: Array
     status: Array
@@ -33,17 +33,13 @@ class _State(NamedTuple, Generic[V]):
 class BiCGStab(Iterative[None]):
     """Solve (A + damping I) v = b by stabilised biconjugate gradients (van der Vorst 1992), for any square A.
 
-    Needs eight vectors whatever the number of steps, where GMRES stores one per step. Its residuals are not monotone,
-    and it can break down where a scalar vanishes: then it starts again from the true residual of the best iterate so
-    far, which is also what it returns. Stops by SciPy's rule and confirms by a product, as `CG`.
+    It stores eight vectors; GMRES stores one per step. The residuals are not monotone, so the solver returns the best
+    iterate. If a scalar vanishes, it restarts from the true residual of the best iterate. The stop rule is as in `CG`.
 
-    ``info.steps`` counts iterations, two products each; the warm start and each check take one more.
+    ``info.steps`` counts iterations, of two products each. The warm start and each check take one more product.
 
     Args:
-        maxiter: most iterations, >= 0.
-        rtol: relative tolerance on the residual.
-        atol: absolute tolerance on the residual.
-        damping: added to the operator.
+        maxiter, rtol, atol, damping: as in `CG`.
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({STEADY})
@@ -73,7 +69,7 @@ class BiCGStab(Iterative[None]):
                 r = space.axpy(-omega, t, half)
                 rr = space.dot(r, r)
                 size = xp.sqrt(rr)
-                # A cosine that is rounding noise gives a step that is, and what follows from it may overflow.
+                # If the cosine is rounding noise, so is the step, and later quantities may overflow.
                 sound = xp.abs(shadow_v) > eps * shadow_norm * xp.sqrt(vv)
                 finite = xp.isfinite(vv) & (xp.isfinite(tt) | ~sound)
                 sound = sound & (size * eps < shadow_norm)
@@ -81,7 +77,7 @@ class BiCGStab(Iterative[None]):
                 better = ok & (size < s.least)
                 done, spent = size <= tolerance, s.steps + 1 >= self.maxiter
                 lost = (omega == 0) | (xp.abs(space.dot(shadow, r)) <= eps * shadow_norm * size)
-                # After a breakdown it is the product behind a sweep that decides.
+                # After a breakdown, the check by a product decides the status.
                 status = xp.where(ok & ~lost & ~done & spent, int(Status.MAXITER), s.status)
                 status = xp.where(finite, status, int(Status.NON_FINITE))
                 return _State(
@@ -99,21 +95,8 @@ class BiCGStab(Iterative[None]):
                     live=ok & ~lost & ~done & ~spent,
                 )
 
-            one, zeros = xp.ones_like(start), space.zeros()
-            s = _State(
-                x=x,
-                r=r,
-                p=zeros,
-                v=zeros,
-                rho=one,
-                alpha=one,
-                omega=one,
-                best=x,
-                least=shadow_norm,
-                steps=steps,
-                status=xp.full_like(steps, int(Status.CONVERGED)),
-                live=live,
-            )
+            one, zeros, status = xp.ones_like(start), space.zeros(), xp.full_like(steps, int(Status.CONVERGED))
+            s = _State(x, r, zeros, zeros, one, one, one, x, shadow_norm, steps, status, live)
             s = space.while_loop(lambda s: s.live, step, s, self.maxiter)
             return Cycle(s.best, s.least, s.steps, s.status)
 

@@ -1,4 +1,4 @@
-"""Conjugate gradients that check their own answer."""
+"""Conjugate gradients."""
 
 from dataclasses import dataclass
 from typing import Generic, NamedTuple
@@ -30,21 +30,21 @@ class CG(Iterative[object]):
     """Solve (H + damping I) v = b by conjugate gradients (Hestenes & Stiefel 1952).
 
     The solve stops at ``norm(b - A v) <= max(rtol * norm(b), atol)``, SciPy's rule. The status is ``CONVERGED`` only if
-    a product has confirmed that. An ``rtol`` below the dtype's epsilon asks for no more than the epsilon.
+    a product confirms this. An ``rtol`` below the dtype's epsilon counts as the epsilon.
 
     If a direction has no positive curvature (to rounding), the solve stops at the iterate before it, with
-    ``NEGATIVE_CURVATURE``. If it is the first direction and there is no warm start, v is the right-hand side over its
-    own absolute curvature, as in truncated Newton methods (Dembo & Steihaug 1983).
+    ``NEGATIVE_CURVATURE``. If this is the first direction, without a warm start, v is b over its absolute curvature,
+    as in truncated Newton methods (Dembo & Steihaug 1983).
 
-    ``info.steps`` counts iterations, a product each. A warm start and each check take one more product.
+    ``info.steps`` counts iterations, of one product each. A warm start and each check take one more product.
 
     Args:
-        maxiter: most iterations, >= 0.
+        maxiter: maximum number of iterations, >= 0.
         rtol: relative tolerance on the residual.
         atol: absolute tolerance on the residual.
-        damping: added to the Hessian. It shifts the eigenvalues into the positive.
-        preconditioner: a `Preconditioner`, or None. Its products are not in ``info.steps``. `bl.prepare` takes them
-            once for several calls.
+        damping: added to the diagonal of the operator, >= 0, to make the eigenvalues positive.
+        preconditioner: a `Preconditioner`, or None. ``info.steps`` does not count its products. `bl.prepare` computes
+            it once for several calls.
     """
 
     preconditioner: Preconditioner | None = None
@@ -81,7 +81,7 @@ class CG(Iterative[object]):
                 largest = xp.maximum(s.largest, xp.abs(curvature))
                 alpha = s.rz / (s.pp * curvature)
                 finite = xp.isfinite(curvature)
-                # Relative to the largest curvature met, hence free of scale. On a null direction the curvature is
+                # Relative to the largest curvature, so independent of scale. On a null direction the curvature is
                 # rounding noise of either sign. Comparisons with nan are false.
                 positive = curvature > eps * largest
                 # 0 * nan is nan: a zero alpha would not protect r.
@@ -112,7 +112,7 @@ class CG(Iterative[object]):
                     live=ok & ~done & (rz > 0) & (s.steps + 1 < self.maxiter),
                 )
 
-            # A preconditioner may be nan where no product is: its own were taken before.
+            # A preconditioner may be nan although all products here are finite.
             running = xp.where(xp.isfinite(rz), xp.full_like(steps, int(Status.MAXITER)), int(Status.NON_FINITE))
             pp = start if M is None else space.dot(z, z)
             work = (space.copy(x), space.copy(r), space.copy(z))

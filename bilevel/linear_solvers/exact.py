@@ -1,4 +1,4 @@
-"""The dense Hessian, factorised: for small problems and as a yardstick."""
+"""A direct solver with the dense Hessian, for small problems."""
 
 import warnings
 from dataclasses import dataclass
@@ -19,19 +19,19 @@ MAX_SIZE = 5_000
 
 
 def check_size(size: int, what: str = "the exact solver") -> None:
-    """Raise a ValueError if a dense Hessian of this size is out of reach."""
+    """Raise a ValueError if a dense Hessian of this size is too large."""
     if size > MAX_SIZE:
         raise ValueError(
             f"params has {size:,} entries: {what} would take {size:,} Hessian-vector products and "
             f"{8 * size**2 / 2**30:,.1f} GiB for the dense Hessian (limit: {MAX_SIZE:,} entries). "
-            'Use solver="cg" or solver="neumann", which need products only.'
+            'Use solver="cg" or solver="neumann", which need only products.'
         )
 
 
 def solve_dense(matrix: np.ndarray, rhs: np.ndarray, eps: float = 0.0) -> np.ndarray:
-    """Solve a dense system by LAPACK; of a singular one, return the least-squares solution of least norm.
+    """Solve a dense system by LAPACK. For a singular system, return the least-squares solution of least norm.
 
-    ``eps`` is the precision of the entries: a matrix that is singular to it counts as singular.
+    ``eps`` is the precision of the entries. A matrix that is singular to this precision counts as singular.
     """
     from scipy import linalg
 
@@ -52,15 +52,14 @@ def solve_dense(matrix: np.ndarray, rhs: np.ndarray, eps: float = 0.0) -> np.nda
 class Exact(LinearSolver[None]):
     """Solve (H + damping I) v = b with the dense Hessian, by n products and LAPACK's LU in float64.
 
-    The Hessian is copied to the host as NumPy arrays, whatever the backend; under ``jit`` by a callback.
-    Indefinite Hessians are fine. For a singular one, v is the solution of least norm if there is one, else
-    the status is ``MAXITER`` with the residual that is left.
+    With any backend, the Hessian is copied to the host as a NumPy array; under ``jit``, by a callback. It may be
+    indefinite. If it is singular, v is the solution of least norm. Without a solution, the status is ``MAXITER``.
 
     Args:
         damping: added to the Hessian.
 
     Raises:
-        ValueError: beyond 5,000 weights, with the memory it would take.
+        ValueError: for more than 5,000 weights, with the memory that they would need.
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({STEADY})

@@ -1,4 +1,4 @@
-"""GMRES: for operators that are not symmetric."""
+"""GMRES, for operators that are not symmetric."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Generic, NamedTuple
@@ -15,12 +15,12 @@ from bilevel.spaces.array import Array, V
 
 
 class _State(NamedTuple, Generic[V]):
-    basis: object  # orthonormal, of the Krylov space; zero where none is yet
-    rotations: Array  # (m+1, m+1), orthogonal: what makes the Hessenberg matrix triangular
+    basis: object  # a stack of orthonormal vectors of the Krylov space, followed by zeros
+    rotations: Array  # (m+1, m+1), orthogonal: it makes the Hessenberg matrix triangular
     triangle: Array  # (m+1, m+1)
-    norm: Array  # of the residual, by the rotations
-    column: Array  # in this cycle
-    steps: Array  # in all
+    norm: Array  # of the residual, from the rotations
+    column: Array  # the number of steps in this cycle
+    steps: Array  # of all cycles
     status: Array
     live: Array
 
@@ -29,24 +29,23 @@ class _State(NamedTuple, Generic[V]):
 class GMRES(LinearSolver[None]):
     """Solve (A + damping I) v = b by restarted GMRES (Saad & Schultz 1986), for any square A.
 
-    Each cycle minimizes the residual over a Krylov space of ``restart`` dimensions, orthogonalised twice; then the
-    true residual is taken, by a product, and the next one starts from there. Stops by SciPy's rule,
-    ``norm(b - A v) <= rtol * norm(b)``, and also, with ``MAXITER``, once a cycle gains less than a thousandth: restarts
-    can stagnate on an indefinite or singular A, where a longer cycle would not.
+    Each cycle minimizes the residual over a Krylov space of ``restart`` dimensions, orthogonalised twice. The next
+    cycle starts from the true residual. The solve stops at ``norm(b - A v) <= rtol * norm(b)``, SciPy's rule. It also
+    stops, with ``MAXITER``, if a cycle reduces the residual by less than a thousandth. On an indefinite or singular A,
+    restarts can stagnate where a longer cycle does not.
 
-    Stores ``restart`` + 1 vectors. ``info.steps`` counts iterations, a product each; each cycle and a warm start take
-    one more.
+    The solver stores ``restart`` + 1 vectors. ``info.steps`` counts iterations, of one product each. Each cycle and a
+    warm start take one more product.
 
     Args:
         restart: dimension of a cycle, >= 1.
-        max_restarts: most cycles, >= 1.
+        max_restarts: maximum number of cycles, >= 1.
         rtol: relative tolerance on the residual.
-        damping: added to the operator.
+        damping: added to the diagonal of the operator.
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({STEADY})
     remedy: ClassVar[str] = "Raise restart or max_restarts, loosen rtol, or add damping."
-
     stagnation_remedy: ClassVar[str] = "Raise restart, loosen rtol, add damping, or use float64."
 
     restart: int = 30
@@ -55,10 +54,8 @@ class GMRES(LinearSolver[None]):
     damping: float = 0.0
 
     def __post_init__(self) -> None:
-        check_int(self, "restart", least=1)
-        check_int(self, "max_restarts", least=1)
-        check_real(self, "rtol", least=0)
-        check_real(self, "damping", least=0)
+        check_int(self, "restart", "max_restarts", least=1)
+        check_real(self, "rtol", "damping")
 
     @property
     @override
@@ -81,12 +78,12 @@ class GMRES(LinearSolver[None]):
                 w = A(space.get(s.basis, s.column))
                 length = space.norm(w)
                 column = xp.zeros_like(unit[0])
-                for _ in range(2):  # once leaves what rounding makes of nearly dependent vectors
+                for _ in range(2):  # one pass is inaccurate for nearly dependent vectors
                     overlap = space.stack_dot(s.basis, w)
                     w = space.axpy(-1.0, space.linear_combination(overlap, s.basis), w)
                     column = column + overlap
                 left = space.norm(w)
-                exhausted = left <= 10 * eps * length  # the space is invariant
+                exhausted = left <= 10 * eps * length  # the Krylov space is invariant
                 here, below = index == s.column, index == s.column + 1
                 column = s.rotations @ xp.where(below, xp.where(exhausted, 0.0, left), column)
                 at, under = xp.sum(xp.where(here, column, 0.0)), xp.sum(xp.where(below, column, 0.0))
@@ -107,7 +104,7 @@ class GMRES(LinearSolver[None]):
                     rotations=xp.where(ok, rotations, s.rotations),
                     triangle=xp.where(ok & here[None, :], column[:, None], s.triangle),
                     norm=xp.where(ok, remaining, s.norm),
-                    column=s.column + ok,
+                    column=xp.where(ok, s.column + 1, s.column),
                     steps=xp.where(s.live, s.steps + 1, s.steps),
                     status=xp.where(s.live & ~finite, int(Status.NON_FINITE), s.status),
                     live=ok & ~exhausted & (remaining > tolerance) & (s.column + 1 < dimension),
@@ -120,12 +117,11 @@ class GMRES(LinearSolver[None]):
                 norm=size,
                 column=zero,
                 steps=steps,
-                # Whether it has is for the product after the cycle to say.
-                status=xp.full_like(steps, int(Status.CONVERGED)),
+                status=xp.full_like(steps, int(Status.CONVERGED)),  # the product after the cycle confirms it
                 live=live,
             )
             s = space.while_loop(lambda s: s.live, step, s, dimension)
-            # A direction that A annihilates, to rounding, gives no coefficient.
+            # A direction that A maps to zero, to rounding, has the coefficient zero.
             diagonal = xp.abs(xp.sum(xp.where(index[:, None] == index[None, :], s.triangle, 0.0), 0))
             used = (index < s.column) & (diagonal > eps * xp.max(xp.where(index < s.column, diagonal, 0.0)))
             finite = xp.isfinite(xp.sum(xp.abs(s.triangle)))

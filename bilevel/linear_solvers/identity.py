@@ -1,4 +1,4 @@
-"""The inverse Hessian replaced by a multiple of the identity."""
+"""A multiple of the identity in place of the inverse Hessian."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -17,12 +17,12 @@ from bilevel.spaces.array import Array, V
 class Identity(LinearSolver[None]):
     """v = scale · b, without a Hessian-vector product.
 
-    T1-T2 of Luketina et al. (ICML 2016), the identity of Lorraine et al. (2020), section 5; JFB for fixed
-    points. A cheap direction, not a solve: ``residual_norm`` is nan, since it would take a product.
+    It is T1-T2 of Luketina et al. (ICML 2016), and the identity of Lorraine et al. (2020), section 5. For fixed points
+    it is JFB. It gives a cheap direction, not a solution. ``residual_norm`` is nan, because it would take a product.
 
     Args:
-        scale: stands for the inverse curvature; the inner learning rate is the usual choice. Only the
-            size of the hypergradient depends on it where F has no direct λ.
+        scale: replaces the inverse curvature. The inner learning rate is the usual choice. If F does not depend
+            directly on λ, only the size of the hypergradient depends on ``scale``.
     """
 
     requires: ClassVar[frozenset[str]] = frozenset()

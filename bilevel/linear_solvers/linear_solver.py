@@ -1,4 +1,4 @@
-"""What a solver of linear systems is."""
+"""The base class of solvers of linear systems."""
 
 from __future__ import annotations
 
@@ -16,24 +16,23 @@ from bilevel.spaces.array import V
 SYMMETRIC = "symmetric"
 """The operator is its own transpose."""
 STEADY = "steady"
-"""All products are by the same operator."""
-S = TypeVar("S")
-"""The state that several solves share."""
+"""All products use the same operator."""
+S = TypeVar("S")  # the state that several solves share
 
 
 class LinearSolver(Generic[S]):
-    """Solves A v = b by products with A: an inverse-Hessian-vector product.
+    """A solver of A v = b by products with A. With a Hessian A, v is an inverse-Hessian-vector product.
 
-    Subclass it, as a frozen dataclass whose fields are the options. Only `solve` must be written. The other attributes
-    have defaults. A field of a dataclass replaces ``rtol`` or ``damping``.
+    Write a subclass as a frozen dataclass whose fields are the options. Only `solve` must be defined. The other
+    attributes have defaults. A field of the dataclass may replace ``rtol`` or ``damping``.
 
     Attributes:
-        requires: the properties that the operator must have: ``SYMMETRIC``, ``STEADY``.
+        requires: required properties of the operator: ``SYMMETRIC``, ``STEADY``.
         stateful: whether the object changes with each solve. JAX cannot compile such a solver.
-        rtol: relative residual that CONVERGED promises; 0: none.
-        damping: added to A.
-        remedy: what to do if a solve stops too early.
-        stagnation_remedy: what to do if a solve makes no more progress.
+        rtol: largest relative residual with the status ``CONVERGED``; 0: no bound.
+        damping: added to the diagonal of A.
+        remedy: advice for a solve that stops too early.
+        stagnation_remedy: advice for a solve that makes no more progress.
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({SYMMETRIC, STEADY})
@@ -44,9 +43,9 @@ class LinearSolver(Generic[S]):
     damping: float = 0.0
 
     def init(self, A: LinearOperator[V]) -> S:
-        """Return the state that several solves can share: a step size, a sketch, a preconditioner. None: there is none.
+        """Return the state that several solves can share, such as a step size or a sketch. None: there is no state.
 
-        The state is any tree of arrays. It is right as long as A has not changed much.
+        The state is any tree of arrays. It stays valid as long as A does not change much.
         """
         return None  # pyright: ignore[reportReturnType]
 
@@ -58,7 +57,7 @@ class LinearSolver(Generic[S]):
             state: the result of `init`.
             A: the operator, without the damping.
             b: the right-hand side.
-            x0: a warm start, which a direct method may ignore; None: zero.
+            x0: a warm start, which a direct method may ignore. None: zero.
         """
         raise NotImplementedError
 
@@ -74,33 +73,30 @@ class LinearSolver(Generic[S]):
 
     @property
     def most_steps(self) -> int | None:
-        """The most steps of a solve; None: there is no limit that an option sets."""
+        """The maximum number of steps of a solve. None: no option limits it."""
         return None
 
     def with_rtol(self, rtol: float) -> Self:
-        """Return the solver with another relative tolerance, if it has one."""
+        """Return the solver with another relative tolerance. A solver without a tolerance returns itself."""
         return replace(self, rtol=rtol) if self.rtol and is_dataclass(self) else self  # pyright: ignore
 
     def explain(self, info: SolverInfo, symmetric: bool, curvature: Spectrum[float] | None) -> str:
-        """Return why a solve failed, and the way out.
+        """Return the cause of a failed solve, and a remedy.
 
-        Args:
-            info: information about the solve, in Python numbers.
-            symmetric: whether the operator was symmetric.
-            curvature: the spectrum of A in Python numbers, for advice with numbers; None: unknown.
+        ``info`` and ``curvature``, the spectrum of A, are in Python numbers. ``curvature`` is None if it is unknown.
         """
         return advice.explain(self, info, symmetric, curvature)
 
     def record(self, info: SolverInfo) -> None:
-        """Take note of how a solve ended, in Python numbers."""
+        """Record the information about a solve, in Python numbers."""
 
 
 def check_requirements(solver: LinearSolver[S], A: LinearOperator[V]) -> None:
     """Raise a TypeError if an operator lacks a property that a solver requires."""
     if STEADY in solver.requires and A.sample is not None:
         raise TypeError(
-            f"inner_args is a list, a batch per product, but {solver.name} needs the same Hessian in all of them. "
-            'Use solver="neumann" or "unrolled", or give one tuple: inner_args=(x, y).'
+            f"inner_args is a list, one batch per product, but {solver.name} needs the same Hessian in all products. "
+            'Use solver="neumann" or "unrolled", or pass one tuple: inner_args=(x, y).'
         )
     if SYMMETRIC in solver.requires and not A.symmetric:
         raise TypeError(

@@ -1,4 +1,4 @@
-"""MINRES, for symmetric operators of any sign."""
+"""MINRES, for symmetric operators that may be indefinite."""
 
 from dataclasses import dataclass
 from typing import Generic, NamedTuple
@@ -33,19 +33,15 @@ class _State(NamedTuple, Generic[V]):
 class MINRES(Iterative[None]):
     """Solve (H + damping I) v = b by minimal residuals (Paige & Saunders 1975).
 
-    For symmetric Hessians that may be indefinite, as those of networks in mid-training are: the residual falls at each
-    step, whatever the signs of the eigenvalues. Of a singular system without a solution it finds a least-squares one,
-    with ``MAXITER``. Its rounding errors grow with the square of the condition number κ, so that it also stops with
-    ``MAXITER`` where κ exceeds 1/√eps (3e3 in float32): CG goes further on definite systems. Stops by SciPy's rule,
-    ``norm(b - A v) <= max(rtol * norm(b), atol)``, confirmed by a product.
+    For symmetric Hessians that may be indefinite, such as the Hessians of networks before the end of their training.
+    The residual falls at each step, for eigenvalues of either sign. For a singular system without a solution, v is a
+    least-squares solution, with ``MAXITER``. Rounding errors grow with the square of the condition number κ. So the
+    solve also ends with ``MAXITER`` if κ exceeds 1/√eps (3e3 in float32). On definite systems, CG is more accurate.
 
-    ``info.steps`` counts iterations, a product each; the warm start and each check take one more.
+    The stop rule and ``info.steps`` are as in `CG`.
 
     Args:
-        maxiter: most iterations, >= 0.
-        rtol: relative tolerance on the residual.
-        atol: absolute tolerance on the residual.
-        damping: added to the Hessian.
+        maxiter, rtol, atol, damping: as in `CG`.
     """
 
     @override
@@ -56,20 +52,20 @@ class MINRES(Iterative[None]):
 
         def cycle(x: V, r: V, steps: Array, live: Array, tolerance: Array) -> Cycle[V]:
             def step(s: _State[V]) -> _State[V]:
-                # One more column of the Lanczos process ...
+                # Compute one more column of the Lanczos process.
                 z = space.axpy(-s.beta, s.q_old, A(s.q))
                 alpha = space.dot(s.q, z)
                 z = space.axpy(-alpha, s.q, z)
                 beta = space.norm(z)
                 scale = xp.maximum(s.scale, xp.maximum(xp.abs(alpha), beta))
-                # ... through the last two rotations, and a new one that annihilates beta.
+                # Apply the last two rotations, and a new rotation that eliminates beta.
                 delta = s.cs * alpha - s.cs_old * s.sn * s.beta
                 rho1 = xp.sqrt(delta**2 + beta**2)
                 rho2 = s.sn * alpha + s.cs_old * s.cs * s.beta
                 rho3 = s.sn_old * s.beta
                 finite = xp.isfinite(rho1)
-                # norm(A r) / norm(r) of the iterate so far: if it vanishes, A reaches nothing more of the residual,
-                # and x is the least-squares solution of a singular system (Choi, Paige & Saunders 2011).
+                # If norm(A r) / norm(r) vanishes, x is the least-squares solution of a singular system (Choi, Paige &
+                # Saunders 2011).
                 stationary = xp.sqrt(delta**2 + (s.cs * beta) ** 2) <= eps**0.5 * scale
                 pivot = xp.where(rho1 > 0, rho1, 1.0)
                 d = space.axpy(-rho3, s.d_old, space.axpy(-rho2, s.d, s.q))
@@ -77,7 +73,7 @@ class MINRES(Iterative[None]):
                 x = space.axpy(s.eta * delta / pivot, d, s.x)
                 eta = -s.eta * beta / pivot
                 done = xp.abs(eta) <= tolerance
-                # A residual is only known to eps norm(A) norm(x): on the null space x runs away, and that with it.
+                # The error of the residual is eps norm(A) norm(x), which grows as x grows in the null space.
                 lost = ~done & (eps * scale * space.norm(x) > 0.2 * xp.abs(s.eta))
                 ok = s.live & finite & ~stationary & ~lost
                 cs = xp.where(ok, delta / pivot, s.cs)
@@ -105,23 +101,8 @@ class MINRES(Iterative[None]):
 
             size = space.norm(r)
             zero, one, none = xp.zeros_like(size), xp.ones_like(size), space.zeros()
-            s = _State(
-                x=x,
-                q_old=none,
-                q=space.scale(1.0 / xp.where(live, size, 1.0), r),
-                d_old=none,
-                d=none,
-                beta=zero,
-                cs_old=one,
-                sn_old=zero,
-                cs=one,
-                sn=zero,
-                eta=size,
-                scale=zero,
-                steps=steps,
-                status=xp.full_like(steps, int(Status.MAXITER)),
-                live=live,
-            )
+            q, status = space.scale(1.0 / xp.where(live, size, 1.0), r), xp.full_like(steps, int(Status.MAXITER))
+            s = _State(x, none, q, none, none, zero, one, zero, one, zero, size, zero, steps, status, live)
             s = space.while_loop(lambda s: s.live, step, s, self.maxiter)
             return Cycle(s.x, xp.abs(s.eta), s.steps, s.status)
 

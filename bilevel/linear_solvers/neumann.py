@@ -1,4 +1,4 @@
-"""The truncated Neumann series of Lorraine, Vicol & Duvenaud."""
+"""The truncated Neumann series."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Generic, Literal, NamedTuple
@@ -18,17 +18,17 @@ class _State(NamedTuple, Generic[V]):
     total: V
     term: V
     norm: Array  # of the term
-    least: Array  # of the norms so far
-    term_index: Array | int  # of the step, counted in Python where the loop is one of Python
+    least: Array  # the smallest norm of a term
+    term_index: Array | int  # a Python number in a Python loop
     steps: Array
     status: Array
     live: Array
 
 
 def safe_step(A: LinearOperator[V]) -> Number:
-    """Return 1 / (largest |eigenvalue| + its error bound), by Lanczos; 1 for the zero operator.
+    """Return 1 / (largest |eigenvalue| + its error bound), by Lanczos' method, or 1 for the zero operator.
 
-    For an operator that is not symmetric, return 1: the step of a fixed point's own iteration.
+    For an operator that is not symmetric, return 1, which is the step of a fixed-point iteration.
     """
     if not A.symmetric:
         return 1.0
@@ -41,29 +41,28 @@ def safe_step(A: LinearOperator[V]) -> Number:
 class Neumann(LinearSolver[Number]):
     """v = α Σ_{j=0}^{terms} (I − α(H + damping I))^j b, by ``terms`` Hessian-vector products.
 
-    Algorithm 3 of Lorraine, Vicol & Duvenaud (AISTATS 2020), with the final factor α that its first
-    version lacks. Converges to (H + damping I)^{-1} b where H + damping I is positive definite and
-    α < 2/λmax. For a symmetric operator the norms of the terms are log-convex in j: once one has grown they
-    all will, so the first growth stops the series with ``DIVERGED``, at the last sum before it.
+    Algorithm 3 of Lorraine, Vicol & Duvenaud (AISTATS 2020), with the final factor α that its first version lacks. The
+    series converges to (H + damping I)^{-1} b if H + damping I is positive definite and α < 2/λmax. For a symmetric
+    operator, the norms of the terms are log-convex in j: once they grow, they keep growing. So the series stops at
+    the first growth, with ``DIVERGED`` and the sum before it.
 
-    ``info.residual_norm`` is the norm of the last term: the residual of the sum one term earlier, which bounds
-    that of v while the series converges. With ``rtol`` the series stops once a term is below it, and is ``CONVERGED``
-    if a product confirms that.
+    ``info.residual_norm`` is the norm of the last term. It is the residual of the sum without that term, and bounds
+    the residual of v if the series converges. With ``rtol``, the series stops at the first term below the tolerance.
+    Then the status is ``CONVERGED`` if a product confirms the residual.
 
-    With a warm start v0 the series corrects it: v0 + α Σ (I − αA)^j (b − A v0), at one more product.
+    A warm start v0 is corrected by the series: v0 + α Σ (I − αA)^j (b − A v0), at one more product.
 
-    At a fixed point w = step(w, λ) with α = 1 the terms are those of its own iteration, (∂step/∂w)ᵀ applied j times.
-    Such terms may grow before they shrink, and so may those over batches of data, a new one for each product (LiSSA:
-    Agarwal, Bullins & Hazan, JMLR 2017). They count as ``DIVERGED`` a thousandfold above the first, or if the last
-    one is above it. Of such batches ``residual_norm`` tells that the terms fall, not how well v solves the mean system,
-    and a warm start is corrected by the first.
+    At a fixed point w = step(w, λ) with α = 1, term j is ((∂step/∂w)ᵀ)^j b. Such terms may grow before they shrink. So
+    may terms over a list of batches, with a new batch for each product (LiSSA: Agarwal, Bullins & Hazan, JMLR 2017). In
+    both cases the status is ``DIVERGED`` if a term exceeds the first a thousandfold, or if the last term exceeds it.
+    With batches, ``residual_norm`` is not the residual of the mean system, and the first batch corrects a warm start.
 
     Args:
-        terms: products, >= 0; with 0, v = α b.
-        step_size: α > 0. "auto": 1/(λmax + its error bound), from 12 Lanczos products more per call, on the first batch
-            if there are several; `bl.prepare` takes them once for many calls. At a fixed point, 1.
-        damping: added to the Hessian.
-        rtol: stop early, at ``norm(b - A v) <= rtol * norm(b)``; 0: take all the terms.
+        terms: number of products, >= 0. With 0, v = α b.
+        step_size: α > 0. "auto": 1/(λmax + its error bound), from 12 more Lanczos products per call, on the first
+            batch; `bl.prepare` takes them once for many calls. At a fixed point, "auto" is 1.
+        damping: added to the diagonal of the operator.
+        rtol: stop early, at ``norm(b - A v) <= rtol * norm(b)``. 0: take all terms.
     """
 
     requires: ClassVar[frozenset[str]] = frozenset()
@@ -77,8 +76,7 @@ class Neumann(LinearSolver[Number]):
     def __post_init__(self) -> None:
         check_int(self, "terms", least=0)
         check_step_size(self)
-        check_real(self, "damping", least=0)
-        check_real(self, "rtol", least=0)
+        check_real(self, "damping", "rtol")
 
     @property
     @override
@@ -88,9 +86,7 @@ class Neumann(LinearSolver[Number]):
     @override
     def init(self, A: LinearOperator[V]) -> Number:
         """Return the step size α."""
-        if isinstance(self.step_size, str):
-            return 1.0 / (1.0 / safe_step(A) + self.damping)
-        return self.step_size
+        return 1.0 / (1.0 / safe_step(A) + self.damping) if isinstance(self.step_size, str) else self.step_size
 
     @override
     def solve(self, state: Number, A: LinearOperator[V], b: V, x0: V | None) -> tuple[V, SolverInfo]:
@@ -100,19 +96,17 @@ class Neumann(LinearSolver[Number]):
     def _series(self, alpha: Number, A: LinearOperator[V], rhs: V, x0: V | None) -> tuple[V, SolverInfo]:
         space, steady = A.space, A.steady
         xp, eps, rhs_norm = space.xp, space.eps, space.norm(rhs)
-        growth = 1 + 16 * eps  # more than rounding can do to a term that stays
+        growth = 1 + 16 * eps  # more than the growth by rounding
         early = not (is_python_value(self.rtol) and self.rtol == 0)
         if early and A.sample is not None:
             raise TypeError(
-                "Neumann.rtol: with a new batch for each product there is no one system whose residual could be "
-                "measured. Leave it out, and set terms."
+                "Neumann.rtol: with a new batch for each product, there is no single system whose residual could be "
+                "measured. Leave rtol out, and set terms."
             )
         tolerance = xp.maximum(self.rtol * rhs_norm, eps * rhs_norm) if early else -xp.ones_like(rhs_norm)
 
         def step(s: _State[V]) -> _State[V]:
-            term = space.axpby_where(
-                s.live, -alpha, A.at(s.term_index)(s.term), s.term
-            )  # of the last one, only the norm matters
+            term = space.axpby_where(s.live, -alpha, A.at(s.term_index)(s.term), s.term)
             size = space.norm(term)
             finite, grown = xp.isfinite(size), size > (growth * s.least if steady else 1e3 * start_norm)
             ok = s.live & finite & ~grown
@@ -148,7 +142,7 @@ class Neumann(LinearSolver[Number]):
             live=finite & (start_norm > tolerance),
         )
         s = space.while_loop(lambda s: s.live, step, s, self.terms)
-        # Loud under jit too, where only the status could tell.
+        # Return nan if the solve failed, also under jit, where nothing can raise.
         alpha = xp.where(s.status == int(Status.NON_FINITE), float("nan"), alpha * xp.ones_like(start_norm))
         x = space.scale(alpha, s.total) if x0 is None else space.axpy(alpha, s.total, x0)
         left, status = s.norm, s.status

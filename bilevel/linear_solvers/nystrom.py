@@ -1,4 +1,4 @@
-"""The inverse of a low-rank approximation."""
+"""The inverse of a low-rank approximation of the Hessian."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -18,23 +18,23 @@ from bilevel.spaces.array import Array, V
 class Nystrom(LinearSolver[Sketch]):
     """v = (Ĥ + damping I)⁻¹ b with a Nyström approximation Ĥ of rank r (Hataya & Yamada, AISTATS 2023).
 
-    For Hessians with few large eigenvalues. The error is that of the rest: ``damping`` must not be small against the
-    eigenvalues that the sketch leaves out. A residual above ``rtol`` gives ``MAXITER``, or ``NEGATIVE_CURVATURE`` if
-    the sketch has met it: its directions count as zero. A warm start is not used.
+    For Hessians with few large eigenvalues. ``damping`` must not be small against the eigenvalues outside the sketch.
+    A residual above ``rtol`` gives ``MAXITER``, or ``NEGATIVE_CURVATURE`` if the sketch has negative curvature.
+    Directions of negative curvature count as zero curvature. A warm start is not used.
 
     The sketch takes r products, and the true residual one more. `bl.prepare` makes the sketch once for several calls.
     ``info.steps`` is r.
 
     Args:
-        rank: r >= 1; as many vectors are stored, three times as many while the sketch is made.
+        rank: r >= 1. The sketch stores r vectors, and 3r vectors while it is computed.
         damping: added to the Hessian, > 0.
-        seed: of the random vectors.
-        rtol: what ``CONVERGED`` promises of ``norm(b - (H + damping I) v) / norm(b)``.
+        seed: seed of the random vectors.
+        rtol: largest ``norm(b - (H + damping I) v) / norm(b)`` with the status ``CONVERGED``.
     """
 
     remedy: ClassVar[str] = (
-        "Raise rank or damping, since what the sketch leaves out is large against the damping; if it is one of "
-        "bl.prepare, prepare anew. Or loosen rtol."
+        "Eigenvalues outside the sketch are large against the damping: raise rank or damping, or loosen rtol. If the "
+        "sketch comes from bl.prepare, prepare again."
     )
 
     rank: int = 20
@@ -44,9 +44,9 @@ class Nystrom(LinearSolver[Sketch]):
 
     def __post_init__(self) -> None:
         check_int(self, "rank", least=1)
-        check_real(self, "damping", above=0)
         check_int(self, "seed", least=0)
-        check_real(self, "rtol", least=0)
+        check_real(self, "damping", above=0)
+        check_real(self, "rtol")
 
     @override
     def init(self, A: LinearOperator[V]) -> Sketch:
@@ -60,7 +60,7 @@ class Nystrom(LinearSolver[Sketch]):
 
         def solve(b: V, x0: V | None, scale: Array) -> tuple[V, SolverInfo]:
             within, rest = space.stack_dot(known.vectors, b), b
-            for _ in range(2):  # a division by the damping would blow up what once leaves of the sketched directions
+            for _ in range(2):  # after one pass, the division by the damping would magnify the rounding errors
                 overlap = space.stack_dot(known.vectors, rest)
                 rest = space.axpy(-1.0, space.linear_combination(overlap, known.vectors), rest)
             x = space.linear_combination(within / (known.eigenvalues + self.damping), known.vectors)

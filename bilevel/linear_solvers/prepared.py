@@ -1,4 +1,4 @@
-"""A linear solver with its preliminary work done."""
+"""A linear solver with a fixed state."""
 
 from dataclasses import dataclass, field, replace
 from typing import Self
@@ -16,12 +16,12 @@ from bilevel.spaces.space import Layout
 
 @dataclass(frozen=True)
 class Prepared(Wrapper[S]):
-    """A solver with a state that serves several calls, as `bl.prepare` returns it.
+    """A solver with a fixed state for several calls, as returned by `bl.prepare`.
 
     Args:
         solver: the solver.
         state: the result of its `init`.
-        layout: shapes and dtypes of the params that the state was made for.
+        layout: shapes and dtypes of the params that the state belongs to.
     """
 
     solver: LinearSolver[S]
@@ -30,9 +30,8 @@ class Prepared(Wrapper[S]):
 
     @override
     def init(self, A: LinearOperator[V]) -> S:
-        compare_layouts(
-            "params", A.space.layout(A.space.like), "the params that the solver was prepared for", self.layout
-        )
+        found, prepared_for = A.space.layout(A.space.like), "the params that the solver was prepared for"
+        compare_layouts("params", found, prepared_for, self.layout)
         return self.state
 
     @override

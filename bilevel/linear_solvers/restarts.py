@@ -1,4 +1,4 @@
-"""Restarts around an iterative method: warm start, stop rule, and a residual that a product has confirmed."""
+"""Restarts of an iterative method: the warm start, the stop rule, and checks of the residual by products."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,8 +13,8 @@ from bilevel.options import check_int, check_real
 from bilevel.results import SolverInfo, Status
 from bilevel.spaces.array import Array, Number, V
 
-ROUNDS = 4  # restarts from the true residual; the second already reaches what the dtype can
-DRIFT = 50  # steps after which the residual of a recurrence is no longer trusted
+ROUNDS = 4  # cycles; the second usually reaches the precision of the dtype
+DRIFT = 50  # after more steps, the residual of a recurrence is checked
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,7 @@ class Iterative(LinearSolver[S]):
 
     def __post_init__(self) -> None:
         check_int(self, "maxiter", least=0)
-        for option in ("rtol", "atol", "damping"):
-            check_real(self, option, least=0)
+        check_real(self, "rtol", "atol", "damping")
 
     @property
     @override
@@ -40,12 +39,15 @@ class Iterative(LinearSolver[S]):
 
 
 class Cycle(NamedTuple, Generic[V]):
-    """The end of one run of a method, by its own recurrences, before it is checked."""
+    """The end of one run of a method, from its recurrences, before the check by a product."""
 
     x: V
     norm: Array  # of the residual
-    steps: Array  # in all
+    steps: Array  # of all cycles
     status: Array
+
+
+RunCycle = Callable[[V, V, Array, Array, Array], Cycle[V]]
 
 
 class _State(NamedTuple, Generic[V]):
@@ -53,14 +55,14 @@ class _State(NamedTuple, Generic[V]):
     x: V
     r: V
     norm: Array
-    confirmed: Array  # norm of the last residual that a product has confirmed
+    confirmed: Array  # norm of the last residual from a product
     steps: Array
     status: Array
     live: Array
 
 
 def solve_with_restarts(
-    cycle: Callable[[V, V, Array, Array, Array], Cycle[V]],
+    cycle: RunCycle[V],
     A: LinearOperator[V],
     b: V,
     x0: V | None,
@@ -74,114 +76,92 @@ def solve_with_restarts(
 ) -> tuple[V, SolverInfo]:
     """Solve A x = b by cycles of a method until ``norm(b - A x) <= max(rtol * norm(b), atol)``.
 
-    The recurrences for a residual drift from the truth in floating point. So a product checks each cycle that reports
-    convergence. If the residual is too large, the next cycle starts from the true residual, as long as that helps. A
-    cycle is taken back if its recurrence reports an improvement where the true residual has grown.
+    In floating point, the residual of a recurrence drifts from the true residual. So a product checks each cycle that
+    reports convergence. If the residual is too large, the next cycle starts from the true residual, as long as cycles
+    make progress. A cycle is undone if its recurrence reports a smaller residual but the true residual has grown.
 
     Args:
-        cycle: (x, r, steps, live, tolerance) -> `Cycle`, from x with the residual r. With ``live`` false it must do
-            nothing. It ends with ``CONVERGED`` below the tolerance, with ``MAXITER`` at ``maxiter`` steps in all, or
-            with another failure.
+        cycle: (x, r, steps, live, tolerance) -> `Cycle`, from x with the residual r. If ``live`` is false, it must do
+            nothing. It ends with ``CONVERGED`` below the tolerance, with ``MAXITER`` at ``maxiter`` steps of all
+            cycles, or with another failure.
         A: the operator, with its damping.
         b: the right-hand side.
         x0: a warm start, at one product. It is ignored for b = 0, whose solution is zero.
-        maxiter: most steps.
-        rtol: relative tolerance.
-        atol: absolute tolerance.
-        rounds: most cycles.
-        progress: go on while a cycle leaves less than this share of the residual.
-        stand_in: b -> the answer if the first step from zero meets negative curvature. None: zero.
+        maxiter, rtol, atol: as in `CG`.
+        rounds: maximum number of cycles.
+        progress: continue while a cycle leaves less than this share of the residual.
+        stand_in: b -> the result if the first step from zero meets negative curvature. None: zero.
     """
+    space, xp = A.space, A.space.xp
 
     def solve(b: V, x0: V | None, scale: Array) -> tuple[V, SolverInfo]:
-        answer = _solve(cycle, A, b, x0, rtol, atol / scale, maxiter, rounds, progress)
+        rhs_norm = space.norm(b)
+        # No solve can be more precise than the dtype's epsilon.
+        tolerance = xp.maximum(xp.maximum(rtol * rhs_norm, space.eps * rhs_norm), atol / scale * xp.ones_like(rhs_norm))
+
+        def check(s: _State[V]) -> _State[V]:
+            r = A.residual(b, s.x)
+            size = space.norm(r)
+            claimed, met = s.status == int(Status.CONVERGED), size <= tolerance
+            undecided = claimed | (s.status == int(Status.MAXITER))
+            status = xp.where(met, int(Status.CONVERGED), xp.full_like(s.status, int(Status.MAXITER)))
+            status = xp.where(xp.isfinite(size), status, int(Status.NON_FINITE))
+            # A residual may grow, as in CG, but not if the recurrence reports a smaller one.
+            worse = (size > s.confirmed) & (s.norm <= s.confirmed)
+            return s._replace(
+                x=space.where(worse, s.start, s.x),
+                r=r,
+                norm=xp.where(worse, s.confirmed, size),
+                confirmed=size,
+                status=xp.where(undecided, status, s.status),
+                live=claimed & ~met & (size < progress * s.confirmed) & (s.steps < maxiter),
+            )
+
+        def round_(s: _State[V]) -> _State[V]:
+            end = cycle(s.x, s.r, s.steps, s.live, tolerance)
+            short = (end.status == int(Status.MAXITER)) & (end.steps == maxiter) & (end.steps <= DRIFT)
+            doubtful = s.live & ~short
+            s = s._replace(
+                start=s.x,
+                x=end.x,
+                norm=xp.where(s.live, end.norm, s.norm),
+                steps=end.steps,
+                status=xp.where(s.live, end.status, s.status),
+                live=s.live & False,
+            )
+            return space.cond(doubtful, check, s)
+
+        if x0 is None:
+            x, r = space.zeros(), b
+        else:
+            x = space.where(rhs_norm > 0, x0, space.zeros())
+            r = space.where(rhs_norm > 0, A.residual(b, x), b)
+        size = space.norm(r)
+        met, finite = size <= tolerance, xp.isfinite(size)
+        steps = xp.zeros_like(size, dtype=xp.int32)
+        status = xp.where(met, int(Status.CONVERGED), xp.full_like(steps, int(Status.MAXITER)))
+        status = xp.where(finite, status, int(Status.NON_FINITE))
+        s = _State(x, x, r, norm=size, confirmed=size, steps=steps, status=status, live=~met & finite & (maxiter > 0))
+        s = space.while_loop(lambda s: s.live, round_, s, rounds)
+
+        def fill_nan(s: _State[V]) -> _State[V]:
+            """Return nan, because nothing can raise under jit."""
+            return s._replace(x=space.scale(float("nan"), b), norm=s.norm + float("nan"))
+
+        s = space.cond(s.status == int(Status.NON_FINITE), fill_nan, s)
+        return s.x, SolverInfo(s.steps, s.norm, rhs_norm, s.status)
+
+    def solve_or_stand_in(b: V, x0: V | None, scale: Array) -> tuple[V, SolverInfo]:
+        x, info = solve(b, x0, scale)
         if stand_in is None or x0 is not None:
-            return answer
+            return x, info
         fallback = stand_in
 
         def replaced(answer: tuple[V, SolverInfo]) -> tuple[V, SolverInfo]:
             x = fallback(b)
-            return x, answer[1]._replace(residual_norm=A.space.norm(A.residual(b, x)))
+            return x, answer[1]._replace(residual_norm=space.norm(A.residual(b, x)))
 
-        at_once = (answer[1].status == int(Status.NEGATIVE_CURVATURE)) & (answer[1].steps == 1)
-        return A.space.cond(at_once, replaced, answer)
+        immediate = (info.status == int(Status.NEGATIVE_CURVATURE)) & (info.steps == 1)
+        return space.cond(immediate, replaced, (x, info))
 
-    return scale_free(solve, b, x0, A.space)
-
-
-def _solve(
-    cycle: Callable[[V, V, Array, Array, Array], Cycle[V]],
-    A: LinearOperator[V],
-    b: V,
-    x0: V | None,
-    rtol: Number,
-    atol: Array,
-    maxiter: int,
-    rounds: int,
-    progress: float,
-) -> tuple[V, SolverInfo]:
-    space = A.space
-    xp = space.xp
-    rhs_norm = space.norm(b)
-    # Below the dtype's epsilon there is nothing to ask for.
-    tolerance = xp.maximum(xp.maximum(rtol * rhs_norm, space.eps * rhs_norm), atol * xp.ones_like(rhs_norm))
-
-    def check(s: _State[V]) -> _State[V]:
-        r = A.residual(b, s.x)
-        size = space.norm(r)
-        claimed, met = s.status == int(Status.CONVERGED), size <= tolerance
-        undecided = claimed | (s.status == int(Status.MAXITER))
-        status = xp.where(met, int(Status.CONVERGED), xp.full_like(s.status, int(Status.MAXITER)))
-        status = xp.where(xp.isfinite(size), status, int(Status.NON_FINITE))
-        # A residual may grow on the way, as in CG, but not where the recurrence reports that it has fallen.
-        worse = (size > s.confirmed) & (s.norm <= s.confirmed)
-        return s._replace(
-            x=space.where(worse, s.start, s.x),
-            r=r,
-            norm=xp.where(worse, s.confirmed, size),
-            confirmed=size,
-            status=xp.where(undecided, status, s.status),
-            live=claimed & ~met & (size < progress * s.confirmed) & (s.steps < maxiter),
-        )
-
-    def round_(s: _State[V]) -> _State[V]:
-        end = cycle(s.x, s.r, s.steps, s.live, tolerance)
-        short = (end.status == int(Status.MAXITER)) & (end.steps == maxiter) & (end.steps <= DRIFT)
-        doubtful = s.live & ~short
-        s = s._replace(
-            start=s.x,
-            x=end.x,
-            norm=xp.where(s.live, end.norm, s.norm),
-            steps=end.steps,
-            status=xp.where(s.live, end.status, s.status),
-            live=s.live & False,
-        )
-        return space.cond(doubtful, check, s)
-
-    if x0 is None:
-        x, r = space.zeros(), b
-    else:
-        x = space.where(rhs_norm > 0, x0, space.zeros())
-        r = space.where(rhs_norm > 0, A.residual(b, x), b)
-    size = space.norm(r)
-    met, finite = size <= tolerance, xp.isfinite(size)
-    steps = xp.zeros_like(size, dtype=xp.int32)
-    status = xp.where(met, int(Status.CONVERGED), xp.full_like(steps, int(Status.MAXITER)))
-    s = _State(
-        start=x,
-        x=x,
-        r=r,
-        norm=size,
-        confirmed=size,
-        steps=steps,
-        status=xp.where(finite, status, int(Status.NON_FINITE)),
-        live=~met & finite & (maxiter > 0),
-    )
-    s = space.while_loop(lambda s: s.live, round_, s, rounds)
-
-    def fill_nan(s: _State[V]) -> _State[V]:
-        """Return nan, which is seen under jit too, where only the status could tell."""
-        return s._replace(x=space.scale(float("nan"), b), norm=s.norm + float("nan"))
-
-    s = space.cond(s.status == int(Status.NON_FINITE), fill_nan, s)
-    return s.x, SolverInfo(s.steps, s.norm, rhs_norm, s.status)
+    return scale_free(solve_or_stand_in, b, x0, space)

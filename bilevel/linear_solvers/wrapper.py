@@ -1,6 +1,5 @@
 """A linear solver around another one."""
-# pyright: reportIncompatibleVariableOverride=false, reportAssignmentType=false
-# (The options of the inner solver are read. They are not stored a second time.)
+# pyright: reportIncompatibleVariableOverride=false, reportIncompatibleMethodOverride=false, reportAssignmentType=false
 
 from typing_extensions import override
 
@@ -10,27 +9,15 @@ from bilevel.results import SolverInfo
 
 
 class Wrapper(LinearSolver[S]):
-    """A solver that has the properties and options of another one, ``solver``."""
+    """A solver with the properties and options of another solver, ``solver``."""
 
     solver: LinearSolver[S]
     requires = property(lambda self: self.solver.requires)
     rtol = property(lambda self: self.solver.rtol)
     damping = property(lambda self: self.solver.damping)
-
-    @property
-    @override
-    def name(self) -> str:
-        return self.solver.name
-
-    @property
-    @override
-    def summary(self) -> str:
-        return self.solver.summary
-
-    @property
-    @override
-    def most_steps(self) -> int | None:
-        return self.solver.most_steps
+    name = property(lambda self: self.solver.name)
+    summary = property(lambda self: self.solver.summary)
+    most_steps = property(lambda self: self.solver.most_steps)
 
     @override
     def explain(self, info: SolverInfo, symmetric: bool, curvature: Spectrum[float] | None) -> str:

@@ -1,4 +1,4 @@
-"""Methods that turn a problem at a point into a hypergradient."""
+"""Methods that differentiate the solution of the inner problem."""
 
 from bilevel.methods.implicit import Implicit
 from bilevel.methods.method import Level, Method, Pullback, Solution

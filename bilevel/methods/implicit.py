@@ -1,4 +1,5 @@
 """Differentiation by the implicit function theorem."""
+# pyright: reportAssignmentType=false, reportIncompatibleMethodOverride=false
 
 from __future__ import annotations
 
@@ -28,26 +29,17 @@ class Implicit(Method):
 
     solver: LinearSolver[Any]
     differentiates_steps = False
-    stateful = property(lambda self: self.solver.stateful)  # pyright: ignore[reportAssignmentType]
-    damping = property(lambda self: self.solver.damping)  # pyright: ignore[reportAssignmentType]
-    rtol = property(lambda self: self.solver.rtol)  # pyright: ignore[reportAssignmentType]
-
-    @property
-    @override
-    def name(self) -> str:
-        return self.solver.name
-
-    @property
-    @override
-    def summary(self) -> str:
-        return self.solver.summary
+    stateful = property(lambda self: self.solver.stateful)
+    damping = property(lambda self: self.solver.damping)
+    rtol = property(lambda self: self.solver.rtol)
+    name = property(lambda self: self.solver.name)
+    summary = property(lambda self: self.solver.summary)
 
     @override
     def solve(self, level: Level[P, H], adjoint0: P | None) -> Solution[P, H]:
         def pullback(cotangent: P) -> Pullback[P, H]:
             at = level.linearize()
-            A = level.operator(at)
-            return pull_back(level.backend, self.solver, A, at, cotangent, adjoint0)
+            return pull_back(level.backend, self.solver, level.operator(at), at, cotangent, adjoint0)
 
         return Solution(level.params, pullback)
 
@@ -75,7 +67,7 @@ class Implicit(Method):
 
 
 def as_method(solver: LinearSolver[Any] | Method) -> Method:
-    """Return the method that a solver stands for: a linear solver stands for implicit differentiation by it."""
+    """Return a method as it is, or implicit differentiation by a linear solver."""
     return Implicit(solver) if isinstance(solver, LinearSolver) else solver
 
 
@@ -87,18 +79,10 @@ def pull_back(
     cotangent: P,
     adjoint0: P | None,
 ) -> Pullback[P, H]:
-    """Solve A v = cotangent, and return −(∂r/∂λ)ᵀ v with v.
+    """Solve A v = cotangent, where A is v -> (∂r/∂w)ᵀ v. Return −(∂r/∂λ)ᵀ v, and v.
 
-    Args:
-        backend: the framework.
-        solver: the solver.
-        A: v -> (∂r/∂w)ᵀ v.
-        at: the linearized map. Its residual may be None if it is not known.
-        cotangent: the right-hand side, such as ∂F/∂w.
-        adjoint0: a warm start.
-
-    Raises:
-        TypeError: if A lacks a property that the solver requires.
+    ``at`` is the linearized map. Its residual may be None. ``adjoint0`` is a warm start. Raise a TypeError if A lacks a
+    property that the solver requires.
     """
     check_requirements(solver, A)
     adjoint, info = solver.solve(solver.init(A), A, cotangent, adjoint0)

@@ -1,4 +1,4 @@
-"""What turns a bilevel problem at a point into a hypergradient."""
+"""The base class of methods, and the inner level that a method differentiates."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bilevel.operators.linear_operator import LinearOperator
 from bilevel.options import summary
 from bilevel.problems.protocols import BilevelProblem
 from bilevel.results import SolverInfo
-from bilevel.spaces.array import Array, H, P
+from bilevel.spaces.array import Args, H, P
 from bilevel.spaces.space import Layout, Space
 
 
@@ -27,53 +27,43 @@ class Level(Generic[P, H]):
         problem: the problem.
         params: w.
         hparams: λ.
-        batches: the further arguments of the inner objective; several where each product or step takes the next batch.
+        batches: the further arguments of the inner objective. With several, each product or step takes the next.
     """
 
     backend: Backend
     problem: BilevelProblem
     params: P
     hparams: H
-    batches: list[tuple[object, ...]]
+    batches: list[Args]
 
     @property
     def space(self) -> Space[P]:
-        """The vectors like params."""
+        """The space of vectors like params."""
         return self.backend.space(self.params)
 
-    def linearize(self, args: tuple[object, ...] | None = None, params: P | None = None) -> LinearizedMap[P, H]:
-        """Linearize the map, on the first batch and at params unless told otherwise."""
+    def linearize(self, args: Args | None = None, params: P | None = None) -> LinearizedMap[P, H]:
+        """Linearize the map, by default on the first batch and at the params of the level."""
         params = self.params if params is None else params
         return self.problem.linearize(self.backend, params, self.hparams, self.batches[0] if args is None else args)
 
     def operator(self, at: LinearizedMap[P, H]) -> LinearOperator[P]:
-        """Return v -> (∂r/∂w)ᵀ v with its properties.
-
-        Raises:
-            TypeError: if there are several batches of an equation.
-        """
+        """Return v -> (∂r/∂w)ᵀ v with its properties. Raise a TypeError if an equation has several batches."""
         symmetric = self.problem.kind != "equation"
         if len(self.batches) == 1:
             return LinearOperator(self.space, at.vjp_params, symmetric)
         if not symmetric:
-            raise TypeError(
-                "inner_args is a list, but a fixed point or a root belongs to all of the data: give one tuple."
-            )
+            raise TypeError("inner_args is a list, but a fixed point or a root needs all of the data: pass one tuple.")
         args = self.space.sequence(self.batches)
-
-        def sample(i: Array | int) -> Callable[[P], P]:
-            return self.linearize(args(i + 1)).vjp_params
-
-        return LinearOperator(self.space, at.vjp_params, sample=sample)
+        return LinearOperator(self.space, at.vjp_params, sample=lambda i: self.linearize(args(i + 1)).vjp_params)
 
 
 class Pullback(NamedTuple, Generic[P, H]):
     """A cotangent of w*, pulled back to λ.
 
     Attributes:
-        hparams: (dw*/dλ)ᵀ times the cotangent; None if λ has no influence on w*.
+        hparams: (dw*/dλ)ᵀ times the cotangent; None if w* does not depend on λ.
         adjoint: v.
-        info: how v was found.
+        info: information about the solve for v.
     """
 
     hparams: H | None
@@ -82,11 +72,11 @@ class Pullback(NamedTuple, Generic[P, H]):
 
 
 class Solution(NamedTuple, Generic[P, H]):
-    """w*, or what stands for it, and how its derivative is taken.
+    """w*, or an approximation of it, with its derivative.
 
     Attributes:
         params: w*, where the outer objective is evaluated.
-        pullback: from a cotangent of w*, such as ∂F/∂w, to its `Pullback`.
+        pullback: a function from a cotangent of w*, such as ∂F/∂w, to its `Pullback`.
     """
 
     params: P
@@ -94,15 +84,15 @@ class Solution(NamedTuple, Generic[P, H]):
 
 
 class Method:
-    """Differentiates the solution map w*(λ). A hypergradient is the pullback of ∂F/∂w, plus ∂F/∂λ.
+    """A method that differentiates the solution map w*(λ). A hypergradient is the pullback of ∂F/∂w, plus ∂F/∂λ.
 
-    Subclass it, as a frozen dataclass whose fields are the options.
+    Write a subclass as a frozen dataclass whose fields are the options.
 
     Attributes:
         stateful: whether the object changes with each call.
-        differentiates_steps: whether it differentiates a training of its own, which needs no minimum.
-        damping: added to the Hessian.
-        rtol: relative residual that CONVERGED promises; 0: none.
+        differentiates_steps: whether the method runs and differentiates inner steps, which needs no minimum.
+        damping: added to the diagonal of the Hessian.
+        rtol: largest relative residual with the status ``CONVERGED``; 0: no bound.
     """
 
     stateful: ClassVar[bool] = False
@@ -126,21 +116,21 @@ class Method:
         raise NotImplementedError
 
     def init(self, level: Level[P, H]) -> object:
-        """Return the state that several calls can share, a tree of arrays; None: there is none."""
+        """Return the state that several calls can share, a tree of arrays. None: there is no state."""
         return None
 
     def with_state(self, state: object, layout: Layout) -> Method:
-        """Return the method with the result of `init` fixed. ``layout`` is the layout of the params it is for."""
+        """Return the method with a fixed result of `init`. ``layout`` is the layout of the params."""
         return self
 
     def with_rtol(self, rtol: float) -> Self:
-        """Return the method with another relative tolerance, if it has one."""
+        """Return the method with another relative tolerance. A method without a tolerance returns itself."""
         return self
 
     @abstractmethod
     def explain(self, info: SolverInfo, symmetric: bool, curvature: Spectrum[float] | None) -> str:
-        """Return why it failed, and the way out; see `bilevel.linear_solvers.LinearSolver.explain`."""
+        """Return the cause of a failure, and a remedy; see `bilevel.linear_solvers.LinearSolver.explain`."""
         raise NotImplementedError
 
     def record(self, info: SolverInfo) -> None:
-        """Take note of how a call ended, in Python numbers."""
+        """Record the information about a call, in Python numbers."""

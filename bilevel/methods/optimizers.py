@@ -1,4 +1,4 @@
-"""The steps that an unroll differentiates through: each optimizer's own, and how derivatives pass them."""
+"""Steps of optimizers, and the derivatives of the steps."""
 
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, Protocol, TypeVar
@@ -6,19 +6,16 @@ from typing import Generic, NamedTuple, Protocol, TypeVar
 from bilevel.spaces.array import Array, Number, V
 from bilevel.spaces.space import Space
 
-S = TypeVar("S")
-"""The optimizer's state."""
-D = TypeVar("D")
-"""A derivative of the state, or by it."""
-K = TypeVar("K")
-"""What the way back needs of the state."""
+S = TypeVar("S")  # the optimizer's state
+D = TypeVar("D")  # a derivative of the state, or a derivative with respect to it
+K = TypeVar("K")  # the part of the state that a pullback needs
 
 
 class InnerStep(Protocol, Generic[V, S, D, K]):
-    """One step (w, s) -> (w', s') with the gradient g = ∂L/∂w at w; s is the optimizer's state.
+    """One step (w, s) -> (w', s') with the gradient g = ∂L/∂w at w, where s is the optimizer's state.
 
-    w' is w minus what s and g give, so that w itself passes a derivative on unchanged; the way by g, through the
-    Hessian, is the caller's.
+    w' − w depends on s and g only, so ∂w'/∂w is the identity at fixed s and g. The caller adds the derivatives through
+    g, which need the Hessian.
     """
 
     def init(self, params: V) -> S:
@@ -26,7 +23,7 @@ class InnerStep(Protocol, Generic[V, S, D, K]):
         ...
 
     def zero(self, params: V) -> D:
-        """Return zero derivatives of a state, or by one."""
+        """Return zero derivatives of a state, or with respect to a state."""
         ...
 
     def step(self, grad: V, params: V, state: S) -> tuple[V, S]:
@@ -34,7 +31,7 @@ class InnerStep(Protocol, Generic[V, S, D, K]):
         ...
 
     def keep(self, state: S) -> K:
-        """Return what `pullback` will need of s; it is stored for every step."""
+        """Return the part of s that `pullback` needs. It is stored for every step."""
         ...
 
     def pullback(self, grad: V, kept: K, by_params: V, by_state: D) -> tuple[V, D]:
@@ -42,13 +39,13 @@ class InnerStep(Protocol, Generic[V, S, D, K]):
         ...
 
     def pushforward(self, grad: V, state: S, d_grad: V, d_params: V, d_state: D) -> tuple[V, D]:
-        """Return the derivatives of w' and s', from those of g, w and s."""
+        """Return the derivatives of w' and s', from the derivatives of g, w and s."""
         ...
 
 
 @dataclass(frozen=True)
 class HeavyBall(Generic[V]):
-    """m' = momentum·m + g,  w' = w − step_size·m'; linear, so that a pullback needs nothing of the state."""
+    """m' = momentum·m + g,  w' = w − step_size·m'. The step is linear, so a pullback does not need the state."""
 
     space: Space[V]
     step_size: Number
@@ -76,9 +73,9 @@ class HeavyBall(Generic[V]):
 
 
 class AdamState(NamedTuple, Generic[V]):
-    """Moving averages of g and g², and the weight that each has gathered, 1 − βᵗ: what corrects their bias.
+    """Moving averages of g and g², and the sums of their weights, 1 − βᵗ, for the bias correction.
 
-    The weights are averages of 1, since 1 − β**t would cancel in float32.
+    The sums are computed as moving averages of 1, because 1 − β**t cancels in float32.
     """
 
     mean: V
@@ -88,7 +85,7 @@ class AdamState(NamedTuple, Generic[V]):
 
 
 class AdamTangent(NamedTuple, Generic[V]):
-    """A derivative of the two averages, or by them."""
+    """A derivative of the two averages, or with respect to them."""
 
     mean: V
     square: V
@@ -98,8 +95,8 @@ class AdamTangent(NamedTuple, Generic[V]):
 class Adam(Generic[V]):
     """Adam (Kingma & Ba, ICLR 2015): w' = w − step_size·m̂/(√v̂ + eps), as in torch and optax.
 
-    An entry whose gradients were all zero has v̂ = 0, where √v̂ has no derivative. There it counts as zero, which
-    gives the true derivative of the step: it moves by ∓step_size/eps per unit of gradient.
+    An entry whose gradients were all zero has v̂ = 0, where √v̂ has no derivative. There the derivative of √v̂ counts as
+    zero. This gives the true derivative of the step, of size step_size/eps per unit of gradient.
     """
 
     space: Space[V]
@@ -159,7 +156,7 @@ class Adam(Generic[V]):
         )
 
     def _slopes(self, new: AdamState[V]) -> tuple[V, V]:
-        """Return ∂w'/∂m' and ∂w'/∂v', entry by entry."""
+        """Return ∂w'/∂m' and ∂w'/∂v' per entry."""
         xp, c1, c2 = self.space.xp, new.mean_weight, new.square_weight
 
         def by_mean(v: Array) -> Array:
@@ -167,7 +164,7 @@ class Adam(Generic[V]):
 
         def by_square(v: Array, m: Array) -> Array:
             root = xp.sqrt(v / c2)
-            ratio = xp.where(root > 0, (m / c1) / xp.where(root > 0, root, 1.0), 0.0)  # of order one: no overflow
+            ratio = xp.where(root > 0, (m / c1) / xp.where(root > 0, root, 1.0), 0.0)  # of order one, so no overflow
             return self.step_size * ratio / (2 * c2 * (root + self.eps) ** 2)
 
         return self.space.map(by_mean, new.square), self.space.map(by_square, new.square, new.mean)

@@ -1,4 +1,4 @@
-"""A run of inner steps, and the two ways through it: backwards with an adjoint, forwards with tangents."""
+"""A run of inner steps, with reverse and forward differentiation."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,25 +8,25 @@ from typing import Any, Generic, NamedTuple
 from bilevel.linearization import LinearizedMap
 from bilevel.methods.method import Level
 from bilevel.methods.optimizers import InnerStep
-from bilevel.spaces.array import Array, H, P
+from bilevel.spaces.array import Args, Array, H, P
 from bilevel.spaces.space import Space
 
 
 class State(NamedTuple, Generic[P]):
-    """Where a run stands."""
+    """The state of a run."""
 
     params: P
     optimizer: Any
-    t: Any  # steps taken: a Python int where the loop is Python's
+    t: Any  # number of steps, a Python int in a Python loop
 
 
 class Adjoint(NamedTuple, Generic[P, H]):
-    """The derivatives of F by a state, and the sums that they make."""
+    """The derivatives of F with respect to a state, and sums over the steps."""
 
     params: P  # dF/dw_t
     optimizer: Any  # dF/ds_t
-    total: P  # −Σ dF/dg, which takes the place of v
-    cross: H | None  # the λ-part of dF/dλ; None: left out
+    total: P  # −Σ dF/dg, in place of v
+    cross: H | None  # the indirect part of dF/dλ; None: not computed
 
 
 class Tangent(NamedTuple, Generic[P, H]):
@@ -39,12 +39,12 @@ class Tangent(NamedTuple, Generic[P, H]):
 
 @dataclass(frozen=True)
 class Run(Generic[P, H]):
-    """The steps of an optimizer on the inner objective; step t takes the data ``batch(t)``."""
+    """The steps of an optimizer on the inner objective. Step t takes the data ``batch(t)``."""
 
     level: Level[P, H]
     space: Space[P]
     of_hparams: Space[H]
-    batch: Callable[[Array | int], tuple[object, ...]]
+    batch: Callable[[Array | int], Args]
     optimizer: InnerStep[P, Any, Any, Any]
 
     def start(self, params: P) -> State[P]:
@@ -56,20 +56,19 @@ class Run(Generic[P, H]):
         return self.level.linearize(self.batch(t), params)
 
     def step(self, s: State[P], grad: P | None = None) -> State[P]:
-        """Return the next state. ``grad`` spares its computation if it is known."""
+        """Return the next state. If ``grad`` is given, the gradient is not computed again."""
         if grad is None:
             level = self.level
             _, grad = level.problem.value_and_residual(level.backend, s.params, level.hparams, self.batch(s.t))
         return State(*self.optimizer.step(grad, s.params, s.optimizer), s.t + 1)
 
     def advance(self, s: State[P], count: int) -> State[P]:
-        """Return the state after so many steps."""
-        if not count:
-            return s  # saves a compilation
-        return self.space.scan(lambda s, _: (self.step(s), None), s, None, count)[0]
+        """Return the state after ``count`` steps."""
+        # Without steps, no scan: this saves a compilation.
+        return self.space.scan(lambda s, _: (self.step(s), None), s, None, count)[0] if count else s
 
     def backward_step(self, a: Adjoint[P, H], at: LinearizedMap[P, H], kept: Any) -> Adjoint[P, H]:
-        """Return the adjoint before a step, from the adjoint after it and the derivatives where it was taken."""
+        """Return the adjoint before a step, from the adjoint after it and the derivatives at the step."""
         axpy = self.space.axpy
         by_grad, by_state = self.optimizer.pullback(at.residual, kept, a.params, a.optimizer)
         cross = None if a.cross is None else at.vjp_hparams(by_grad)
@@ -81,19 +80,19 @@ class Run(Generic[P, H]):
         )
 
     def adjoint(self, cotangent: P, cross: H | None) -> Adjoint[P, H]:
-        """Return the adjoint at the end."""
+        """Return the adjoint after the last step."""
         return Adjoint(cotangent, self.optimizer.zero(cotangent), self.space.zeros(), cross)
 
 
 class Recording(Generic[P, H]):
-    """Steps that were recorded on the way, for `back`.
+    """Recorded steps, for `back`.
 
     With ``checkpoint``, only the states at the starts of segments are stored, and `back` runs each segment again
-    (Chen et al., 2016). There are √K segments of √K steps. Fewer than √K steps are left over. They come first and are
-    recorded at once. No more than 3√K + 1 states live at any time, for one more gradient per step.
+    (Chen et al., 2016). There are √K segments of √K steps. Fewer than √K steps remain; they come first and are recorded
+    immediately. At most 3√K + 1 states are stored at a time, for one more gradient per step.
 
-    With ``keep`` each step's derivatives are recorded too, if the backend ``can_store_graphs``. Otherwise they are
-    computed once more on the way back. In torch they hold the step's graph.
+    With ``keep``, the derivatives of each step are also recorded, if the backend ``can_store_graphs``. Otherwise `back`
+    computes them again. In torch they hold the graph of the step.
     """
 
     def __init__(self, run: Run[P, H], start: State[P], count: int, checkpoint: bool, keep: bool) -> None:
@@ -139,7 +138,7 @@ class Recording(Generic[P, H]):
 
 
 def forward_tangents(run: Run[P, H], start: State[P], count: int) -> tuple[State[P], object]:
-    """Return the end of so many steps, and its tangents along each entry of λ, for a scan of that length.
+    """Return the end of ``count`` steps, and its tangents along each entry of λ, for a scan over the entries.
 
     Forward mode (Franceschi et al., ICML 2017): the memory does not depend on the number of steps.
     """
@@ -172,7 +171,7 @@ def forward_tangents(run: Run[P, H], start: State[P], count: int) -> tuple[State
 
 
 def backward_at(run: Run[P, H], end: State[P], count: int, a: Adjoint[P, H], same_data: bool) -> Adjoint[P, H]:
-    """Return the adjoint before so many steps, as if all of them had been taken at the end of the run."""
+    """Return the adjoint before ``count`` steps, as if all steps started at the end of the run."""
     kept, at_end = run.optimizer.keep(end.optimizer), run.linearize(end.params, 0) if same_data else None
 
     def step(carry: tuple[Adjoint[P, H], Any], _: None) -> tuple[tuple[Adjoint[P, H], Any], None]:

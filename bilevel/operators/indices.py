@@ -1,4 +1,4 @@
-"""Small arrays on the device of a scalar."""
+"""Index arrays and identity matrices on the device of a scalar."""
 
 from bilevel.spaces.array import Array, V
 from bilevel.spaces.space import Space

@@ -1,4 +1,4 @@
-"""The ends of a symmetric operator's spectrum from a few products."""
+"""Extreme eigenvalues of a symmetric operator from a few products."""
 
 from typing import Generic, NamedTuple, TypeVar
 
@@ -12,10 +12,7 @@ N = TypeVar("N")
 
 
 class Spectrum(NamedTuple, Generic[N]):
-    """Estimated extreme eigenvalues. Each is within its error of an eigenvalue.
-
-    Arrays of the framework where it is estimated, Python numbers where it is reported.
-    """
+    """Estimated extreme eigenvalues, as arrays or Python numbers. Each is within its error of an eigenvalue."""
 
     smallest: N
     largest: N
@@ -34,10 +31,10 @@ class _State(NamedTuple, Generic[V]):
 
 
 def spectrum(A: LinearOperator[V], products: int = PRODUCTS) -> Spectrum[Array]:
-    """Estimate the extreme eigenvalues by Lanczos' method from a random start, with at most so many products.
+    """Estimate the extreme eigenvalues by Lanczos' method from a random start, with at most ``products`` products.
 
-    The error bound is that of the Ritz pairs, |β_k s_k| (Parlett, The Symmetric Eigenvalue Problem, 1998,
-    §13.2). Power iteration with as many products is 0.5-4 % low, on the unsafe side for a step size.
+    The errors are the bounds of the Ritz pairs, |β_k s_k| (Parlett, The Symmetric Eigenvalue Problem, 1998, §13.2).
+    Power iteration with as many products is 0.5-4 % too low, which makes a step size too large.
     """
     space = A.space
     xp, eps = space.xp, space.eps
@@ -47,11 +44,11 @@ def spectrum(A: LinearOperator[V], products: int = PRODUCTS) -> Spectrum[Array]:
         z = A(s.q)
         alpha = space.dot(s.q, z)
         z = space.axpy(-alpha, s.q, space.axpy(-s.beta, s.q_old, z))
-        z = space.axpy(-space.dot(s.q, z), s.q, z)  # again, for what rounding left of q
+        z = space.axpy(-space.dot(s.q, z), s.q, z)  # a second time, because of rounding
         beta = space.norm(z)
         here = s.live & (index == s.k)
         alphas, betas = xp.where(here, alpha, s.alphas), xp.where(here, beta, s.betas)
-        # An invariant subspace is exhausted once beta is rounding noise.
+        # Once beta is rounding noise, the subspace is invariant.
         scale = xp.max(xp.abs(alphas)) + xp.max(xp.where(index < s.k, betas, 0.0))
         live = s.live & (beta > 10 * eps * scale)
         return _State(
@@ -69,24 +66,17 @@ def spectrum(A: LinearOperator[V], products: int = PRODUCTS) -> Spectrum[Array]:
     one = space.dot(q, q)
     zeros = xp.stack([xp.zeros_like(one)] * products)
     index = indices(one, products, space)
-    s = _State(
-        q_old=space.zeros(),
-        q=q,
-        beta=xp.zeros_like(one),
-        alphas=zeros,
-        betas=zeros,
-        k=xp.zeros_like(one, dtype=xp.int32),
-        live=one > 0,
-    )
+    zero, start = xp.zeros_like(one), xp.zeros_like(one, dtype=xp.int32)
+    s = _State(q_old=space.zeros(), q=q, beta=zero, alphas=zeros, betas=zeros, k=start, live=one > 0)
     s = space.while_loop(lambda s: s.live, step, s, products)
 
-    # Rows that an early end left empty repeat the first: inside the spectrum, uncoupled.
+    # After an early end, the empty rows repeat the first one without coupling: they stay inside the spectrum.
     alphas = xp.where(index < s.k, s.alphas, s.alphas[0])
     coupling = xp.where(index < s.k - 1, s.betas, 0.0)
     column, row = index[None, :], index[:, None]
     off_diagonal = xp.where(column == row + 1, coupling[:, None], 0.0)
     tridiagonal = xp.where(column == row, alphas[:, None], 0.0) + off_diagonal + off_diagonal.T
-    # LAPACK refuses nan where JAX and NumPy let it through.
+    # Some LAPACK wrappers raise for nan.
     finite = xp.isfinite(xp.sum(tridiagonal))
     ritz, vectors = xp.linalg.eigh(xp.where(finite, tridiagonal, 0.0))
     last = xp.sum(xp.where(index == s.k - 1, s.betas, 0.0))

@@ -1,4 +1,4 @@
-"""A linear operator that knows its space and its properties."""
+"""A linear operator with its space and its properties."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,8 +17,8 @@ class LinearOperator(Generic[V]):
         space: the vectors.
         mv: v -> A v.
         symmetric: whether A is its own transpose. The operators of fixed points and roots are not.
-        sample: i -> the product of step i, where A is known by one sample per step: Hessians on batches of data. Then
-            ``mv`` is the product of the first sample. None: all products are by the same A.
+        sample: i -> the product of step i, if each step uses another sample of A, such as the Hessian on a batch of
+            data. Then ``mv`` is the product of the first sample. None: all products use the same A.
     """
 
     space: Space[V]
@@ -31,7 +31,7 @@ class LinearOperator(Generic[V]):
 
     @property
     def steady(self) -> bool:
-        """Whether A is symmetric and all products are by the same A."""
+        """Whether A is symmetric and all products use the same A."""
         return self.symmetric and self.sample is None
 
     def at(self, i: Array | int) -> Callable[[V], V]:

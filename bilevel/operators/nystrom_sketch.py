@@ -1,4 +1,4 @@
-"""A low-rank picture of a positive semi-definite operator, from products with random vectors."""
+"""A low-rank approximation of a positive semi-definite operator, from products with random vectors."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -9,12 +9,12 @@ from bilevel.spaces.array import Array, V
 
 
 class Sketch(NamedTuple):
-    """U diag(eigenvalues) Uᵀ, about A.
+    """An approximation U diag(eigenvalues) Uᵀ of A.
 
     Attributes:
-        vectors: U: r orthonormal vectors, as a stack; zero where a random direction brought nothing new.
-        eigenvalues: array of shape (r,), >= 0, falling.
-        smallest: the least curvature met over the largest; below zero beyond rounding if A is indefinite.
+        vectors: U, a stack of r orthonormal vectors. A vector is zero where a random direction depended on others.
+        eigenvalues: array of shape (r,), >= 0, in decreasing order.
+        smallest: the smallest sampled curvature over the largest. It is below zero beyond rounding if A is indefinite.
     """
 
     vectors: object
@@ -25,8 +25,8 @@ class Sketch(NamedTuple):
 def sketch(A: LinearOperator[V], rank: int, seed: int) -> Sketch:
     """Return the randomised Nyström approximation A Ω (Ωᵀ A Ω)⁻¹ (A Ω)ᵀ, by ``rank`` products.
 
-    Stabilised as in algorithm 2.1 of Frangella, Tropp & Udell (SIAM J. Matrix Anal. Appl. 2023). A rank beyond
-    the number of entries is cut to it. Takes 3 rank vectors while it works, and rank to keep.
+    Stabilised as in algorithm 2.1 of Frangella, Tropp & Udell (SIAM J. Matrix Anal. Appl. 2023). The rank is at most
+    the number of entries. The computation stores 3·rank vectors, the result rank vectors.
     """
     space = A.space
     xp, eps = space.xp, space.eps
@@ -35,7 +35,7 @@ def sketch(A: LinearOperator[V], rank: int, seed: int) -> Sketch:
     unit, index = identity(zero, rank, space), indices(zero, rank, space)
 
     def stack(vector: Callable[[Array, object], V]) -> object:
-        """Return a stack, from its i-th vector, given i and the ones before."""
+        """Return the stack with vector(i, the vectors before) as its i-th vector."""
 
         def step(state: tuple[object, Array], _: None) -> tuple[tuple[object, Array], None]:
             vectors, i = state
@@ -44,7 +44,7 @@ def sketch(A: LinearOperator[V], rank: int, seed: int) -> Sketch:
         return space.scan(step, (space.stack(rank), index[0]), None, rank)[0][0]
 
     def gram(left: object, right: object) -> Array:
-        """Return the matrix of their dots."""
+        """Return the matrix of the dots of two stacks."""
 
         def step(state: tuple[Array, Array], _: None) -> tuple[tuple[Array, Array], None]:
             matrix, i = state
@@ -54,7 +54,7 @@ def sketch(A: LinearOperator[V], rank: int, seed: int) -> Sketch:
         return space.scan(step, (unit, index[0]), None, rank)[0][0]
 
     def orthonormal(vectors: object) -> object:
-        """Return a basis, by Gram and Schmidt done twice; zero for what depends on the vectors before."""
+        """Apply Gram-Schmidt twice. A vector that depends on the vectors before it becomes zero."""
 
         def vector(i: Array, basis: object) -> V:
             x = space.get(vectors, i)
@@ -72,10 +72,10 @@ def sketch(A: LinearOperator[V], rank: int, seed: int) -> Sketch:
     q = orthonormal(images)
     core, triangle, overlap = gram(omega, images), gram(q, images), gram(q, omega)
     finite = xp.isfinite(xp.sum(xp.abs(core) + xp.abs(triangle) + xp.abs(overlap)))
-    core = xp.where(finite, (core + core.T) / 2, unit)  # LAPACK refuses nan
+    core = xp.where(finite, (core + core.T) / 2, unit)  # LAPACK wrappers raise for nan
     triangle, overlap = xp.where(finite, triangle, unit), xp.where(finite, overlap, unit)
 
-    # A small shift of A, taken back below, keeps rounding from making the core indefinite.
+    # A small shift of A, undone below, keeps the core positive definite in spite of rounding.
     shift = eps * xp.sqrt(xp.sum(triangle**2))
     curvatures, axes = xp.linalg.eigh(core + shift * unit)
     top = xp.max(xp.abs(curvatures))

@@ -1,4 +1,4 @@
-"""Solve a system in any units."""
+"""Scale a linear system against under- and overflow."""
 
 from collections.abc import Callable
 
@@ -12,7 +12,7 @@ def scale_free(
 ) -> tuple[V, SolverInfo]:
     """Call solve(rhs / scale, x0 / scale, scale) and undo the scale, so that squares neither under- nor overflow.
 
-    The scale is a power of two, hence exact, and 1 unless the largest entry is beyond 2^±30.
+    The scale is a power of two, so scaling is exact. It is 1 unless the largest entry is outside 2^±30.
     """
     xp = space.xp
     largest = space.max_abs(rhs)
@@ -22,7 +22,7 @@ def scale_free(
     scale = xp.exp2(xp.clip(xp.where(extreme, exponent, 0.0), -most, most))
 
     def scaled(factor: Array, v: V) -> V:
-        return space.cond(extreme, lambda v: space.scale(factor, v), v)  # no copy where there is nothing to do
+        return space.cond(extreme, lambda v: space.scale(factor, v), v)  # no copy if the scale is 1
 
     x, info = solve(scaled(1 / scale, rhs), x0 if x0 is None else scaled(1 / scale, x0), scale)
     info = info._replace(residual_norm=scale * info.residual_norm, rhs_norm=scale * info.rhs_norm)

@@ -13,13 +13,13 @@ from bilevel.spaces.space import Space
 class DiagonalPreconditioner:
     """Divide by the diagonal of the Hessian (Jacobi), for weights whose curvatures differ by decades.
 
-    If the diagonal is not given, it is estimated as the mean of z ∘ Hz over random signs z (Bekas, Kokiopoulou & Saad
-    2007), one product each. One product is exact if the Hessian is diagonal.
+    By default, the diagonal is estimated as the mean of z ∘ Hz over random signs z (Bekas, Kokiopoulou & Saad 2007).
+    If the Hessian is diagonal, one sample is exact.
 
     Args:
-        samples: products for the estimate, >= 1.
-        seed: of the random signs.
-        diagonal: of the Hessian, a tree like params, without the damping. Signs are dropped.
+        samples: number of random sign vectors, >= 1; each takes one product.
+        seed: seed of the random signs.
+        diagonal: the diagonal of the Hessian, a tree like params, without the damping. Its absolute values are used.
     """
 
     samples: int = 10
@@ -31,11 +31,7 @@ class DiagonalPreconditioner:
         check_int(self, "seed", least=0)
 
     def init(self, A: LinearOperator[V]) -> V:
-        """Return the diagonal.
-
-        Raises:
-            ValueError: if the given diagonal is unlike params.
-        """
+        """Return the diagonal. Raise a ValueError if a given diagonal has another layout than params."""
         space = A.space
         if self.diagonal is not None:
             check_layout("preconditioner.diagonal", self.diagonal, "params", space)
@@ -53,7 +49,7 @@ class DiagonalPreconditioner:
         return space.scale(1.0 / self.samples, total)
 
     def apply(self, state: V, vector: V, damping: Number, space: Space[V]) -> V:
-        """Divide by the diagonal, held away from zero."""
+        """Divide the vector by the diagonal plus the damping, but at least by a small positive number."""
         xp = space.xp
         floor = space.max_abs(state) * space.eps**0.75
         floor = xp.where(floor > 0, floor, 1.0)

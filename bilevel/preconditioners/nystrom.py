@@ -11,13 +11,13 @@ from bilevel.spaces.space import Space
 
 @dataclass(frozen=True)
 class NystromPreconditioner:
-    """Invert a Nyström sketch of the Hessian, for few large eigenvalues over a flat rest.
+    """Invert a Nyström sketch of the Hessian, for spectra with few large eigenvalues.
 
     P⁻¹ = (λᵣ + damping) U (Λ + damping)⁻¹ Uᵀ + (I − U Uᵀ): Frangella, Tropp & Udell (2023), equation (5.3).
 
     Args:
-        rank: r >= 1, products for the sketch and vectors stored.
-        seed: of the random vectors.
+        rank: r >= 1. The sketch takes r products and stores r vectors.
+        seed: seed of the random vectors.
     """
 
     rank: int = 20
@@ -32,7 +32,7 @@ class NystromPreconditioner:
         return sketch(A, self.rank, self.seed)
 
     def apply(self, state: Sketch, vector: V, damping: Number, space: Space[V]) -> V:
-        """Shrink the vector along the sketched directions."""
+        """Return P⁻¹ times the vector."""
         xp = space.xp
         vectors, eigenvalues, _ = state
         least = xp.min(eigenvalues) + damping

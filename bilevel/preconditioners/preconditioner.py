@@ -1,4 +1,4 @@
-"""What a preconditioner is."""
+"""The protocol of preconditioners."""
 
 from typing import Generic, Protocol, TypeVar, runtime_checkable
 
@@ -11,10 +11,10 @@ S = TypeVar("S")
 
 @runtime_checkable
 class Preconditioner(Protocol, Generic[S]):
-    """A symmetric positive definite approximation of (A + damping I)⁻¹, up to a factor. A frozen dataclass."""
+    """A symmetric positive definite approximation of (A + damping I)⁻¹, up to a factor, as a frozen dataclass."""
 
     def init(self, A: LinearOperator[V]) -> S:
-        """Return what takes products with A: a sketch, a diagonal. A is without the damping."""
+        """Return the state that needs products with A, such as a sketch or a diagonal. A is without the damping."""
         ...
 
     def apply(self, state: S, vector: V, damping: Number, space: Space[V]) -> V:
@@ -23,7 +23,7 @@ class Preconditioner(Protocol, Generic[S]):
 
 
 def check_preconditioner(value: object, solver: str) -> None:
-    """Raise a TypeError unless a value is None or an object of the two methods."""
+    """Raise a TypeError unless a value is None or an object with the methods of `Preconditioner`."""
     if value is not None and (isinstance(value, type) or not isinstance(value, Preconditioner)):
         raise TypeError(
             f"{solver}.preconditioner: expected an object with methods init() and apply(), such as "

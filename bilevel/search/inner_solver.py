@@ -1,4 +1,4 @@
-"""Solve the inner problem with SciPy, for those without a training loop."""
+"""Solve the inner problem with SciPy."""
 
 import warnings
 from collections.abc import Callable, Mapping
@@ -10,14 +10,14 @@ from bilevel.backend import Backend
 from bilevel.errors import SolverWarning
 from bilevel.problems.gradients import in_params
 from bilevel.problems.problem import Problem
-from bilevel.spaces.array import Array, H, P
+from bilevel.spaces.array import Args, Array, H, P
 from bilevel.validation import check_inputs, find_backend
 
 
 def scipy_fit(
     problem: Problem,
     *,
-    inner_args: tuple[object, ...] = (),
+    inner_args: Args = (),
     method: str = "L-BFGS-B",
     gtol: float = 1e-8,
     maxiter: int = 2000,
@@ -26,23 +26,26 @@ def scipy_fit(
 ) -> Callable[[H, P], P]:
     """Return ``fit(hparams, params0) -> params``, which minimizes the inner objective from ``params0``.
 
-    The ``fit`` of `bilevel.search.minimize` for those without a training loop. It is a full-batch method: the backend
-    computes the loss and its gradient over all of ``inner_args``, in the dtype of ``params0``; SciPy keeps its
+    Use it as the ``fit`` of `bilevel.search.minimize`, in place of a training loop. It is a full-batch method: the
+    backend computes the loss and its gradient over all of ``inner_args``, in the dtype of ``params0``. SciPy stores its
     vectors on the host, in float64.
 
     Args:
-        problem: the problem whose inner objective to minimize.
+        problem: the problem with the inner objective.
         inner_args: further arguments of the inner objective.
-        method: of `scipy.optimize.minimize`: one with an option ``gtol``, such as L-BFGS-B, BFGS or CG.
-        gtol: stop once no entry of the gradient is larger, or once rounding keeps the loss from going lower.
-        maxiter: most iterations.
+        method: a method of `scipy.optimize.minimize` with an option ``gtol``, such as L-BFGS-B, BFGS or CG.
+        gtol: stop if no entry of the gradient is larger, or if rounding prevents a decrease of the loss.
+        maxiter: maximum number of iterations.
         options: further options of the method.
         backend: as in `bilevel.hypergradient`.
 
     Returns:
-        The function. It warns (`SolverWarning`) if it ends above ``gtol``, since a hypergradient is only defined at a
-        minimum; but not if rounding has ended it with less to gain than eps^(3/4) of the loss, and not again
-        before it is ten times worse.
+        The function. It warns (`SolverWarning`) if the gradient stays above ``gtol``, because a hypergradient is only
+        defined at a minimum. It does not warn if rounding stops it within eps^(3/4) of the loss of the minimum. It
+        warns again only if the gradient is ten times larger.
+
+    Raises:
+        TypeError: if the problem has no inner objective. The function raises TypeError or ValueError for invalid input.
 
     >>> import numpy as np, bilevel as bl
     >>> problem = bl.problems.quadratic(hessian=2 * np.eye(2), coupling=np.eye(2), target=np.zeros(2))
@@ -51,8 +54,8 @@ def scipy_fit(
     """
     if not isinstance(problem, Problem):
         raise TypeError(
-            f"scipy_fit minimizes an inner objective, which {type(problem).__name__} does not have: write a "
-            "fit(hparams, params0) -> params of your own, which repeats the step until it stands still, say."
+            f"scipy_fit minimizes an inner objective, which {type(problem).__name__} does not have: write a function "
+            "fit(hparams, params0) -> params, which for example repeats the step until it converges."
         )
     worst = 0.0
 
@@ -86,20 +89,20 @@ def scipy_fit(
     return fit
 
 
-_OPTIONS = {"l-bfgs-b": {"ftol": 0.0, "maxfun": 10**9}}  # the gradient decides when to stop, and maxiter
+_OPTIONS = {"l-bfgs-b": {"ftol": 0.0, "maxfun": 10**9}}  # stop only by gtol or maxiter
 
 
 def _value_and_grad(
-    backend: Backend, problem: Problem, flat: Array, like: P, hparams: H, inner_args: tuple[object, ...]
+    backend: Backend, problem: Problem, flat: Array, like: P, hparams: H, inner_args: Args
 ) -> tuple[Array, Array]:
-    """Return the inner objective and its gradient at flat parameters; JAX compiles this once for all fits."""
+    """Return the inner objective and its gradient at flat params. JAX compiles this function once for all fits."""
     space = backend.space(like)
     value, grad, _ = in_params(backend, problem.inner, space.unravel(flat), hparams, inner_args)
     return value, space.ravel(grad)
 
 
 def _left(found: optimize.OptimizeResult) -> float:
-    """Estimate how far the loss is above its minimum: ½ gᵀH⁻¹g, with the method's own H, or the identity."""
+    """Estimate the distance of the loss from its minimum, ½ gᵀH⁻¹g, with H from the method, or else the identity."""
     newton_step = found.hess_inv @ found.jac if "hess_inv" in found else found.jac
     return 0.5 * float(found.jac @ newton_step)
 
@@ -107,7 +110,7 @@ def _left(found: optimize.OptimizeResult) -> float:
 def _warn(found: optimize.OptimizeResult, slope: float, gtol: float) -> None:
     message = (
         f"scipy_fit stopped after {found.nit} iterations with a gradient entry of {slope:.2g} (gtol: {gtol:.2g}; "
-        f"SciPy: {str(found.message).rstrip(': ')}). A hypergradient is only as good as the minimum it is taken at: "
-        "raise maxiter or gtol, use float64, or keep the hyperparameters within bounds."
+        f"SciPy: {str(found.message).rstrip(': ')}). A hypergradient needs an accurate minimum: raise maxiter or gtol, "
+        "use float64, or keep the hyperparameters within bounds."
     )
     warnings.warn(SolverWarning(message), stacklevel=3)

@@ -1,15 +1,14 @@
-"""The arrays that every framework has, as far as this library computes with them."""
+"""Types of arrays and trees. `Array` has the operations that this library uses."""
 
 from __future__ import annotations
 
 from typing import Protocol, TypeVar
 
-P = TypeVar("P")
-"""The tree of params."""
-H = TypeVar("H")
-"""The tree of hparams."""
-V = TypeVar("V")
-"""A vector: any tree of arrays that a backend knows."""
+P = TypeVar("P")  # the tree of params
+H = TypeVar("H")  # the tree of hparams
+V = TypeVar("V")  # a vector: a tree of arrays of one backend
+Args = tuple[object, ...]
+"""The further arguments of an objective, which are usually data."""
 
 
 class Array(Protocol):
@@ -53,4 +52,4 @@ class Array(Protocol):
 
 
 Number = Array | float
-"""A scalar: of the framework, or of Python."""
+"""A scalar of the framework or of Python."""

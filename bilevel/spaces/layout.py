@@ -5,12 +5,12 @@ from bilevel.spaces.space import Layout, Space
 
 
 def check_layout(name: str, tree: object, other: str, space: Space[V]) -> None:
-    """Raise a ValueError that names the first leaf unless a tree is laid out like the vectors of a space."""
+    """Raise a ValueError unless a tree has the layout of a space. The error names the first leaf that differs."""
     compare_layouts(name, space.layout(tree), other, space.layout(space.like))
 
 
 def compare_layouts(name: str, found: Layout, other: str, expected: Layout) -> None:
-    """Raise a ValueError that names the first leaf unless two layouts are the same."""
+    """Raise a ValueError unless two layouts are equal. The error names the first leaf that differs."""
     for path in [*expected, *found]:
         if found.get(path) != expected.get(path):
             raise ValueError(

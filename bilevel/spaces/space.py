@@ -1,4 +1,4 @@
-"""Trees of arrays as vectors, and loops: all that a solver sees of a framework."""
+"""Trees of arrays as vectors, and loops: the operations of a framework that solvers use."""
 
 from __future__ import annotations
 
@@ -17,11 +17,10 @@ Layout = dict[str, tuple[tuple[int, ...], str]]
 """Shape and dtype of each leaf, by its path."""
 State = TypeVar("State")
 X = TypeVar("X")
-Y = TypeVar("Y")
 
 
 def kind_of(leaf: object) -> tuple[tuple[int, ...], str]:
-    """Return shape and dtype of a leaf. A leaf that is no array has the name of its class in place of a dtype."""
+    """Return shape and dtype of a leaf. If the leaf is not an array, return its class name in place of the dtype."""
     return tuple(getattr(leaf, "shape", ())), str(getattr(leaf, "dtype", type(leaf).__name__))
 
 
@@ -29,17 +28,17 @@ class Space(Generic[V]):
     """The vectors that have the structure, shapes and dtypes of one tree of arrays.
 
     Scalars are arrays of shape () on the device of the data. A multiple of a vector keeps the dtypes of the vector.
-    Dots accumulate in at least float32. A vector is opaque to a solver, and so is a stack of vectors.
+    Dots accumulate in at least float32. Solvers handle vectors and stacks of vectors only through a space.
 
-    A backend subclasses this. It must write `dot`, `normal`, `ravel` and `unravel`. The other operations have a
-    definition here, which a backend replaces where its framework does better.
+    A backend subclasses this class. It must define `dot`, `normal`, `ravel` and `unravel`. It may override the other
+    operations with faster ones.
 
     Args:
         like: a tree of arrays.
     """
 
     xp: Any = np
-    """The framework's array namespace, for functions of scalars: ``where``, ``sqrt``, ``isfinite``."""
+    """The framework's array namespace, for functions of scalars such as ``where``, ``sqrt`` and ``isfinite``."""
 
     def __init__(self, like: V) -> None:
         self.like = like
@@ -51,7 +50,7 @@ class Space(Generic[V]):
         return tree.leaves(x)
 
     def map(self, function: Callable[..., Any], x: X, *rest: object) -> X:
-        """Apply an entrywise function to the leaves of trees of one structure. Keep the dtypes of the first."""
+        """Apply an entrywise function to the leaves of trees of one structure. Keep the dtypes of the first tree."""
         return tree.tree_map(lambda a, *others: self.cast(function(a, *others), a), x, *rest)
 
     def layout(self, x: object) -> Layout:
@@ -81,7 +80,7 @@ class Space(Generic[V]):
 
     @abstractmethod
     def normal(self, seed: int, count: int | None = None) -> Any:
-        """Draw independent standard normal entries, the same for the same seed; of a stack if ``count`` is given."""
+        """Draw a vector, or a stack of ``count`` vectors, of standard normal entries that depend only on the seed."""
         raise NotImplementedError
 
     @abstractmethod
@@ -91,7 +90,7 @@ class Space(Generic[V]):
 
     @abstractmethod
     def unravel(self, array: Any) -> V:
-        """Return the vector whose entries are those of an array of shape (n,)."""
+        """Return the vector with the entries of an array of shape (n,)."""
         raise NotImplementedError
 
     def norm(self, x: V) -> Array:
@@ -111,7 +110,7 @@ class Space(Generic[V]):
         return self.map(lambda b, a: a * self.cast(alpha, b) + b, y, x)
 
     def copy(self, x: V) -> V:
-        """Return a vector in new memory, for `axpby_where` to use up, or for callers to write to."""
+        """Return the vector in new memory, which `axpby_where` and callers may overwrite."""
         return self.scale(1.0, x)
 
     def subtract(self, x: V, y: V) -> V:
@@ -119,16 +118,16 @@ class Space(Generic[V]):
         return self.axpy(-1.0, y, x)
 
     def where(self, flag: Array, x: X, y: X) -> X:
-        """Return x where the scalar flag holds, else y. A nan in the other one does no harm."""
+        """Return x where the scalar flag holds, else y. A nan in the other tree has no effect."""
         return self.map(lambda a, b: self.xp.where(flag, a, b), x, y)
 
     def axpby_where(self, flag: Array, alpha: Number, x: V, y: V, beta: Number = 1.0) -> V:
-        """Return alpha x + beta y where the flag holds, else y. The memory may be that of y, which is used up."""
+        """Return alpha x + beta y where the flag holds, else y. The result may overwrite the memory of y."""
         scaled = y if isinstance(beta, float) and beta == 1.0 else self.scale(beta, y)
         return self.where(flag, self.axpy(alpha, x, scaled), y)
 
     def max_abs(self, x: V) -> Array:
-        """Return the largest absolute entry in the dtype of a dot; nan if there is one, 0 if there is no entry."""
+        """Return the largest absolute entry, in the dtype of a dot. It is nan if an entry is nan, 0 if x is empty."""
         parts = [self.xp.max(self.xp.abs(a)) for a in self.leaves(x) if prod(a.shape)]
         none = self.xp.zeros_like(self.dot(x, x)) if not parts else self.dot(x, x)
         return self.xp.max(self.xp.stack([self.cast(part, none) for part in parts])) if parts else none
@@ -137,14 +136,14 @@ class Space(Generic[V]):
         """Tell whether no entry is nan or infinite."""
         return self.xp.all(self.xp.stack([self.xp.all(self.xp.isfinite(a)) for a in self.leaves(x)]))
 
-    # Stacks: several vectors. Here a list of them.
+    # A stack holds several vectors. In this class, it is a list.
 
     def stack(self, count: int) -> Any:
-        """Return room for ``count`` vectors, all zero."""
+        """Return a stack of ``count`` zero vectors."""
         return [self.zeros() for _ in range(count)]
 
     def set(self, stack: Any, i: Any, x: V) -> Any:
-        """Return the stack with x in place i. The memory may be that of the old stack, which is used up."""
+        """Return the stack with x as vector i. The result may overwrite the memory of the old stack."""
         return [x if k == int(i) else old for k, old in enumerate(stack)]
 
     def get(self, stack: Any, i: Any) -> V:
@@ -152,25 +151,25 @@ class Space(Generic[V]):
         return stack[int(i)]
 
     def stack_dot(self, stack: Any, x: V) -> Array:
-        """Return the dots of x with each vector of a stack, as one array."""
+        """Return the dots of x with the vectors of a stack, as one array."""
         return self.xp.stack([self.dot(y, x) for y in stack])
 
     def linear_combination(self, coefficients: Array, stack: Any) -> V:
-        """Return the sum of coefficients[i] times vector i."""
+        """Return Σ coefficients[i] · vector i."""
         total = self.zeros()
         for k, x in enumerate(stack):
             total = self.axpy(coefficients[k], x, total)
         return total
 
-    # Loops: here those of Python.
+    # In this class, loops run in Python.
 
     def while_loop(
         self, live: Callable[[State], Array], body: Callable[[State], State], state: State, max_steps: int
     ) -> State:
         """Repeat body while live(state), at most max_steps times.
 
-        The flag may be read only every few steps, which spares an accelerator the synchronisation. So a body must leave
-        the state unchanged once live(state) is false.
+        A backend may read the flag only every few steps, to avoid synchronisations with an accelerator. So the body
+        must return the state unchanged once live(state) is false.
         """
         return loops.while_loop(live, body, state, max_steps)
 
@@ -182,7 +181,7 @@ class Space(Generic[V]):
         length: int,
         reverse: bool = False,
     ) -> tuple[State, Any]:
-        """Thread a state through ``length`` steps. Collect the values that the steps yield, for a later scan's xs."""
+        """Pass a state through ``length`` steps. Collect their second results, which can be the xs of another scan."""
         return loops.scan(body, state, xs, length, reverse)
 
     def cond(self, flag: Array, body: Callable[[State], State], state: State) -> State:
@@ -190,13 +189,11 @@ class Space(Generic[V]):
         return body(state) if flag else state
 
     def sequence(self, items: Sequence[X]) -> Callable[[Any], X]:
-        """Return i -> items[i modulo their number], for an i that a loop counts. Items are any trees."""
+        """Return i -> items[i modulo their number], where i may be the counter of a loop. Items are trees."""
         return lambda i: items[int(i) % len(items)]
 
-    # The host.
-
     def numpy_callback(self, function: Callable[..., np.ndarray], *arrays: Any) -> Any:
-        """Call a function of float64 NumPy arrays. Return its result in the dtype and place of the last argument."""
+        """Call a function of float64 NumPy arrays. Return its result in the dtype and device of the last argument."""
         return self.cast(function(*(np.asarray(a, np.float64) for a in arrays)), arrays[-1])
 
     def materialise(self, operator: Callable[[V], V]) -> Any:

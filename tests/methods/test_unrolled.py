@@ -846,7 +846,7 @@ class TestErrors:
         args = {"inner_args": case.batches[0], "outer_args": (case.t, case.d), "solver": solver}
         with pytest.raises(TypeError, match=r"numpy backend does not have \(LinearizedMap\.jvp_hparams\)"):
             bl.hypergradient(PROBLEM, case.w, case.h, **args, backend=Changed())
-        with pytest.raises(TypeError, match=r"only products with its transpose.*Use mode=\"reverse\""):
+        with pytest.raises(TypeError, match=r"Only products with its transpose.*Use mode=\"reverse\""):
             bl.hypergradient(bl.FixedPoint(Halve(), PROBLEM.outer), case.w, case.h, **args)
 
     @pytest.mark.parametrize(

@@ -82,12 +82,12 @@ def test_preparing_and_batches(backend):
     prepared = bl.prepare("neumann", case.problem, case.params, case.hparams, inner_args=case.args["inner_args"])
     assert prepared.state == 1.0
     case.args["inner_args"] = [case.args["inner_args"]] * 2
-    with pytest.raises(TypeError, match="a fixed point or a root belongs to all of the data: give one tuple"):
+    with pytest.raises(TypeError, match="a fixed point or a root needs all of the data: pass one tuple"):
         case.hypergradient(solver="neumann")
 
 
 def test_unrolling_forwards_is_refused(backend):
-    with pytest.raises(TypeError, match=r'forward.*only products with its transpose.*mode="reverse"'):
+    with pytest.raises(TypeError, match=r'forward.*Only products with its transpose.*mode="reverse"'):
         equation("fixed point", backend).hypergradient(solver=bl.Unrolled(steps=2, step_size=1.0, mode="forward"))
 
 

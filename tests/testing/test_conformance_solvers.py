@@ -270,8 +270,6 @@ class DenseMethod(Method):
                 grad = level.hparams
             if grad is not None and fault != "has the wrong sign":
                 grad = level.backend.space(grad).scale(-1.0, grad)
-            if fault == "promotes the dtype" and isinstance(grad, np.ndarray):
-                grad = grad + np.zeros(1)
             return Pullback(grad, v, info)
 
         return Solution(level.params, pullback)
@@ -282,7 +280,6 @@ METHOD_FAULTS = {
     "has the wrong sign": "definite-numpy-float64",
     "takes the Hessian elsewhere": "curved-numpy",
     "expects a cross term": "without_cross_term-numpy",
-    "promotes the dtype": "definite-numpy-float32",
 }
 
 
