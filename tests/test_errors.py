@@ -380,5 +380,5 @@ class TestNothingOfTheUsersIsTouched:
 
     def test_torch_inference_mode_is_refused(self):
         torch = pytest.importorskip("torch")
-        with torch.inference_mode(), pytest.raises(RuntimeError, match=r"inference_mode.*would be zero without a sign"):
+        with torch.inference_mode(), pytest.raises(RuntimeError, match=r"inference_mode.*zero without an error"):
             bl.hypergradient(half_square(0.0), torch.ones(1), torch.ones(1))

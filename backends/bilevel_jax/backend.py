@@ -18,7 +18,7 @@ from bilevel.spaces.array import H, P, V
 from bilevel.validation import check_dtypes, check_like, check_scalar, depends_on_nothing, leaf_names
 from bilevel_jax.dependence import depends, reaches, trace
 from bilevel_jax.gauss_newton import gauss_newton
-from bilevel_jax.partition import combine, partition
+from bilevel_jax.partition import Divided, combine, partition
 from bilevel_jax.sharding import check_alike, check_collectives, devices_of
 from bilevel_jax.space import JaxSpace
 
@@ -27,14 +27,14 @@ try:
 except ImportError:  # JAX before 0.8
     from jax.experimental import enable_x64  # pyright: ignore
 
-COMPILED = 128  # programs of eager calls that are kept, some megabytes each, with what their losses close over
+COMPILED = 128  # cached programs of eager calls: some megabytes each, plus the arrays that their losses close over
 
 
 class JaxBackend(Backend):
-    """JAX arrays, under ``jit`` and ``vmap`` or not.
+    """JAX arrays, with and without ``jit`` and ``vmap``.
 
-    Products are forward over reverse, linearized once: the fastest in JAX. An eager call runs through a ``jit`` of
-    its own, cached by problem and solver: give it the same functions each time, not new lambdas.
+    Products are forward over reverse, linearized once: the fastest way in JAX. An eager call is compiled by ``jit`` and
+    cached by problem and solver. Pass the same functions each time, not new lambdas.
     """
 
     name = "jax"
@@ -50,7 +50,7 @@ class JaxBackend(Backend):
 
     @override
     def leaves(self, tree: object) -> list[tuple[str, Any]]:
-        if isinstance(tree, Iterator):  # module.parameters(), say: no tree, and JAX warns of it
+        if isinstance(tree, Iterator):  # such as module.parameters(): no tree, and JAX warns about it
             return [("", tree)]
         return [(jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]]
 
@@ -60,7 +60,7 @@ class JaxBackend(Backend):
 
     @override
     def device(self, leaf: jax.Array) -> str | None:
-        if isinstance(leaf, Tracer) or not leaf.committed:  # goes where others are
+        if isinstance(leaf, Tracer) or not leaf.committed:  # JAX moves it to the other operands
             return None
         return devices_of(leaf.sharding)
 
@@ -82,10 +82,10 @@ class JaxBackend(Backend):
 
     @override
     def inner(
-        self, objective: Callable[..., Any], params: P, hparams: H, args: tuple[object, ...]
+        self, objective: Callable[..., object], params: P, hparams: H, args: tuple[object, ...]
     ) -> LinearizedMap[P, H]:
         slope = self.inner_slope(objective, params, hparams, args)
-        # Linearized here, outside the solver's loop: its body must not trace the loss again.
+        # Linearized outside the solver's loop, because its body must not trace the loss again.
         grad, hvp = jax.linearize(lambda w: slope(w, hparams), params)
         return LinearizedMap(grad, hvp, *cross_products(slope, params, hparams))
 
@@ -107,11 +107,11 @@ class JaxBackend(Backend):
             return jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(value))
 
         self._check_influence(label, value_of, params, hparams)
-        value, pull = jax.vjp(lambda w: value_of(w, hparams), params)  # outside the solver's loop, too
+        value, pull = jax.vjp(lambda w: value_of(w, hparams), params)  # also outside the solver's loop
         return LinearizedMap(value, lambda v: pull(v)[0], *cross_products(value_of, params, hparams))
 
     def inner_slope(
-        self, inner: Callable[..., Any], params: P, hparams: H, args: tuple[object, ...]
+        self, inner: Callable[..., object], params: P, hparams: H, args: tuple[object, ...]
     ) -> Callable[[P, H], P]:
         """Return (w, λ) -> ∂L/∂w."""
 
@@ -132,7 +132,7 @@ class JaxBackend(Backend):
     @override
     def outer(
         self,
-        objective: Callable[..., Any],
+        objective: Callable[..., object],
         params: P,
         hparams: H,
         args: tuple[object, ...],
@@ -147,38 +147,37 @@ class JaxBackend(Backend):
         check_collectives(label, jaxpr)
         if not reaches(jaxpr):
             if not depends(lambda w: loss(w, hparams), params):
-                raise ValueError(f"{depends_on_nothing(self, label, params, hparams)}: use the arguments inside it.")
+                raise ValueError(f"{depends_on_nothing(self, label, params, hparams)}. Use the arguments inside it.")
             return OuterDerivatives(*jax.value_and_grad(loss)(params, hparams), None)
         value, grads = jax.value_and_grad(loss, argnums=(0, 1))(params, hparams)
         return OuterDerivatives(value, *grads)
 
     @override
     def run(self, function: Callable[..., R], *args: Any, **options: Any) -> R:
-        """See `bilevel.backend.Backend.run`. Inside the caller's own trace, nothing is compiled."""
-        arrays: list[Any] = []
+        """See `bilevel.backend.Backend.run`. Inside the caller's trace, nothing is compiled."""
+        return self._run(function, args, options, inside_traces=False)
+
+    def compiled(self, function: Callable[..., R], *args: object) -> R:
+        """Call a function as `run` does, but compile it inside the caller's trace too: arguments may hold tracers."""
+        return self._run(function, args, {}, inside_traces=True)
+
+    def _run(
+        self, function: Callable[..., R], args: tuple[object, ...], options: dict[str, object], inside_traces: bool
+    ) -> R:
+        arrays: list[object] = []
         try:
             static = partition((args, options), arrays)
             hash(static)
         except TypeError:  # a leaf cannot be compared by its value
             return function(self, *args, **options)
-        if any(isinstance(array, Tracer) for array in arrays):
+        if not inside_traces and any(isinstance(array, Tracer) for array in arrays):
             return function(self, *args, **options)
-        return _compiled(function, self, static)(arrays)
-
-    def compiled(self, function: Callable[..., R], *args: Any) -> R:
-        """Do as `run`, and compile inside the caller's trace too. Then the arguments may hold tracers."""
-        arrays: list[Any] = []
-        try:
-            static = partition((args, {}), arrays)
-            hash(static)
-        except TypeError:
-            return function(self, *args)
         return _compiled(function, self, static)(arrays)
 
     @override
     @contextmanager
     def isolated(self, inputs: Inputs[P, H], double: bool) -> Iterator[Callable[[P, H], Inputs[P, H]]]:
-        def convert(leaf: Any) -> Any:
+        def convert(leaf: object) -> object:
             floating = isinstance(leaf, jax.Array | np.ndarray) and jnp.issubdtype(leaf.dtype, jnp.floating)
             return jnp.asarray(leaf, jnp.float64) if double and floating else leaf
 
@@ -187,11 +186,11 @@ class JaxBackend(Backend):
 
 
 @lru_cache(maxsize=COMPILED)
-def _compiled(function: Callable[..., Any], backend: JaxBackend, static: Any) -> Any:
-    """Return a ``jit`` of the arrays. The static part is none of its arguments: JAX would hold on to 4096 of them."""
+def _compiled(function: Callable[..., R], backend: JaxBackend, static: Divided) -> Callable[[list[object]], R]:
+    """Return a ``jit`` of the arrays. The static part is no argument of it: JAX would keep 4096 static arguments."""
 
     @jax.jit
-    def call(arrays: list[Any]) -> Any:
+    def call(arrays: list[object]) -> R:
         args, options = combine(static, iter(arrays))
         return function(backend, *args, **options)
 
@@ -201,7 +200,7 @@ def _compiled(function: Callable[..., Any], backend: JaxBackend, static: Any) ->
 def cross_products(
     function: Callable[[P, H], P], params: P, hparams: H
 ) -> tuple[Callable[[P], H | None], Callable[[H], P]]:
-    """Return v -> (∂function/∂λ)ᵀ v, None where it does not depend on λ, and u -> (∂function/∂λ) u."""
+    """Return v -> (∂function/∂λ)ᵀ v and u -> (∂function/∂λ) u. The first returns None without dependence on λ."""
 
     def of_hparams(h: H) -> P:
         return function(params, h)
@@ -209,16 +208,16 @@ def cross_products(
     influences = depends(of_hparams, hparams)
 
     def vjp_hparams(v: P) -> H | None:
-        # In λ alone: one joint pull over (w, λ) costs several gradients.
+        # In λ only: a joint pull over (w, λ) costs several gradients.
         return jax.vjp(of_hparams, hparams)[1](v)[0] if influences else None
 
     def jvp_hparams(u: H) -> P:
-        return jax.jvp(of_hparams, (hparams,), (u,))[1]  # in a loop, XLA hoists what does not depend on u
+        return jax.jvp(of_hparams, (hparams,), (u,))[1]  # in a loop, XLA hoists the part without u
 
     return vjp_hparams, jvp_hparams
 
 
-def _scalar(label: str, value: Any, params: object, hparams: object) -> Any:
+def _scalar(label: str, value: object, params: object, hparams: object) -> Any:
     check_scalar(label, value)
     check_alike(label, value, params, hparams)
     return value

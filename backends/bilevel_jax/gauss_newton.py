@@ -1,7 +1,6 @@
 """Gauss-Newton products, linearized once."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,21 +12,25 @@ from bilevel_jax.dependence import depends
 
 
 def gauss_newton(inner: ModelLoss, params: P, hparams: object, args: tuple[object, ...]) -> Callable[[P], P]:
-    """Return v -> Jᵀ (∂²loss/∂output²) J v + ∂²penalty/∂w² v, for use inside loops."""
+    """Return v -> Jᵀ (∂²loss/∂output²) J v + ∂²penalty/∂w² v with J = ∂output/∂w, for use inside loops.
+
+    Raises:
+        ValueError: if the output of the model does not depend on params.
+    """
     x, *targets = args
     output, structure = jax.tree.flatten(inner.model(params, hparams, x))
     varying = [i for i, z in enumerate(output) if jnp.issubdtype(z.dtype, jnp.floating)]
 
-    def model(w: P) -> list[Any]:
+    def model(w: P) -> list[jax.Array]:
         leaves = jax.tree.leaves(inner.model(w, hparams, x))
         return [leaves[i] for i in varying]
 
     if not depends(model, params):
         raise ValueError(
-            "the output of model does not depend on params: use that argument inside it, without jax.lax.stop_gradient."
+            "the output of model does not depend on params. Use that argument inside it, without jax.lax.stop_gradient."
         )
 
-    def loss(zs: list[Any]) -> Any:
+    def loss(zs: list[jax.Array]) -> jax.Array:
         whole = dict(enumerate(output)) | dict(zip(varying, zs, strict=True))
         value = inner.loss(jax.tree.unflatten(structure, whole.values()), *targets)
         check_scalar("loss", value)

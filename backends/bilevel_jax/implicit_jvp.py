@@ -13,12 +13,13 @@ from jax.core import Tracer
 from jax.custom_derivatives import SymbolicZero
 from jax.dtypes import float0
 
+from bilevel.backend import R
 from bilevel.convergence import OnFailure, report
 from bilevel.linear_solvers.linear_solver import LinearSolver, check_requirements
 from bilevel.methods.implicit import Implicit
 from bilevel.operators.linear_operator import LinearOperator
 from bilevel.results import SolverInfo
-from bilevel.spaces.array import P
+from bilevel.spaces.array import H, P, V
 from bilevel.validation import check_scalar, leaf_names
 from bilevel_jax.backend import JaxBackend, backend, cross_products
 from bilevel_jax.dependence import depends
@@ -27,8 +28,8 @@ from bilevel_jax.sharding import unvarying
 
 
 def with_implicit_jvp(
-    inner: Callable[..., Any],
-    solver: LinearSolver[Any],
+    inner: Callable[..., object],
+    solver: LinearSolver[object],
     on_failure: OnFailure,
     params: P,
     hparams: object,
@@ -36,8 +37,8 @@ def with_implicit_jvp(
 ) -> P:
     """Return params, which JAX then differentiates as the minimizer of inner(params, hparams, *args).
 
-    One rule, along a change of any of the arrays, gives all modes: JAX transposes it for reverse mode, where the linear
-    solve is that for the adjoint, and differentiates it for higher orders.
+    One rule, for a change of any of the arrays, gives all modes. For reverse mode, JAX transposes the rule, and the
+    linear solve becomes the solve for the adjoint. For higher orders, JAX differentiates the rule.
     """
     loss, captured = _uncover(inner, params, hparams, args)
     make_solver, options = _uncover_options(solver)
@@ -45,17 +46,17 @@ def with_implicit_jvp(
     is_array = [isinstance(leaf, jax.Array) for leaf in leaves]
     others = [None if array else leaf for array, leaf in zip(is_array, leaves, strict=True)]
 
-    # A loss that captures something is made for this call: there is nothing to cache.
+    # A loss with captured values is made for this call, so a cache would not help.
     call = partial(_call, backend) if captured else backend.compiled
     call(_check, loss, params, hparams, (args, captured))
 
     @jax.custom_jvp
-    def attach(params: Any, arrays: list[Any]) -> Any:
+    def attach(params: P, arrays: list[jax.Array]) -> P:
         return params
 
     @partial(attach.defjvp, symbolic_zeros=True)
-    def _(primals: Any, tangents: Any) -> Any:
-        params = attach(*primals)  # with its derivative, for those of this rule
+    def _(primals: tuple[P, list[jax.Array]], tangents: tuple[P, list[jax.Array | SymbolicZero]]) -> tuple[P, P]:
+        params = attach(*primals)  # keeps its derivative, for derivatives of this rule
         arrays, changes = iter(primals[1]), iter(tangents[1])
         leaves = [next(arrays) if array else leaf for array, leaf in zip(is_array, others, strict=True)]
         moves = {i: next(changes) for i, array in enumerate(is_array) if array}
@@ -69,16 +70,16 @@ def with_implicit_jvp(
         solver = make_solver(jax.tree.unflatten(structure, leaves)[-1])
 
         def tell(info: SolverInfo) -> None:
-            report(backend, info, Implicit(solver), on_failure, hint=" bl.diagnose looks closer.")
+            report(backend, info, Implicit(solver), on_failure, hint=" Use bl.diagnose for details.")
 
-        def solve(_: Any, rhs: Any) -> Any:
+        def solve(_: object, rhs: P) -> P:
             x, info = call(_solve, solver, *here, rhs)
             if on_failure != "ignore":
                 jax.debug.callback(tell, info)
             return x
 
-        # JAX cannot transpose a solve in which only some leaves move, for example weights with a penalty and a bias
-        # without one. So all leaves are tied together wherever they may be a right-hand side.
+        # JAX cannot transpose a solve in which only some leaves move, for example if weights have a penalty and a bias
+        # has none. So all leaves are tied together wherever they can be a right-hand side.
         rhs = _tied(call(_minus_jvp_hparams, *here, list(moves.values())))
         change = lax.custom_linear_solve(lambda v: _tied(call(_hvp, *here, v)), rhs, solve, symmetric=True)
         return params, unvarying(_tied(change), params)
@@ -86,11 +87,11 @@ def with_implicit_jvp(
     return attach(params, [leaf for array, leaf in zip(is_array, leaves, strict=True) if array])
 
 
-def _tied(tree: Any) -> Any:
-    """Return a tree with each leaf a linear function of all leaves, by adding a sum of them that is chosen to be zero.
+def _tied(tree: V) -> V:
+    """Return a tree in which each leaf is a linear function of all leaves: add a sum whose value is set to zero.
 
-    The barrier keeps the leaves together. It is not enough: from JAX 0.11.2 on, the transpose of a barrier fails if one
-    operand is a constant. The selection lets no nan through, and XLA removes it.
+    The barrier keeps the leaves together, but it is not enough: from JAX 0.11.2 on, the transpose of a barrier fails if
+    one operand is a constant. The selection stops nan, and XLA removes it.
     """
     sums = [jnp.sum(leaf) for leaf in jax.tree.leaves(tree)]
     zero = sum(lax.select(jnp.zeros_like(total, bool), total, jnp.zeros_like(total)) for total in sums)
@@ -99,23 +100,23 @@ def _tied(tree: Any) -> Any:
 
 @dataclass(frozen=True)
 class _Plain(Static):
-    """(w, λ, args, captured) -> L, which captures nothing."""
+    """(w, λ, args, captured) -> L, for an ``inner`` that captures no traced values."""
 
-    inner: Callable[..., Any]
+    inner: Callable[..., object]
 
-    def __call__(self, params: Any, hparams: Any, args: tuple[Any, ...], captured: list[Any]) -> Any:
+    def __call__(self, params: object, hparams: object, args: tuple[object, ...], captured: list[jax.Array]) -> object:
         return self.inner(params, hparams, *args)
 
 
 @dataclass(frozen=True)
 class _Moving(Static):
-    """L as a function of w and those leaves of all else that move, by their places; what a jit is cached by."""
+    """L as a function of w and of the other leaves that move, given by their places. The key of a cached jit."""
 
-    loss: Callable[..., Any]
+    loss: Callable[..., object]
     structure: Any
     places: tuple[int, ...]
 
-    def __call__(self, params: Any, moving: list[Any], constants: Sequence[Any]) -> Any:
+    def __call__(self, params: object, moving: list[jax.Array], constants: Sequence[object]) -> object:
         leaves = list(constants)
         for i, leaf in zip(self.places, moving, strict=True):
             leaves.insert(i, leaf)
@@ -124,21 +125,21 @@ class _Moving(Static):
 
 
 def _uncover(
-    inner: Callable[..., Any], params: object, hparams: object, args: tuple[object, ...]
-) -> tuple[Callable[..., Any], list[Any]]:
-    """Return L as a function of what ``inner`` closes over, too, and the traced values that this is.
+    inner: Callable[..., object], params: object, hparams: object, args: tuple[object, ...]
+) -> tuple[Callable[..., object], list[jax.Array]]:
+    """Return L as a function that also takes the traced values that ``inner`` captures, and these values.
 
-    A rule for derivatives must not close over them: JAX would take them to be constant, or find them leaked.
+    A rule for derivatives must not capture them: JAX would treat them as constants, or raise an error for a leak.
     """
 
-    def split(hparams: Any, args: tuple[Any, ...]) -> tuple[list[Any], list[Any], Any]:
+    def split(hparams: object, args: tuple[object, ...]) -> tuple[list[jax.Array], list[object], Any]:
         leaves, structure = jax.tree.flatten((hparams, args))
         arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
         return arrays, [None if isinstance(leaf, jax.Array) else leaf for leaf in leaves], structure
 
     arrays, others, structure = split(hparams, args)
 
-    def of_arrays(params: Any, arrays: list[Any]) -> Any:
+    def of_arrays(params: object, arrays: list[jax.Array]) -> object:
         supply = iter(arrays)
         hparams, args = jax.tree.unflatten(structure, [next(supply) if x is None else x for x in others])
         value = inner(params, hparams, *args)
@@ -150,7 +151,7 @@ def _uncover(
     if not any(traced):
         return _Plain(inner), []
 
-    def loss(params: Any, hparams: Any, args: tuple[Any, ...], captured: list[Any]) -> Any:
+    def loss(params: object, hparams: object, args: tuple[object, ...], captured: list[jax.Array]) -> object:
         supply = iter(captured)
         consts = [next(supply) if t else const for t, const in zip(traced, constants, strict=True)]
         return jax.core.eval_jaxpr(closed.jaxpr, consts, *jax.tree.leaves((params, split(hparams, args)[0])))[0]
@@ -159,38 +160,42 @@ def _uncover(
     return loss, [const for t, const in zip(traced, closed.consts, strict=True) if t]
 
 
-def _uncover_options(solver: LinearSolver[Any]) -> tuple[Callable[[list[Any]], LinearSolver[Any]], list[Any]]:
-    """Return the solver as a function of its options, and these, where some are traced."""
-    options: list[Any] = []
+def _uncover_options(
+    solver: LinearSolver[object],
+) -> tuple[Callable[[list[object]], LinearSolver[object]], list[object]]:
+    """Return the solver as a function of its options, and the options if some are traced."""
+    options: list[object] = []
     try:
         static = partition(solver, options)
-    except TypeError:  # it cannot be rebuilt
+    except TypeError:  # the solver cannot be rebuilt
         return lambda _: solver, []
     if not any(isinstance(option, Tracer) for option in options):
         return lambda _: solver, []
     return lambda options: combine(static, iter(options)), options
 
 
-def _call(backend: JaxBackend, function: Callable[..., Any], *args: Any) -> Any:
+def _call(backend: JaxBackend, function: Callable[..., R], *args: object) -> R:
     return function(backend, *args)
 
 
-def _check(backend: JaxBackend, inner: Callable[..., Any], params: P, hparams: object, args: tuple[Any, ...]) -> None:
+def _check(
+    backend: JaxBackend, inner: Callable[..., object], params: object, hparams: object, args: tuple[object, ...]
+) -> None:
     slope = backend.inner_slope(inner, params, hparams, args)
     if not depends(lambda h: slope(params, h), hparams):
         raise ValueError(
-            f"∂inner/∂params does not depend on {leaf_names(backend, 'hparams', hparams)}, so that these have no "
-            "influence on the minimum. Use the hparams argument inside inner: the training's use of it does not count."
+            f"∂inner/∂params does not depend on {leaf_names(backend, 'hparams', hparams)}, so these have no influence "
+            "on the minimum. Use the hparams argument inside inner: the training's use of it does not count."
         )
 
 
 def _solve(
     backend: JaxBackend,
-    solver: LinearSolver[Any],
-    inner: Callable[..., Any],
+    solver: LinearSolver[object],
+    inner: Callable[..., object],
     params: P,
     hparams: object,
-    args: tuple[Any, ...],
+    args: tuple[object, ...],
     rhs: P,
 ) -> tuple[P, SolverInfo]:
     A = LinearOperator(backend.space(params), backend.inner(inner, params, hparams, args).vjp_params)
@@ -198,13 +203,15 @@ def _solve(
     return solver.solve(solver.init(A), A, rhs, None)
 
 
-def _hvp(backend: JaxBackend, inner: Callable[..., Any], params: P, hparams: object, args: tuple[Any, ...], v: P) -> P:
+def _hvp(
+    backend: JaxBackend, inner: Callable[..., object], params: P, hparams: object, args: tuple[object, ...], v: P
+) -> P:
     slope = backend.inner_slope(inner, params, hparams, args)
     return jax.jvp(lambda w: slope(w, hparams), (params,), (v,))[1]
 
 
 def _minus_jvp_hparams(
-    backend: JaxBackend, inner: Callable[..., Any], params: P, hparams: object, args: tuple[Any, ...], u: object
+    backend: JaxBackend, inner: Callable[..., object], params: P, hparams: H, args: tuple[object, ...], u: H
 ) -> P:
     slope = backend.inner_slope(inner, params, hparams, args)
     _, jvp_hparams = cross_products(slope, params, hparams)

@@ -1,6 +1,6 @@
-"""Divide the arguments of a compiled function: arrays, which may change, and the rest, which it is compiled for."""
+"""Divide the arguments of a compiled function into arrays, which may change, and a static rest."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from functools import cache
@@ -22,14 +22,16 @@ _SOLVERS = (LinearSolver, Method, Preconditioner)
 
 
 class Static:
-    """A base class of objects that are compared by their value, as a whole."""
+    """Base class of objects that `partition` compares by their value, as a whole."""
 
 
 _DYNAMIC = object()  # marks the place of an array
+Divided = tuple[Any, tuple[Any, ...]]
+"""The structure of a tree, and its static leaves."""
 
 
-def partition(tree: object, arrays: list[Any]) -> tuple[object, ...]:
-    """Move the arrays and floats of a tree to the end of a list. Return the rest, to be compared by its value.
+def partition(tree: object, arrays: list[object]) -> Divided:
+    """Append the arrays and floats of a tree to a list. Return the rest, which is compared by its value.
 
     The options of solvers count as leaves, and so do the options of a solver inside a solver. A problem is compared as
     a whole.
@@ -41,20 +43,20 @@ def partition(tree: object, arrays: list[Any]) -> tuple[object, ...]:
     return structure, tuple(_split(leaf, arrays) for leaf in leaves)
 
 
-def combine(static: Any, arrays: Iterator[Any]) -> Any:
+def combine(static: Divided, arrays: Iterator[object]) -> Any:
     """Return the tree that `partition` has divided."""
     structure, leaves = static
     return jax.tree.unflatten(structure, [_join(leaf, arrays) for leaf in leaves])
 
 
-def _split(leaf: Any, arrays: list[Any]) -> object:
+def _split(leaf: object, arrays: list[object]) -> object:
     if isinstance(leaf, _SOLVERS) and not isinstance(leaf, type):
         # Only a frozen dataclass is safe to compare and to rebuild.
         if not is_dataclass(leaf) or not _rebuildable(type(leaf)):
             raise TypeError(f"{type(leaf).__name__} cannot be rebuilt from its fields.")
-        return type(leaf), tuple((name, _option(value, arrays)) for name, value in _fields(leaf))
+        return type(leaf), tuple((field.name, _option(getattr(leaf, field.name), arrays)) for field in fields(leaf))
     number = isinstance(leaf, jax.Array | np.floating | float)
-    if number or (isinstance(leaf, np.ndarray) and leaf.dtype.kind in "biufcV"):  # V: bfloat16 and its like
+    if number or (isinstance(leaf, np.ndarray) and leaf.dtype.kind in "biufcV"):  # V: bfloat16 and similar dtypes
         arrays.append(leaf)
         return _DYNAMIC
     if not isinstance(leaf, (*_CONSTANTS, Static, BilevelProblem)):
@@ -62,14 +64,14 @@ def _split(leaf: Any, arrays: list[Any]) -> object:
     return None, (type(leaf), leaf)  # 1 is not True
 
 
-def _option(value: Any, arrays: list[Any]) -> tuple[object, ...]:
-    # A zero stays a constant: it often switches something off.
+def _option(value: object, arrays: list[object]) -> Divided:
+    # A zero stays a constant, because it often turns an option off.
     if isinstance(value, float) and value == 0:
         return jax.tree.structure(0), ((None, (float, value)),)
     return partition(value, arrays)
 
 
-def _join(leaf: Any, arrays: Iterator[Any]) -> Any:
+def _join(leaf: Any, arrays: Iterator[object]) -> object:
     if leaf is _DYNAMIC:
         return next(arrays)
     make, content = leaf
@@ -78,11 +80,7 @@ def _join(leaf: Any, arrays: Iterator[Any]) -> Any:
     return make(**{name: combine(option, arrays) for name, option in content})
 
 
-def _fields(solver: Any) -> Iterable[tuple[str, Any]]:
-    return ((field.name, getattr(solver, field.name)) for field in fields(solver))
-
-
 @cache
 def _rebuildable(make: Any) -> bool:
-    """Tell whether a dataclass is frozen and takes its fields and nothing else (an InitVar, for example)."""
+    """Return whether a dataclass is frozen and takes only its fields as arguments (no InitVar, for example)."""
     return make.__dataclass_params__.frozen and list(signature(make).parameters) == [f.name for f in fields(make)]

@@ -13,12 +13,12 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 from typing_extensions import override
 
-from bilevel.spaces.array import V
+from bilevel.spaces.array import Array, V
 from bilevel.spaces.space import Layout, Space, State, X, kind_of
 from bilevel_jax.no_reverse_mode import raise_no_derivative, without_reverse_mode
 from bilevel_jax.sharding import equations, explicitly_sharded
 
-UNROLLED = 20  # steps: the terms that neumann takes by default; compiling takes longer with each
+UNROLLED = 20  # steps: as many as neumann's default terms; each step adds to the time of compilation
 
 
 class JaxSpace(Space[V]):
@@ -47,7 +47,7 @@ class JaxSpace(Space[V]):
     def normal(self, seed: int, count: int | None = None) -> Any:
         leaves, structure = jax.tree.flatten(self.like if count is None else self.stack(count))
         keys = jax.random.split(jax.random.key(seed), len(leaves))
-        # Zeros of the leaf, here and below, to be typed like it: varying over the axes of a shard_map, sharded.
+        # Here and below, zeros like the leaf give the result its type: sharded, or varying over a shard_map's axes.
         draws = [jnp.zeros_like(a) + jax.random.normal(k, a.shape, a.dtype) for k, a in zip(keys, leaves, strict=True)]
         return jax.tree.unflatten(structure, draws)
 
@@ -62,7 +62,7 @@ class JaxSpace(Space[V]):
         return ravel_pytree(x)[0]
 
     @override
-    def unravel(self, array: Any) -> V:
+    def unravel(self, array: jax.Array) -> V:
         flat, unravel = ravel_pytree(self.like)
         return unravel(array.astype(flat.dtype))
 
@@ -79,7 +79,7 @@ class JaxSpace(Space[V]):
         return jax.tree.map(lambda s: s[i], stack)
 
     @override
-    def stack_dot(self, stack: Any, x: V) -> Any:
+    def stack_dot(self, stack: object, x: V) -> Any:
         return _sum(jax.tree.leaves(jax.tree.map(_rows_dot, stack, x)))
 
     @override
@@ -92,7 +92,7 @@ class JaxSpace(Space[V]):
     def while_loop(
         self, live: Callable[[State], Any], body: Callable[[State], State], state: State, max_steps: int
     ) -> State:
-        # Without an end before: once its flag is down, a body changes nothing.
+        # These steps do not read the flag: a body changes nothing when its flag is down.
         unrolled = min(max_steps, _steps_outside(body, state, max_steps))
         for _ in range(unrolled):
             state = body(state)
@@ -100,10 +100,10 @@ class JaxSpace(Space[V]):
         if not max_steps:
             return state
 
-        def counted_live(carry: tuple[Any, State]) -> Any:
+        def counted_live(carry: tuple[jax.Array | int, State]) -> Any:
             return (carry[0] < max_steps) & live(carry[1])
 
-        def counted_body(carry: tuple[Any, State]) -> tuple[Any, State]:
+        def counted_body(carry: tuple[jax.Array | int, State]) -> tuple[jax.Array | int, State]:
             return carry[0] + 1, body(carry[1])
 
         with _in_loop():
@@ -124,7 +124,7 @@ class JaxSpace(Space[V]):
             return lax.scan(body, state, xs, length=length, reverse=reverse, unroll=unroll)
 
     @override
-    def cond(self, flag: Any, body: Callable[[State], State], state: State) -> State:
+    def cond(self, flag: Array, body: Callable[[State], State], state: State) -> State:
         return lax.cond(flag, body, lambda s: s, state)
 
     @override
@@ -136,14 +136,14 @@ class JaxSpace(Space[V]):
         return lambda i: jax.tree.unflatten(structure, [leaf(i % count) for leaf in leaves])
 
     @override
-    def numpy_callback(self, function: Callable[..., np.ndarray], *arrays: Any) -> jax.Array:
+    def numpy_callback(self, function: Callable[..., np.ndarray], *arrays: jax.Array) -> jax.Array:
         like = arrays[-1]
 
-        def call(*host: Any) -> np.ndarray:
+        def call(*host: jax.Array) -> np.ndarray:
             return function(*(np.asarray(a, np.float64) for a in host)).astype(like.dtype)
 
         @jax.custom_jvp
-        def without_derivative(*arrays: Any) -> jax.Array:
+        def without_derivative(*arrays: jax.Array) -> jax.Array:
             result = jax.ShapeDtypeStruct(like.shape, like.dtype)
             return jax.pure_callback(call, result, *arrays, vmap_method="sequential")
 
@@ -168,12 +168,12 @@ def _in_loop() -> Iterator[None]:
         _looping.reset(before)
 
 
-def _steps_outside(body: Callable, state: Any, steps: int) -> int:
-    """Return how many steps of a loop to take outside of it, where it has a convolution and runs on a CPU.
+def _steps_outside(body: Callable[[X], object], state: X, steps: int) -> int:
+    """Return the number of steps to take before a loop, if the loop has a convolution and runs on a CPU.
 
-    XLA's CPU code for a convolution's derivatives takes some ten times as long inside a loop as outside (jax#12868). So
-    a short loop is unrolled, unless it is in another. Of one that has another in it, such as the sweeps of an iterative
-    solver, the first step goes before it, and does the same to the loop within.
+    XLA's CPU code for the derivatives of a convolution is about ten times as slow inside a loop as outside (jax#12868).
+    So a short loop is unrolled, unless it is inside another loop. If a loop contains another loop, as the sweeps of an
+    iterative solver do, its first step is taken outside, and the inner loop of that step is treated in the same way.
     """
     if _looping.get() or jax.default_backend() != "cpu":
         return 0
@@ -193,19 +193,19 @@ def _sum(parts: Sequence[jax.Array]) -> jax.Array:
         return reduce(jnp.add, parts)
 
 
-def _accumulator(a: Any, b: Any) -> Any:
-    with jax.numpy_dtype_promotion("standard"):  # where the caller has set "strict"
+def _accumulator(a: jax.Array, b: jax.Array) -> Any:
+    with jax.numpy_dtype_promotion("standard"):  # also if the caller has set "strict"
         return jnp.promote_types(jnp.promote_types(a.dtype, b.dtype), jnp.float32)
 
 
-def _dot(a: Any, b: Any) -> jax.Array:
+def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
     dtype = _accumulator(a, b)
-    if explicitly_sharded(a):  # a contraction of sharded axes would have to be told the sharding of its result
+    if explicitly_sharded(a):  # a contraction of sharded axes needs the sharding of its result as an argument
         return jnp.sum(a.astype(dtype) * b.astype(dtype))
     return jnp.vdot(a.astype(dtype), b.astype(dtype), precision=lax.Precision.HIGHEST)
 
 
-def _rows_dot(s: Any, a: Any) -> jax.Array:
+def _rows_dot(s: jax.Array, a: jax.Array) -> jax.Array:
     dtype = _accumulator(s, a)
     if explicitly_sharded(a):
         return jnp.sum(s.astype(dtype) * a.astype(dtype), axis=tuple(range(1, s.ndim)))
@@ -214,32 +214,29 @@ def _rows_dot(s: Any, a: Any) -> jax.Array:
     )
 
 
-def _stack(items: Sequence[Any]) -> tuple[list[Callable[[Any], Any]], Any]:
-    """Return, for each leaf, a function from an item's number to its leaf, and the structure of an item."""
+def _stack(items: Sequence[object]) -> tuple[list[Callable[[Any], object]], Any]:
+    """Return a function from the number of an item to its leaf, for each leaf, and the structure of an item."""
     paths, structure = jax.tree_util.tree_flatten_with_path(items[0])
-    columns = [[leaf] for _, leaf in paths]
-    for i, item in enumerate(items[1:], 1):
-        leaves, other = jax.tree.flatten(item)
-        if other != structure:
-            raise ValueError(f"batch {i} has the structure {other}, but batch 0 {structure}.")
-        for column, leaf in zip(columns, leaves, strict=True):
-            column.append(leaf)
+    for i, item in enumerate(items):
+        if (other := jax.tree.structure(item)) != structure:
+            raise ValueError(f"batch {i} has the structure {other}, but batch 0 has the structure {structure}.")
+    columns = zip(*map(jax.tree.leaves, items), strict=True)
     names = [jax.tree_util.keystr(path) for path, _ in paths]
     return [_stack_leaf(name, column) for name, column in zip(names, columns, strict=True)], structure
 
 
-def _stack_leaf(name: str, parts: Sequence[Any]) -> Callable[[Any], Any]:
+def _stack_leaf(name: str, parts: Sequence[Any]) -> Callable[[Any], object]:
     first = parts[0]
     if not hasattr(first, "shape") and all(type(part) is type(first) and part == first for part in parts[1:]):
-        return lambda i: first  # stays the Python value that it is: a flag, a size
+        return lambda i: first  # stays a Python value: a flag, a size
     for i, part in enumerate(parts):
         if isinstance(part, str | bytes) or not (hasattr(part, "shape") or isinstance(part, bool | int | float)):
-            raise TypeError(f"leaf {name} of the batches is no number or array, and not the same in all: {part!r}.")
+            raise TypeError(f"leaf {name} of the batches is not a number or array, and it differs: {part!r}.")
         (shape, dtype), (shape0, dtype0) = ((jnp.shape(x), jnp.result_type(x)) for x in (part, first))
         if (shape, dtype) != (shape0, dtype0):
             raise ValueError(
                 f"leaf {name} is {dtype} of shape {shape} in batch {i}, but {dtype0} of shape {shape0} in batch 0. "
-                "A compiled loop needs batches that are alike: drop the odd one, or pad it."
+                "A compiled loop needs batches of equal shapes and dtypes: drop the odd batch, or pad it."
             )
     stacked = jnp.stack(parts)
     return lambda i: stacked[i]

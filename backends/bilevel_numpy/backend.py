@@ -1,4 +1,4 @@
-"""Derivatives that the problem itself brings, checked."""
+"""Analytic derivatives of the problem, checked."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -58,7 +58,7 @@ class NumpyBackend(Backend):
                 raise TypeError(
                     f"the inner objective ({type(objective).__name__}) has no method 'cross_jvp', which forward mode "
                     "needs on the numpy backend: cross_jvp(params, hparams, vector, *args) returns (∂²L/∂λ∂w) vector "
-                    'for a vector like hparams (see bilevel.problems). mode="reverse" does without.'
+                    'for a vector like hparams (see bilevel.problems). mode="reverse" does not need it.'
                 )
             product = objective.cross_jvp(params, hparams, u, *args)
             return self._like("the inner cross_jvp", product, "params", params)
@@ -108,23 +108,22 @@ class NumpyBackend(Backend):
         return OuterDerivatives(value[()], in_params, direct)
 
     def _like(self, name: str, tree: object, other: str, reference: V) -> V:
-        """Return a derivative in the dtypes of its variable, as autodiff does: float64 data promote float32."""
+        """Return a derivative in the dtypes of its variable, as autodiff does: float64 data would promote float32."""
         check_like(self, name, tree, other, reference)
         return tree_map(lambda leaf, like: np.asarray(leaf, like.dtype), tree, reference)
 
     @override
     def run(self, function: Callable[..., R], *args: Any, **options: Any) -> R:
-        # A result that is not finite has a status. On some processors BLAS sets the flag for finite numbers, too:
-        # https://github.com/numpy/numpy/issues/24067
+        # A status reports results that are not finite. On some processors, BLAS also sets the floating-point flag for
+        # finite numbers: https://github.com/numpy/numpy/issues/24067
         with np.errstate(all="ignore"):
             return function(self, *args, **options)
 
     @override
     @contextmanager
     def isolated(self, inputs: Inputs[P, H], double: bool) -> Iterator[Callable[[P, H], Inputs[P, H]]]:
-        def convert(leaf: Any) -> Any:
-            convertible = double and self.owns(leaf) and self.is_floating(leaf)
-            return np.asarray(leaf, np.float64) if convertible else leaf
+        def convert(leaf: Any) -> object:
+            return np.asarray(leaf, np.float64) if double and self.owns(leaf) and self.is_floating(leaf) else leaf
 
         yield lambda params, hparams: tree_map(convert, inputs._replace(params=params, hparams=hparams))
 

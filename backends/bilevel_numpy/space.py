@@ -12,7 +12,7 @@ from bilevel.spaces.tree import leaves_with_paths, tree_map
 
 
 class NumpySpace(Space[V]):
-    """See `bilevel.spaces.space.Space`. Solvers look for overflow themselves, so that loops do not warn of it."""
+    """See `bilevel.spaces.space.Space`. Loops do not warn about overflow, because solvers check for it."""
 
     @override
     def leaves(self, x: object) -> list[np.ndarray]:
@@ -89,11 +89,11 @@ class NumpySpace(Space[V]):
 
 
 def _dot(a: np.ndarray, b: np.ndarray) -> Any:
-    """Return the dot of two arrays, added up in at least float32."""
+    """Return the dot product of two arrays, summed in at least float32."""
     return _rows_dot(a.reshape(1, a.size), b)[0]
 
 
 def _rows_dot(rows: np.ndarray, a: np.ndarray) -> Any:
-    """Return the dot of each row of a matrix with an array."""
+    """Return the dot product of an array with each row of a matrix."""
     dtype = np.result_type(rows.dtype, a.dtype, np.float32)
     return np.dot(rows.astype(dtype, copy=False), a.ravel().astype(dtype, copy=False))

@@ -34,8 +34,8 @@ from bilevel_torch.space import TorchSpace
 class TorchBackend(Backend):
     """PyTorch tensors on any device.
 
-    Products are reverse over reverse: measured the fastest in eager PyTorch, and one dropout mask or batch
-    normalisation serves all of them, since the forward pass is run once.
+    Products are reverse over reverse, which measured the fastest in eager PyTorch. The forward pass runs once, so all
+    products share its dropout mask and batch statistics.
     """
 
     name = "torch"
@@ -78,12 +78,14 @@ class TorchBackend(Backend):
         return (array.float() if array.dtype == torch.bfloat16 else array).numpy()
 
     @override
-    def inner(self, objective: Any, params: P, hparams: H, args: tuple[object, ...]) -> LinearizedMap[P, H]:
+    def inner(
+        self, objective: Callable[..., object], params: P, hparams: H, args: tuple[object, ...]
+    ) -> LinearizedMap[P, H]:
         params, hparams = as_graph_leaves(params, hparams)
         return self.inner_of(evaluate(objective, params, hparams, *args), params, hparams)
 
     def inner_of(self, value: object, params: P, hparams: H, label: str = "inner") -> LinearizedMap[P, H]:
-        """Differentiate an inner objective that has been evaluated at params and hparams, its variables."""
+        """Differentiate the value of an inner objective in the variables params and hparams."""
         loss = scalar(label, value)
         nodes = list(nodes_of([loss]))
         check_recorded(label, nodes, params)
@@ -114,8 +116,7 @@ class TorchBackend(Backend):
         if not has_influence:
             raise ValueError(
                 f"{label} does not depend on {leaf_names(self, 'params', params)}. Use the params argument inside it, "
-                "or hand over these very tensors: the module's own parameters (not a state_dict() or detached copies, "
-                "which the module does not use)."
+                "or pass the module's own parameters: the module does not use a state_dict() or detached copies."
             )
 
     @override
@@ -141,16 +142,15 @@ class TorchBackend(Backend):
         data: Data = "outer",
         retain_graph: bool = False,
     ) -> OuterDerivatives[P, H]:
-        """Differentiate an objective once that has been evaluated at params and hparams."""
+        """Differentiate the value of an objective once in the variables params and hparams."""
         loss: Any = scalar(label, value)
         weights, hypers = leaves(params), leaves(hparams)
         check_recorded(label, nodes_of([loss]), params)
         grads = grad([loss], [*weights, *hypers], None, retain_graph=retain_graph)
         if all(g is None for g in grads):
             raise ValueError(
-                f"{depends_on_nothing(self, label, params, hparams)}: is it detached, converted to a number, or "
-                "computed by a module with other weights than params? (torch.func.functional_call runs a module with "
-                "the weights it is given.)"
+                f"{depends_on_nothing(self, label, params, hparams)}. Do not detach it or convert it to a number, and "
+                "run modules with params (by torch.func.functional_call)."
             )
         direct = grads[len(weights) :]
         return OuterDerivatives(
@@ -172,33 +172,33 @@ class TorchBackend(Backend):
 
 
 def check_supported(path: str, tensor: torch.Tensor) -> None:
-    """Raise for a tensor whose derivatives would be zeros or wrong without a sign of it.
+    """Raise for a tensor whose derivatives would be zero or wrong without an error.
 
     Raises:
-        RuntimeError: in inference mode, or for a tensor that was made in it.
+        RuntimeError: in inference mode, or for a tensor that was made in inference mode.
         TypeError: for a sharded tensor.
     """
     if torch.is_inference_mode_enabled() or tensor.is_inference():
         raise RuntimeError(
-            f"{path}: torch.inference_mode() keeps autograd from recording, so a hypergradient would be zero without a "
-            "sign of it. Call this outside of it, with tensors that were made outside of it."
+            f"{path}: autograd does not record in torch.inference_mode(), so a hypergradient would be zero without an "
+            "error. Make the call and the tensors outside of torch.inference_mode()."
         )
-    if type(tensor).__name__ == "DTensor":  # importing the class takes as long as all of this package
+    if type(tensor).__name__ == "DTensor":  # an import of the class takes as long as the import of this package
         raise TypeError(
             f"{path} is a DTensor, but solvers take whole tensors. Gather them for the losses and the call "
-            "(fully_shard gives modules unshard(); docs/distributed.md has a recipe), or replicate them, as "
+            "(fully_shard gives modules unshard(); docs/distributed.md has a recipe). Or replicate them, as "
             "DistributedDataParallel does, and use bilevel_torch.DataParallel."
         )
 
 
 def _products(outputs: Sequence[torch.Tensor | None], params: P, hparams: H) -> LinearizedMap[P, H]:
-    """Return a tree like params, None where it is zero, and products with its transposed Jacobians."""
-    # Where ∇L is constant there is no second derivative, and autograd would refuse.
-    varying = [i for i, r in enumerate(outputs) if r is not None and r.requires_grad]
+    """Return a map with products of its Jacobians. The outputs are like the leaves of params; None stands for zero."""
+    # Where ∇L is constant, there is no second derivative, and autograd would raise an error.
+    varying = {i: r for i, r in enumerate(outputs) if r is not None and r.requires_grad}
 
     def pull(v: object, inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor | None]:
         vs = leaves(v)
-        return grad([outputs[i] for i in varying], inputs, [vs[i] for i in varying], retain_graph=True)
+        return grad([*varying.values()], inputs, [vs[i] for i in varying], retain_graph=True)
 
     def vjp_params(v: P) -> P:
         return zeros_for_none(pull(v, leaves(params)), params)
@@ -209,22 +209,17 @@ def _products(outputs: Sequence[torch.Tensor | None], params: P, hparams: H) -> 
 
     @cache
     def transposable() -> tuple[list[torch.Tensor], Sequence[torch.Tensor | None]]:
-        """Return v and vjp_hparams(v) with its graph: linear in v, so that its derivative by v is the transpose."""
+        """Return v and vjp_hparams(v) with its graph. It is linear in v, so its derivative by v is the transpose."""
         with torch.enable_grad():
-            rs = [outputs[i] for i in varying]
-            v = [torch.zeros_like(r, requires_grad=True) for r in rs]  # pyright: ignore[reportArgumentType]
-            return v, grad(rs, leaves(hparams), v, create_graph=True)
+            v = [torch.zeros_like(r, requires_grad=True) for r in varying.values()]
+            return v, grad([*varying.values()], leaves(hparams), v, create_graph=True)
 
     def jvp_hparams(u: H) -> P:
         v, pulled = transposable()
         pairs = [(p, d) for p, d in zip(pulled, leaves(u), strict=True) if p is not None and p.requires_grad]
-        products: list[torch.Tensor | None] = [None] * len(outputs)
-        if pairs:
-            for i, p in zip(
-                varying, grad([p for p, _ in pairs], v, [d for _, d in pairs], retain_graph=True), strict=True
-            ):
-                products[i] = p
-        return zeros_for_none(products, params)
+        pushed = grad([p for p, _ in pairs], v, [d for _, d in pairs], retain_graph=True)
+        products = dict(zip(varying, pushed, strict=True))
+        return zeros_for_none([products.get(i) for i in range(len(outputs))], params)
 
     value = zeros_for_none([r if r is None else r.detach() for r in outputs], params)
     return LinearizedMap(value, vjp_params, vjp_hparams, jvp_hparams)

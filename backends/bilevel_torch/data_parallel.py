@@ -1,4 +1,4 @@
-"""Ranks that hold different batches of one problem, as under DistributedDataParallel."""
+"""Hypergradients of ranks with different batches of one problem, as under DistributedDataParallel."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -20,39 +20,38 @@ from bilevel_torch.backend import TorchBackend
 from bilevel_torch.space import TorchSpace
 
 if dist.is_available():
-    # DDP imports this module as it wraps its first network, and its functions then have the process group of the moment
-    # as a default, for ever: destroy_process_group() does not end gloo's threads, and one that drops the tensor of a
-    # reduction while the interpreter ends aborts the process. Imported before there is a group, they have None.
+    # DDP imports this module when it wraps its first network. Then its functions keep the current process group as a
+    # default, and destroy_process_group() does not end gloo's threads. A thread that frees the tensor of a reduction
+    # while the interpreter ends aborts the process. If the import comes before a group exists, the default is None.
     import torch.distributed.nn
 
 
 class DataParallel(TorchBackend):
-    """The torch backend on several ranks, each with its own batches: the hypergradient of all data, on every rank.
+    """The torch backend on several ranks with different batches: the hypergradient of all data, on every rank.
 
-    Hand it over as ``backend=``, on all ranks alike, with params and hparams that are equal on all of them:
+    Pass it as ``backend=`` on all ranks, with params and hparams that are equal on all ranks:
 
         backend = bilevel_torch.DataParallel(inner_samples=len(x), outer_samples=len(x_val))
         bilevel_torch.backward(inner_loss, outer_loss, ddp.module.parameters(), hparams, backend=backend)
 
-    Each loss is that of the rank's own batch, a mean over its samples (a penalty in it is not divided). The problem
-    solved is that of the means over all samples: every Hessian-vector product is averaged over the ranks, weighted by
-    their numbers of samples, in one all-reduce of one flat buffer per dtype. (The mean of the solutions of the ranks'
-    own problems would be another answer: a mean of inverses is not the inverse of the mean.) Whatever steers the solver
-    is a number that all ranks have agreed on, so that they take the same branches.
+    Each loss is a mean over the samples of the rank's batch (a penalty in it is not divided). The backend solves the
+    problem of the means over all samples. It averages every Hessian-vector product over the ranks, weighted by their
+    numbers of samples, in one all-reduce of one flat buffer per dtype. (The mean of the solutions of each rank's
+    problem would differ: a mean of inverses is not the inverse of the mean.) All ranks receive the same scalars, so
+    their solvers take the same branches.
 
-    Compute the losses with the bare module, ``ddp.module``: DDP reduces in ``loss.backward()`` alone, not in the
-    products that are needed here, and its wrapper, called in between, may stop reducing in your training step
-    (``static_graph=True``). BatchNorm in train mode sees a rank's own batch; for the result of one process use eval
-    mode, or SyncBatchNorm.
+    Compute the losses with the unwrapped module, ``ddp.module``. DDP reduces only in ``loss.backward()``, not in these
+    products, and a call of its wrapper can stop the reduction in your training step (``static_graph=True``). In train
+    mode, BatchNorm uses the rank's batch. To get the result of one process, use eval mode or SyncBatchNorm.
 
     Args:
-        inner_samples: how many samples this rank's inner loss is the mean of; None: as many on every rank.
-        outer_samples: the same of its outer loss.
-        group: the process group; None: the default one.
+        inner_samples: number of samples in the mean of this rank's inner loss; None: the same number on every rank.
+        outer_samples: number of samples in the mean of this rank's outer loss; None: the same number on every rank.
+        group: the process group; None: the default group.
 
     Raises:
-        ValueError: if there is no process group, this process is not in it, or a count is negative; when called, on all
-            ranks, if counts are given on some of them only, or params or hparams differ.
+        ValueError: if there is no process group, this process is not in it, or a count is negative. When called, on all
+            ranks, if only some ranks give counts, or params or hparams differ.
     """
 
     requires_all_ranks = True
@@ -62,8 +61,8 @@ class DataParallel(TorchBackend):
     ) -> None:
         if not (dist.is_available() and dist.is_initialized()):
             raise ValueError("DataParallel: there is no process group: call torch.distributed.init_process_group().")
-        if dist.get_rank(group) < 0:  # its reductions would do nothing, in silence
-            raise ValueError(f"DataParallel: rank {dist.get_rank()} is not in the group; make none there.")
+        if dist.get_rank(group) < 0:  # its reductions would do nothing, without an error
+            raise ValueError(f"DataParallel: rank {dist.get_rank()} is not in the group. Make no DataParallel there.")
         for name, samples in (("inner_samples", inner_samples), ("outer_samples", outer_samples)):
             if samples is not None and not samples >= 0:
                 raise ValueError(f"DataParallel.{name}: expected a number >= 0, got {samples!r}.")
@@ -78,13 +77,13 @@ class DataParallel(TorchBackend):
         totals = self._sum([torch.tensor([*counts, *unknown], dtype=torch.float64, device=device)])[0].tolist()
         for name, total, without in zip(("inner_samples", "outer_samples"), totals[:2], totals[2:], strict=True):
             if without not in (0, dist.get_world_size(self.group)):
-                raise ValueError(f"DataParallel.{name}: given on some ranks only; give it on all of them, or on none.")
+                raise ValueError(f"DataParallel.{name}: only some ranks give it. Give it on all ranks, or on none.")
             if not total > 0:
                 raise ValueError(f"DataParallel.{name}: zero on all ranks.")
         return counts[0] / totals[0], counts[1] / totals[1]
 
     def _check_equal(self, **trees: object) -> None:
-        """Raise a ValueError on all ranks unless each of these trees is the same on all of them, by layout and sums."""
+        """Raise a ValueError on all ranks unless the layout and the sums of each tree are equal on all ranks."""
         named = [[*leaves_with_paths(tree)] for tree in trees.values()]
         layouts = [[(path, t.shape, t.dtype, t.requires_grad) for path, t in part] for part in named]
         sums = [torch.stack([t.detach().sum(dtype=torch.float64) for _, t in part]) for part in named]
@@ -93,7 +92,7 @@ class DataParallel(TorchBackend):
         marks = torch.cat([marks.new_tensor([crc32(repr(layout).encode()) for layout in layouts]), marks])
         ends = torch.cat([marks, -marks])
         dist.all_reduce(ends, dist.ReduceOp.MAX, group=self.group)
-        # Those of nan do not differ, and have a status.
+        # Sums that are nan do not count as different: a status reports them.
         differ = [most > -least for most, least in zip(*ends.view(2, -1).tolist(), strict=True)]
         for name, layout, values in zip(trees, differ, differ[len(trees) :], strict=False):
             if layout:
@@ -104,8 +103,8 @@ class DataParallel(TorchBackend):
                 )
             if values:
                 raise ValueError(
-                    f"DataParallel: {name} are not the same on all ranks. Seed all ranks alike before they are made, "
-                    "or broadcast them from one, and move them by equal optimizers."
+                    f"DataParallel: {name} are not the same on all ranks. Use the same seed on all ranks before they "
+                    "are made, or broadcast them from one rank. Update them by equal optimizers."
                 )
 
     @override
@@ -153,14 +152,11 @@ class DataParallel(TorchBackend):
 
     def _mean(self, tree: V, share: float) -> V:
         """Return the weighted mean over the ranks."""
-        # Without data, a loss may be nan.
+        # A loss without data may be nan.
         return with_leaves(tree, self._sum([t * share if share else torch.zeros_like(t) for t in leaves(tree)]))
 
     def _mean_or_none(self, tree: V | None, like: V, share: float) -> V | None:
-        """Return the mean of what is None, and counts as zero, where a rank's loss does not depend on hparams.
-
-        None if it is on all ranks.
-        """
+        """Return the weighted mean over the ranks, where None counts as zero; None if it is None on all ranks."""
         if not leaves(like):
             return tree
         own = self.space(like).zeros() if tree is None else tree
@@ -169,7 +165,7 @@ class DataParallel(TorchBackend):
         return mean[0] if mean[1] > 0 else None
 
     def _sum(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Return sums over the ranks, by one all-reduce per dtype: hundreds of small ones would cost a hundredfold."""
+        """Return sums over the ranks by one all-reduce per dtype. One per tensor can take a hundred times as long."""
         sums: list[Any] = [None] * len(tensors)
         for dtype in dict.fromkeys(t.dtype for t in tensors):
             places = [i for i, t in enumerate(tensors) if t.dtype == dtype]
@@ -181,12 +177,12 @@ class DataParallel(TorchBackend):
 
 
 def this_process() -> TorchBackend:
-    """Return the backend of one process; warn if there are others."""
+    """Return the backend of one process. Warn if there are other processes."""
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         warnings.warn(
-            f"This process is one of {dist.get_world_size()} ranks, and the hypergradient is that of its own batches. "
-            "For that of all ranks' data, on all ranks, pass backend=bilevel_torch.DataParallel(inner_samples=..., "
-            "outer_samples=...); if it is meant so, backend=bilevel_torch.TorchBackend().",
+            f"This process is one of {dist.get_world_size()} ranks, and the hypergradient uses only its batches. For "
+            "the hypergradient of all ranks' data, pass backend=bilevel_torch.DataParallel(inner_samples=..., "
+            "outer_samples=...) on all ranks. To silence this warning, pass backend=bilevel_torch.TorchBackend().",
             stacklevel=callers_level(),
         )
     return TorchBackend()
@@ -195,8 +191,8 @@ def this_process() -> TorchBackend:
 class AgreedSpace(TorchSpace[V]):
     """Vectors that are equal on all ranks, with scalars that are equal to the last bit.
 
-    All-reduced products are equal, but machines of different kinds may round a dot of them differently. Then a rank
-    could stop a step before the others, which would wait for it without end.
+    All-reduced products are equal, but different machines may round their dot products differently. Then one rank could
+    stop a step before the others, and the others would wait without end.
     """
 
     def __init__(self, like: V, group: Any = None) -> None:
@@ -225,6 +221,5 @@ class AgreedSpace(TorchSpace[V]):
         return self._broadcast_from_first(super().numpy_callback(function, *arrays))
 
     def _broadcast_from_first(self, t: torch.Tensor) -> torch.Tensor:
-        """Return the first rank's tensor."""
         dist.broadcast(t, group=self.group, group_src=0)
         return t

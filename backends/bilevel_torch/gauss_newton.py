@@ -1,4 +1,4 @@
-"""Gauss-Newton products, all from the graph of one forward pass."""
+"""Gauss-Newton products from the graph of one forward pass."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, NamedTuple
@@ -12,25 +12,28 @@ from bilevel_torch.autograd import evaluate, grad, reaches, scalar, zeros_for_no
 
 
 class Curved(NamedTuple, Generic[P]):
-    """∂L/∂w with its graph, None where L does not depend on a leaf; and v -> Jᵀ (∂²loss/∂output²) J v + ∂²penalty v."""
+    """∂L/∂w with its graph (None: L does not depend on a leaf), and v -> Jᵀ (∂²loss/∂output²) J v + ∂²penalty v."""
 
     grads: list[torch.Tensor | None]
     product: Callable[[P], P]
 
 
 def gauss_newton(inner: ModelLoss, params: P, hparams: object, args: tuple[object, ...]) -> Curved[P]:
-    """Differentiate at params, leaves of the graph.
+    """Differentiate at params, which are leaves of the graph.
 
-    ∂L/∂w = Jᵀ s with s = ∂loss/∂output is linear in s, so its graph gives J v too: the derivative of v·Jᵀs in s (the
-    double-backward trick). Then the graph of s gives the loss's Hessian, and that of the output gives Jᵀ.
+    ∂L/∂w = Jᵀ s with s = ∂loss/∂output is linear in s. So its graph also gives J v, as the derivative of v·Jᵀs in s
+    (the double-backward trick). The graph of s gives the Hessian of the loss, and the graph of the output gives Jᵀ.
+
+    Raises:
+        ValueError: if the output of the model does not depend on params.
     """
     weights, (x, *targets) = leaves(params), args
     with torch.enable_grad():
         output = tree_map(_own_node, evaluate(inner.model, params, hparams, x))
         if not reaches((z for z in leaves(output) if isinstance(z, torch.Tensor)), weights):
             raise ValueError(
-                "the output of model does not depend on params: run a module with the weights that are handed over, by "
-                "torch.func.functional_call(module, params, (x,)), and do not detach what it returns."
+                "the output of model does not depend on params. Run a module with the weights that are passed, by "
+                "torch.func.functional_call(module, params, (x,)), and do not detach its output."
             )
         nodes = [z for z in leaves(output) if isinstance(z, torch.Tensor) and z.requires_grad]
         slopes = grad([scalar("loss", evaluate(inner.loss, output, *targets))], nodes, None, create_graph=True)
@@ -58,7 +61,7 @@ def gauss_newton(inner: ModelLoss, params: P, hparams: object, args: tuple[objec
 
 
 def _own_node(t: Any) -> Any:
-    """Return a tensor that no other derives from: of outputs made of each other, partial derivatives are wanted."""
+    """Return a view with its own node: if outputs are computed from each other, partial derivatives are needed."""
     return t.view_as(t) if isinstance(t, torch.Tensor) and t.requires_grad else t
 
 

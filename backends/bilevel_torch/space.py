@@ -14,11 +14,11 @@ from bilevel.spaces.array import Number, V
 from bilevel.spaces.space import Space, State, X
 from bilevel.spaces.tree import leaves, tree_map, with_leaves
 
-WIDE = (torch.float32, torch.float64)  # enough to add up dots in
+WIDE = (torch.float32, torch.float64)  # precise enough to sum dot products
 
 
 class _Namespace:
-    """PyTorch's functions, with one of them made of two operations in place of five."""
+    """PyTorch's functions. `isfinite` takes two operations instead of five."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)
@@ -28,12 +28,12 @@ class _Namespace:
 
 
 class TorchSpace(Space[V]):
-    """See `bilevel.spaces.space.Space`. A list of tensors is the quickest tree.
+    """See `bilevel.spaces.space.Space`. A list of tensors is the fastest tree.
 
     Args:
         like: a tree of tensors.
-        check_every: read a loop's flag, and so wait for the device, every so many steps. None: at each step on the CPU,
-            where reading is free, else at every eighth.
+        check_every: number of steps between readings of a loop's flag; a reading waits for the device. None: 1 on the
+            CPU, where reading is free, else 8.
     """
 
     xp = _Namespace()
@@ -60,7 +60,7 @@ class TorchSpace(Space[V]):
 
     @override
     def axpby_where(self, flag: Any, alpha: Number, x: V, y: V, beta: Number = 1.0) -> V:
-        """Work in place, so that the old vector and the new one are not there at once."""
+        """Work in place, so that memory does not hold the old vector and the new vector at once."""
         xs, ys = leaves(x), leaves(y)
         plain = isinstance(beta, float) and beta == 1.0
         if not self._reads_freely(flag):
@@ -80,8 +80,8 @@ class TorchSpace(Space[V]):
             return with_leaves(x, [a * number.to(a.dtype) for a in xs])
         return with_leaves(x, torch._foreach_mul(xs, number))
 
-    def _number(self, alpha: Any) -> Any:
-        """Return a scalar as a Python number where that can be read freely."""
+    def _number(self, alpha: object) -> Any:
+        """Return a scalar as a Python number if reading it does not wait for a device."""
         return alpha.item() if isinstance(alpha, torch.Tensor) and self._reads_freely(alpha) else alpha
 
     @override
@@ -92,18 +92,14 @@ class TorchSpace(Space[V]):
 
     @override
     def normal(self, seed: int, count: int | None = None) -> Any:
-        """Draw on the CPU, so that every device sees the same numbers."""
-        generator, rows = torch.Generator("cpu").manual_seed(seed), () if count is None else (count,)
-
-        def draw(a: torch.Tensor) -> torch.Tensor:
-            shape = (*rows, *a.shape)
-            return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(a)
-
-        return tree_map(draw, self.like)
+        """Draw on the CPU, so that all devices get the same numbers."""
+        options: Any = {"generator": torch.Generator("cpu").manual_seed(seed), "dtype": torch.float32, "device": "cpu"}
+        rows = () if count is None else (count,)
+        return tree_map(lambda a: torch.randn((*rows, *a.shape), **options).to(a), self.like)
 
     @override
     def max_abs(self, x: V) -> Any:
-        # By its ends: the absolute values would be one more vector.
+        # By the maximum and minimum: absolute values would need memory for one more vector.
         ends = [torch.maximum(leaf.amax(), -leaf.amin()) for leaf in leaves(x) if leaf.numel()]
         parts = [end.to(torch.promote_types(end.dtype, torch.float32)) for end in ends]
         return torch.stack(parts).amax() if parts else self.dot(x, x)
@@ -161,7 +157,7 @@ class TorchSpace(Space[V]):
 
 
 def _rows_dot(rows: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
-    """Return the dot of an array with a vector, or with each row of a matrix, added up in at least float32."""
+    """Return the dot product of an array with a vector, or with each row of a matrix, summed in at least float32."""
     if not (rows.dtype == a.dtype and a.dtype in WIDE):
         dtype = torch.promote_types(torch.promote_types(rows.dtype, a.dtype), torch.float32)
         rows, a = rows.to(dtype), a.to(dtype)

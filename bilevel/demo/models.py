@@ -17,29 +17,28 @@ CLASSES = 10
 
 @dataclass(frozen=True)
 class Model:
-    """A classifier, its bilevel problem, and how the demo tunes it.
+    """A classifier, its bilevel problem, and the settings of the demo.
 
-    ``hparams`` have the structure of ``params``: the logarithm of a penalty for each weight. Anys are of NumPy
-    arrays here, and of the backend's everywhere else.
+    ``hparams`` have the structure of ``params``: the logarithm of a penalty for each weight.
     """
 
     name: str
     problem: Problem
     logits: Callable[[Any, Any], Any]
-    params0: Callable[[np.random.Generator, int], Any]  # for a number of pixels
-    features: Callable[[np.ndarray], np.ndarray]  # of images: what the inner problem takes as X
-    pixel_weights: Callable[[Any], np.ndarray]  # the part of a tree that belongs to pixels, of shape (pixels, k)
+    params0: Callable[[np.random.Generator, int], Any]  # (generator, number of pixels) -> params in NumPy
+    features: Callable[[np.ndarray], np.ndarray]  # images -> X of the inner problem
+    pixel_weights: Callable[[Any], np.ndarray]  # tree -> its part for pixels, of shape (pixels, k)
     solver: Any
-    grid: np.ndarray  # shared penalties to try
-    bounds: tuple[float, float]  # of the penalties, when they are tuned
-    start: float = 1e-2  # the penalty that tuning starts from
+    grid: np.ndarray  # shared penalties of the grid search
+    bounds: tuple[float, float]  # of the tuned penalties
+    start: float = 1e-2  # the first penalty of the tuning
     maxiter: int = 40
     gtol: float = 1e-8  # of the fits
     options: dict[str, Any] = field(default_factory=dict)  # of the search
 
 
 def softmax_regression() -> Model:
-    """Return softmax regression: convex, with derivatives written out, in float64."""
+    """Return softmax regression, in float64. It is convex and has analytic derivatives."""
     return Model(
         name="softmax regression",
         problem=logistic_regression(),
@@ -54,9 +53,9 @@ def softmax_regression() -> Model:
 
 
 def mlp(hidden: int = 256) -> Model:
-    """Return a network with one hidden layer of tanh units, written once for torch and JAX, in float32.
+    """Return a network with one hidden layer of tanh units, for torch and JAX, in float32.
 
-    Its Hessian need not be positive definite where the fit ends, so the linear solve is damped.
+    Its Hessian need not be positive definite at the end of a fit, so the linear solve is damped.
     """
     return Model(
         name=f"a network with {hidden} tanh units",
@@ -70,7 +69,7 @@ def mlp(hidden: int = 256) -> Model:
         bounds=(5e-4, 1e-1),
         maxiter=15,
         gtol=1e-4,
-        options={"maxls": 8},  # a fit to 1e-4 leaves too much noise for more trials to help
+        options={"maxls": 8},  # more trials do not help, because fits to 1e-4 leave noise
     )
 
 

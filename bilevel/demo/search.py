@@ -1,4 +1,4 @@
-"""What the demo computes: a grid search for one penalty, the tuning of all, and a check of the hypergradient."""
+"""The demo's computations: a grid search for one penalty, the tuning of all, and a check of the hypergradient."""
 
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from bilevel.spaces.tree import tree_map
 
 
 class Score(NamedTuple):
-    """On the validation and the test images: mean cross-entropy, and the fraction of digits recognized."""
+    """Mean cross-entropy and fraction of recognized digits, on the validation and the test images."""
 
     validation_loss: float
     validation_accuracy: float
@@ -26,16 +26,16 @@ class Score(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What a run found."""
+    """The results of a run."""
 
-    scores: list[Score]  # of the tuning: at its start and after each iteration
-    shared: Score  # of the best shared penalty
+    scores: list[Score]  # at the start of the tuning and after each iteration
+    shared: Score  # with the best shared penalty
     shared_penalty: float
     pixel_penalties: np.ndarray  # tuned, of shape (pixels, k)
     hyperparameters: int
     hypergradients: int
-    failures: int  # those that did not converge
-    steps: int  # of the solver, in all
+    failures: int  # hypergradients that did not converge
+    steps: int  # total steps of the solver
 
 
 class Task:
@@ -52,7 +52,7 @@ class Task:
 
     @property
     def size(self) -> int:
-        """Return the number of weights, which is that of hyperparameters too."""
+        """Return the number of weights, which equals the number of hyperparameters."""
         return self.backend.space(self.params0).size
 
     def shared(self, penalty: float) -> Any:
@@ -103,9 +103,9 @@ class Task:
         )
 
     def errors(self, solver: LinearSolver[Any] | Method) -> list[float]:
-        """Compare the hypergradient at the start with that of the dense Hessian.
+        """Return the relative error of the hypergradient at the start, compared with the dense Hessian's result.
 
-        The Hessian is damped as the solver damps it; for a solver that does, a second error is that without damping.
+        The Hessian has the solver's damping. If the damping is not zero, the second error is the error without it.
         """
         hparams, space = self.shared(self.model.start), self.backend.space(self.params0)
         params = self.fit(hparams, self.params0)

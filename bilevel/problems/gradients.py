@@ -1,4 +1,4 @@
-"""First derivatives of an inner objective, by what every backend does for an outer one."""
+"""First derivatives of an inner objective, by the method that every backend has for an outer objective."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _AsOuter:
-    """An inner objective in the place of an outer one."""
+    """An inner objective with the interface of an outer objective."""
 
     inner: Any
 
@@ -22,14 +22,14 @@ class _AsOuter:
         return self.inner(params, hparams, *args)
 
     def grad(self, params: P, hparams: H, *args: object) -> tuple[P, H | None]:
-        """Return the pair that the numpy backend expects; the other backends differentiate the call."""
+        """Return the pair that the numpy backend expects. The other backends differentiate the call."""
         slopes = (_method(self.inner, name)(params, hparams, *args) for name in ("grad", "grad_hparams"))
         return next(slopes), next(slopes)
 
 
 @dataclass(frozen=True)
 class _AtHparams:
-    """An inner objective as a function of w alone; what it is handed for λ, it leaves alone."""
+    """An inner objective as a function of w only. It ignores its second argument."""
 
     inner: Any
     hparams: object
@@ -46,7 +46,7 @@ def in_params(
 ) -> OuterDerivatives[P, Any]:
     """Return L and ∂L/∂w.
 
-    ``grad_hparams`` is the derivative in ``beside``, arrays that L should not use. It is None if L does not use them.
+    ``grad_hparams`` is the derivative by ``beside``, arrays that L should not use. It is None if L does not use them.
     """
     return backend.outer(_AtHparams(inner, hparams), params, beside, args, label="inner", data="inner")
 

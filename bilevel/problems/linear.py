@@ -1,4 +1,4 @@
-"""Linear models with an L2 penalty per weight, per feature, per group of features, or shared."""
+"""Linear models with an L2 penalty per weight, per feature or per group of features, or with a shared penalty."""
 
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -81,12 +81,12 @@ class _Penalized:
         return self.penalties(params, hparams) * self.spread(params, vector) * params
 
     def penalties(self, params: Array, hparams: Array) -> Array:
-        """Return exp(λ) in a shape that broadcasts to that of params."""
+        """Return exp(λ) in a shape that broadcasts to the shape of params."""
         hparams = self.spread(params, hparams)
         return namespace(hparams).exp(hparams)
 
     def spread(self, params: Array, hparams: Array) -> Array:
-        """Return λ, or a vector like it, in a shape that broadcasts to that of params."""
+        """Return λ, or a vector like λ, in a shape that broadcasts to the shape of params."""
         if not hasattr(hparams, "ndim"):
             raise TypeError(f"hparams: expected one array of log penalties, got {type(hparams).__name__}.")
         if self.groups is not None:
@@ -113,28 +113,28 @@ class _Unpenalized:
 
 
 def ridge(groups: Any = None) -> Problem:
-    """Return ridge regression whose penalties are the hyperparameters.
+    """Return ridge regression with its penalties as hyperparameters.
 
-    L = ½ mean ‖Xw − y‖² + ½ Σ exp(λ) w² and F = ½ mean ‖Xw − y‖², each on its own data: ``inner_args=(X, y)`` and
-    ``outer_args=(X_val, y_val)``, with X of shape (n, d), for NumPy also scipy.sparse. ``params`` has shape (d,), or
-    (d, k) for k targets. ``hparams`` are log penalties of shape () (shared), (d,) (per feature), that of params (per
-    weight), or with ``groups`` (number of groups,).
+    L = ½ mean ‖Xw − y‖² + ½ Σ exp(λ) w² on ``inner_args=(X, y)``, and F = ½ mean ‖Xw − y‖² on
+    ``outer_args=(X_val, y_val)``. X has shape (n, d); for NumPy, it may be a scipy.sparse matrix. ``params`` has shape
+    (d,), or (d, k) for k targets. ``hparams`` are log penalties. Their shape is () (shared), (d,) (per feature), the
+    shape of params (per weight), or, with ``groups``, (number of groups,).
 
     Args:
-        groups: for each of the d features the index of its group.
+        groups: for each of the d features, the index of its group.
     """
     return _problem(_LeastSquares(), groups)
 
 
 def logistic_regression(groups: Any = None) -> Problem:
-    """Return logistic regression whose penalties are the hyperparameters.
+    """Return logistic regression with its penalties as hyperparameters.
 
-    As `ridge`, with the mean cross-entropy. Of two classes: ``params`` has shape (d,), and y is 0 or -1 for the first,
-    1 for the second. Multinomial: ``params`` has shape (d, k) for k classes, and y holds class numbers. For an
+    It is `ridge` with the mean cross-entropy. For two classes, ``params`` has shape (d,), and y is 0 or -1 for the
+    first class, 1 for the second. For k classes, ``params`` has shape (d, k), and y holds class numbers. For an
     intercept, append a column of ones to X.
 
     Args:
-        groups: for each of the d features the index of its group.
+        groups: for each of the d features, the index of its group.
     """
     return _problem(_CrossEntropy(), groups)
 
@@ -145,7 +145,7 @@ def _problem(fit: _DataFit, groups: Any) -> Problem:
 
 
 def cross_entropy(logits: Any, y: Array) -> Array:
-    """Return the mean cross-entropy in any framework: of logits of shape (n, k), or (n,), and y as above."""
+    """Return the mean cross-entropy in any framework, for logits of shape (n, k) or (n,) and y of shape (n,)."""
     xp = namespace(logits)
     _check_shape(y, logits.shape[:1])
     if logits.ndim == 1:
@@ -156,12 +156,12 @@ def cross_entropy(logits: Any, y: Array) -> Array:
 
 
 def _scores(X: Array, w: Array) -> Array:
-    """Return X @ w, or raise a ValueError: the products' own errors name neither."""
+    """Return X @ w. Raise a ValueError with names if the shapes do not fit."""
     d = X.shape[-1]
     if w.ndim not in (1, 2) or w.shape[0] != d:
         raise ValueError(
-            f"params: expected shape ({d},) or ({d}, k), a row for each column of X, got {tuple(w.shape)}. Of "
-            "scikit-learn's coef_, that is coef_[0], or coef_.T where there are several targets or classes."
+            f"params: expected shape ({d},) or ({d}, k), a row for each column of X, got {tuple(w.shape)}. From "
+            "scikit-learn, pass coef_[0], or coef_.T for several targets or classes."
         )
     return X @ w
 
@@ -180,6 +180,6 @@ def _errors(prediction: Any, y: Array) -> Array:
 
 
 def _check_shape(y: Array, shape: Any) -> None:
-    """Raise a ValueError for targets that would broadcast, such as y[:, None] against (n,), to a wrong loss."""
+    """Raise a ValueError for targets that would broadcast to a wrong loss, such as y[:, None] against (n,)."""
     if tuple(np.shape(y)) != tuple(shape):
-        raise ValueError(f"y: expected shape {tuple(shape)}, got {tuple(np.shape(y))}. The rows are those of X.")
+        raise ValueError(f"y: expected shape {tuple(shape)}, with the rows of X, got {tuple(np.shape(y))}.")

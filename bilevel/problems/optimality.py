@@ -1,4 +1,4 @@
-"""Problems whose params solve an equation, and minimize nothing."""
+"""Problems whose params solve an equation and minimize no objective."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 
 class _Equation:
-    """A problem whose w* solves an equation and minimizes nothing."""
+    """A problem whose w* solves an equation r(w, λ) = 0 and minimizes no objective."""
 
     @property
     def kind(self) -> Kind:
-        """What the products of the linearized map are: neither symmetric nor second derivatives."""
+        """The kind of (∂r/∂w)ᵀ: a transposed Jacobian, which need not be symmetric."""
         return "equation"
 
     @abstractmethod
@@ -38,23 +38,24 @@ class _Equation:
 class FixedPoint(_Equation):
     """Minimize ``outer(w*, λ)`` over λ, where ``w* = step(w*, λ)``.
 
-    A deep equilibrium model (Bai, Kolter & Koltun, NeurIPS 2019), or a solver's or optimizer's step. At the fixed point
+    ``step`` is a deep equilibrium model (Bai, Kolter & Koltun, NeurIPS 2019), or a step of a solver or optimizer. At
+    the fixed point
 
-        dF/dλ = ∂F/∂λ + (∂step/∂λ)ᵀ v   with   (I − ∂step/∂w)ᵀ v = ∂F/∂w,
+        dF/dλ = ∂F/∂λ + (∂step/∂λ)ᵀ v   with   (I − ∂step/∂w)ᵀ v = ∂F/∂w.
 
-    which takes first derivatives of ``step`` alone. Where ``step`` is one of gradient descent on L, this is the
-    hypergradient of the minimum of L. The system is not symmetric: use "gmres", "bicgstab", "exact", "neumann" with
-    ``step_size=1.0``, which sums over ``terms`` steps back, or "identity", which takes the last one (Fung et al., AAAI
-    2022). "unrolled" with ``step_size=1.0`` iterates ``step`` and differentiates through that.
+    This needs only first derivatives of ``step``. If ``step`` is a step of gradient descent on L, the result is the
+    hypergradient at the minimum of L. The system is not symmetric: use "gmres", "bicgstab" or "exact". "neumann" with
+    ``step_size=1.0`` sums over the last ``terms`` steps, and "identity" uses only the last step (Fung et al., AAAI
+    2022). "unrolled" with ``step_size=1.0`` iterates ``step`` and differentiates the iteration.
 
     Args:
-        step: (params, hparams, *inner_args) -> the next params, of the same structure, shapes and dtypes. For the numpy
-            backend an object that has, besides ``__call__``, methods ``vjp_params(params, hparams, v, *args)`` and
-            ``vjp_hparams(...)``, products of the transposed Jacobians with v; the latter may return None for zero.
+        step: (params, hparams, *inner_args) -> the next params, with the same structure, shapes and dtypes. For the
+            numpy backend, an object that also has the methods ``vjp_params(params, hparams, v, *args)`` and
+            ``vjp_hparams(...)``: products of the transposed Jacobians with v. ``vjp_hparams`` may return None for zero.
         outer: F, as in `bilevel.Problem`.
 
     Raises:
-        TypeError: if one of the two cannot be called.
+        TypeError: if ``step`` or ``outer`` cannot be called.
 
     >>> import numpy as np, bilevel as bl
     >>> class Halve:  # w ← w/2 + λ, so that w* = 2λ
@@ -97,16 +98,15 @@ class Root(_Equation):
 
         dF/dλ = ∂F/∂λ − (∂residual/∂λ)ᵀ v   with   (∂residual/∂w)ᵀ v = ∂F/∂w.
 
-    The system is not symmetric: use solver "gmres", "bicgstab" or "exact". See also `FixedPoint`, which is the root of
-    w − step(w, λ).
+    The system is not symmetric: use solver "gmres", "bicgstab" or "exact". A `FixedPoint` is a root of w − step(w, λ).
 
     Args:
-        residual: (params, hparams, *inner_args) -> a tree like params. For the numpy backend an object as `FixedPoint`
-            has it.
+        residual: (params, hparams, *inner_args) -> a tree like params. For the numpy backend, an object with the
+            methods that `FixedPoint` describes.
         outer: F, as in `bilevel.Problem`.
 
     Raises:
-        TypeError: if one of the two cannot be called.
+        TypeError: if ``residual`` or ``outer`` cannot be called.
     """
 
     residual: Callable[..., object]

@@ -1,4 +1,4 @@
-"""What the two levels of a bilevel problem offer."""
+"""Protocols of bilevel problems and of their objectives."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ if TYPE_CHECKING:
     from bilevel.backend import Backend
 
 Kind = Literal["hessian", "gauss-newton", "finite-differences", "equation"]
-"""What (∂r/∂w)ᵀ is: the Hessian of L, a replacement for it, or the transposed Jacobian of an equation."""
+"""The kind of (∂r/∂w)ᵀ: the Hessian of L, an approximation of it, or the transposed Jacobian of an equation."""
 
 
 @runtime_checkable
 class BilevelProblem(Protocol):
     """An outer objective F and a map r(w, λ) whose zero is w*: `bl.Problem`, `bl.FixedPoint`, `bl.Root`.
 
-    A problem is hashable and equal to other problems of the same functions, so that JAX compiles once for all of them.
+    A problem is hashable and equals other problems of the same functions, so JAX compiles once for all of them.
     """
 
     @property
     def outer(self) -> Callable[..., object]: ...
     @property
     def kind(self) -> Kind:
-        """What the products of the linearized map are."""
+        """The kind of (∂r/∂w)ᵀ."""
         ...
 
     def linearize(self, backend: Backend, params: P, hparams: H, args: tuple[object, ...]) -> LinearizedMap[P, H]:
-        """Differentiate r at a point; ``args`` are the ``inner_args``."""
+        """Differentiate r at a point. ``args`` are the ``inner_args``."""
         ...
 
     def value_and_residual(
@@ -43,10 +43,10 @@ class BilevelProblem(Protocol):
 class InnerProblem(Protocol, Generic[P, H]):
     """An inner objective with analytic derivatives, for the numpy backend.
 
-    ``vector`` has the structure of ``params``. The results of ``grad`` and ``hvp`` have it too. The result of
-    ``cross_vjp`` has the structure of ``hparams``. Forward mode of ``unrolled`` needs one more method,
+    ``vector`` and the results of ``grad`` and ``hvp`` have the structure of ``params``. The result of ``cross_vjp`` has
+    the structure of ``hparams``. Forward mode of ``unrolled`` also needs a method
     ``cross_jvp(params, hparams, vector, *args)``, where the vector is like ``hparams`` and the result like ``params``.
-    With ``curvature="finite-differences"``, ``grad`` (∂L/∂w) and ``grad_hparams`` (∂L/∂λ) are all that is needed.
+    ``curvature="finite-differences"`` needs only ``grad`` (∂L/∂w) and ``grad_hparams`` (∂L/∂λ).
     """
 
     def __call__(self, params: P, hparams: H, *args: object) -> object: ...

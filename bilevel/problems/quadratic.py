@@ -1,4 +1,4 @@
-"""Quadratics, whose hypergradient is known in closed form."""
+"""Quadratic problems, whose hypergradient has a closed form."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -45,8 +45,8 @@ class _Outer:
 def quadratic(hessian: Any, coupling: Any, target: Any, offset: Any = 0.0, direct: Any = 0.0) -> Problem:
     """Return L = ½ wᵀHw − wᵀ(Bλ + c) and F = ½‖w − t‖² + dᵀλ.
 
-    The minimizer is w* = H⁻¹(Bλ + c), the hypergradient there d + BᵀH⁻¹(w* − t). A Hessian that is not positive
-    definite makes a problem without a minimum, to test solvers with.
+    The minimizer is w* = H⁻¹(Bλ + c), and its hypergradient is d + BᵀH⁻¹(w* − t). To test solvers on problems without
+    a minimum, pass a Hessian that is not positive definite.
 
     Args:
         hessian: H, symmetric, of shape (n, n).

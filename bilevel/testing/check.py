@@ -33,29 +33,28 @@ def check_hypergradient(
 ) -> None:
     """Raise an AssertionError with a table unless `bl.hypergradient` agrees with a reference.
 
-    "exact" solves with the dense Hessian on the host: it checks the solver, leaf by leaf.
-    "finite-differences" solves the inner problem again at λ ± h: it checks everything, the derivatives too,
-    along random directions (over all of λ, and in each leaf) and the coordinates where the hypergradient is
-    largest. It needs objectives that compute with the arrays they are handed, and is at its best in float64.
+    "exact" solves with the dense Hessian on the host and checks the solver, leaf by leaf. "finite-differences" solves
+    the inner problem again at λ ± h and also checks the derivatives. It compares along random directions (over all of
+    λ, and in each leaf) and at the coordinates of the largest entries of the hypergradient. The objectives must compute
+    with the arrays that are passed. Use float64 for the best accuracy.
 
-    How a solve ended is part of the message but decides nothing: what counts is the hypergradient. So a
-    truncated method (``identity``, a short ``neumann``) fails here unless ``rtol`` allows for its bias.
+    The message contains the status of the solve, but the check compares only hypergradients. So a truncated method
+    (``identity``, a short ``neumann``) fails unless ``rtol`` allows for its bias.
 
     Args:
         problem, params, hparams, solver, inner_args, outer_args, backend: as in `bl.hypergradient`.
-        reference: "exact" or "finite-differences". Both take up to 5,000 weights and any number of
-            hyperparameters.
-        rtol: tolerance relative to the norm of a leaf of the hypergradient g, or for a direction d to the
+        reference: "exact" or "finite-differences". Both take up to 5,000 weights and any number of hyperparameters.
+        rtol: tolerance relative to the norm of a leaf of the hypergradient g. For a direction d, relative to the
             typical size of d·g, (Σ dᵢ²gᵢ²)^½. Default: see `default_rtol`.
-        atol: what is tolerated besides. Default: rtol/100 of the larger of ‖g‖ and ‖∂F/∂λ‖, since a solver's
-            residual is relative to the whole, too: leaves and entries that are smaller still do not count.
-            For finite differences, twice their noise is added.
-        seed: of the random directions.
+        atol: absolute tolerance, added to the relative tolerance. Default: rtol/100 of the larger of ‖g‖ and ‖∂F/∂λ‖,
+            because a solver's residual is relative to all leaves: smaller leaves and entries do not count. For finite
+            differences, twice their noise is added.
+        seed: the seed of the random directions.
 
     Raises:
-        AssertionError: if they differ, or the differences are too noisy to tell.
-        TypeError, ValueError: for input that does not fit.
-        SolverError: if the reference itself fails: a singular Hessian, an inner problem without solution.
+        AssertionError: if the hypergradients differ, or the differences are too noisy.
+        TypeError, ValueError: for invalid input.
+        SolverError: if the reference fails: for a singular Hessian, or an inner problem without a solution.
 
     >>> import numpy as np, bilevel as bl
     >>> problem = bl.problems.quadratic(hessian=2 * np.eye(2), coupling=np.eye(2), target=np.ones(2))
@@ -69,19 +68,10 @@ def check_hypergradient(
             raise ValueError(f"{name}: expected a number >= 0, got {value!r}.")
     method = as_method(get_solver(solver))
     found, inputs = prepare(params, hparams, inner_args, outer_args, backend, f"the {reference} reference")
-    hg = hypergradient(
-        problem,
-        params,
-        hparams,
-        inner_args=inner_args,
-        outer_args=outer_args,
-        solver=method,
-        backend=found,
-        on_failure="ignore",
-    )
+    hg = hypergradient(problem, **inputs._asdict(), solver=method, backend=found, on_failure="ignore")
     eps = max(found.space(params).eps, found.space(hparams).eps)
     rtol = default_rtol(method, eps) if rtol is None else rtol
-    # An unroll takes the hypergradient elsewhere.
+    # An unrolled method evaluates the hypergradient at other params.
     subject = Subject(found, problem, inputs._replace(params=hg.params), method, hg, rtol, atol)
     failure = against_exact(subject) if reference == "exact" else against_differences(subject, seed)
     if failure is not None:
@@ -89,9 +79,9 @@ def check_hypergradient(
 
 
 def default_rtol(solver: LinearSolver[Any] | Method, eps: float) -> float:
-    """Return max(100 · the solver's own rtol, 10 √eps), at most ½.
+    """Return max(100 · the solver's rtol, 10 √eps), at most ½.
 
-    The condition number multiplies the solver's residual, and the rounding of products in the dtype.
+    The condition number multiplies the solver's residual and the rounding errors of products.
 
     >>> default_rtol(get_solver("cg", rtol=1e-6), eps=2.0**-52)
     0.0001

@@ -1,4 +1,4 @@
-"""The two comparisons behind `check_hypergradient`. Each returns what to say, or None where all agrees."""
+"""The two comparisons of `check_hypergradient`. Each returns a message, or None if all values agree."""
 
 from typing import Any, NamedTuple
 
@@ -19,11 +19,11 @@ from bilevel.testing.host import HostProblem
 from bilevel.testing.newton import InnerSolver
 from bilevel.testing.wording import paragraphs, relation, table
 
-ROWS = 20  # of leaves, at most; the worst first
+ROWS = 20  # the largest number of leaves in a table, the worst first
 
 
 class Subject(NamedTuple):
-    """A hypergradient to be judged, and where it comes from."""
+    """A hypergradient to be checked, with its problem, point and method."""
 
     backend: Backend
     problem: BilevelProblem
@@ -46,7 +46,7 @@ class Subject(NamedTuple):
         return self.backend.to_flat(zeros if direct is None else direct)
 
     def absolute(self, grad: np.ndarray) -> float:
-        """Return atol, by default a hundredth of what rtol allows the whole and what it is a difference of."""
+        """Return atol, by default rtol/100 of the larger of ‖grad‖ and ‖∂F/∂λ‖."""
         whole = max(float(np.linalg.norm(grad)), float(np.linalg.norm(self.direct)))
         return self.rtol * whole / 100 if self.atol is None else self.atol
 
@@ -56,7 +56,7 @@ class Subject(NamedTuple):
         return f"the hypergradient by {self.method.summary} differs from {reference} ({tolerances})."
 
     def ending(self) -> str:
-        """Return how the solve ended, and how well params solve the inner problem."""
+        """Return a description of the solve, with the norm of the inner gradient at params."""
         info = self.hg.info
         inner_grad = self.backend.to_flat(self.backend.run(_inner_grad, self.problem, self.inputs))
         return (
@@ -67,16 +67,9 @@ class Subject(NamedTuple):
 
 
 def against_exact(subject: Subject) -> str | None:
-    """Compare with the dense solve, leaf by leaf."""
+    """Compare with the result of a dense solve, leaf by leaf."""
     backend, inputs = subject.backend, subject.inputs
-    reference = exact_hypergradient(
-        subject.problem,
-        inputs.params,
-        inputs.hparams,
-        inner_args=inputs.inner_args,
-        outer_args=inputs.outer_args,
-        backend=backend,
-    )
+    reference = exact_hypergradient(subject.problem, **inputs._asdict(), backend=backend)
     tested, expected = subject.grad, backend.to_flat(reference.grad)
     atol = subject.absolute(expected)
     rows, wrong = [], np.zeros(len(tested), dtype=bool)
@@ -104,12 +97,12 @@ def against_exact(subject: Subject) -> str | None:
 
 
 def against_differences(subject: Subject, seed: int) -> str | None:
-    """Compare with differences of the re-solved problem along directions."""
+    """Compare with differences of the re-solved problem, along directions."""
     host = HostProblem(subject.backend, subject.problem, subject.inputs)
     contradictions = [a for a in compare(subject.backend, subject.problem, subject.inputs).of if a.wrong]
     if contradictions and contradictions[0].name == "inner grad":
         return paragraphs(
-            f"{contradictions[0].sentence()} The inner problem is solved by it, so there is no reference."
+            f"{contradictions[0].sentence()} It cannot solve the inner problem, so there is no reference."
         )
 
     named = list(directions(subject.backend, subject.inputs.hparams, subject.grad, np.random.default_rng(seed)))
@@ -119,7 +112,7 @@ def against_differences(subject: Subject, seed: int) -> str | None:
     atol = subject.absolute(subject.grad)
 
     def judge(grad: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return which directions are wrong, and which could tell."""
+        """Return masks of the directions that are wrong, and of those with little noise."""
         tested = ds @ grad
         plain = atol + subject.rtol * np.maximum(np.linalg.norm(ds * grad, axis=1), np.abs(expected))
         wrong = ~(np.abs(tested - expected) <= plain + 2 * noise)
@@ -134,14 +127,14 @@ def against_differences(subject: Subject, seed: int) -> str | None:
     ]
     said = [table(("direction", "hypergradient", "differences", "ratio", "noise"), rows), subject.ending()]
     if not wrong.any():
-        return paragraphs("the finite differences are too noisy to tell: use float64.", *said)
+        return paragraphs("the finite differences are too noisy for a comparison: use float64.", *said)
 
     w = solver.minimizer.w
     away = np.linalg.norm(w - host.w) / (np.linalg.norm(w) or 1.0)
     said[-1] += f" The re-solved minimizer is {away:.2g} away (relative to its norm)."
     if not judge(_grad_at(subject, host, w))[0].any():
         causes = [
-            "params is not the minimizer of the inner objective: at the re-solved one, the hypergradient "
+            "params is not the minimizer of the inner objective: at the re-solved minimizer, the hypergradient "
             'agrees. Train the inner problem further, or compare with reference="exact".'
         ]
     else:
@@ -155,7 +148,7 @@ def against_differences(subject: Subject, seed: int) -> str | None:
 
 
 def ratio(a: Any, b: Any) -> float:
-    """Return a / b; nan for 0 / 0, else infinity where b is zero."""
+    """Return a / b. If b is zero, return infinity, or nan for 0 / 0."""
     return float(a / b) if b else float("inf" if a else "nan")
 
 
@@ -168,31 +161,22 @@ def _cause(subject: Subject, tested: Any, expected: Any, direct: Any, noise: Any
         return "The hypergradient has entries that are nan or infinite."
     if subject.problem.kind == "gauss-newton":
         return (
-            "Gauss-Newton leaves part of the Hessian out, which explains a difference; rtol= allows for it, if "
-            'intended. bl.Problem.from_model(..., curvature="hessian") has it all.'
+            "Gauss-Newton leaves out part of the Hessian, which explains a difference. To allow for it, pass rtol=. "
+            'For the full Hessian, use bl.Problem.from_model(..., curvature="hessian").'
         )
     if info.status != Status.CONVERGED:
-        return f"The solve failed ({info.status.name}); bl.hypergradient says what to do."
+        return f"The solve failed ({info.status.name}). The message of bl.hypergradient has advice."
     if not info.residual_norm <= subject.rtol * info.rhs_norm:
-        return "The solve is far from complete, which explains a difference; rtol= allows for it, if intended."
+        return "The solve is far from complete, which explains a difference. To allow for it, pass rtol=."
     if subject.method.rtol and np.linalg.norm(tested - expected) < 0.1 * np.linalg.norm(expected):
         return "They are close: the condition number multiplies the residual, so lower the solver's rtol."
     return "They differ neither by the sign, nor by a factor, nor by the direct term."
 
 
 def _grad_at(subject: Subject, host: HostProblem[Any, Any], w: np.ndarray) -> np.ndarray:
-    inputs = host.at(w, host.lam)
-    hg = hypergradient(
-        subject.problem,
-        inputs.params,
-        subject.inputs.hparams,
-        inner_args=inputs.inner_args,
-        outer_args=inputs.outer_args,
-        solver=subject.method,
-        backend=subject.backend,
-        on_failure="ignore",
-    )
-    return subject.backend.to_flat(hg.grad)
+    inputs, backend = subject.inputs._replace(params=host.at(w, host.lam).params)._asdict(), subject.backend
+    hg = hypergradient(subject.problem, **inputs, solver=subject.method, backend=backend, on_failure="ignore")
+    return backend.to_flat(hg.grad)
 
 
 def _inner_grad(backend: Backend, problem: BilevelProblem, inputs: Inputs[P, H]) -> P:

@@ -1,4 +1,4 @@
-"""The hypergradient by a dense solve on the host: the reference for solvers."""
+"""The hypergradient by a dense solve on the host: a reference for solvers."""
 
 import warnings
 from collections.abc import Callable
@@ -27,11 +27,11 @@ def exact_hypergradient(
 ) -> Hypergradient[P, H]:
     """Return ∂F/∂λ − (∂²L/∂λ∂w)ᵀ v with v = [∂²L/∂w²]⁻¹ ∂F/∂w from the dense Hessian.
 
-    The Hessian, of shape (n, n), is put together from n Hessian-vector products in the model's own dtype,
-    copied to the host and solved there in float64 by LAPACK. The derivatives come from the backend, as in
-    `bl.hypergradient`: this checks how they are used, `finite_difference_hypergradient` the derivatives, too.
-    A Gauss-Newton problem is held to its true Hessian: the difference is what the approximation costs. Finite
-    differences stay what they are. Of a `FixedPoint` or a `Root`, the matrix is the transposed Jacobian.
+    n Hessian-vector products in the model's dtype give the Hessian, of shape (n, n). LAPACK solves the system on the
+    host in float64. The derivatives come from the backend, as in `bl.hypergradient`. To check the derivatives too, use
+    `finite_difference_hypergradient`. For a Gauss-Newton problem, the reference uses the true Hessian, so a difference
+    shows the bias of the approximation. With ``curvature="finite-differences"``, the reference uses these differences.
+    For a `FixedPoint` or a `Root`, the matrix is the transposed Jacobian.
 
     Args:
         problem, params, hparams, inner_args, outer_args, backend: as in `bl.hypergradient`.
@@ -40,8 +40,7 @@ def exact_hypergradient(
         A `Hypergradient` with the dtypes and structures of ``params`` and ``hparams``.
 
     Raises:
-        TypeError, ValueError: for input that does not fit, more than 5,000 weights, or a Hessian that is not
-            symmetric.
+        TypeError, ValueError: for invalid input, more than 5,000 weights, or a Hessian that is not symmetric.
         SolverError: if the Hessian is singular to the precision of the dtype, or not finite.
 
     >>> import numpy as np, bilevel as bl
@@ -60,7 +59,7 @@ def exact_hypergradient(
 
     direct, cross = backend.run(_parts, problem, inputs, adjoint)
     if direct is None and cross is None:
-        raise ValueError("neither objective depends on hparams: there is no hypergradient to refer to.")
+        raise ValueError("neither objective depends on hparams, so there is no hypergradient.")
     zeros = backend.space(hparams).zeros()
     grad = backend.to_flat(zeros if direct is None else direct) - backend.to_flat(zeros if cross is None else cross)
     info = SolverInfo(
@@ -73,10 +72,10 @@ def exact_hypergradient(
 
 
 def factorize(hessian: np.ndarray, eps: float) -> Callable[[np.ndarray], np.ndarray]:
-    """Return b -> H⁻¹ b, for a matrix of shape (n, n) whose entries are known to a relative eps.
+    """Return b -> H⁻¹ b, for a matrix of shape (n, n) whose entries have a relative precision of eps.
 
-    Rows and columns are scaled to a largest entry of about one first, so that weights in different units do
-    not pass for an ill-conditioned system.
+    Rows and columns are first scaled to a largest entry of about one. So weights in different units do not make the
+    system ill-conditioned.
 
     Raises:
         SolverError: if the matrix is singular to that precision, or not finite.
@@ -97,13 +96,13 @@ def factorize(hessian: np.ndarray, eps: float) -> Callable[[np.ndarray], np.ndar
             "the Hessian of the inner objective is singular to the precision of its dtype: singular values from "
             f"{sizes.min():.2g} to {sizes.max():.2g}, {(largest == 0).sum()} rows of zeros, reciprocal "
             f"condition number {rcond:.2g} after scaling. A minimizer that is not isolated has no "
-            "hypergradient: add a penalty to the inner objective, or use float64."
+            "hypergradient. Add a penalty to the inner objective, or use float64."
         )
     return lambda b: scale * linalg.lu_solve(factors, scale * b)
 
 
 def check_symmetric(hessian: np.ndarray, eps: float) -> None:
-    """Raise a ValueError if the matrix is not symmetric to √eps: then its products are no Hessian's."""
+    """Raise a ValueError if the matrix is not symmetric to a relative √eps: then it is not a Hessian."""
     gap = np.abs(hessian - hessian.T)
     if gap.max(initial=0.0) > eps**0.5 * np.abs(hessian).max(initial=0.0):
         i, j = np.unravel_index(gap.argmax(), gap.shape)

@@ -24,7 +24,7 @@ def prepare(
     backend: Backend | str | None,
     what: str,
 ) -> tuple[Backend, Inputs[P, H]]:
-    """Return the backend and the inputs, checked, and small enough for a dense Hessian."""
+    """Return the backend and the inputs. Raise an error if they are invalid, or too large for a dense Hessian."""
     found = find_backend(backend, params, hparams)
     check_inputs(found, params, hparams, inner_args, outer_args)
     check_size(found.space(params).size, what)
@@ -32,29 +32,29 @@ def prepare(
 
 
 def with_true_hessian(problem: BilevelProblem) -> BilevelProblem:
-    """Return the problem without the Gauss-Newton approximation, which a reference must not share."""
+    """Return the problem without the Gauss-Newton approximation, because a reference must be exact."""
     if isinstance(problem, Problem) and problem.curvature == "gauss-newton":
         return replace(problem, curvature="hessian")
     return problem
 
 
 def precision(problem: BilevelProblem, eps: float) -> float:
-    """Return what products with second derivatives are known to, relative: eps, or what differences leave of it."""
+    """Return the relative precision of products with second derivatives: eps, or √eps for finite differences."""
     return eps**0.5 if problem.kind == "finite-differences" else eps
 
 
 class HostProblem(Generic[P, H]):
-    """A problem with its data: w of shape (n,) and λ of shape (m,) outside, the model's own dtype inside.
+    """A problem with its data, as functions of w of shape (n,) and λ of shape (m,). It computes in the model's dtype.
 
-    Nothing that the user passed is evaluated again after the start: the points are new arrays.
+    The points are new arrays, so the objectives must compute with the arrays that are passed.
 
     Raises:
-        ValueError: if the objectives do not follow such new arrays.
+        ValueError: if the objectives do not compute with these arrays.
     """
 
     def __init__(self, backend: Backend, problem: BilevelProblem, inputs: Inputs[P, H]) -> None:
         self.backend, self.problem, self.inputs = backend, with_true_hessian(problem), inputs
-        self.minimizes = problem.kind != "equation"  # else w* solves an equation r(w, λ) = 0
+        self.minimizes = problem.kind != "equation"  # if False, w* solves an equation r(w, λ) = 0
         self.w, self.lam = backend.to_flat(inputs.params), backend.to_flat(inputs.hparams)
         self.eps = max(backend.space(tree).eps for tree in inputs[:2])
         self._check_follows_arguments()
@@ -74,11 +74,11 @@ class HostProblem(Generic[P, H]):
         return float(self._evaluate(_outer, w, lam)[0])
 
     def hessian(self, w: np.ndarray, lam: np.ndarray) -> np.ndarray:
-        """Return ∂²L/∂w², or ∂r/∂w, from n products with its transpose; of shape (n, n)."""
+        """Return ∂²L/∂w², or ∂r/∂w, of shape (n, n), from n products with its transpose."""
         return self._evaluate(_hessian, w, lam)[0].T
 
     def derivatives(self, w: np.ndarray, lam: np.ndarray, u: np.ndarray) -> dict[str, np.ndarray]:
-        """Return the backend's derivatives at (w, λ), with the products of u, of shape (n,)."""
+        """Return the backend's derivatives at (w, λ), including products with u, of shape (n,)."""
         return dict(zip(DERIVATIVES, self._evaluate(_derivatives, w, lam, self._flat(u, 0)), strict=True))
 
     def _flat(self, x: np.ndarray, i: int) -> Array:
@@ -89,9 +89,9 @@ class HostProblem(Generic[P, H]):
     def _evaluate(
         self, function: Callable[..., Sequence[Array]], w: np.ndarray, lam: np.ndarray, *more: Array
     ) -> list[np.ndarray]:
-        """Call a function of inputs whose trees are still flat: giving them structure compiles, too."""
+        """Call a function of inputs with flat trees, so that the conversion to trees is compiled too."""
         flat = (self._flat(w, 0), self._flat(lam, 1))
-        with np.errstate(all="ignore"):  # a trial step too far is no one's mistake
+        with np.errstate(all="ignore"):  # a trial step may be too long
             found = self.backend.run(_at, function, self.problem, flat, self.inputs, more)
         return [np.asarray(self.backend.to_numpy(array), dtype=np.float64) for array in found]
 
@@ -103,10 +103,10 @@ class HostProblem(Generic[P, H]):
             array = np.asarray(self.backend.to_numpy(array), dtype=np.float64)
             if np.abs(array - copy).max(initial=0.0) > 10 * eps**0.5 * np.abs(array).max(initial=0.0):
                 raise ValueError(
-                    f"{name} changes when params and hparams are replaced by copies, so the inner problem "
-                    "cannot be solved again at other hyperparameters. The objectives must compute with the "
-                    "arguments that they are handed (in PyTorch by torch.func.functional_call), not with a "
-                    "module's own parameters or other arrays they close over, and without dropout."
+                    f"{name} changes when params and hparams are replaced by copies, so the inner problem cannot be "
+                    "solved again at other hyperparameters. The objectives must compute with their arguments (in "
+                    "PyTorch by torch.func.functional_call), not with a module's own parameters or other captured "
+                    "arrays, and without dropout."
                 )
 
 
@@ -139,7 +139,7 @@ def _hessian(backend: Backend, problem: BilevelProblem, inputs: Inputs[P, H]) ->
 
 
 def _derivatives(backend: Backend, problem: BilevelProblem, inputs: Inputs[P, H], u: Array) -> list[Array]:
-    """Return the arrays that DERIVATIVES names."""
+    """Return the derivatives in the order of DERIVATIVES."""
     params, hparams, inner_args, outer_args = inputs
     of_params, of_hparams = backend.space(params), backend.space(hparams)
     _, grad_params, direct = backend.outer(problem.outer, params, hparams, outer_args)

@@ -309,7 +309,7 @@ class TestRefused:
                 TypeError,
                 r"\(\.\.\.\): expected an array of jax, got str",
             ),
-            (lambda w, h: jnp.sum(w**2), lambda h: None, 1.0, TypeError, "returned None: return the trained params"),
+            (lambda w, h: jnp.sum(w**2), lambda h: None, 1.0, TypeError, "returned None. Return the trained params"),
             (lambda w, h: jnp.sum(w**2), lambda h: h, 1, TypeError, r"hparams\['a'\]: expected a floating-point leaf"),
         ],
     )

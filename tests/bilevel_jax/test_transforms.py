@@ -110,7 +110,7 @@ def test_a_collective_that_would_be_differentiated_wrongly_is_refused():
         return bl.hypergradient(problem, w, h, inner_args=(X, y), outer_args=data["outer_args"]).grad
 
     X, y = data["inner_args"]
-    with pytest.raises(ValueError, match="inner: psum over the axis 'batch' is differentiated rightly only inside"):
+    with pytest.raises(ValueError, match="inner: JAX differentiates psum over the axis 'batch' correctly only inside"):
         jax.vmap(call, axis_name="batch")(X.reshape(3, 4, 4), y.reshape(3, 4))
 
 

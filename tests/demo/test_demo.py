@@ -145,11 +145,13 @@ class TestReport:
 
     def test_overfitting_is_said(self):
         text = report.verdict(outcome((0.2, 0.2), (0.5, 0.5), (0.3, 0.18), (0.1, 0.3)))
-        assert "50% higher than with the best shared penalty: the tuned ones overfit the validation images." in text
+        assert (
+            "50% higher than with the best shared penalty: the tuned penalties overfit" in text
+        )
         assert "It was lowest, 0.1800, after step 1" in text
 
     def test_about_the_same(self):
-        assert "is about that of the best" in report.verdict(outcome((0.2, 0.2), (0.1, 0.201)))
+        assert "is about the same as with the best" in report.verdict(outcome((0.2, 0.2), (0.1, 0.201)))
 
     def test_a_search_that_ended_early_is_not_called_overfitting(self):
         text = report.verdict(outcome((0.2, 0.2), (0.5, 0.5), (0.4, 0.4)))

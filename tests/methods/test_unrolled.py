@@ -740,7 +740,7 @@ class TestJax:
             ),
             ([(np.ones(3),), (np.ones(3, int),)], ValueError, r"leaf \[0\] is int64 of shape \(3,\) in batch 1"),
             ([(np.ones(3),), (np.ones(3), 1.0)], ValueError, "batch 1 has the structure"),
-            ([("a",), ("b",)], TypeError, r"leaf \[0\] of the batches is no number or array, and not the same in all"),
+            ([("a",), ("b",)], TypeError, r"leaf \[0\] of the batches is not a number or array, and it differs"),
         ],
         ids=["shape", "dtype", "structure", "words"],
     )
@@ -810,7 +810,7 @@ class TestErrors:
         args = {"inner_args": case.batches[0], "outer_args": (case.t, case.d)}
         problem = bl.Problem(NoCrossJvp(), QuarticOuter())
         assert bl.hypergradient(problem, case.w, case.h, **args, solver="unrolled").grad.shape == (4,)
-        with pytest.raises(TypeError, match=r"\(NoCrossJvp\) has no method 'cross_jvp'.*mode=\"reverse\" does without"):
+        with pytest.raises(TypeError, match=r"\(NoCrossJvp\) has no .*cross_jvp.*mode=\"reverse\" does not need it"):
             bl.hypergradient(problem, case.w, case.h, **args, solver=bl.Unrolled(mode="forward"))
 
     def test_a_cross_jvp_of_the_wrong_shape(self):

@@ -215,7 +215,7 @@ class TestGaussNewton:
     def test_a_check_says_what_gauss_newton_costs(self, autodiff):
         params, hparams, train, val = move(autodiff, arrays())
         args = {"inner_args": train, "outer_args": val, "solver": "exact"}
-        with pytest.raises(AssertionError, match="Gauss-Newton leaves part of the Hessian out"):
+        with pytest.raises(AssertionError, match="Gauss-Newton leaves out part of the Hessian"):
             check_hypergradient(classifier(namespace(autodiff)), params, hparams, **args)
         check_hypergradient(classifier(namespace(autodiff), curvature="hessian"), params, hparams, **args)
 
@@ -394,7 +394,7 @@ class TestFiniteDifferences:
     def test_coarse_dtypes_are_refused_by_name(self):
         torch = pytest.importorskip("torch")
         problem = bl.Problem(lambda w, h: (w["a"] * h).sum(), lambda w, h: w["a"].sum(), curvature="finite-differences")
-        with pytest.raises(TypeError, match=r"params\['a'\] is torch\.bfloat16: differences of gradients are noise"):
+        with pytest.raises(TypeError, match=r"params\['a'\] is torch\.bfloat16, which is too coarse for differences"):
             bl.hypergradient(problem, {"a": torch.ones(2, dtype=torch.bfloat16)}, torch.ones(2))
 
     def test_numpy_objects_need_two_gradients(self):
@@ -518,7 +518,7 @@ class TestOnceDifferentiableTorch:
 
     def test_a_module_that_runs_itself_is_refused(self, attention):
         case, args = self.case(attention, run=lambda w, x: attention(x), curvature="finite-differences")
-        with pytest.raises(ValueError, match=r"inner computes with the arrays of params themselves.*functional_call"):
+        with pytest.raises(ValueError, match=r"inner computes with the arrays of params, not.*functional_call"):
             bl.hypergradient(*case, **args)
 
     def test_nothing_of_the_users_is_touched(self, attention):

@@ -24,7 +24,7 @@ def check_backend(
     outer_args: tuple[object, ...] = (),
     excused: Mapping[str, str] | None = None,
 ) -> list[Check]:
-    """Return the laws of a backend as checks, to be called one by one.
+    """Return the laws of a backend as checks, which can be called one by one.
 
     In pytest::
 
@@ -32,24 +32,23 @@ def check_backend(
         def test_my_backend(check):
             check()
 
-    They concern its arrays and trees, its vectors and loops (`bilevel.spaces.space.Space`), its derivatives
-    (against closed forms and differences), and a whole hypergradient by the library's solvers. Their problems are
-    functions of arrays with ``@``, ``+``, ``-``, ``*``, ``/``, ``.T`` and ``.sum()``, and bring analytic derivatives,
-    for backends that need them.
+    The laws cover arrays and trees, vectors and loops (`bilevel.spaces.space.Space`), derivatives (against closed forms
+    and differences), and whole hypergradients by the library's solvers. The suite's problems use only ``@``, ``+``,
+    ``-``, ``*``, ``/``, ``.T`` and ``.sum()``, and have analytic derivatives for backends that need them.
 
     Args:
         backend: a backend (`bilevel.backend.Backend`), or its name.
-        problem, params, hparams, inner_args, outer_args: a problem at a point, as in `bl.hypergradient`, whose
-            derivatives are compared with differences; None: one of the suite's own.
-        excused: reasons, by the names of checks, as in ``{"inner_cut_off": "..."}``: such a check is skipped
-            with the reason where it fails, and an error where it does not.
+        problem, params, hparams, inner_args, outer_args: a problem at a point, as in `bl.hypergradient`. Its
+            derivatives are compared with differences. None: a problem of the suite.
+        excused: reasons by the names of checks, as in ``{"inner_cut_off": "..."}``. An excused check is skipped with
+            the reason if it fails, and raises an error if it passes.
 
     Returns:
-        A list of `Check`: each has a ``name`` and a ``law``, and raises an AssertionError that says what was
-        expected and what was got.
+        A list of `Check`, each with a ``name`` and a ``law``. A failed check raises an AssertionError with the expected
+        and the actual result.
 
     Raises:
-        TypeError, ValueError: for what is no backend, a point that does not fit, or unknown excused names.
+        TypeError, ValueError: for an invalid backend, an invalid point, or unknown excused names.
 
     >>> checks = {check.name: check for check in check_backend("numpy")}
     >>> checks["axpy-numpy-float32"].law

@@ -1,4 +1,4 @@
-"""The laws of what only some linear solvers have: options, warm starts, other operators, other dtypes."""
+"""The laws of features that only some linear solvers have: options, warm starts, other operators and dtypes."""
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from bilevel.testing.conformance.systems import System
 
 
 def nonsymmetric(s: Subject) -> None:
-    """Systems that are not symmetric are solved, if that is promised; else the status does not claim it."""
+    """Systems that are not symmetric are solved if solves= has their class; CONVERGED is never false."""
     system, known = systems.nonsymmetric(), SYMMETRIC not in s.solver.requires
     told = "an attribute requires without SYMMETRIC, by which bilevel knows the operators that the solver accepts"
     expect(known or "nonsymmetric" not in s.solves, s, system, told, s.solver.requires)
@@ -25,16 +25,16 @@ def nonsymmetric(s: Subject) -> None:
 
 
 def stochastic(s: Subject) -> None:
-    """Samples that are all the same give what the one operator gives."""
+    """An operator with equal samples gives the same result as the operator without samples."""
     system = systems.definite()
     one, many = s.solve(system), s.solve(system, kind=Kind(sampled=True))
     judge(s, system, many)
     close = relative_error(many.x, one.x) <= s.tolerance()
-    expect(close and many.info.status == one.info.status, s, system, f"from equal samples what one gives ({one})", many)
+    expect(close and many.info.status == one.info.status, s, system, f"from equal samples the result {one}", many)
 
 
 def prepared(s: Subject) -> None:
-    """What `bl.prepare` returns gives what the solver gives by itself."""
+    """The result of `bl.prepare` gives the same adjoint as the solver."""
     point = quadratic_point(s.backend, s.dtype, damping=s.damping)
     arguments = {**point.arguments, "backend": s.backend}
     ready = prepare(s.solver, QUADRATIC, **{k: v for k, v in arguments.items() if k != "outer_args"})
@@ -44,7 +44,7 @@ def prepared(s: Subject) -> None:
     )
     system = System("the quadratic problem", point.hessian, point.rhs, 4.0)
     close = relative_error(found, alone) <= s.tolerance()
-    expect(close, s, system, f"from {ready!r} the adjoint that it gives unprepared, {alone}", found)
+    expect(close, s, system, f"from {ready!r} the adjoint of the solver, {alone}", found)
 
 
 def warm_start_stays(s: Subject) -> None:
@@ -56,7 +56,7 @@ def warm_start_stays(s: Subject) -> None:
     stays = s.truncated or answer.info.status == Status.CONVERGED
     expect(stays, s, system, f"CONVERGED at once from the solution {exact}", answer)
     allowed = ROUNDING * s.eps * system.condition
-    what = f"the solution {exact}, where it started, to a relative {allowed:.1g}"
+    what = f"the solution {exact}, which is the start, to a relative {allowed:.1g}"
     expect(relative_error(answer.x, exact) <= allowed, s, system, what, answer)
 
 
@@ -73,15 +73,15 @@ def warm_start_used(s: Subject) -> None:
 
 
 def warm_start_ignored(s: Subject) -> None:
-    """A warm start changes nothing, since check_solver was told that the solver does not use it."""
+    """A warm start changes nothing, because check_solver got warm_start=False."""
     system = systems.definite()
     cold, warm = s.solve(system), s.solve(system, systems.normal(3, systems.SIZE))
     close = relative_error(warm.x, cold.x) <= s.tolerance()
-    expect(close, s, system, f"what a cold start gives ({cold})", warm)
+    expect(close, s, system, f"the result of a cold start ({cold})", warm)
 
 
 def maxiter(s: Subject) -> None:
-    """The option maxiter is respected, 0 included, and running out of it is said."""
+    """A solve takes at most maxiter steps, also for 0, and reports MAXITER if they are too few."""
     system, start = systems.ill_conditioned(), systems.normal(3, systems.SIZE)
     for most, x0 in ((0, start), (3, None)):
         limited = s.with_options(maxiter=most)
@@ -95,14 +95,14 @@ def maxiter(s: Subject) -> None:
 
 
 def damping(s: Subject) -> None:
-    """The option damping solves (A + damping I) v = b, and the residual is that of this system."""
+    """With the option damping, the solution and the residual belong to (A + damping I) v = b."""
     damped = s.with_options(damping=s.damping + 0.5)
     system = systems.definite()
     judge(damped, system, damped.solve(system), promised=s.promises("definite"))
 
 
 def bfloat16(s: Subject) -> None:
-    """In bfloat16 v stays bfloat16, is honest, and solves to a few per cent."""
+    """In bfloat16, v stays bfloat16 and is accurate to a few per cent, and the status is true."""
     s = s.with_dtype("bfloat16")
     if s.has_option("rtol"):
         s = s.with_options(rtol=max(0.05, s.solver.rtol))

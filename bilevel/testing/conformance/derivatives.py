@@ -1,4 +1,4 @@
-"""The laws of a backend's derivatives: closed forms, finite differences, and what it says of a missing dependence."""
+"""The laws of a backend's derivatives: closed forms, finite differences, and errors for missing dependence."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ from bilevel.testing.conformance.problems import (
 )
 from bilevel.testing.conformance.systems import SIZE, normal
 
-SHARP = 1e-12  # as far as the dtype goes
+SHARP = 1e-12  # solve to the precision of the dtype
 SOLVERS: dict[str, LinearSolver[Any] | Method] = {
     "cg": CG(rtol=SHARP),
     "minres": MINRES(rtol=SHARP),
@@ -38,11 +38,11 @@ SOLVERS: dict[str, LinearSolver[Any] | Method] = {
     "exact": Exact(),
     "unrolled": Unrolled(steps=200),
 }
-DRIFT = 1000  # times eps, what a whole hypergradient may be off
+DRIFT = 1000  # times eps: the tolerance of a whole hypergradient
 
 
 def closed_form(f: Framework) -> None:
-    """The derivatives of a quadratic problem are those of the closed form, away from its minimum, too."""
+    """The derivatives of a quadratic problem equal the closed form, also away from its minimum."""
     q = quadratic_point(f.backend, f.dtype, at_minimum=False)
     v, u = normal(7, SIZE).astype(f.dtype).astype(np.float64), normal(8, q.hparams.size).astype(f.dtype)
     inputs = Inputs(*q.arguments.values())
@@ -62,7 +62,7 @@ def closed_form(f: Framework) -> None:
 
 
 def differences(f: Framework) -> None:
-    """Each derivative agrees with differences of what it is derived from, on a problem that is not quadratic."""
+    """Each derivative agrees with finite differences, on a problem that is not quadratic."""
     problem, inputs = f.problem, f.inputs
     if problem is None or inputs is None:
         shapes = [f.tree(normal(seed, SIZE)) for seed in range(3)]
@@ -70,11 +70,11 @@ def differences(f: Framework) -> None:
     found = compare(f.backend, problem, inputs)
     f.require(found.of, "derivatives that differences can be taken for", found.names, found.obstacle)
     for agreement in found.of:
-        f.require(not agreement.wrong, "derivatives", "those of the objectives", agreement.sentence())
+        f.require(not agreement.wrong, "derivatives", "the derivatives of the objectives", agreement.sentence())
 
 
 def isolated(f: Framework) -> None:
-    """The function that `Backend.isolated` yields returns moved inputs, and leaves the inputs as they are."""
+    """The function that `Backend.isolated` yields returns moved inputs and does not change the inputs."""
     (w, w_), (h, h_), (v, v_), (u, u_) = (f.draw(seed) for seed in range(4))
     inputs = Inputs(w_, h_, (f.array(np.ones(2)),))
     for double in (False, True):
@@ -85,7 +85,7 @@ def isolated(f: Framework) -> None:
 
 
 def products_are_linear_and_repeat(f: Framework) -> None:
-    """Products are linear in their vector, and the same for the same vector, however often."""
+    """Products are linear in their vector, and repeated products with a vector are equal."""
     q = quadratic_point(f.backend, f.dtype)
     (x, x_), (y, y_) = ((a, f.array(a)) for a in (normal(7, SIZE), normal(8, SIZE)))
     first, mixed, again, zero = f.backend.run(_products, QUADRATIC, Inputs(*q.arguments.values()), x_, y_)
@@ -95,7 +95,7 @@ def products_are_linear_and_repeat(f: Framework) -> None:
 
 
 def nested_trees(f: Framework) -> None:
-    """Derivatives have the structure, shapes and dtypes of what they belong to, empty and scalar leaves included."""
+    """Derivatives have the structure, shapes and dtypes of their variables, also for empty and scalar leaves."""
     w, h, k, t, v = (f.draw(seed) for seed in range(5))
     inputs = Inputs(w[1], h[1], (k[1],), (t[1],))
     grad, grad_params, hvp, cross = f.backend.run(_derive_trees, TREES, inputs, v[1])
@@ -110,14 +110,14 @@ def nested_trees(f: Framework) -> None:
 
 
 def none_without_direct_term(f: Framework) -> None:
-    """grad_hparams is None where F does not depend on λ: None, not zeros, lets one place tell a λ without influence."""
+    """grad_hparams is None, not zeros, if F does not depend on λ, so that a λ without influence is detected."""
     q = quadratic_point(f.backend, f.dtype)
     outer, _ = _at(f.backend, NO_DIRECT_TERM, Inputs(*q.arguments.values()))
     f.require(outer.grad_hparams is None, "grad_hparams", None, outer.grad_hparams)
 
 
 def none_without_cross_term(f: Framework) -> None:
-    """vjp_hparams(v) is None where ∂L/∂w does not depend on λ, though L does."""
+    """vjp_hparams(v) is None if ∂L/∂w does not depend on λ, even if L does."""
     q = quadratic_point(f.backend, f.dtype)
     _, at = _at(f.backend, NO_CROSS_TERM, Inputs(*q.arguments.values()))
     product = at.vjp_hparams(q.arguments["params"])
@@ -125,35 +125,35 @@ def none_without_cross_term(f: Framework) -> None:
 
 
 def hparams_without_influence(f: Framework) -> None:
-    """bl.hypergradient refuses hparams that neither F nor ∂L/∂w depends on, and names them."""
+    """If neither F nor ∂L/∂w depends on hparams, bl.hypergradient raises a ValueError that names hparams."""
     q = quadratic_point(f.backend, f.dtype)
     problem = Problem(NO_CROSS_TERM.inner, NO_DIRECT_TERM.outer)
     _refused(f, "depends on hparams", lambda: hypergradient(problem, **q.arguments, backend=f.backend))
 
 
 def inner_cut_off(f: Framework) -> None:
-    """An inner objective that does not depend on params is a ValueError that names params."""
+    """For an inner objective that does not depend on params, the backend raises a ValueError that names params."""
     q = quadratic_point(f.backend, f.dtype)
     problem = Problem(_Constant(), QUADRATIC.outer)
     _refused(f, "params", lambda: _at(f.backend, problem, Inputs(*q.arguments.values())))
 
 
 def outer_cut_off(f: Framework) -> None:
-    """An outer objective that depends neither on params nor on hparams is a ValueError that names them."""
+    """For an outer objective without params and hparams, the backend raises a ValueError that names them."""
     q = quadratic_point(f.backend, f.dtype)
     problem = Problem(QUADRATIC.inner, _Constant())
     _refused(f, "params", lambda: _at(f.backend, problem, Inputs(*q.arguments.values())))
 
 
 def outer_not_scalar(f: Framework) -> None:
-    """An outer objective that returns no scalar is a ValueError that names it."""
+    """For an outer objective that returns no scalar, the backend raises a ValueError that names it."""
     q = quadratic_point(f.backend, f.dtype)
     problem = Problem(QUADRATIC.inner, _PerEntry())
     _refused(f, "outer", lambda: _at(f.backend, problem, Inputs(*q.arguments.values())))
 
 
 def inputs_untouched(f: Framework) -> None:
-    """Neither params nor hparams nor the data are written to, and a second call gives the same bits."""
+    """Params, hparams and data are not written to, and a second call gives the same bits."""
     q = quadratic_point(f.backend, f.dtype)
     arrays = [q.arguments["params"], q.arguments["hparams"], *q.arguments["inner_args"], *q.arguments["outer_args"]]
     before = [f.host(a).copy() for a in arrays]
@@ -174,7 +174,7 @@ def _law_of_a_hypergradient(name: str) -> Law:
         f.equal("dtype of hg.grad", f.shapes(hg.grad)[0][2], f.dtype)
 
     law.__name__ = f"hypergradient_{name}"
-    law.__doc__ = f"A whole bl.hypergradient, solved by {name}, is that of the closed form."
+    law.__doc__ = f"A whole bl.hypergradient, solved by {name}, equals the closed form."
     return law
 
 
@@ -223,7 +223,7 @@ def _refused(f: Framework, name: str, call: Callable[[], object]) -> None:
     except ValueError as error:
         f.require(name in str(error), "the error", f"a sentence with {name!r}", error)
     else:
-        f.require(False, "what is raised", "a ValueError", "no error")
+        f.require(False, "the raised error", "a ValueError", "no error")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Laws that concern how a framework runs a solver: flags read late, host synchronisations, `jit` and `vmap`."""
+"""The laws of a solver's execution by a framework: late flags, host synchronisations, `jit` and `vmap`."""
 
 import sys
 from collections.abc import Callable
@@ -15,11 +15,11 @@ from bilevel.testing.conformance.checks import Law
 from bilevel.testing.conformance.judge import expect, relative_error, same
 from bilevel.testing.conformance.subject import Kind, Subject, run
 
-READS = 12  # that a solve may take beside its steps: rounds, branches, the last flag
+READS = 12  # reads by the host that a solve may take besides one per 8 steps: rounds, branches, the last flag
 
 
 class _Overrun:
-    """A vector space whose loops run some steps beyond the fall of their flag, as where it is read late."""
+    """A vector space whose loops take ``extra`` steps after their flag is false, like loops that read it late."""
 
     def __init__(self, space: Space[Any], extra: int) -> None:
         self._space, self._extra = space, extra
@@ -41,7 +41,7 @@ class _Overrun:
 
 
 def late_backends(backend: Backend) -> list[Backend]:
-    """Return copies of a backend whose loops read their flag late, or not until some steps after its fall."""
+    """Return copies of a backend whose loops read their flag late, or take extra steps after it is false."""
 
     def overrunning(extra: int) -> Backend:
         other = copy(backend)
@@ -52,7 +52,7 @@ def late_backends(backend: Backend) -> list[Backend]:
 
 
 def rarely_reading(backend: Backend) -> list[Backend]:
-    """Return copies of the torch backend that read a loop's flag every 2, 7 and 1000 steps; [] for another backend."""
+    """Return copies of the torch backend that read a loop's flag every 2, 7 and 1000 steps; [] for other backends."""
     others = [copy(backend) for _ in range(3)] if backend.name == "torch" else []
     for other, every in zip(others, (2, 7, 1000), strict=False):
         other.check_every = every  # pyright: ignore[reportAttributeAccessIssue]
@@ -60,7 +60,7 @@ def rarely_reading(backend: Backend) -> list[Backend]:
 
 
 def overrun(s: Subject) -> None:
-    """Steps that a loop takes after its flag has fallen change no bit: a body whose solve has stopped does nothing."""
+    """Steps that a loop takes after its flag is false change no bit of the result."""
     for system in (systems.definite(), systems.clustered(), systems.indefinite(), systems.singular()):
         plain = s.solve(system)
         for backend in late_backends(s.backend):
@@ -69,7 +69,7 @@ def overrun(s: Subject) -> None:
 
 
 def host_reads(s: Subject) -> None:
-    """A solve does not wait for the device at each step: the host reads no value but a loop's flag, when it is due."""
+    """A solve does not wait for the device at each step: the host reads only a loop's flag, every few steps."""
     torch = sys.modules["torch"]
 
     class CountReads(torch.utils._python_dispatch.TorchDispatchMode):
@@ -89,7 +89,7 @@ def host_reads(s: Subject) -> None:
 
 
 def under_jit_and_vmap(s: Subject) -> None:
-    """A batch under the caller's own `jax.jit` and `jax.vmap` gives what each system gives alone."""
+    """A batch under the caller's `jax.jit` and `jax.vmap` gives the same results as each system alone."""
     jax, batch = sys.modules["jax"], [systems.definite(), systems.multiple(2.0), systems.ill_conditioned()]
     xp = s.backend.space(s.array(1.0)).xp
 
@@ -102,12 +102,14 @@ def under_jit_and_vmap(s: Subject) -> None:
     for i, system in enumerate(batch):
         alone, answer = s.solve(system), s.answer(xs[i], [entry[i] for entry in infos])
         close = relative_error(answer.x, alone.x) <= s.tolerance() * system.condition
-        expect(close and answer.info.status == alone.info.status, s, system, f"what it gives alone ({alone})", answer)
+        expect(
+            close and answer.info.status == alone.info.status, s, system, f"the result without vmap ({alone})", answer
+        )
 
 
 def laws_on(backend: Backend) -> list[Law]:
     """Return the laws that apply to a backend."""
-    if backend.name == "jax":  # which never takes a step too many
+    if backend.name == "jax":  # its loops never take extra steps
         return [under_jit_and_vmap]
     return [overrun, host_reads] if rarely_reading(backend) else [overrun]
 

@@ -1,4 +1,4 @@
-"""A backend under test, and how its functions are run and brought to the host."""
+"""A backend under test, with methods that run its functions and convert results to NumPy."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from bilevel.testing.conformance.systems import SIZE, normal
 
 @dataclass(frozen=True)
 class Framework:
-    """A backend in a dtype; and a problem at a point, if one was given."""
+    """A backend with a dtype, and perhaps a problem at a point."""
 
     backend: Backend
     dtype: str
@@ -28,7 +28,7 @@ class Framework:
 
     @property
     def eps(self) -> float:
-        """Return the precision of the dtype, as NumPy has it."""
+        """Return the machine epsilon of the dtype."""
         return float(np.finfo(self.dtype).eps)
 
     def array(self, values: np.ndarray | float | list[float], dtype: str | None = None) -> Any:
@@ -40,12 +40,12 @@ class Framework:
         return nest(self.array(flat, dtype))
 
     def draw(self, seed: int) -> tuple[np.ndarray, dict[str, Any]]:
-        """Draw a vector, as NumPy has it, rounded to the dtype, in float64, and as a tree."""
+        """Draw a vector, rounded to the dtype. Return it as a float64 NumPy array and as a tree."""
         flat = normal(seed, SIZE).astype(self.dtype)
         return flat.astype(np.float64), self.tree(flat)
 
     def run(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Call function(space, *args) with the space of the first argument, compiled where the framework compiles."""
+        """Call function(space, *args) with the space of the first argument, compiled if the framework compiles."""
         return self.backend.run(_call, function, args)
 
     def flat(self, tree: object) -> np.ndarray:
@@ -62,7 +62,7 @@ class Framework:
         return [(path, tuple(leaf.shape), dtype_of(leaf)) for path, leaf in self.backend.leaves(tree)]
 
     def close(self, what: str, got: object, expected: object, factor: float = 100.0) -> None:
-        """Raise an AssertionError unless numbers agree to ``factor`` times the dtype's precision."""
+        """Raise an AssertionError unless arrays agree to a relative ``factor`` times the machine epsilon."""
         got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
         right = got.shape == expected.shape
         if right:
@@ -76,7 +76,7 @@ class Framework:
         self.require(equal, what, expected, got)
 
     def require(self, holds: object, what: str, expected: object, got: object) -> None:
-        """Raise an AssertionError that says where, what was expected and what was got, unless it holds."""
+        """Raise an AssertionError with the expected and the actual result, unless ``holds`` is true."""
         require(holds, str(self), f"{what} = {expected}", got)
 
     def keeps(self, what: str, got: object, like: object) -> None:
@@ -89,5 +89,5 @@ def _call(backend: Backend, function: Callable[..., Any], args: tuple[Any, ...])
 
 
 def vector(f: Framework, tree: object) -> np.ndarray:
-    """Return what the space itself makes of a tree."""
+    """Return the entries of a tree by the space's own method."""
     return f.backend.to_flat(tree)

@@ -1,4 +1,4 @@
-"""The laws of methods that turn a problem into a hypergradient by themselves, on quadratic problems."""
+"""The laws of methods that compute a hypergradient from a problem."""
 
 import sys
 from typing import Any
@@ -28,21 +28,21 @@ INDEFINITE = np.array([-2.0, -1.0, 1.0, 2.0, 3.0, 4.0])
 
 
 def definite(s: Subject) -> None:
-    """At the minimum of a quadratic problem, dF/dλ and v are those of the closed form, if that is promised."""
+    """At the minimum of a quadratic problem, dF/dλ and v equal the closed form, if solves= has "definite"."""
     point = quadratic_point(s.backend, s.dtype)
     hg = _run(s, QUADRATIC, point.arguments)
     _judge(s, point, hg, "the minimum of a quadratic problem")
 
 
 def from_afar(s: Subject) -> None:
-    """Away from the minimum, F and dF/dλ are those at `hg.params`, where the method says it ended."""
+    """Away from the minimum, F and dF/dλ are the values at `hg.params`, the end of the method."""
     point = quadratic_point(s.backend, s.dtype, at_minimum=False)
     hg = _run(s, QUADRATIC, point.arguments)
     _judge(s, point, hg, "a quadratic problem away from its minimum")
 
 
 def curved(s: Subject) -> None:
-    """On a problem that is not quadratic, dF/dλ is that of the curvature at `hg.params`, if that is promised."""
+    """On a problem that is not quadratic, dF/dλ uses the curvature at `hg.params`, if solves= has "definite"."""
     lam, t = 0.5 * normal(1, SIZE), normal(2, SIZE)
     arrays = {"params": s.array(np.full(SIZE, 0.5)), "hparams": s.array(lam), "outer_args": (s.array(t),)}
     hg = _run(s, CURVED, arrays)
@@ -54,26 +54,26 @@ def curved(s: Subject) -> None:
 
 
 def indefinite(s: Subject) -> None:
-    """Where the Hessian is indefinite, CONVERGED is no lie: dF/dλ is that of the closed form, if it says so."""
+    """If the Hessian is indefinite and the status is CONVERGED, dF/dλ equals the closed form."""
     point = quadratic_point(s.backend, s.dtype, eigenvalues=INDEFINITE)
     hg = _run(s, QUADRATIC, point.arguments)
-    _judge(s, point, hg, "the saddle of an indefinite quadratic", promised="indefinite")
+    _judge(s, point, hg, "the saddle point of an indefinite quadratic", promised="indefinite")
 
 
 def one_unknown(s: Subject) -> None:
-    """One weight is a problem, too."""
+    """A problem with one weight is solved."""
     point = quadratic_point(s.backend, s.dtype, eigenvalues=np.array([3.0]))
     _judge(s, point, _run(s, QUADRATIC, point.arguments), "a quadratic problem with one weight")
 
 
 def without_direct_term(s: Subject) -> None:
-    """Where F does not depend on λ, dF/dλ has the indirect term alone."""
+    """If F does not depend on λ, dF/dλ has only the indirect term."""
     point = quadratic_point(s.backend, s.dtype)._replace(direct=np.zeros(3))
     _judge(s, point, _run(s, NO_DIRECT_TERM, point.arguments), "a quadratic problem whose F has no λ")
 
 
 def without_cross_term(s: Subject) -> None:
-    """Where ∂L/∂w does not depend on λ, dF/dλ = ∂F/∂λ."""
+    """If ∂L/∂w does not depend on λ, dF/dλ = ∂F/∂λ."""
     point = quadratic_point(s.backend, s.dtype, at_minimum=False)
     grad = s.backend.to_flat(_run(s, NO_CROSS_TERM, point.arguments).grad)
     where = f"a quadratic problem without a mixed derivative, by {s}"
@@ -81,7 +81,7 @@ def without_cross_term(s: Subject) -> None:
 
 
 def nested_tree(s: Subject) -> None:
-    """Trees come back in their structure, shapes and dtypes with the closed form in them, empty leaves included."""
+    """Trees keep their structure, shapes and dtypes, also empty leaves, and contain the closed form."""
     flat = [normal(1, SIZE), normal(1, SIZE), normal(2, SIZE), np.linspace(1.0, 4.0, SIZE)]  # w = λ: the minimum
     params, lam, target, curvature = (nest(s.array(a)) for a in flat)
     arguments = {"params": params, "hparams": lam, "inner_args": (curvature,), "outer_args": (target,)}
@@ -95,7 +95,7 @@ def nested_tree(s: Subject) -> None:
 
 
 def nan_hessian(s: Subject) -> None:
-    """A nan in the Hessian gives NON_FINITE, and a dF/dλ that is not finite either: loud under jit, too."""
+    """A nan in the Hessian gives NON_FINITE and a dF/dλ that is not finite, so that the failure shows under jit."""
     point = quadratic_point(s.backend, s.dtype)
     hessian = point.hessian.copy()
     hessian[1, 1] = np.nan
@@ -107,14 +107,14 @@ def nan_hessian(s: Subject) -> None:
 
 
 def deterministic(s: Subject) -> None:
-    """The same problem gives the same bits again."""
+    """A second call with the same problem gives the same bits."""
     point = quadratic_point(s.backend, s.dtype)
     first, second = (s.backend.to_flat(_run(s, QUADRATIC, point.arguments)[:4]) for _ in range(2))
-    require(np.array_equal(first, second), f"a quadratic problem, by {s}", f"the bits of before, {first}", second)
+    require(np.array_equal(first, second), f"a quadratic problem, by {s}", f"the same bits as before, {first}", second)
 
 
 def inputs_untouched(s: Subject) -> None:
-    """Neither params nor hparams nor the data are written to."""
+    """Params, hparams and data are not written to."""
     point = quadratic_point(s.backend, s.dtype)
     before = [a.tobytes() for a in map(s.backend.to_numpy, _arrays(point))]
     _run(s, QUADRATIC, point.arguments)
@@ -125,7 +125,7 @@ def inputs_untouched(s: Subject) -> None:
 
 
 def overrun(s: Subject) -> None:
-    """Steps that a loop takes after its flag has fallen change no bit."""
+    """Steps that a loop takes after its flag is false change no bit of the result."""
     point = quadratic_point(s.backend, s.dtype)
     plain = s.backend.to_flat(_run(s, QUADRATIC, point.arguments)[:4])
     for backend in late_backends(s.backend):
@@ -134,7 +134,7 @@ def overrun(s: Subject) -> None:
 
 
 def under_jit_and_vmap(s: Subject) -> None:
-    """A batch of problems under the caller's own `jax.jit` and `jax.vmap` gives what each gives alone."""
+    """A batch of problems under the caller's `jax.jit` and `jax.vmap` gives the same results as each problem alone."""
     jax, points = sys.modules["jax"], [quadratic_point(s.backend, s.dtype, seed=seed) for seed in range(2)]
     stacked = jax.tree.map(
         lambda *parts: s.backend.space(parts[0]).xp.stack(parts), *(point.arguments for point in points)
@@ -144,11 +144,11 @@ def under_jit_and_vmap(s: Subject) -> None:
         alone, hg = _run(s, QUADRATIC, point.arguments), jax.tree.map(lambda leaf, i=i: leaf[i], hgs)
         grad, expected = s.backend.to_flat(hg.grad), s.backend.to_flat(alone.grad)
         close = relative_error(grad, expected) <= s.tolerance() and int(hg.info.status) == alone.info.status
-        require(close, f"a quadratic problem, by {s}", f"what it gives alone, {expected}", grad)
+        require(close, f"a quadratic problem, by {s}", f"the result without vmap, {expected}", grad)
 
 
 def laws_on(backend: Backend) -> list[Law]:
-    """Return the laws that concern how a framework runs loops."""
+    """Return the laws of a framework's loops."""
     return [under_jit_and_vmap] if backend.name == "jax" else [overrun]
 
 
@@ -173,7 +173,7 @@ def _run(s: Subject, problem: Problem, arguments: dict[str, Any], **changed: Any
 
 
 def _judge(s: Subject, point: QuadraticPoint, hg: Hypergradient, what: str, promised: str = "definite") -> None:
-    """Raise an AssertionError unless all fields are true at hg.params and, if promised, the closed form's."""
+    """Raise an AssertionError unless all fields are true at hg.params and, if promised, equal the closed form."""
     backend, where, info = s.backend, f"{what}, by {s}", hg.info
     eps = backend.space(point.arguments["params"]).eps
     for name, leaf in (("grad", hg.grad), ("value", hg.value), ("adjoint", hg.adjoint), ("params", hg.params)):

@@ -1,4 +1,4 @@
-"""The laws of what a backend need not derive: fixed points and Gauss-Newton products."""
+"""The laws of optional derivatives of a backend: fixed points and Gauss-Newton products."""
 
 from dataclasses import dataclass
 
@@ -32,7 +32,7 @@ class _Step:
 
 
 def fixed_point(f: Framework) -> None:
-    """The hypergradient of a linear fixed point is that of the closed form, by the transposed Jacobian."""
+    """The hypergradient of a linear fixed point equals the closed form, by the transposed Jacobian."""
     q = quadratic_point(f.backend, f.dtype)
     M = 0.2 * normal(9, SIZE, SIZE)
     arguments = {**q.arguments, "inner_args": (f.array(M), q.arguments["inner_args"][1])}
@@ -43,7 +43,7 @@ def fixed_point(f: Framework) -> None:
 
 
 def gauss_newton(f: Framework) -> None:
-    """Gauss-Newton products of a linear model are those of the Hessian, the penalty's included."""
+    """Gauss-Newton products of a linear model equal Hessian-vector products, with the penalty."""
     X, y, w, lam, v = normal(0, 8, SIZE), normal(1, 8), normal(2, SIZE), normal(3, SIZE) ** 2, normal(4, SIZE)
     inner = ModelLoss(
         model=lambda w, h, x: x @ w,
@@ -61,10 +61,8 @@ PER_DTYPE: list[Law] = []
 
 
 def derived_by(backend: Backend) -> list[Law]:
-    """Return the laws that apply: a backend need not have these two methods, and `Backend` itself only refuses."""
-    found = type(backend)
-    derived = {
-        fixed_point: found.jacobian is not Backend.jacobian,
-        gauss_newton: found.gauss_newton is not Backend.gauss_newton,
-    }
-    return [law for law, does in derived.items() if does]
+    """Return the laws of the methods that the backend overrides."""
+    found, laws = type(backend), []
+    if found.jacobian is not Backend.jacobian:
+        laws.append(fixed_point)
+    return [*laws, gauss_newton] if found.gauss_newton is not Backend.gauss_newton else laws

@@ -1,4 +1,4 @@
-"""Quadratic problems whose data are arguments, so that JAX compiles them once; with analytic derivatives for all."""
+"""Problems with analytic derivatives, whose data are arguments so that JAX compiles them once."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -38,7 +38,7 @@ class _Inner:
 
 @dataclass(frozen=True)
 class _InnerAlone:
-    """L = ½ wᵀHw − wᵀc + λᵀλ: no influence of λ on ∂L/∂w."""
+    """L = ½ wᵀHw − wᵀc + λᵀλ. ∂L/∂w does not depend on λ."""
 
     def __call__(self, w: Array, h: Array, H: Array, B: Array, c: Array) -> Array:
         return w @ (0.5 * (H @ w) - c) + (h * h).sum()
@@ -66,7 +66,7 @@ class _Outer:
 
 @dataclass(frozen=True)
 class _OuterAlone:
-    """F = ½‖w − t‖²: no λ in it."""
+    """F = ½‖w − t‖², without λ."""
 
     def __call__(self, w: Array, h: Array, t: Array, d: Array) -> Array:
         return 0.5 * ((w - t) @ (w - t))
@@ -79,10 +79,8 @@ class _OuterAlone:
 class _TreeInner:
     """L = Σ k (½w² − wλ), for trees k, w and λ of one structure."""
 
-    def __call__(self, w: Array, h: Array, k: Array) -> Any:
-        return sum(
-            leaf.sum() for _, leaf in leaves_with_paths(tree_map(lambda w, h, k: k * (w * w / 2 - w * h), w, h, k))
-        )
+    def __call__(self, w: Array, h: Array, k: Array) -> Array:
+        return _total(tree_map(lambda w, h, k: (k * (w * w / 2 - w * h)).sum(), w, h, k))
 
     def grad(self, w: Array, h: Array, k: Array) -> Array:
         return tree_map(lambda w, h, k: k * (w - h), w, h, k)
@@ -101,8 +99,8 @@ class _TreeInner:
 class _TreeOuter:
     """F = ½ Σ (w − t)²."""
 
-    def __call__(self, w: Array, h: Array, t: Array) -> Any:
-        return sum(_leaves(tree_map(lambda w, t: ((w - t) * (w - t)).sum() / 2, w, t)))
+    def __call__(self, w: Array, h: Array, t: Array) -> Array:
+        return _total(tree_map(lambda w, t: ((w - t) * (w - t)).sum() / 2, w, t))
 
     def grad(self, w: Array, h: Array, t: Array) -> tuple[Array, None]:
         return tree_map(lambda w, t: w - t, w, t), None
@@ -112,8 +110,8 @@ class _TreeOuter:
 class _CurvedInner:
     """L = Σ ½ (1 + λ²) w² + ¼ w⁴ − w, for trees w and λ of one structure."""
 
-    def __call__(self, w: Array, h: Array) -> Any:
-        return sum(_leaves(tree_map(lambda w, h: ((1 + h * h) * w * w / 2 + w * w * w * w / 4 - w).sum(), w, h)))
+    def __call__(self, w: Array, h: Array) -> Array:
+        return _total(tree_map(lambda w, h: ((1 + h * h) * w * w / 2 + w * w * w * w / 4 - w).sum(), w, h))
 
     def grad(self, w: Array, h: Array) -> Array:
         return tree_map(lambda w, h: (1 + h * h) * w + w * w * w - 1, w, h)
@@ -132,8 +130,8 @@ class _CurvedInner:
 class _CurvedOuter:
     """F = ½ Σ (1 + λ) (w − t)²."""
 
-    def __call__(self, w: Array, h: Array, t: Array) -> Any:
-        return sum(_leaves(tree_map(lambda w, h, t: ((1 + h) * (w - t) * (w - t)).sum() / 2, w, h, t)))
+    def __call__(self, w: Array, h: Array, t: Array) -> Array:
+        return _total(tree_map(lambda w, h, t: ((1 + h) * (w - t) * (w - t)).sum() / 2, w, h, t))
 
     def grad(self, w: Array, h: Array, t: Array) -> tuple[Array, Array]:
         in_w = tree_map(lambda w, h, t: (1 + h) * (w - t), w, h, t)
@@ -148,7 +146,7 @@ CURVED = Problem(_CurvedInner(), _CurvedOuter())
 
 
 class QuadraticPoint(NamedTuple):
-    """A point of `QUADRATIC` and its kin, and what is true there; the truth is in NumPy's float64.
+    """A point of `QUADRATIC`, `NO_DIRECT_TERM` or `NO_CROSS_TERM`, with the closed form there in NumPy's float64.
 
     Attributes:
         arguments: params, hparams, inner_args and outer_args in a framework.
@@ -207,12 +205,12 @@ def quadratic_point(
     """Return a point of the quadratic problem.
 
     Args:
-        backend: where its arrays are to be.
-        dtype: theirs.
-        eigenvalues: of H + damping · I; by default from 1 to 4.
-        damping: of the solver.
+        backend: the backend of its arrays.
+        dtype: the dtype of its arrays.
+        eigenvalues: the eigenvalues of H + damping · I; default: from 1 to 4.
+        damping: the damping of the solver.
         at_minimum: whether params minimize L.
-        seed: of all that is drawn.
+        seed: the seed of the random numbers.
     """
     eigenvalues = np.linspace(1.0, 4.0, SIZE) if eigenvalues is None else np.asarray(eigenvalues)
     n = eigenvalues.size
@@ -229,5 +227,5 @@ def quadratic_point(
     return QuadraticPoint(arguments, *truth, damping=damping)
 
 
-def _leaves(tree: Any) -> list[Any]:
-    return [leaf for _, leaf in leaves_with_paths(tree)]
+def _total(tree: Any) -> Any:
+    return sum(leaf for _, leaf in leaves_with_paths(tree))

@@ -1,4 +1,4 @@
-"""Laws of solvers where rounding decides: 40 unknowns in float32, and systems that are singular to rounding."""
+"""The laws of solvers under rounding errors: 40 unknowns in float32, and systems that are singular to rounding."""
 
 import numpy as np
 
@@ -8,11 +8,11 @@ from bilevel.testing.conformance.checks import Law
 from bilevel.testing.conformance.judge import expect, judge
 from bilevel.testing.conformance.subject import Kind, Subject
 
-NOISE = 10  # times norm(b) / (eps norm(A)), the size of v at which A v is only rounding
+NOISE = 10  # times norm(b) / (eps norm(A)): for a longer v, A v is only rounding error
 
 
 def many_unknowns(s: Subject) -> None:
-    """With 40 unknowns in float32, systems are solved if their class is promised; else the status does not claim it."""
+    """With 40 unknowns in float32, systems are solved if solves= has their class; CONVERGED is never false."""
     for kind, make in systems.CLASSES.items():
         system, known = make(systems.MANY), kind == "nonsymmetric" and SYMMETRIC not in s.solver.requires
         answer = s.solve(system, kind=Kind(symmetric=not known))
@@ -20,7 +20,7 @@ def many_unknowns(s: Subject) -> None:
 
 
 def runaway(s: Subject) -> None:
-    """On singular systems without a solution, v does not grow beyond norm(b) / (eps norm(A)), where A v is rounding."""
+    """On singular systems without a solution, the norm of v stays below 10 norm(b) / (eps norm(A))."""
     for seed in range(12):
         system = systems.inconsistent(systems.MANY, seed)
         answer = s.solve(system)
@@ -37,7 +37,7 @@ def nearly_singular(s: Subject) -> None:
 
 
 def laws_on(s: Subject) -> list[Law]:
-    """Return the laws that apply to a solver on a backend; JAX would compile for each shape."""
+    """Return the laws that apply to a solver on a backend. JAX has none, because it would compile for each shape."""
     if s.backend.name == "jax":
         return []
     return ALL if SYMMETRIC not in s.solver.requires else [many_unknowns, runaway]

@@ -1,4 +1,4 @@
-"""A solver under test: what it promises, and how it is run on a dense system."""
+"""A solver under test, with its promises and a method that runs it on a dense system."""
 
 import dataclasses
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from bilevel.testing.conformance.systems import System
 
 
 class Answer(NamedTuple):
-    """What a solver returned, on the host."""
+    """The result of a solver, on the host."""
 
     x: np.ndarray  # float64, of shape (n,)
     info: SolverInfo
@@ -32,11 +32,11 @@ class Answer(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """What the solver is told of its operator.
+    """Properties of the operator that the solver receives.
 
     Attributes:
-        symmetric: whether it is symmetric.
-        sampled: whether each step has a sample of its own; the samples are all the same.
+        symmetric: whether the operator is symmetric.
+        sampled: whether each step has a sample. All samples are equal.
     """
 
     symmetric: bool = True
@@ -46,7 +46,7 @@ class Kind(NamedTuple):
 def run(
     backend: Backend, solver: LinearSolver[Any], kind: Kind, arrays: tuple[Array, Array], rhs: V, x0: V | None
 ) -> tuple[V, SolverInfo]:
-    """Call the solver on the operator v -> A v, which is nan where v has a part along a unit vector."""
+    """Call the solver on the operator v -> A v. The product is nan if v·unit is not zero."""
     (matrix, unit), space = arrays, backend.space(rhs)
 
     def product(v: V) -> V:
@@ -60,7 +60,7 @@ def run(
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """A solver on a backend, with the promises that `check_solver` explains."""
+    """A solver on a backend, with the arguments of `check_solver`."""
 
     solver: Any  # a LinearSolver or a Method
     backend: Backend
@@ -75,27 +75,26 @@ class Subject:
 
     @property
     def damping(self) -> float:
-        """Return what the solver adds to the operator."""
+        """Return the solver's damping."""
         return float(self.solver.damping)
 
     @property
     def eps(self) -> float:
-        """Return the precision of the dtype."""
+        """Return the machine epsilon of the dtype."""
         return self.backend.space(self.array(np.zeros(1))).eps
 
     def tolerance(self) -> float:
-        """Return what is promised of norm(b - A v) / norm(b), with room for rounding."""
+        """Return the promised bound of norm(b - A v) / norm(b), with a margin for rounding."""
         eps = self.eps
         rtol = (self.solver.rtol or eps**0.5) if self.rtol is None else self.rtol
         return 10 * max(float(rtol), eps)
 
     def promises(self, kind: str, condition: float = 1.0) -> bool:
-        """Tell whether systems of a class must be solved, as far as the dtype allows."""
-        eps = self.eps
-        return kind in self.solves and eps * condition**2 <= self.tolerance() / 10
+        """Return whether systems of a class must be solved, given the precision of the dtype."""
+        return kind in self.solves and self.eps * condition**2 <= self.tolerance() / 10
 
     def has_option(self, name: str) -> bool:
-        """Tell whether the solver is a dataclass with this option."""
+        """Return whether the solver is a dataclass with this option."""
         return name in solver_options(type(self.solver))
 
     def with_dtype(self, dtype: str) -> "Subject":
@@ -111,7 +110,7 @@ class Subject:
         return make_array(self.backend, values, dtype or self.dtype)
 
     def rounded(self, system: System) -> tuple[np.ndarray, np.ndarray]:
-        """Return A and b as the solver sees them, rounded to the dtype, in float64; A with the damping."""
+        """Return A (with the damping) and b, rounded to the dtype, in float64."""
         shift = self.damping * np.eye(system.rhs.size)
         matrix, rhs = (self.backend.to_flat(self.array(a)) for a in (system.matrix - shift, system.rhs))
         return matrix.reshape(shift.shape) + shift, rhs
@@ -126,27 +125,27 @@ class Subject:
         backend: Backend | None = None,
         kind: Kind = Kind(),  # noqa: B008 (immutable)
     ) -> Answer:
-        """Run the solver on a dense system, compiled where the framework compiles.
+        """Run the solver on a dense system, compiled if the framework compiles.
 
         Args:
-            system: A x = b; the operator is A - damping · I, so that the damped one has the spectrum of A.
+            system: A x = b. The operator is A - damping · I, so the damped operator has the spectrum of A.
             x0: a warm start, of shape (n,).
-            trap: products with a vector whose entry ``trap`` is not zero are nan.
-            shape: from an array of shape (n,) to the tree that the solver gets.
+            trap: an index: products with a vector whose entry ``trap`` is not zero are nan.
+            shape: a function from an array of shape (n,) to the tree that the solver receives.
             backend: a variant of the backend; None: the backend itself.
-            kind: what the solver is told of the operator.
+            kind: properties of the operator.
         """
         n = system.rhs.size
         unit = np.zeros(n) if trap is None else np.eye(n)[trap]
         arrays = (self.array(system.matrix - self.damping * np.eye(n)), self.array(unit))
         start = None if x0 is None else shape(self.array(x0))
         backend = self.backend if backend is None else backend
-        with np.errstate(all="ignore"):  # NumPy would warn of the nan that some laws put in
+        with np.errstate(all="ignore"):  # some laws pass nan
             x, info = backend.run(run, self.solver, kind, arrays, shape(self.array(system.rhs)), start)
         return self.answer(x, info)
 
     def answer(self, x: object, info: Any) -> Answer:
-        """Bring a result to the host."""
+        """Convert a result to NumPy."""
         numbers = (x if isinstance(x, int | float) else self.backend.to_host(x) for x in info)
         steps, residual_norm, rhs_norm, status, *_ = numbers
         where = str(self)
@@ -158,12 +157,12 @@ class Subject:
 
 
 def nest(flat: Any) -> dict[str, Any]:
-    """Give an array of shape (6,) a nested structure, in the order of its entries, with empty and scalar leaves."""
+    """Return the entries of an array of shape (6,), in order, as a tree with empty and scalar leaves."""
     return {"b": [flat[2:5].reshape(3, 1), (flat[5],)], "none": flat[:0], "a": flat[:2]}
 
 
 def make_array(backend: Backend, values: np.ndarray | float | list[float], dtype: str) -> Any:
-    """Return an array of the framework, of a dtype that NumPy may not have."""
+    """Return an array of the framework. NumPy need not have the dtype."""
     if dtype in ("float64", "float32"):
         return backend.from_numpy(np.asarray(values, dtype))
     single = backend.from_numpy(np.asarray(values, np.float32))
@@ -172,10 +171,10 @@ def make_array(backend: Backend, values: np.ndarray | float | list[float], dtype
 
 
 def widest(backend: Backend) -> str:
-    """Return "float64", or "float32" where the framework has no other (JAX without x64)."""
+    """Return "float64", or "float32" if the framework has no float64 (JAX without x64)."""
     return dtype_of(backend.from_numpy(np.zeros(1)))
 
 
 def dtype_of(leaf: Any) -> str:
-    """Return the name of an array's dtype, without the framework's."""
+    """Return the name of an array's dtype, without the framework's name."""
     return str(leaf.dtype).rpartition(".")[2]

@@ -11,7 +11,7 @@ NAN, INF = float("nan"), float("inf")
 
 
 def dot(f: Framework) -> None:
-    """The dot of two trees is a scalar, the sum over all leaves of products, and takes complex conjugates of none."""
+    """The dot product of two trees is a scalar: the sum of the products of all entries, without conjugates."""
     (x, x_), (y, y_) = f.draw(1), f.draw(2)
     got = f.run(lambda space, x, y: space.dot(x, y), x_, y_)
     f.equal("dot(x, y).shape", tuple(got.shape), ())
@@ -20,7 +20,7 @@ def dot(f: Framework) -> None:
 
 
 def dot_of_half_precision(f: Framework) -> None:
-    """Dots accumulate in at least float32: in bfloat16 a sum of ones would stop at 256."""
+    """Dot products accumulate in at least float32: in bfloat16, a sum of ones would stop at 256."""
     ones = f.array(np.ones(1000), "bfloat16")
     got = f.run(lambda space, x: space.dot(x, x), ones)
     f.require(dtype_of(got) in ("float32", "float64"), "dtype of a dot of bfloat16", "float32 or more", dtype_of(got))
@@ -50,14 +50,14 @@ def scale(f: Framework) -> None:
 
 
 def axpby_where(f: Framework) -> None:
-    """alpha x + beta y takes the place of y where the flag holds; else y stays, and a nan in x does no harm."""
+    """alpha x + beta y replaces y if the flag is true; otherwise y stays, also if x has a nan."""
     (x, x_), (y, y_) = f.draw(1), f.draw(2)
     bad = f.tree(np.full(SIZE, NAN))
 
     def updates(space, x, y, bad):
         alpha, flag = space.dot(x, x), space.dot(x, x) > 0
 
-        def new():  # it is used up
+        def new():  # axpby_where may overwrite its y
             return space.scale(1.0, y)
 
         return [
@@ -77,7 +77,7 @@ def axpby_where(f: Framework) -> None:
 
 
 def mixed_precision(f: Framework) -> None:
-    """In a tree of several dtypes each leaf keeps its own, and eps is that of the coarsest."""
+    """In a tree of several dtypes, each leaf keeps its dtype, and eps belongs to the coarsest."""
     x_ = {"single": f.array(normal(1, 2), "float32"), "double": f.array(normal(2, 2), "float64")}
     results = f.run(
         lambda space, x, y: {
@@ -95,7 +95,7 @@ def mixed_precision(f: Framework) -> None:
 
 
 def zeros(f: Framework) -> None:
-    """Zeros have the structure, shapes and dtypes, and are zero even in the place of nan."""
+    """Zeros have the structure, shapes and dtypes of the tree, and are zero also where the tree is nan."""
     x_ = f.tree(np.full(SIZE, NAN))
     got = f.run(lambda space, x: space.zeros(), x_)
     f.keeps("zeros()", got, x_)
@@ -103,7 +103,7 @@ def zeros(f: Framework) -> None:
 
 
 def map_entries(f: Framework) -> None:
-    """An entrywise function of trees is applied leaf by leaf, and keeps the dtypes of the first."""
+    """An entrywise function of trees is applied leaf by leaf, and keeps the dtypes of the first tree."""
     (x, x_), (y, y_) = f.draw(1), f.draw(2)
     got = f.run(lambda space, x, y: space.map(lambda a, b: a * b + a, x, y), x_, y_)
     f.keeps("map(function, x, y)", got, x_)
@@ -111,7 +111,7 @@ def map_entries(f: Framework) -> None:
 
 
 def where(f: Framework) -> None:
-    """The flag selects one tree, and a nan in the other does no harm."""
+    """The flag selects one tree, also if the other tree has a nan."""
     x, x_ = f.draw(1)
     bad = f.tree(np.full(SIZE, NAN))
     for what, order in (
@@ -141,7 +141,7 @@ def normal_draws(f: Framework) -> None:
 
 
 def max_abs(f: Framework) -> None:
-    """The largest absolute entry is a scalar; nan if there is one, 0 if there is no entry."""
+    """The largest absolute entry is a scalar: nan if an entry is nan, 0 if there is no entry."""
     x, x_ = f.draw(1)
     one_nan = f.tree(np.where(np.arange(SIZE) == 3, NAN, x))
     for what, tree, expected in (("x", x_, np.abs(x).max()), ("no entry", f.array([]), 0.0), ("a nan", one_nan, NAN)):
@@ -152,7 +152,7 @@ def max_abs(f: Framework) -> None:
 
 
 def isfinite(f: Framework) -> None:
-    """A tree is finite unless some entry is nan or infinite; one without entries is."""
+    """A tree is finite unless an entry is nan or infinite. A tree without entries is finite."""
     x, x_ = f.draw(1)
     cases = [(x_, True), (f.array([]), True)]
     cases += [(f.tree(np.where(np.arange(SIZE) == 3, bad, x)), False) for bad in (NAN, INF, -INF)]
@@ -162,14 +162,14 @@ def isfinite(f: Framework) -> None:
 
 
 def eps_and_size(f: Framework) -> None:
-    """eps and size are Python numbers: the precision of the dtype, and the number of entries."""
+    """eps and size are Python numbers: the machine epsilon of the dtype, and the number of entries."""
     _, x_ = f.draw(1)
     f.equal("eps", (type(f.backend.space(x_).eps), f.backend.space(x_).eps), (float, f.eps))
     f.equal("size", (type(f.backend.space(x_).size), f.backend.space(x_).size), (int, SIZE))
 
 
 def ravel_unravel(f: Framework) -> None:
-    """ravel gives one array of shape (n,), leaf after leaf, and unravel gives it the structure again."""
+    """ravel gives one array of shape (n,), leaf after leaf, and unravel restores the structure."""
     _, x_ = f.draw(1)
     flat, back = f.run(lambda space, x: (space.ravel(x), space.unravel(2 * space.ravel(x))), x_)
     f.equal("ravel(x).shape", tuple(flat.shape), (SIZE,))
@@ -179,7 +179,7 @@ def ravel_unravel(f: Framework) -> None:
 
 
 def materialise(f: Framework) -> None:
-    """The matrix of an operator has the images of the unit vectors as its columns."""
+    """The columns of an operator's matrix are the images of the unit vectors."""
     matrix = normal(3, SIZE, SIZE).astype(f.dtype)
     _, x_ = f.draw(1)
     got = f.run(lambda space, x, m: space.materialise(lambda v: space.unravel(m @ space.ravel(v))), x_, f.array(matrix))
@@ -187,7 +187,7 @@ def materialise(f: Framework) -> None:
 
 
 def numpy_callback(f: Framework) -> None:
-    """A function on the host gets float64 NumPy arrays, and its result is like the last argument."""
+    """A function on the host gets float64 NumPy arrays. The dtype and shape of its result are the last argument's."""
     matrix, x = normal(3, SIZE, SIZE).astype(f.dtype), f.draw(1)[0]
     kinds = []
 
@@ -203,7 +203,7 @@ def numpy_callback(f: Framework) -> None:
 
 
 def stacks(f: Framework) -> None:
-    """A stack starts with zeros, gives back what was put in, and is a matrix to project and combine; also a tree."""
+    """A stack starts with zeros, returns the vectors set in it, and acts as a matrix in products and combinations."""
     (x, x_), (y, y_) = f.draw(1), f.draw(2)
 
     def fill(space, x, y):
