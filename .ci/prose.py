@@ -11,8 +11,8 @@ import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOTS = ["*.md", "docs/*.md", "examples/README.md"]  # patterns; to come: "bilevel", "backends"
-LATER = ["docs/architecture.md", "docs/paper.md"]  # not checked yet
+ROOTS = ["*.md", "docs/*.md", "examples/README.md", "bilevel", "backends"]  # patterns
+LATER = ["docs/paper.md"]  # not checked yet
 LONGEST = 25  # words of a sentence in Markdown
 
 PHRASES = [

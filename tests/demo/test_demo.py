@@ -145,9 +145,7 @@ class TestReport:
 
     def test_overfitting_is_said(self):
         text = report.verdict(outcome((0.2, 0.2), (0.5, 0.5), (0.3, 0.18), (0.1, 0.3)))
-        assert (
-            "50% higher than with the best shared penalty: the tuned penalties overfit" in text
-        )
+        assert "50% higher than with the best shared penalty: the tuned penalties overfit" in text
         assert "It was lowest, 0.1800, after step 1" in text
 
     def test_about_the_same(self):
