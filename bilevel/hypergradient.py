@@ -200,6 +200,8 @@ def _hypergradient(
     return hg if solution.params is params else hg._replace(params=solution.params)
 
 
-def _spectrum(backend: Backend, problem: BilevelProblem, params: P, hparams: H, batches: list[Args]) -> Spectrum[Array]:
+def _spectrum(
+    backend: Backend, problem: BilevelProblem, params: object, hparams: object, batches: list[Args]
+) -> Spectrum[Array]:
     level = Level(backend, problem, params, hparams, batches)
     return spectrum(level.operator(level.linearize()))

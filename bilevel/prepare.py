@@ -9,15 +9,15 @@ from bilevel.linear_solvers.linear_solver import LinearSolver
 from bilevel.methods.implicit import Implicit, as_method
 from bilevel.methods.method import Level, Method
 from bilevel.problems.protocols import BilevelProblem
-from bilevel.spaces.array import Args, H, P
+from bilevel.spaces.array import Args, P
 from bilevel.validation import check_inputs, check_like, check_stateless, find_backend
 
 
 def prepare(
     solver: SolverSpec,
     problem: BilevelProblem,
-    params: P,
-    hparams: H,
+    params: object,
+    hparams: object,
     *,
     inner_args: Args | list[Args] = (),
     backend: Backend | str | None = None,
@@ -52,7 +52,7 @@ def prepare(
 
 
 def _init(
-    backend: Backend, method: Method, problem: BilevelProblem, params: P, hparams: H, batches: list[Args]
+    backend: Backend, method: Method, problem: BilevelProblem, params: object, hparams: object, batches: list[Args]
 ) -> object:
     return method.init(Level(backend, problem, params, hparams, batches))
 

@@ -14,7 +14,7 @@ from typing_extensions import override
 from bilevel.backend import Backend, Data, R
 from bilevel.linearization import Inputs, LinearizedMap, OuterDerivatives
 from bilevel.problems.model_loss import ModelLoss
-from bilevel.spaces.array import H, P, V
+from bilevel.spaces.array import Args, H, P, V
 from bilevel.validation import check_dtypes, check_like, check_scalar, depends_on_nothing, leaf_names
 from bilevel_jax.dependence import depends, reaches, trace
 from bilevel_jax.gauss_newton import gauss_newton
@@ -81,23 +81,21 @@ class JaxBackend(Backend):
         return np.asarray(array)
 
     @override
-    def inner(
-        self, objective: Callable[..., object], params: P, hparams: H, args: tuple[object, ...]
-    ) -> LinearizedMap[P, H]:
+    def inner(self, objective: Callable[..., object], params: P, hparams: H, args: Args) -> LinearizedMap[P, H]:
         slope = self.inner_slope(objective, params, hparams, args)
         # Linearized outside the solver's loop, because its body must not trace the loss again.
         grad, hvp = jax.linearize(lambda w: slope(w, hparams), params)
         return LinearizedMap(grad, hvp, *cross_products(slope, params, hparams))
 
     @override
-    def gauss_newton(self, inner: ModelLoss, params: P, hparams: H, args: tuple[object, ...]) -> LinearizedMap[P, H]:
+    def gauss_newton(self, inner: ModelLoss, params: P, hparams: H, args: Args) -> LinearizedMap[P, H]:
         slope = self.inner_slope(inner, params, hparams, args)
         product = gauss_newton(inner, params, hparams, args)
         return LinearizedMap(slope(params, hparams), product, *cross_products(slope, params, hparams))
 
     @override
     def jacobian(
-        self, function: Callable[..., object], params: P, hparams: H, args: tuple[object, ...], label: str
+        self, function: Callable[..., object], params: P, hparams: H, args: Args, label: str
     ) -> LinearizedMap[P, H]:
         def value_of(w: P, h: H) -> P:
             value = function(w, h, *args)
@@ -110,9 +108,7 @@ class JaxBackend(Backend):
         value, pull = jax.vjp(lambda w: value_of(w, hparams), params)  # also outside the solver's loop
         return LinearizedMap(value, lambda v: pull(v)[0], *cross_products(value_of, params, hparams))
 
-    def inner_slope(
-        self, inner: Callable[..., object], params: P, hparams: H, args: tuple[object, ...]
-    ) -> Callable[[P, H], P]:
+    def inner_slope(self, inner: Callable[..., object], params: P, hparams: H, args: Args) -> Callable[[P, H], P]:
         """Return (w, λ) -> ∂L/∂w."""
 
         def loss(w: P, h: H) -> Any:
@@ -135,7 +131,7 @@ class JaxBackend(Backend):
         objective: Callable[..., object],
         params: P,
         hparams: H,
-        args: tuple[object, ...],
+        args: Args,
         *,
         label: str = "outer",
         data: Data = "outer",
@@ -161,9 +157,7 @@ class JaxBackend(Backend):
         """Call a function as `run` does, but compile it inside the caller's trace too: arguments may hold tracers."""
         return self._run(function, args, {}, inside_traces=True)
 
-    def _run(
-        self, function: Callable[..., R], args: tuple[object, ...], options: dict[str, object], inside_traces: bool
-    ) -> R:
+    def _run(self, function: Callable[..., R], args: Args, options: dict[str, object], inside_traces: bool) -> R:
         arrays: list[object] = []
         try:
             static = partition((args, options), arrays)

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 
 from bilevel.problems.model_loss import ModelLoss
-from bilevel.spaces.array import P
+from bilevel.spaces.array import Args, P
 from bilevel.validation import check_scalar
 from bilevel_jax.dependence import depends
 
 
-def gauss_newton(inner: ModelLoss, params: P, hparams: object, args: tuple[object, ...]) -> Callable[[P], P]:
+def gauss_newton(inner: ModelLoss, params: P, hparams: object, args: Args) -> Callable[[P], P]:
     """Return v -> Jᵀ (∂²loss/∂output²) J v + ∂²penalty/∂w² v with J = ∂output/∂w, for use inside loops.
 
     Raises:

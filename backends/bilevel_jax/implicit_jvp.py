@@ -19,7 +19,7 @@ from bilevel.linear_solvers.linear_solver import LinearSolver, check_requirement
 from bilevel.methods.implicit import Implicit
 from bilevel.operators.linear_operator import LinearOperator
 from bilevel.results import SolverInfo
-from bilevel.spaces.array import H, P, V
+from bilevel.spaces.array import Args, H, P, V
 from bilevel.validation import check_scalar, leaf_names
 from bilevel_jax.backend import JaxBackend, backend, cross_products
 from bilevel_jax.dependence import depends
@@ -33,7 +33,7 @@ def with_implicit_jvp(
     on_failure: OnFailure,
     params: P,
     hparams: object,
-    args: tuple[object, ...],
+    args: Args,
 ) -> P:
     """Return params, which JAX then differentiates as the minimizer of inner(params, hparams, *args).
 
@@ -70,7 +70,7 @@ def with_implicit_jvp(
         solver = make_solver(jax.tree.unflatten(structure, leaves)[-1])
 
         def tell(info: SolverInfo) -> None:
-            report(backend, info, Implicit(solver), on_failure, hint=" Use bl.diagnose for details.")
+            report(backend, info, Implicit(solver), on_failure, hint=" Run bl.diagnose for details.")
 
         def solve(_: object, rhs: P) -> P:
             x, info = call(_solve, solver, *here, rhs)
@@ -104,7 +104,7 @@ class _Plain(Static):
 
     inner: Callable[..., object]
 
-    def __call__(self, params: object, hparams: object, args: tuple[object, ...], captured: list[jax.Array]) -> object:
+    def __call__(self, params: object, hparams: object, args: Args, captured: list[jax.Array]) -> object:
         return self.inner(params, hparams, *args)
 
 
@@ -125,14 +125,14 @@ class _Moving(Static):
 
 
 def _uncover(
-    inner: Callable[..., object], params: object, hparams: object, args: tuple[object, ...]
+    inner: Callable[..., object], params: object, hparams: object, args: Args
 ) -> tuple[Callable[..., object], list[jax.Array]]:
     """Return L as a function that also takes the traced values that ``inner`` captures, and these values.
 
     A rule for derivatives must not capture them: JAX would treat them as constants, or raise an error for a leak.
     """
 
-    def split(hparams: object, args: tuple[object, ...]) -> tuple[list[jax.Array], list[object], Any]:
+    def split(hparams: object, args: Args) -> tuple[list[jax.Array], list[object], Any]:
         leaves, structure = jax.tree.flatten((hparams, args))
         arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
         return arrays, [None if isinstance(leaf, jax.Array) else leaf for leaf in leaves], structure
@@ -151,7 +151,7 @@ def _uncover(
     if not any(traced):
         return _Plain(inner), []
 
-    def loss(params: object, hparams: object, args: tuple[object, ...], captured: list[jax.Array]) -> object:
+    def loss(params: object, hparams: object, args: Args, captured: list[jax.Array]) -> object:
         supply = iter(captured)
         consts = [next(supply) if t else const for t, const in zip(traced, constants, strict=True)]
         return jax.core.eval_jaxpr(closed.jaxpr, consts, *jax.tree.leaves((params, split(hparams, args)[0])))[0]
@@ -178,9 +178,7 @@ def _call(backend: JaxBackend, function: Callable[..., R], *args: object) -> R:
     return function(backend, *args)
 
 
-def _check(
-    backend: JaxBackend, inner: Callable[..., object], params: object, hparams: object, args: tuple[object, ...]
-) -> None:
+def _check(backend: JaxBackend, inner: Callable[..., object], params: object, hparams: object, args: Args) -> None:
     slope = backend.inner_slope(inner, params, hparams, args)
     if not depends(lambda h: slope(params, h), hparams):
         raise ValueError(
@@ -195,7 +193,7 @@ def _solve(
     inner: Callable[..., object],
     params: P,
     hparams: object,
-    args: tuple[object, ...],
+    args: Args,
     rhs: P,
 ) -> tuple[P, SolverInfo]:
     A = LinearOperator(backend.space(params), backend.inner(inner, params, hparams, args).vjp_params)
@@ -203,16 +201,12 @@ def _solve(
     return solver.solve(solver.init(A), A, rhs, None)
 
 
-def _hvp(
-    backend: JaxBackend, inner: Callable[..., object], params: P, hparams: object, args: tuple[object, ...], v: P
-) -> P:
+def _hvp(backend: JaxBackend, inner: Callable[..., object], params: P, hparams: object, args: Args, v: P) -> P:
     slope = backend.inner_slope(inner, params, hparams, args)
     return jax.jvp(lambda w: slope(w, hparams), (params,), (v,))[1]
 
 
-def _minus_jvp_hparams(
-    backend: JaxBackend, inner: Callable[..., object], params: P, hparams: H, args: tuple[object, ...], u: H
-) -> P:
+def _minus_jvp_hparams(backend: JaxBackend, inner: Callable[..., object], params: P, hparams: H, args: Args, u: H) -> P:
     slope = backend.inner_slope(inner, params, hparams, args)
     _, jvp_hparams = cross_products(slope, params, hparams)
     return backend.space(params).scale(-1.0, jvp_hparams(u))

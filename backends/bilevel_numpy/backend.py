@@ -9,7 +9,7 @@ from typing_extensions import override
 
 from bilevel.backend import Backend, Data, R
 from bilevel.linearization import Inputs, LinearizedMap, OuterDerivatives
-from bilevel.spaces.array import H, P, V
+from bilevel.spaces.array import Args, H, P, V
 from bilevel.spaces.tree import tree_map
 from bilevel.validation import check_dtypes, check_like, check_scalar
 from bilevel_numpy.space import NumpySpace
@@ -41,7 +41,7 @@ class NumpyBackend(Backend):
         return np.asarray(array)
 
     @override
-    def inner(self, objective: Any, params: P, hparams: H, args: tuple[object, ...]) -> LinearizedMap[P, H]:
+    def inner(self, objective: Any, params: P, hparams: H, args: Args) -> LinearizedMap[P, H]:
         for method in ("grad", "hvp", "cross_vjp"):
             _require(objective, "the inner objective", method)
 
@@ -67,9 +67,7 @@ class NumpyBackend(Backend):
         return LinearizedMap(grad, hvp, cross_vjp, cross_jvp)
 
     @override
-    def jacobian(
-        self, function: Any, params: P, hparams: H, args: tuple[object, ...], label: str
-    ) -> LinearizedMap[P, H]:
+    def jacobian(self, function: Any, params: P, hparams: H, args: Args, label: str) -> LinearizedMap[P, H]:
         for method in ("vjp_params", "vjp_hparams"):
             _require(function, f"the {label}", method)
 
@@ -92,7 +90,7 @@ class NumpyBackend(Backend):
         objective: Any,
         params: P,
         hparams: H,
-        args: tuple[object, ...],
+        args: Args,
         *,
         label: str = "outer",
         data: Data = "outer",

@@ -12,7 +12,7 @@ from typing_extensions import override
 from bilevel.backend import Backend, Data, R
 from bilevel.linearization import Inputs, LinearizedMap, OuterDerivatives
 from bilevel.problems.model_loss import ModelLoss
-from bilevel.spaces.array import H, P, V
+from bilevel.spaces.array import Args, H, P, V
 from bilevel.spaces.tree import leaves
 from bilevel.validation import check_dtypes, check_like, depends_on_nothing, leaf_names
 from bilevel_torch.autograd import (
@@ -78,9 +78,7 @@ class TorchBackend(Backend):
         return (array.float() if array.dtype == torch.bfloat16 else array).numpy()
 
     @override
-    def inner(
-        self, objective: Callable[..., object], params: P, hparams: H, args: tuple[object, ...]
-    ) -> LinearizedMap[P, H]:
+    def inner(self, objective: Callable[..., object], params: P, hparams: H, args: Args) -> LinearizedMap[P, H]:
         params, hparams = as_graph_leaves(params, hparams)
         return self.inner_of(evaluate(objective, params, hparams, *args), params, hparams)
 
@@ -95,7 +93,7 @@ class TorchBackend(Backend):
         return _products(grads, params, hparams)
 
     @override
-    def gauss_newton(self, inner: ModelLoss, params: P, hparams: H, args: tuple[object, ...]) -> LinearizedMap[P, H]:
+    def gauss_newton(self, inner: ModelLoss, params: P, hparams: H, args: Args) -> LinearizedMap[P, H]:
         params, hparams = as_graph_leaves(params, hparams)
         grads, product = gauss_newton(inner, params, hparams, args)
         self._check_influence("inner", any(g is not None for g in grads), params)
@@ -103,7 +101,7 @@ class TorchBackend(Backend):
 
     @override
     def jacobian(
-        self, function: Callable[..., object], params: P, hparams: H, args: tuple[object, ...], label: str
+        self, function: Callable[..., object], params: P, hparams: H, args: Args, label: str
     ) -> LinearizedMap[P, H]:
         params, hparams = as_graph_leaves(params, hparams)
         value = evaluate(function, params, hparams, *args)
@@ -125,7 +123,7 @@ class TorchBackend(Backend):
         objective: Callable[..., object],
         params: P,
         hparams: H,
-        args: tuple[object, ...],
+        args: Args,
         *,
         label: str = "outer",
         data: Data = "outer",

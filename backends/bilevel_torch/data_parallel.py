@@ -14,7 +14,7 @@ from bilevel.backend import Data
 from bilevel.convergence import callers_level
 from bilevel.linearization import LinearizedMap, OuterDerivatives
 from bilevel.problems.model_loss import ModelLoss
-from bilevel.spaces.array import H, P, V
+from bilevel.spaces.array import Args, H, P, V
 from bilevel.spaces.tree import leaves, leaves_with_paths, with_leaves
 from bilevel_torch.backend import TorchBackend
 from bilevel_torch.space import TorchSpace
@@ -116,7 +116,7 @@ class DataParallel(TorchBackend):
         return self._averaged(super().inner_of(value, params, hparams, label), hparams)
 
     @override
-    def gauss_newton(self, inner: ModelLoss, params: P, hparams: H, args: tuple[object, ...]) -> LinearizedMap[P, H]:
+    def gauss_newton(self, inner: ModelLoss, params: P, hparams: H, args: Args) -> LinearizedMap[P, H]:
         return self._averaged(super().gauss_newton(inner, params, hparams, args), hparams)
 
     @override

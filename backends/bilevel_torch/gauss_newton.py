@@ -6,7 +6,7 @@ from typing import Any, Generic, NamedTuple
 import torch
 
 from bilevel.problems.model_loss import ModelLoss
-from bilevel.spaces.array import P
+from bilevel.spaces.array import Args, P
 from bilevel.spaces.tree import leaves, tree_map
 from bilevel_torch.autograd import evaluate, grad, reaches, scalar, zeros_for_none
 
@@ -18,7 +18,7 @@ class Curved(NamedTuple, Generic[P]):
     product: Callable[[P], P]
 
 
-def gauss_newton(inner: ModelLoss, params: P, hparams: object, args: tuple[object, ...]) -> Curved[P]:
+def gauss_newton(inner: ModelLoss, params: P, hparams: object, args: Args) -> Curved[P]:
     """Differentiate at params, which are leaves of the graph.
 
     ∂L/∂w = Jᵀ s with s = ∂loss/∂output is linear in s. So its graph also gives J v, as the derivative of v·Jᵀs in s

@@ -14,7 +14,7 @@ from bilevel.linear_solvers import LinearSolver
 from bilevel.methods.implicit import Implicit, pull_back
 from bilevel.operators.lanczos import spectrum
 from bilevel.operators.linear_operator import LinearOperator
-from bilevel.spaces.array import V
+from bilevel.spaces.array import Args, V
 from bilevel.spaces.tree import leaves, leaves_with_paths, tree_map, with_leaves
 from bilevel.validation import check_trees
 from bilevel_torch.autograd import as_graph_leaves, evaluate, no_grad_no_autocast
@@ -93,7 +93,7 @@ class _Call:
     on_failure: OnFailure
     backend: ClassVar[TorchBackend] = TorchBackend()
 
-    def __call__(self, train: Train, hparams: object, args: tuple[object, ...]) -> Any:
+    def __call__(self, train: Train, hparams: object, args: Args) -> Any:
         given = [hparams, *args]
         varied = [t for t in leaves(given) if _is_varied(t)]
         with torch.enable_grad():

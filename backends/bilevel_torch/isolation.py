@@ -8,7 +8,7 @@ import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from bilevel.linearization import Inputs
-from bilevel.spaces.array import H, P
+from bilevel.spaces.array import Args, H, P
 from bilevel.spaces.tree import tree_map
 
 
@@ -46,7 +46,7 @@ def buffers_isolated() -> Iterator[None]:
     """Replace the buffers of modules by copies while a checkpoint runs the modules again."""
     stand_ins = _StandIns(double=False)
 
-    def enter(module: torch.nn.Module, args: tuple[object, ...]) -> None:
+    def enter(module: torch.nn.Module, args: Args) -> None:
         if torch._C._current_graph_task_id() != -1:  # only in a backward pass: other threads may be training
             stand_ins.hold(module)
 
@@ -76,7 +76,7 @@ class _StandIns:
         """Return a value as a variable that replaces the user's tensor."""
         return self._remember(own, torch.nn.Parameter(self.convert(value.detach()).clone()))
 
-    def enter(self, module: torch.nn.Module, args: tuple[object, ...]) -> Any:
+    def enter(self, module: torch.nn.Module, args: Args) -> Any:
         """Replace the tensors of a module before it runs, and convert its arguments."""
         self.hold(module)
         return tree_map(self.convert, args)

@@ -28,8 +28,8 @@ SEED = 3
 
 def diagnose(
     problem: BilevelProblem,
-    params: P,
-    hparams: H,
+    params: object,
+    hparams: object,
     *,
     inner_args: Args | list[Args] = (),
     outer_args: Args = (),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from bilevel.linearization import LinearizedMap
 from bilevel.problems.gradients import in_hparams, in_params
-from bilevel.spaces.array import H, P, V
+from bilevel.spaces.array import Args, H, P, V
 from bilevel.spaces.space import Space
 
 if TYPE_CHECKING:
@@ -17,9 +17,7 @@ FLOAT32_EPS = 2.0**-23
 STEP = 2.0
 
 
-def finite_differences(
-    backend: Backend, inner: Any, params: P, hparams: H, args: tuple[object, ...]
-) -> LinearizedMap[P, H]:
+def finite_differences(backend: Backend, inner: Any, params: P, hparams: H, args: Args) -> LinearizedMap[P, H]:
     """Differentiate an inner objective that has only first derivatives, with two gradients per product.
 
     Use it for operations without a second derivative (flash attention, modules under ``torch.compile``), and for NumPy

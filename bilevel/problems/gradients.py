@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from bilevel.linearization import OuterDerivatives
-from bilevel.spaces.array import H, P
+from bilevel.spaces.array import Args, H, P
 
 if TYPE_CHECKING:
     from bilevel.backend import Backend
@@ -18,7 +18,7 @@ class _AsOuter:
 
     inner: Any
 
-    def __call__(self, params: P, hparams: H, *args: object) -> Any:
+    def __call__(self, params: object, hparams: object, *args: object) -> Any:
         return self.inner(params, hparams, *args)
 
     def grad(self, params: P, hparams: H, *args: object) -> tuple[P, H | None]:
@@ -42,7 +42,7 @@ class _AtHparams:
 
 
 def in_params(
-    backend: Backend, inner: Any, params: P, hparams: H, args: tuple[object, ...], beside: object = ()
+    backend: Backend, inner: Any, params: P, hparams: object, args: Args, beside: object = ()
 ) -> OuterDerivatives[P, Any]:
     """Return L and ∂L/∂w.
 
@@ -51,7 +51,7 @@ def in_params(
     return backend.outer(_AtHparams(inner, hparams), params, beside, args, label="inner", data="inner")
 
 
-def in_hparams(backend: Backend, inner: Any, params: P, hparams: H, args: tuple[object, ...]) -> H | None:
+def in_hparams(backend: Backend, inner: Any, params: object, hparams: H, args: Args) -> H | None:
     """Return ∂L/∂λ; None if L does not depend on λ."""
     return backend.outer(_AsOuter(inner), params, hparams, args, label="inner", data="inner").grad_hparams
 

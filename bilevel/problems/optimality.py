@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from bilevel.linearization import LinearizedMap
 from bilevel.problems.problem import check_functions
 from bilevel.problems.protocols import Kind
-from bilevel.spaces.array import H, P
+from bilevel.spaces.array import Args, H, P
 
 if TYPE_CHECKING:
     from bilevel.backend import Backend
@@ -25,11 +25,11 @@ class _Equation:
         return "equation"
 
     @abstractmethod
-    def linearize(self, backend: Backend, params: P, hparams: H, args: tuple[object, ...]) -> LinearizedMap[P, H]:
+    def linearize(self, backend: Backend, params: P, hparams: H, args: Args) -> LinearizedMap[P, H]:
         """Differentiate r at a point."""
         raise NotImplementedError
 
-    def value_and_residual(self, backend: Backend, params: P, hparams: H, args: tuple[object, ...]) -> tuple[None, P]:
+    def value_and_residual(self, backend: Backend, params: P, hparams: object, args: Args) -> tuple[None, P]:
         """Return None, since there is no objective, and r."""
         return None, self.linearize(backend, params, hparams, args).residual
 
@@ -73,7 +73,7 @@ class FixedPoint(_Equation):
     def __post_init__(self) -> None:
         check_functions(self, step="the next params", outer="a scalar")
 
-    def linearize(self, backend: Backend, params: P, hparams: H, args: tuple[object, ...]) -> LinearizedMap[P, H]:
+    def linearize(self, backend: Backend, params: P, hparams: H, args: Args) -> LinearizedMap[P, H]:
         """Differentiate w − step(w, λ) at a point."""
         of_params, of_hparams = backend.space(params), backend.space(hparams)
         step, pull, cross_pull, cross_push = backend.jacobian(self.step, params, hparams, args, label="step")
@@ -115,6 +115,6 @@ class Root(_Equation):
     def __post_init__(self) -> None:
         check_functions(self, residual="a tree like params", outer="a scalar")
 
-    def linearize(self, backend: Backend, params: P, hparams: H, args: tuple[object, ...]) -> LinearizedMap[P, H]:
+    def linearize(self, backend: Backend, params: P, hparams: H, args: Args) -> LinearizedMap[P, H]:
         """Differentiate the residual at a point."""
         return backend.jacobian(self.residual, params, hparams, args, label="residual")

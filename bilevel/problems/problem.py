@@ -10,7 +10,7 @@ from bilevel.errors import suggest
 from bilevel.problems.central_differences import finite_differences
 from bilevel.problems.gradients import in_params
 from bilevel.problems.model_loss import ModelLoss
-from bilevel.spaces.array import Array, H, P
+from bilevel.spaces.array import Args, Array, H, P
 
 if TYPE_CHECKING:
     from bilevel.backend import Backend
@@ -100,7 +100,7 @@ class Problem:
         """The curvature."""
         return self.curvature
 
-    def linearize(self, backend: Backend, params: P, hparams: H, args: tuple[object, ...]) -> LinearizedMap[P, H]:
+    def linearize(self, backend: Backend, params: P, hparams: H, args: Args) -> LinearizedMap[P, H]:
         """Differentiate ∂L/∂w at a point, with the chosen curvature."""
         if self.curvature == "finite-differences":
             return finite_differences(backend, self.inner, params, hparams, args)
@@ -108,9 +108,7 @@ class Problem:
             return backend.gauss_newton(self.inner, params, hparams, args)
         return backend.inner(self.inner, params, hparams, args)
 
-    def value_and_residual(
-        self, backend: Backend, params: P, hparams: H, args: tuple[object, ...]
-    ) -> tuple[Array | None, P]:
+    def value_and_residual(self, backend: Backend, params: P, hparams: object, args: Args) -> tuple[Array | None, P]:
         """Return L and ∂L/∂w."""
         value, grad, _ = in_params(backend, self.inner, params, hparams, args)
         return value, grad

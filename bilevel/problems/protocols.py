@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Generic, Literal, Protocol, runtime_checkable
 
 from bilevel.linearization import LinearizedMap
-from bilevel.spaces.array import Array, H, P
+from bilevel.spaces.array import Args, Array, H, P
 
 if TYPE_CHECKING:
     from bilevel.backend import Backend
@@ -29,13 +29,11 @@ class BilevelProblem(Protocol):
         """The kind of (∂r/∂w)ᵀ."""
         ...
 
-    def linearize(self, backend: Backend, params: P, hparams: H, args: tuple[object, ...]) -> LinearizedMap[P, H]:
+    def linearize(self, backend: Backend, params: P, hparams: H, args: Args) -> LinearizedMap[P, H]:
         """Differentiate r at a point. ``args`` are the ``inner_args``."""
         ...
 
-    def value_and_residual(
-        self, backend: Backend, params: P, hparams: H, args: tuple[object, ...]
-    ) -> tuple[Array | None, P]:
+    def value_and_residual(self, backend: Backend, params: P, hparams: object, args: Args) -> tuple[Array | None, P]:
         """Return L and r = ∂L/∂w. For an equation, return None and r."""
         ...
 

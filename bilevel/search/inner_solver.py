@@ -23,7 +23,7 @@ def scipy_fit(
     maxiter: int = 2000,
     options: Mapping[str, object] | None = None,
     backend: Backend | str | None = None,
-) -> Callable[[H, P], P]:
+) -> Callable[[object, P], P]:
     """Return ``fit(hparams, params0) -> params``, which minimizes the inner objective from ``params0``.
 
     Use it as the ``fit`` of `bilevel.search.minimize`, in place of a training loop. It is a full-batch method: the
@@ -93,7 +93,7 @@ _OPTIONS = {"l-bfgs-b": {"ftol": 0.0, "maxfun": 10**9}}  # stop only by gtol or 
 
 
 def _value_and_grad(
-    backend: Backend, problem: Problem, flat: Array, like: P, hparams: H, inner_args: Args
+    backend: Backend, problem: Problem, flat: Array, like: object, hparams: object, inner_args: Args
 ) -> tuple[Array, Array]:
     """Return the inner objective and its gradient at flat params. JAX compiles this function once for all fits."""
     space = backend.space(like)

@@ -10,7 +10,7 @@ from bilevel.linear_solvers.linear_solver import LinearSolver
 from bilevel.methods.implicit import as_method
 from bilevel.methods.method import Method
 from bilevel.problems.protocols import BilevelProblem
-from bilevel.spaces.array import H, P
+from bilevel.spaces.array import Args
 from bilevel.testing.comparisons import Subject, against_differences, against_exact
 from bilevel.testing.host import prepare
 
@@ -19,12 +19,12 @@ Reference = Literal["exact", "finite-differences"]
 
 def check_hypergradient(
     problem: BilevelProblem,
-    params: P,
-    hparams: H,
+    params: object,
+    hparams: object,
     *,
     solver: SolverSpec = "cg",
-    inner_args: tuple[object, ...] = (),
-    outer_args: tuple[object, ...] = (),
+    inner_args: Args = (),
+    outer_args: Args = (),
     reference: Reference = "exact",
     rtol: float | None = None,
     atol: float | None = None,

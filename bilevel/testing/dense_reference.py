@@ -12,7 +12,7 @@ from bilevel.errors import SolverError
 from bilevel.linearization import Inputs
 from bilevel.problems.protocols import BilevelProblem
 from bilevel.results import Hypergradient, SolverInfo, Status
-from bilevel.spaces.array import Array, H, P
+from bilevel.spaces.array import Args, Array, H, P
 from bilevel.testing.host import precision, prepare, with_true_hessian
 
 
@@ -21,8 +21,8 @@ def exact_hypergradient(
     params: P,
     hparams: H,
     *,
-    inner_args: tuple[object, ...] = (),
-    outer_args: tuple[object, ...] = (),
+    inner_args: Args = (),
+    outer_args: Args = (),
     backend: Backend | str | None = None,
 ) -> Hypergradient[P, H]:
     """Return ∂F/∂λ − (∂²L/∂λ∂w)ᵀ v with v = [∂²L/∂w²]⁻¹ ∂F/∂w from the dense Hessian.

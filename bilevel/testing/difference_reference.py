@@ -9,7 +9,7 @@ from bilevel.backend import Backend
 from bilevel.errors import SolverError
 from bilevel.problems.protocols import BilevelProblem
 from bilevel.results import Hypergradient, SolverInfo, Status
-from bilevel.spaces.array import H, P
+from bilevel.spaces.array import Args, H
 from bilevel.testing.host import HostProblem, prepare
 from bilevel.testing.newton import InnerSolver
 
@@ -92,11 +92,11 @@ def step_scale(x: np.ndarray, d: np.ndarray) -> float:
 
 def finite_difference_hypergradient(
     problem: BilevelProblem,
-    params: P,
+    params: object,
     hparams: H,
     *,
-    inner_args: tuple[object, ...] = (),
-    outer_args: tuple[object, ...] = (),
+    inner_args: Args = (),
+    outer_args: Args = (),
     backend: Backend | str | None = None,
 ) -> Hypergradient[Any, H]:
     """Return (F(w*(λ + h e), λ + h e) − F(w*(λ − h e), λ − h e)) / 2h for each coordinate e of λ.

@@ -12,15 +12,15 @@ from bilevel.linear_solvers.exact import check_size
 from bilevel.linearization import Inputs
 from bilevel.problems.problem import Problem
 from bilevel.problems.protocols import BilevelProblem
-from bilevel.spaces.array import Array, H, P
+from bilevel.spaces.array import Args, Array, H, P
 from bilevel.validation import check_inputs, find_backend
 
 
 def prepare(
     params: P,
     hparams: H,
-    inner_args: tuple[object, ...],
-    outer_args: tuple[object, ...],
+    inner_args: Args,
+    outer_args: Args,
     backend: Backend | str | None,
     what: str,
 ) -> tuple[Backend, Inputs[P, H]]:

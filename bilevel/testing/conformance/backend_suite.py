@@ -6,7 +6,7 @@ from bilevel.backend import Backend
 from bilevel.config import get_backend
 from bilevel.linearization import Inputs
 from bilevel.problems.protocols import BilevelProblem
-from bilevel.spaces.array import H, P
+from bilevel.spaces.array import Args
 from bilevel.testing.conformance import arrays, control, derivatives, optional, vectors
 from bilevel.testing.conformance.checks import Applied, Check, Law, collect, known_backends
 from bilevel.testing.conformance.framework import Framework
@@ -17,11 +17,11 @@ from bilevel.validation import check_inputs
 def check_backend(
     backend: Backend | str,
     problem: BilevelProblem | None = None,
-    params: P | None = None,
-    hparams: H | None = None,
+    params: object | None = None,
+    hparams: object | None = None,
     *,
-    inner_args: tuple[object, ...] = (),
-    outer_args: tuple[object, ...] = (),
+    inner_args: Args = (),
+    outer_args: Args = (),
     excused: Mapping[str, str] | None = None,
 ) -> list[Check]:
     """Return the laws of a backend as checks, which can be called one by one.
