@@ -245,7 +245,7 @@ class TestModels:
     def test_targets_that_would_broadcast(self, backend, problem, role, cut):
         X, y, w, h = map(backend.from_numpy, (np.ones((4, 3)), np.ones(4), np.ones(3), np.ones(3)))
         data = {"inner_args": (X, y), "outer_args": (X, y), role: (X, y[cut])}
-        with pytest.raises(ValueError, match=r"y: expected shape \(4,\), got \((4, 1|1,)\)"):
+        with pytest.raises(ValueError, match=r"y: expected shape \(4,\), with the rows of X, got \((4, 1|1,)\)"):
             bl.hypergradient(problem, w, h, **data)
 
     @pytest.mark.parametrize("problem", [bl.problems.ridge(), bl.problems.logistic_regression()], ids=["ridge", "log"])

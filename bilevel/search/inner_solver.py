@@ -59,7 +59,7 @@ def scipy_fit(
         )
     worst = 0.0
 
-    def fit(hparams: H, params0: P) -> P:
+    def fit(hparams: object, params0: P) -> P:
         nonlocal worst
         if params0 is None:
             raise ValueError("params0: the fit needs a start, as in bl.minimize(..., params0=np.zeros(10)).")

@@ -174,7 +174,7 @@ class TestLightning:
             inner.step()
             loop.backward_(both)
 
-        with pytest.raises(RuntimeError, match=r"(?s)optimizer\.step\(\): take the step before both losses"):
+        with pytest.raises(RuntimeError, match=r"(?s)optimizer\.step\(\)\. Take the step before both losses"):
             fit(step)
 
     def test_a_validation_step_records_nothing(self):

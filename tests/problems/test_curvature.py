@@ -262,7 +262,7 @@ class TestGaussNewton:
         assert counts["gauss-newton"] <= 1.5 * count.total
 
     def test_what_it_needs_is_said(self):
-        with pytest.raises(TypeError, match=r"use\s+bl\.Problem\.from_model\(model, loss, outer\)"):
+        with pytest.raises(TypeError, match=r"Use\s+bl\.Problem\.from_model\(model, loss, outer\)"):
             bl.Problem(lambda w, h: w, lambda w, h: w, curvature="gauss-newton")
         with pytest.raises(TypeError, match=r"loss: expected a function of \(output, \*targets\), got int"):
             bl.Problem.from_model(lambda w, h, x: w, 3, lambda w, h: w)
