@@ -1,6 +1,6 @@
 # `make demo` and `make test` are all that a bare machine with Python >= 3.11 needs.
 #   PYTHON=python3.12  the interpreter that .venv is made with
-#   TESTS=tests/demo   for test-oldest and test-newest: the files or folders to test, with options of pytest
+#   TESTS=tests/demo   for the test targets: the files or folders to test, with options of pytest
 #   HIDE=torch         for test: run as if torch (or jax, or torch,jax) were not installed
 #   DATA=DIR           for paper: the folder with mnist/ and the like
 #   BENCH=--quick      for bench: what else to tell it; see python -m benchmarks.speed --help
@@ -16,23 +16,29 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 PEERS := .venv-peers
 
-.PHONY: demo test test-oldest test-newest docs lint paper bench dist clean
+.PHONY: demo test test-all test-oldest test-newest docs lint paper bench dist clean
 
 demo: $(INSTALLED)
 	$(BIN)/bilevel demo --backend numpy --out demo-output/
 	$(BIN)/bilevel demo --backend torch --out demo-output/
 	$(BIN)/bilevel demo --backend jax --out demo-output/
 
-# One thread per test process: two processes that each start a thread per core slow each other down.
-# A page's snippets build on each other, so a file stays with one process.
+# One thread per test process: two processes that each start a thread per core slow each other down. Compiling is most of
+# the time of the JAX tests, so compiled code is kept in .cache/jax. conftest.py divides the tests among the processes.
+RUN := OMP_NUM_THREADS=1 JAX_COMPILATION_CACHE_DIR='$(CURDIR)/.cache/jax' \
+	JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1
+
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 BILEVEL_HIDE='$(HIDE)' PYTHONPATH='$(if $(HIDE),$(CURDIR)/.ci/hide)' \
-		$(BIN)/pytest -n auto --dist loadfile
+	$(RUN) BILEVEL_HIDE='$(HIDE)' PYTHONPATH='$(if $(HIDE),$(CURDIR)/.ci/hide)' $(BIN)/pytest -n auto -m 'not slow' $(TESTS)
+
+# Also trainings, benchmarks, builds, several processes and the systems of the paper.
+test-all: $(INSTALLED)
+	$(RUN) $(BIN)/pytest -n auto $(TESTS)
 
 # NumPy and JAX at the lowest versions of pyproject.toml, and at the newest that pip finds. PyTorch is left out: a plain
 # torch of another version than the pinned one brings several GB of CUDA. `make clean` removes both environments.
 test-oldest test-newest: test-%: .venv-%/.installed
-	OMP_NUM_THREADS=1 .venv-$*/bin/pytest -n auto --dist loadfile $(TESTS)
+	$(RUN) .venv-$*/bin/pytest -n auto $(TESTS)
 
 .venv-oldest/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv-oldest

@@ -1,4 +1,4 @@
-"""What pytest needs for a run from the repository root: executed documentation, and absent frameworks.
+"""Pytest hooks for a run from the repository root: executed documentation, absent frameworks, several processes.
 
 Every code block of README.md and docs/*.md that is marked `python` is a test. The blocks of one page share
 a namespace, like the cells of a notebook. A block that needs a framework says so in a comment above it,
@@ -7,8 +7,10 @@ which the rendered page does not show:
     <!-- skip: next if(missing("torch"), reason="torch is not installed") -->
 """
 
+import os
 from importlib.util import find_spec
 
+import pytest
 from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
 
@@ -20,6 +22,49 @@ def missing(module: str) -> bool:
 
 absent = [framework for framework in ("torch", "jax") if missing(framework)]
 collect_ignore = [f"backends/bilevel_{framework}" for framework in absent]
+
+
+# `make test HIDE=torch` names torch here.
+hidden = set(os.environ.get("BILEVEL_HIDE", "").split(",")) & {"torch", "jax"}
+
+
+def frameworks_of(nodeid: str) -> set[str]:
+    """Return the frameworks that a test names: in its file, its class, its name or its parameters."""
+    return {name for name in ("torch", "jax") if name in nodeid.lower() and not nodeid.startswith("docs/")}
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With a framework hidden, leave out the tests that only concern the others.
+
+    No backend imports another framework: tests/project/test_imports.py checks that. So a test of JAX gives the same
+    with and without torch. The core can give something else, because it looks for installed frameworks. So the tests of
+    the core, the command, the errors, the documentation and NumPy stay, and those of the hidden framework, as skips.
+    """
+    if hidden:
+        others = {"torch", "jax"} - hidden
+        unaffected = [item for item in items if (named := frameworks_of(item.nodeid)) and named <= others]
+        config.hook.pytest_deselected(items=unaffected)
+        items[:] = [item for item in items if item not in set(unaffected)]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """Give each process the tests of a file and framework together, in order, the largest groups first.
+
+    The snippets of a page share a namespace. The tests of a file share fixtures and compiled code. The file of the
+    conformance suites is too large for one process: it is also divided by solver.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFileAndFramework(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            path, _, test = nodeid.partition("::")
+            if not path.startswith("tests/"):
+                return path
+            solver = test.partition("-")[0] if path.endswith("test_conformance.py") else ""
+            return " ".join([path, solver, *sorted(frameworks_of(nodeid))])
+
+    return ByFileAndFramework(config, log)
 
 
 def pytest_report_header() -> list[str]:

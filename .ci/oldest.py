@@ -10,3 +10,4 @@ PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text
 for requirement in chain(PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()):
     if bound := re.fullmatch(r"([\w-]+)>=([\d.]+)", requirement):
         print("==".join(bound.groups()))
+print("pyparsing<3.3")  # matplotlib 3.9 calls functions that 3.3 deprecates, and warnings are errors in tests

@@ -11,7 +11,8 @@ import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOTS = ["README.md", "CONTRIBUTING.md"]  # to come: "docs/architecture.md", "bilevel", "backends"
+ROOTS = ["*.md", "docs/*.md", "examples/README.md", "bilevel", "backends"]  # patterns
+LATER = ["docs/paper.md"]  # not checked yet
 LONGEST = 25  # words of a sentence in Markdown
 
 PHRASES = [
@@ -29,9 +30,11 @@ Passage = tuple[int, str]  # the number of its first line, and its text
 
 
 def main() -> int:
-    """Check the files that are named, or else all of ROOTS."""
+    """Check the files and folders that are named, or else those of ROOTS."""
     top = Path(__file__).parents[1]
-    found = [message for root in sys.argv[1:] or ROOTS for message in check(top / root, top)]
+    later = {top / name for name in LATER}
+    paths = [path for root in ROOTS for path in sorted(top.glob(root)) if path not in later]
+    found = [message for path in [top / name for name in sys.argv[1:]] or paths for message in check(path, top)]
     print(*found, sep="\n")
     return bool(found)
 
@@ -44,7 +47,7 @@ def check(path: Path, top: Path) -> Iterator[str]:
         return
     markdown = path.suffix == ".md"
     for start, text in (markdown_passages if markdown else python_passages)(path):
-        text = CODE.sub(lambda code: "code" + "\n" * code[0].count("\n"), text)
+        text = CODE.sub(lambda code: "CODE" + "\n" * code[0].count("\n"), text)
         for place, message in [*phrases(text), *(long_sentences(text) if markdown else [])]:
             yield f"{path.relative_to(top)}:{start + text.count(chr(10), 0, place)}: {message}"
 
@@ -60,7 +63,7 @@ def long_sentences(text: str) -> Iterator[Passage]:
     """Yield where a sentence of too many words begins, and how it begins."""
     text = re.sub(r"\]\([^)]*\)", "]", text)  # links: their text alone
     start = 0
-    for end in [*(m.end() for m in re.finditer(r"[.!?][\"')*]*\s+(?=[\"'(*\[]*[A-Z0-9]|code\b)", text)), len(text)]:
+    for end in [*(m.end() for m in re.finditer(r"[.!?][\"')*]*\s+(?=[\"'(*\[]*[^\sa-z\"'(*\[])", text)), len(text)]:
         words = [word for word in text[start:end].split() if re.search(r"\w", word)]
         if len(words) > LONGEST:
             yield start, f"a sentence of {len(words)} words: {' '.join(words[:6])} ..."

@@ -12,7 +12,7 @@ from collections import Counter
 import numpy as np
 
 import bilevel as bl
-from bilevel.protocols import NonSymmetric, Point
+from bilevel.operators.linear_operator import LinearOperator
 from bilevel.results import Status
 
 KINDS = ["definite", "indefinite", "singular", "nonsymmetric", "nan", "zero right-hand side"]
@@ -46,11 +46,10 @@ def system(kind, rng):
     return matrix, rhs * (kind != "zero right-hand side")
 
 
-def solve(backend, solver, problem, point):
-    """Run a solver within a backend; ``problem`` says whether the matrix is symmetric."""
-    matrix = point.params
-    operator = (lambda v: matrix @ v) if problem == "symmetric" else NonSymmetric(lambda v: matrix @ v)
-    return solver.solve(operator, point.hparams, None, backend.space)
+def solve(backend, solver, matrix, rhs, symmetric):
+    """Run a solver on a dense system within a backend."""
+    A = LinearOperator(backend.space(rhs), lambda v: matrix @ v, symmetric)
+    return solver.solve(solver.init(A), A, rhs, None)
 
 
 def in_dtype(name, matrix, rhs):
@@ -80,12 +79,10 @@ def main():
         for solver in ANY + (SYMMETRIC if kind != "nonsymmetric" else []):
             name = type(solver).__name__ + (" with Nyström" if getattr(solver, "preconditioner", None) else "")
             solver = bl.get_solver(solver, rtol=rtol)
-            label = "nonsymmetric" if kind == "nonsymmetric" else "symmetric"
             with np.errstate(all="ignore"):
-                x, info = backend.execute(solve, solver, label, Point(matrix, rhs))
+                x, info = backend.run(solve, solver, matrix, rhs, kind != "nonsymmetric")
                 x = np.asarray(backend.to_numpy(x), np.float64)
-                damping = getattr(solver, "damping", 0.0)
-                left = np.linalg.norm(true_rhs - true_matrix @ x - damping * x)
+                left = np.linalg.norm(true_rhs - true_matrix @ x - solver.damping * x)
             claimed = int(info.status) == Status.CONVERGED
             claims[name, kind] += claimed
             if claimed and not left <= 10 * max(rtol, eps) * np.linalg.norm(true_rhs):

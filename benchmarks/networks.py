@@ -16,8 +16,6 @@ from torch import nn
 from torch.func import functional_call
 
 import bilevel as bl
-from bilevel.hypergradient import linearize
-from bilevel.protocols import Point
 
 STAGES = {"random weights": 0, "60 steps of Adam": 60, "2,000 steps of Adam": 2000}
 DECAY = 1e-3
@@ -109,13 +107,12 @@ def table(title, net, train, val):
     backend = bl.get_backend("torch")
     w = {name: p.detach().clone() for name, p in net.named_parameters()}
     h = torch.tensor(float(np.log(DECAY)))
-    space = backend.space
     dense = {}
     for curvature in ("hessian", "gauss-newton"):
-        lin = linearize(backend, problem(net, curvature), Point(w, h, train, val))
-        matrix = space.dense(lin.hvp, w).double().numpy()
+        at = problem(net, curvature).linearize(backend, w, h, train)
+        matrix = backend.space(w).materialise(at.vjp_params).double().numpy()
         dense[curvature] = (matrix + matrix.T) / 2
-    rhs = space.ravel(lin.grad_params).double().numpy()
+    rhs = backend.to_flat(backend.outer(problem(net, "hessian").outer, w, h, val).grad_params)
     values = np.linalg.eigvalsh(dense["hessian"])
     print(
         f"\n**{title}**: {len(rhs):,} weights, {(values < 0).sum()} negative eigenvalues, "
@@ -126,9 +123,9 @@ def table(title, net, train, val):
         hg = bl.hypergradient(
             problem(net, curvature), w, h, inner_args=train, outer_args=val, solver=solver, on_failure="ignore"
         )
-        matrix = dense[curvature] + getattr(solver, "damping", 0.0) * np.eye(len(rhs))
+        matrix = dense[curvature] + solver.damping * np.eye(len(rhs))
         exact = np.linalg.solve(matrix, rhs)
-        v = space.ravel(hg.adjoint).double().numpy()
+        v = backend.to_flat(hg.adjoint)
         residual = np.linalg.norm(rhs - matrix @ v) / np.linalg.norm(rhs)
         error = np.linalg.norm(v - exact) / np.linalg.norm(exact)
         print(f"| {label} | {hg.info.steps} | {hg.info.status.name} | {residual:.1e} | {error:.1e} |")

@@ -7,26 +7,17 @@ from bilevel.config import get_backend, get_solver, list_backends, list_precondi
 from bilevel.diagnosis import diagnose
 from bilevel.errors import SolverError, SolverWarning
 from bilevel.hypergradient import hypergradient, hypergradient_from
-from bilevel.linear_solvers import (
-    CG,
-    GMRES,
-    MINRES,
-    BiCGStab,
-    Exact,
-    Identity,
-    Neumann,
-    Nystrom,
-)
-from bilevel.linear_solvers.warm_start import WarmStart
+from bilevel.linear_solvers import CG, GMRES, MINRES, BiCGStab, Exact, Identity, LinearSolver, Neumann, Nystrom
+from bilevel.linearization import Linearization, NonSymmetric
 from bilevel.methods import Unrolled
 from bilevel.preconditioners import DiagonalPreconditioner, NystromPreconditioner
 from bilevel.prepare import extrapolate, prepare
 from bilevel.problems.optimality import FixedPoint, Root
 from bilevel.problems.problem import Problem
-from bilevel.protocols import Linearization
 from bilevel.results import Hypergradient, SolverInfo, Status
 from bilevel.search.inner_solver import scipy_fit
 from bilevel.search.minimize import minimize
+from bilevel.warm_start import WarmStart
 
 __version__ = version("bilevel")
 
@@ -40,8 +31,10 @@ __all__ = [
     "FixedPoint",
     "Hypergradient",
     "Identity",
+    "LinearSolver",
     "Linearization",
     "Neumann",
+    "NonSymmetric",
     "Nystrom",
     "NystromPreconditioner",
     "Problem",

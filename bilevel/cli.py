@@ -1,4 +1,4 @@
-"""The `bilevel` command: `bilevel info`, and `bilevel demo`, the main job on real data."""
+"""The `bilevel` command: `bilevel info`, and `bilevel demo`, an example on real data."""
 
 import argparse
 import dataclasses
@@ -16,7 +16,7 @@ from bilevel.linear_solvers import CG
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code: 2 for input that does not fit, with one line on stderr."""
+    """Run the command and return its exit code: 2 for invalid input, with one line on stderr."""
     arguments = _parser().parse_args(argv)
     try:
         arguments.run(arguments)
@@ -44,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--backend", default="numpy", help="numpy (the default), torch or jax")
     solver = demo.add_mutually_exclusive_group()
-    solver.add_argument("--solver", metavar="NAME", help="see bilevel info; default: CG that suits the model")
+    solver.add_argument("--solver", metavar="NAME", help="see bilevel info; default: CG with options for the model")
     solver.add_argument("--config", metavar="FILE.toml", help="a file with a table [solver]: its name and options")
     demo.add_argument(
         "--set",
@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         help="an option of the solver, its value as in TOML; may be repeated",
     )
-    demo.add_argument("--seed", type=_seed, default=0, help="of the split of the data and the first weights (0)")
+    demo.add_argument("--seed", type=_seed, default=0, help="seed of the data split and the first weights (0)")
     demo.add_argument("--out", metavar="DIR", type=Path, default=Path(), help="folder for the picture (here)")
     demo.set_defaults(run=_demo)
     return parser
@@ -78,13 +78,13 @@ def _seed(text: str) -> int:
 
 
 def _demo(arguments: argparse.Namespace) -> None:
-    from bilevel.demo import demo  # takes a while, and `bilevel info` needs none of it
+    from bilevel.demo import demo  # slow to import, and not needed for `bilevel info`
 
     solver = arguments.solver if arguments.config is None else Path(arguments.config)
     options = dict(arguments.options)
     try:
         get_solver(solver or CG(), **options)
-    except TypeError as error:  # of an option's name or value; any other TypeError is a bug
+    except TypeError as error:  # a wrong option; elsewhere, a TypeError is a bug
         raise ValueError(error) from error
     demo(arguments.backend, solver, options, arguments.seed, arguments.out)
 

@@ -1,4 +1,4 @@
-"""From a name, a mapping or a TOML file to a solver or backend; what is installed is found by entry points."""
+"""Make solvers and backends from names, mappings and TOML files. Entry points list the installed ones."""
 
 import dataclasses
 import importlib.util
@@ -10,8 +10,10 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
+from bilevel.backend import Backend
 from bilevel.errors import suggest
-from bilevel.protocols import Backend, HypergradientMethod, IHVPSolver, Solver
+from bilevel.linear_solvers.linear_solver import LinearSolver
+from bilevel.methods.method import Method
 
 
 @cache
@@ -42,18 +44,18 @@ def list_preconditioners() -> list[str]:
     return sorted(_plugins("bilevel.preconditioners"))
 
 
-def get_solver(spec: Any, **overrides: Any) -> Solver:
+def get_solver(spec: object, **overrides: object) -> LinearSolver[Any] | Method:
     """Return a solver.
 
     Args:
         spec: a name (``"cg"``), a mapping (``{"name": "cg", "maxiter": 20}``), a ``pathlib.Path`` or string
-            ending in ``.toml`` to a file with a table ``[solver]``, or a solver itself. A ``preconditioner`` among the
-            options is a name, a mapping or an object likewise.
+            ending in ``.toml`` to a file with a table ``[solver]``, or a solver object. A ``preconditioner`` among the
+            options is also a name, a mapping or an object.
         **overrides: options that take precedence.
 
     Raises:
-        ValueError: if the name is unknown or an option out of range.
-        TypeError: if an option is unknown or of a wrong type, or spec is none of the above.
+        ValueError: if the name is unknown or an option is out of range.
+        TypeError: if an option is unknown or has a wrong type, or if spec has another type.
 
     >>> get_solver({"name": "cg", "maxiter": 20}, rtol=1e-8)
     CG(maxiter=20, rtol=1e-08, atol=0.0, damping=0.0, preconditioner=None)
@@ -64,20 +66,31 @@ def get_solver(spec: Any, **overrides: Any) -> Solver:
         spec = {"name": spec}
     if isinstance(spec, Mapping):
         return _make("solver", {**spec, **overrides}, 'cg", "maxiter": 20')
-    if isinstance(spec, type) or not isinstance(spec, IHVPSolver | HypergradientMethod):
+    if not isinstance(spec, LinearSolver | Method):
         raise TypeError(
-            "solver: expected a name, a mapping, a TOML file or an object with a method solve() or "
-            f"hypergradient(), got {spec!r}. A namespace or a dataclass becomes a mapping by vars()."
+            "solver: expected a name, a mapping, a TOML file, or an object that subclasses bl.LinearSolver, got "
+            f"{spec!r}. Convert a namespace or a dataclass by vars()."
         )
     if overrides:
         if not dataclasses.is_dataclass(spec):
-            raise TypeError(f"solver: the options of a {type(spec).__name__} cannot be changed: make another one.")
+            raise TypeError(f"solver: the options of a {type(spec).__name__} cannot be changed: make a new one.")
         _check_options("solver", type(spec).__name__, type(spec), overrides)
         return dataclasses.replace(spec, **_nested(overrides))  # pyright: ignore[reportArgumentType, reportReturnType]
     return spec
 
 
-def _make(kind: str, spec: Mapping[str, Any], example: str) -> Any:
+def get_linear_solver(spec: object, user: str) -> LinearSolver[Any]:
+    """Return a linear solver, or raise an error that names its user. Arguments and errors are as in `get_solver`."""
+    solver = get_solver(spec)
+    if not isinstance(solver, LinearSolver):
+        raise TypeError(
+            f"{user} needs a linear solver, such as cg, minres or neumann. {solver.name} runs inner steps and needs "
+            "the problem: use bl.hypergradient."
+        )
+    return solver
+
+
+def _make(kind: str, spec: Mapping[str, object], example: str) -> Any:
     """Return the solver or preconditioner of a name and options."""
     options = dict(spec)
     name = options.pop("name", None)
@@ -91,8 +104,8 @@ def _make(kind: str, spec: Mapping[str, Any], example: str) -> Any:
     return make(**_nested(options))
 
 
-def _nested(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Make the preconditioner among the options, where it is a name or a mapping."""
+def _nested(options: Mapping[str, object]) -> dict[str, Any]:
+    """Make the preconditioner if the option is a name or a mapping."""
     spec = options.get("preconditioner")
     if isinstance(spec, str):
         spec = {"name": spec}
@@ -101,12 +114,12 @@ def _nested(options: Mapping[str, Any]) -> dict[str, Any]:
     return {**options, "preconditioner": _make("preconditioner", spec, 'nystrom", "rank": 20')}
 
 
-def _read_toml(path: Path) -> Mapping[str, Any]:
+def _read_toml(path: Path) -> Mapping[str, object]:
     with path.open("rb") as file:
         try:
             tables = tomllib.load(file)
-        except ValueError as error:  # of its syntax, or of its encoding
-            raise ValueError(f"{path}: this is no TOML: {error}.") from error
+        except ValueError as error:  # wrong syntax or encoding
+            raise ValueError(f"{path}: this is not TOML: {error}.") from error
     table = tables.get("solver")
     if not isinstance(table, dict):
         raise ValueError(f"{path}: expected a table [solver] with a name and options.")
@@ -115,31 +128,30 @@ def _read_toml(path: Path) -> Mapping[str, Any]:
     return table
 
 
-def solver_options(make: Any) -> dict[str, Any]:
-    """Return a solver's options with their defaults."""
+def solver_options(make: type) -> dict[str, Any]:
+    """Return the options of a solver with their defaults."""
     return {field.name: field.default for field in dataclasses.fields(make)} if dataclasses.is_dataclass(make) else {}
 
 
-def _check_options(kind: str, name: str, make: Any, options: Mapping[str, Any]) -> None:
-    if not dataclasses.is_dataclass(make):
-        return
+def _check_options(kind: str, name: str, make: type, options: Mapping[str, object]) -> None:
     known = solver_options(make)
     for option in options:
-        if option not in known:
+        if option not in known and dataclasses.is_dataclass(make):
             raise TypeError(f"{kind} {name!r} has no option {option!r}." + suggest(option, known))
 
 
-def get_backend(spec: Any) -> Backend:
-    """Return a backend by name, or the object itself.
+def get_backend(spec: object) -> Backend:
+    """Return a backend by name, or the given backend object.
 
     Raises:
         ValueError: if the name is unknown.
-        ImportError: if its framework is not installed, with the command that installs it.
+        TypeError: if spec is neither a name nor a backend.
+        ImportError: if the framework is not installed, with the command that installs it.
     """
-    if not isinstance(spec, str):
-        if not hasattr(spec, "linearize"):
-            raise TypeError(f"backend: expected a name or a backend, got {spec!r}.")
+    if isinstance(spec, Backend):
         return spec
+    if not isinstance(spec, str):
+        raise TypeError(f"backend: expected a name or an object that subclasses bilevel.backend.Backend, got {spec!r}.")
     plugins = _plugins("bilevel.backends")
     if spec not in plugins:
         raise ValueError(f"backend: there is no {spec!r}." + suggest(spec, plugins))
@@ -159,5 +171,5 @@ def _load_backend(name: str) -> Backend:
 
 
 def imported_backends() -> list[Backend]:
-    """Return the backends whose framework this process has imported: arrays can come from no other."""
+    """Return the backends whose framework is imported. Arrays cannot belong to other frameworks."""
     return [_load_backend(name) for name in _plugins("bilevel.backends") if name in sys.modules]

@@ -1,56 +1,51 @@
-"""Checks of solver options. A number that is an array of a framework passes: it may be traced."""
+"""Solver options and their checks. The checks accept arrays in place of numbers, because an array may be traced."""
 
 import difflib
 from collections.abc import Sequence
+from dataclasses import fields
 from numbers import Integral, Real
 from typing import Any
 
 
 def is_python_value(value: Any) -> bool:
-    """Tell whether a value can be looked at: an array, which may be traced or on a device, can not."""
+    """Tell whether a value is a number or string of Python, or None. An array may be traced or on a device."""
     return isinstance(value, str | bytes | bool | Real) or value is None
 
 
 def check_real(
-    solver: Any, option: str, *, above: float | None = None, least: float | None = None, below: float = float("inf")
+    solver: Any, *options: str, above: float | None = None, least: float = 0.0, below: float = float("inf")
 ) -> None:
-    """Raise unless the option is a finite number, > ``above`` or >= ``least``, and < ``below``.
+    """Raise a TypeError unless each option is a number, and a ValueError unless it is finite and within the bounds.
 
-    Raises:
-        TypeError: if it is no number.
-        ValueError: if it is out of range.
+    It must be > ``above``, or else >= ``least``, and < ``below``.
     """
-    value = getattr(solver, option)
-    if not is_python_value(value) and hasattr(value, "dtype"):
-        return
-    bound = f"> {above:g}" if above is not None else f">= {least:g}"
+    bound = f">= {least:g}" if above is None else f"> {above:g}"
     bound += f" and < {below:g}" if below < float("inf") else ""
-    what = f"{type(solver).__name__}.{option}: expected a finite number {bound}, got {value!r}."
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(what)
-    number = float(value)
-    in_range = number > above if above is not None else number >= (least or 0.0)
-    if not in_range or not number < below:
-        raise ValueError(what)
+    for option in options:
+        value = getattr(solver, option)
+        if not is_python_value(value) and hasattr(value, "dtype"):
+            continue
+        message = f"{type(solver).__name__}.{option}: expected a finite number {bound}, got {value!r}."
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(message)
+        number = float(value)
+        if not ((number >= least if above is None else number > above) and number < below):
+            raise ValueError(message)
 
 
-def check_int(solver: Any, option: str, *, least: int) -> None:
-    """Raise unless the option is an integer >= ``least``.
-
-    Raises:
-        TypeError: if it is no integer.
-        ValueError: if it is out of range.
-    """
-    value = getattr(solver, option)
-    what = f"{type(solver).__name__}.{option}: expected an integer >= {least}, got {value!r}."
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(what)
-    if value < least:
-        raise ValueError(what)
+def check_int(solver: Any, *options: str, least: int) -> None:
+    """Raise a TypeError unless each option is an integer, and a ValueError unless it is >= ``least``."""
+    for option in options:
+        value = getattr(solver, option)
+        message = f"{type(solver).__name__}.{option}: expected an integer >= {least}, got {value!r}."
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise TypeError(message)
+        if value < least:
+            raise ValueError(message)
 
 
 def check_choice(solver: Any, option: str, choices: Sequence[Any]) -> None:
-    """Raise a ValueError unless the option is one of the choices; suggest the nearest word."""
+    """Raise a ValueError unless the option is one of the choices. Suggest the most similar string."""
     value = getattr(solver, option)
     if any(type(value) is type(choice) and value == choice for choice in choices):
         return
@@ -61,3 +56,19 @@ def check_choice(solver: Any, option: str, choices: Sequence[Any]) -> None:
         f'{type(solver).__name__}.{option}: expected {listed} or "{choices[-1]}", got {value!r}.'
         + (f' Did you mean "{close[0]}"?' if close else "")
     )
+
+
+def check_step_size(solver: Any) -> None:
+    """Raise a TypeError or ValueError unless ``step_size`` is a positive number or "auto"."""
+    if not isinstance(solver.step_size, str):
+        check_real(solver, "step_size", above=0)
+    elif solver.step_size != "auto":
+        name = type(solver).__name__
+        raise ValueError(f'{name}.step_size: expected a number > 0 or "auto", got {solver.step_size!r}.')
+
+
+def summary(owner: Any) -> str:
+    """Return the text of a solver, a frozen dataclass, with only the options that differ from their defaults."""
+    options = [(field.name, getattr(owner, field.name), field.default) for field in fields(owner)]
+    given = ", ".join(f"{name}={value!r}" for name, value, default in options if value is not default)
+    return f"{type(owner).__name__}({given})"

@@ -1,71 +1,74 @@
-"""What one call can hand on to the next: work that is done once, and a guess of the next adjoint."""
+"""Reuse work between calls: prepared solvers, and extrapolated adjoints."""
 
 from typing import Any
 
+from bilevel.backend import Backend
 from bilevel.config import get_solver
-from bilevel.linear_solvers.prepared import prepared
-from bilevel.protocols import Backend, BilevelProblem, Point, Tree
-from bilevel.validation import check_like, check_operator, check_point, find_backend
+from bilevel.hypergradient import SolverSpec
+from bilevel.linear_solvers.linear_solver import LinearSolver
+from bilevel.methods.implicit import Implicit, as_method
+from bilevel.methods.method import Level, Method
+from bilevel.problems.protocols import BilevelProblem
+from bilevel.spaces.array import Args, P
+from bilevel.validation import check_inputs, check_like, check_stateless, find_backend
 
 
 def prepare(
-    solver: Any,
+    solver: SolverSpec,
     problem: BilevelProblem,
-    params: Tree,
-    hparams: Tree,
+    params: object,
+    hparams: object,
     *,
-    inner_args: tuple[Any, ...] = (),
-    backend: Any = None,
-) -> Any:
-    """Return the solver with its preliminary work done, for several calls at about these params and hparams.
+    inner_args: Args | list[Args] = (),
+    backend: Backend | str | None = None,
+) -> LinearSolver[Any] | Method:
+    """Return the solver with its preliminary work done, for several calls near these params and hparams.
 
-    Fixes what a solver otherwise finds out at each call, by products with the Hessian: the automatic step size of
-    ``neumann``, the sketch of ``nystrom``, the preconditioner of ``cg``. Other solvers come back as they are. It
-    holds as long as the Hessian has not moved much: prepare again every so many outer steps.
+    By default, a solver computes some values at each call by products with the Hessian. The result stores them: the
+    automatic step size of ``neumann`` and ``unrolled``, the sketch of ``nystrom``, the preconditioner of ``cg``. Other
+    solvers are returned unchanged. Prepare again after some outer steps, when the Hessian has changed.
 
     Args:
-        solver: a name, a mapping with ``name`` and options, a TOML file, or a solver object.
-        problem: as in `hypergradient`; its outer objective is not evaluated.
-        params: w, a tree of floating-point arrays.
-        hparams: λ, likewise.
-        inner_args: further arguments of L; of a list of batches, the first is used.
-        backend: a name or object; None: by the type of the arrays.
+        solver, params, hparams, backend: as in `hypergradient`.
+        problem: as in `hypergradient`. The outer objective is not evaluated.
+        inner_args: further arguments of L. If they are a list of batches, only the first batch is used.
 
     Raises:
-        TypeError, ValueError: for input that does not fit.
+        TypeError, ValueError: for invalid input.
 
     >>> import numpy as np, bilevel as bl
     >>> problem = bl.problems.quadratic(hessian=np.diag([1.0, 4.0]), coupling=np.eye(2), target=np.ones(2))
-    >>> float(bl.prepare("neumann", problem, np.zeros(2), np.zeros(2)).step_size)
+    >>> float(bl.prepare("neumann", problem, np.zeros(2), np.zeros(2)).state)
     0.25
     """
-    solver = get_solver(solver)
+    found = get_solver(solver)
+    method = as_method(found)
     backend = find_backend(backend, params, hparams)
-    point = Point(params, hparams, inner_args)
-    check_point(backend, point)
-    if not hasattr(solver, "prepare"):
-        return solver
-    return prepared(solver, backend.execute(_prepare, solver, problem, point))
+    batches = check_inputs(backend, params, hparams, inner_args)
+    check_stateless(backend, found)
+    state = backend.run(_init, method, problem, params, hparams, batches)
+    prepared = method.with_state(state, backend.space(params).layout(params))
+    return prepared.solver if isinstance(prepared, Implicit) else prepared
 
 
-def _prepare(backend: Backend, solver: Any, problem: BilevelProblem, point: Point) -> dict[str, Any]:
-    hvp = problem.derivatives(backend, point.params, point.hparams, point.batches[0]).hvp
-    check_operator(solver, hvp)
-    return solver.prepare(hvp, point.params, backend.space)
+def _init(
+    backend: Backend, method: Method, problem: BilevelProblem, params: object, hparams: object, batches: list[Args]
+) -> object:
+    return method.init(Level(backend, problem, params, hparams, batches))
 
 
-def extrapolate(adjoint: Tree, previous: Tree | None, *, backend: Any = None) -> Tree:
-    """Return 2·adjoint − previous: where the adjoint of the next outer step should be if it goes on as it went.
+def extrapolate(adjoint: P, previous: P | None, *, backend: Backend | str | None = None) -> P:
+    """Return 2·adjoint − previous, a linear extrapolation to the adjoint of the next outer step.
 
-    A better warm start (``adjoint0``) than the last adjoint alone once the outer steps are small and regular.
+    If the outer steps are small and regular, it is a better warm start (``adjoint0``) than the last adjoint.
 
     Args:
-        adjoint: of the last call.
-        previous: of the call before; None at the first step, which returns ``adjoint``.
-        backend: a name or object; None: by the type of the arrays.
+        adjoint: the adjoint of the last call.
+        previous: the adjoint of the call before. None, at the first step: return ``adjoint``.
+        backend: as in `hypergradient`.
 
     Raises:
-        TypeError, ValueError: if the two do not fit together.
+        TypeError, ValueError: if the two trees have different frameworks, structures or shapes.
 
     >>> import numpy as np
     >>> extrapolate(np.array([3.0]), np.array([1.0]))
@@ -75,4 +78,5 @@ def extrapolate(adjoint: Tree, previous: Tree | None, *, backend: Any = None) ->
         return adjoint
     backend = find_backend(backend, adjoint, previous, ("adjoint", "previous"))
     check_like(backend, "previous", previous, "adjoint", adjoint)
-    return backend.space.axpy(-1.0, previous, backend.space.scale(2.0, adjoint))
+    space = backend.space(adjoint)
+    return space.axpy(-1.0, previous, space.scale(2.0, adjoint))

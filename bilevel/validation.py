@@ -1,23 +1,24 @@
-"""Checks of what a caller hands over; each error names the leaf by its path."""
+"""Checks of arguments. Errors name a leaf by its path."""
 
 from typing import Any
 
+from bilevel.backend import Backend
 from bilevel.config import get_backend, imported_backends
-from bilevel.protocols import Backend, NonSymmetric, Point, Stochastic, Tree
+from bilevel.linear_solvers.linear_solver import LinearSolver
+from bilevel.methods.method import Method
+from bilevel.spaces.array import Args
 
 TREES = (
-    "A tree is made of dicts, lists and tuples of arrays; that of a module is dict(module.named_parameters()) in "
-    "torch, nnx.state(module, nnx.Param) in Flax, eqx.filter(module, eqx.is_inexact_array) in Equinox. A number "
-    "becomes an array by np.array, torch.tensor or jnp.asarray."
+    "A tree consists of dicts, lists and tuples of arrays. For a module, use dict(module.named_parameters()) in "
+    "torch, nnx.state(module, nnx.Param) in Flax, eqx.filter(module, eqx.is_inexact_array) in Equinox. Convert a "
+    "number by np.array, torch.tensor or jnp.asarray."
 )
 
 
-def find_backend(spec: Any, params: Tree, hparams: Tree, names: tuple[str, str] = ("params", "hparams")) -> Backend:
-    """Return the backend asked for, or the one that owns the arrays.
-
-    Raises:
-        TypeError: if the arrays belong to no backend, or to different ones.
-    """
+def find_backend(
+    spec: Backend | str | None, params: object, hparams: object, names: tuple[str, str] = ("params", "hparams")
+) -> Backend:
+    """Return the given backend, or the backend of the arrays. Raise a TypeError unless there is exactly one."""
     if spec is not None:
         return get_backend(spec)
     owners = [
@@ -30,49 +31,56 @@ def find_backend(spec: Any, params: Tree, hparams: Tree, names: tuple[str, str] 
     if not owners:
         raise TypeError(
             f"{names[0]} and {names[1]}: expected trees of NumPy, torch or JAX arrays, got {type(params).__name__} and "
-            f"{type(hparams).__name__} without any. {TREES}"
+            f"{type(hparams).__name__} without arrays. {TREES}"
         )
     (first, found), (last, other) = owners[0], owners[-1]
     if found is not other:
         raise TypeError(
-            f"{first} is an array of {found.name}, but {last} one of {other.name}: "
-            f"{names[0]} and {names[1]} must be of one framework."
+            f"{first} is an array of {found.name}, but {last} is an array of {other.name}: "
+            f"{names[0]} and {names[1]} must belong to one framework."
         )
     return found
 
 
-def check_point(backend: Backend, point: Point) -> None:
-    """Raise unless params, hparams and adjoint0 are trees that can be differentiated together.
+def check_inputs(
+    backend: Backend,
+    params: object,
+    hparams: object,
+    inner_args: object = (),
+    outer_args: object = (),
+    adjoint0: object = None,
+) -> list[Args]:
+    """Return the list of batches of the inner arguments.
 
     Raises:
-        TypeError: for leaves of another framework or that are not floating-point, or args that are no tuple: for
-            inner_args, also no list of tuples, one per batch.
-        ValueError: for empty trees, different devices, an adjoint0 unlike params, or a list of no batches.
+        TypeError: if a leaf of params or hparams belongs to another framework or is not floating-point, or if arguments
+            are not a tuple. inner_args may also be a list of tuples, one per batch.
+        ValueError: for empty trees, different devices, an adjoint0 unlike params, or an empty list of batches.
     """
-    trees = {"params": point.params, "hparams": point.hparams, "adjoint0": point.adjoint0}
-    if point.params is None or point.hparams is None:
-        raise ValueError(f"{'params' if point.params is None else 'hparams'} is None.")
-    check_trees(backend, trees, {"adjoint0": "params"})
-    if not backend.space.size(point.params):
+    if params is None or hparams is None:
+        raise ValueError(f"{'params' if params is None else 'hparams'} is None.")
+    check_trees(backend, {"params": params, "hparams": hparams, "adjoint0": adjoint0}, {"adjoint0": "params"})
+    if not backend.space(params).size:
         raise ValueError("params has no entries: all its leaves are empty.")
-    if not isinstance(point.inner_args, list):
-        args = {"inner_args": point.inner_args}
-    elif point.inner_args:
-        args = {f"inner_args[{i}]": batch for i, batch in enumerate(point.inner_args)}
+    if not isinstance(inner_args, list):
+        args = {"inner_args": inner_args}
+    elif inner_args:
+        args = {f"inner_args[{i}]": batch for i, batch in enumerate(inner_args)}
     else:
-        raise ValueError("inner_args: the list has no batch; without further arguments, leave inner_args out.")
-    for name, value in {**args, "outer_args": point.outer_args}.items():
+        raise ValueError("inner_args: the list has no batch. If there are no arguments, leave inner_args out.")
+    for name, value in {**args, "outer_args": outer_args}.items():
         if not isinstance(value, tuple):
             hint = " A list holds one tuple per batch, as in inner_args=[(x0, y0), (x1, y1)]." if name in args else ""
             raise TypeError(
                 f"{name}: expected a tuple of arguments, as in {name}=(x, y), got {type(value).__name__}.{hint}"
             )
+    return list(args.values())  # pyright: ignore[reportReturnType]
 
 
-def check_trees(backend: Backend, trees: dict[str, Tree | None], like: dict[str, str]) -> None:
-    """Raise unless these are trees of floating-point arrays on one device; None stands for an absent one.
+def check_trees(backend: Backend, trees: dict[str, object], like: dict[str, str]) -> None:
+    """Raise unless these are trees of floating-point arrays on one device. None is an absent tree.
 
-    ``like`` says which tree must have the structure, shapes and dtypes of which other.
+    ``like`` maps the name of a tree to the name of another tree that must have the same structure, shapes and dtypes.
     """
     first: tuple[str, str] | None = None
     for name, tree in trees.items():
@@ -82,7 +90,7 @@ def check_trees(backend: Backend, trees: dict[str, Tree | None], like: dict[str,
         for path, leaf in leaves:
             where = _check_leaf(backend, name + path, leaf)
             if where is not None and first is not None and where != first[1]:
-                raise ValueError(f"{name}{path} is on {where}, but {first[0]} on {first[1]}: move them together.")
+                raise ValueError(f"{name}{path} is on {where}, but {first[0]} is on {first[1]}: move one of them.")
             first = first or (where and (name + path, where)) or None
     for name, other in like.items():
         if trees[name] is not None:
@@ -98,17 +106,18 @@ def _check_leaf(backend: Backend, path: str, leaf: Any) -> str | None:
             f"{path}: expected a floating-point leaf, got {leaf.dtype} of shape {tuple(leaf.shape)}. "
             "Convert it, or pass it through inner_args and outer_args."
         )
+    backend.check_leaf(path, leaf)
     return backend.device(leaf)
 
 
-def check_dtypes(backend: Backend, name: str, tree: Tree, other: str, reference: Tree) -> None:
+def check_dtypes(backend: Backend, name: str, tree: object, other: str, reference: object) -> None:
     """Raise a TypeError unless two trees of one structure have the same dtypes."""
     for (path, leaf), (_, like) in zip(backend.leaves(tree), backend.leaves(reference), strict=True):
         if leaf.dtype != like.dtype:
-            raise TypeError(f"{name}{path} is {leaf.dtype}, but {other}{path} {like.dtype}: convert one of them.")
+            raise TypeError(f"{name}{path} is {leaf.dtype}, but {other}{path} is {like.dtype}: convert one of them.")
 
 
-def check_like(backend: Backend, name: str, tree: Tree, other: str, reference: Tree) -> None:
+def check_like(backend: Backend, name: str, tree: object, other: str, reference: object) -> None:
     """Raise a ValueError unless two trees of arrays have the same structure and shapes."""
     leaves = backend.leaves(tree)
     for path, leaf in leaves:
@@ -125,69 +134,34 @@ def check_like(backend: Backend, name: str, tree: Tree, other: str, reference: T
             )
 
 
-def check_operator(solver: Any, operator: Any) -> None:
-    """Raise a TypeError if a solver cannot do with an operator of this kind."""
-    if isinstance(operator, Stochastic) and not getattr(solver, "stochastic", False):
+def check_stateless(backend: Backend, solver: LinearSolver[Any] | Method) -> None:
+    """Raise a TypeError if a solver keeps a state and the backend compiles."""
+    if solver.stateful and backend.compiles:
         raise TypeError(
-            f"inner_args is a list, a batch per product, but {type(solver).__name__} needs the same Hessian in all of "
-            'them. Use solver="neumann" or "unrolled", or give one tuple: inner_args=(x, y).'
-        )
-    if isinstance(operator, NonSymmetric) and not getattr(solver, "nonsymmetric", False):
-        raise TypeError(
-            f"{type(solver).__name__} relies on a symmetric operator, which that of a fixed point or a root is "
-            'not. Use solver="gmres" or "bicgstab", {"name": "neumann", "step_size": 1.0} where the step contracts, '
-            '"exact" where params is small, or "identity".'
+            f"{type(solver).__name__} keeps a state between calls, which is not possible in compiled code. Return "
+            "hg.adjoint from your step, and pass adjoint0=hg.adjoint to the next call. To reuse a step size, sketch or "
+            "preconditioner, pass the solver that bl.prepare returns."
         )
 
 
-def check_prepared(backend: Backend, solver: Any, name: str, params: Tree) -> None:
-    """Raise unless the diagonal or the sketch that a solver or its preconditioner holds is one for these params.
-
-    Raises:
-        TypeError, ValueError: naming the leaf.
-    """
-    for prefix, owner in (("", solver), ("preconditioner.", getattr(solver, "preconditioner", None))):
-        diagonal, sketch = getattr(owner, "diagonal", None), getattr(owner, "sketch", None)
-        if diagonal is not None:
-            what = f"{prefix}diagonal"
-            check_trees(backend, {name: params, what: diagonal}, {what: name})
-        if sketch is not None:
-            if not hasattr(sketch, "vectors"):
-                raise TypeError(f"{prefix}sketch: expected one that bl.prepare has made, got {type(sketch).__name__}.")
-            expected, found = (dict(backend.leaves(tree)) for tree in (params, sketch.vectors))
-            for path in {**expected, **found}:
-                a, b = expected.get(path), found.get(path)
-                if a is None or b is None or a.dtype != b.dtype or tuple(a.shape) != tuple(b.shape[1:]):
-                    raise ValueError(
-                        f"{prefix}sketch was prepared for other params: {name}{path} differs. Prepare anew."
-                    )
-
-
-def leaf_names(backend: Backend, name: str, tree: Tree) -> str:
-    """Return the leaves of a tree by their paths, for an error."""
+def leaf_names(backend: Backend, name: str, tree: object) -> str:
+    """Return the paths of the leaves of a tree, for an error."""
     return ", ".join(name + path for path, _ in backend.leaves(tree)) or name
 
 
-def depends_on_nothing(backend: Backend, role: str, params: Tree, hparams: Tree) -> str:
-    """Return the beginning of an error about an objective that has no derivative at all."""
+def depends_on_nothing(backend: Backend, label: str, params: object, hparams: object) -> str:
+    """Return the beginning of an error about an objective without any derivative."""
     in_params = leaf_names(backend, "params", params)
-    if role == "inner":
+    if label == "inner":
         return f"inner does not depend on {in_params}"
-    return f"{role} depends on neither {in_params} nor {leaf_names(backend, 'hparams', hparams)}"
+    return f"{label} depends on neither {in_params} nor {leaf_names(backend, 'hparams', hparams)}"
 
 
-def check_scalar(role: str, value: Any) -> None:
-    """Raise unless an objective returned one floating-point number: an array of shape ().
-
-    Raises:
-        TypeError: if it returned no array.
-        ValueError: if it returned another shape.
-    """
+def check_scalar(label: str, value: Any) -> None:
+    """Raise a TypeError unless an objective returns a floating-point array, and a ValueError unless its shape is ()."""
     if not hasattr(value, "shape"):
-        raise TypeError(f"{role}: expected a scalar array, got {type(value).__name__}.")
+        raise TypeError(f"{label}: expected a scalar array, got {type(value).__name__}.")
     if not str(value.dtype).rpartition(".")[2].startswith(("float", "bfloat")):
-        raise TypeError(f"{role}: expected a floating-point scalar, got {value.dtype}: it has no derivative.")
-    if tuple(value.shape) != ():
-        raise ValueError(
-            f"{role}: expected a scalar, got an array of shape {tuple(value.shape)}. Take its mean or sum."
-        )
+        raise TypeError(f"{label}: expected a floating-point scalar, got {value.dtype}, which has no derivative.")
+    if shape := tuple(value.shape):
+        raise ValueError(f"{label}: expected a scalar, got an array of shape {shape}. Take its mean or sum.")

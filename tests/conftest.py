@@ -22,12 +22,30 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.register_profile("explore", deadline=None)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeat"))
+PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "repeat")
+settings.load_profile(PROFILE)
+FEW = 3 if PROFILE == "repeat" else 100  # examples in JAX
 
 collect_ignore = [
     "helpers",  # imported by the tests, some run by them in processes
     "thirdparty",  # a separate distribution: project/test_thirdparty.py runs its tests
 ]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """Draw fewer examples where JAX compiles for each: the arithmetic is that of NumPy, which is tested with all."""
+    test = getattr(item, "obj", None)
+    test = getattr(test, "__func__", test)
+    drawn = getattr(test, "_hypothesis_internal_use_settings", None)
+    parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    if drawn is None or "jax" not in parameters:
+        return (yield)
+    test._hypothesis_internal_use_settings = settings(drawn, max_examples=min(FEW, drawn.max_examples))
+    try:
+        return (yield)
+    finally:
+        test._hypothesis_internal_use_settings = drawn
 
 
 @pytest.fixture(params=FRAMEWORKS, scope="session")

@@ -45,7 +45,7 @@ class TestNames:
     def test_a_preconditioner_that_is_none(self):
         for wrong in ("nystrom", 3, bl.NystromPreconditioner):
             with pytest.raises(
-                TypeError, match=r"CG\.preconditioner: expected an object with methods prepare\(\) and apply"
+                TypeError, match=r"CG\.preconditioner: expected an object with methods init\(\) and apply"
             ):
                 bl.CG(preconditioner=wrong)
 
@@ -72,9 +72,9 @@ class TestNames:
             (
                 Namespace(name="cg"),
                 TypeError,
-                r"got Namespace\(name='cg'\)\. A namespace .* vars\(\)",
+                r"got Namespace\(name='cg'\)\. Convert a namespace .* vars\(\)",
             ),
-            (3, TypeError, "expected a name, a mapping, a TOML file or an object"),
+            (3, TypeError, "expected a name, a mapping, a TOML file, or an object"),
             (bl.CG, TypeError, "expected a name, a mapping"),
             ({"name": "cg", "maxiter": -1}, ValueError, r"CG\.maxiter: expected an integer >= 0, got -1"),
             ({"name": "cg", "maxiter": 2.5}, TypeError, r"CG\.maxiter: expected an integer >= 0, got 2\.5"),
@@ -155,7 +155,7 @@ class TestConfig:
             bl.get_solver(file)
         for encoding in ("utf-8", "utf-8-sig", "utf-16"):  # the last two as Windows may save it
             file.write_text("[solver\n", encoding)
-            with pytest.raises(ValueError, match=r"solver\.toml: this is no TOML"):
+            with pytest.raises(ValueError, match=r"solver\.toml: this is not TOML"):
                 bl.get_solver(file)
 
     def test_a_preconditioner_within(self, tmp_path):

@@ -1,44 +1,21 @@
 """The hypergradient against closed forms, on every backend."""
 
 import re
+import sys
 import warnings
 
 import numpy as np
 import pytest
-from frameworks import DTYPES, FRAMEWORKS, framework, relative_error, symmetric, tolerance
+from cases import diagonal, quadratic
+from frameworks import DTYPES, FRAMEWORKS, framework, relative_error, tolerance
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import linalg
 
 import bilevel as bl
 from bilevel import Status
-from bilevel.testing.conformance.problems import QUADRATIC
 
 seeds = st.integers(0, 2**32 - 1)
-
-
-class Case:
-    """A quadratic problem with its minimizer and hypergradient in closed form, moved to a framework."""
-
-    def __init__(self, backend, seed=0, weights=6, hypers=4, dtype=np.float64, at_minimum=True):
-        rng = np.random.default_rng(seed)
-        H = symmetric(np.linspace(1, 4, weights), seed)
-        B, t, c, d = (rng.standard_normal(shape) for shape in ((weights, hypers), weights, weights, hypers))
-        self.hparams_ = rng.standard_normal(hypers)
-        self.params_ = linalg.solve(H, B @ self.hparams_ + c) if at_minimum else rng.standard_normal(weights)
-        self.adjoint = linalg.solve(H, self.params_ - t)
-        self.expected = d + B.T @ self.adjoint
-        self.value = 0.5 * np.sum((self.params_ - t) ** 2) + d @ self.hparams_
-
-        def move(*arrays):
-            return tuple(backend.from_numpy(np.asarray(a, dtype)) for a in arrays)
-
-        self.params, self.hparams = move(self.params_, self.hparams_)
-        self.args = {"inner_args": move(H, B, c), "outer_args": move(t, d)}
-
-    def hypergradient(self, solver="cg", **options):
-        options = {"params": self.params, "hparams": self.hparams, "solver": solver, **self.args, **options}
-        return bl.hypergradient(QUADRATIC, **options)
 
 
 ACCURATE = [bl.CG(rtol=1e-6), bl.MINRES(rtol=1e-6), bl.GMRES(rtol=1e-6), bl.Neumann(terms=400), bl.Exact()]
@@ -47,9 +24,9 @@ ACCURATE = [bl.CG(rtol=1e-6), bl.MINRES(rtol=1e-6), bl.GMRES(rtol=1e-6), bl.Neum
 @pytest.mark.parametrize("solver", ACCURATE, ids=lambda s: type(s).__name__)
 def test_every_solver_reaches_the_closed_form_in_float32(backend, solver):
     """In float64, and by unrolling, the suites of `bilevel.testing` see to it."""
-    case = Case(backend, dtype=np.float32)
+    case = quadratic(backend, dtype=np.float32)
     hg = case.hypergradient(solver)
-    assert relative_error(backend.to_numpy(hg.grad), case.expected) <= tolerance(np.float32, condition=40)
+    assert relative_error(backend.to_numpy(hg.grad), case.grad) <= tolerance(np.float32, condition=40)
     assert relative_error(backend.to_numpy(hg.adjoint), case.adjoint) <= tolerance(np.float32, condition=40)
     assert relative_error(backend.to_host(hg.value), case.value) <= tolerance(np.float32)
     assert backend.to_numpy(hg.grad).dtype == np.float32
@@ -58,22 +35,22 @@ def test_every_solver_reaches_the_closed_form_in_float32(backend, solver):
 
 @given(seed=seeds, weights=st.sampled_from([1, 3, 8]), hypers=st.sampled_from([1, 5]))
 def test_backends_agree_with_the_closed_form_anywhere(backend, seed, weights, hypers):
-    case = Case(backend, seed, weights, hypers, at_minimum=False)
+    case = quadratic(backend, np.linspace(1, 4, weights), hypers, seed=seed, away=1.0, as_data=True)
     hg = case.hypergradient({"name": "cg", "rtol": 1e-12})
-    assert relative_error(backend.to_numpy(hg.grad), case.expected) <= 1e-9
+    assert relative_error(backend.to_numpy(hg.grad), case.grad) <= 1e-9
 
 
 def test_a_warm_start_saves_all_steps(backend):
-    case = Case(backend)
+    case = quadratic(backend)
     first = case.hypergradient({"name": "cg", "rtol": 1e-10})
     again = case.hypergradient(adjoint0=first.adjoint)
     assert first.info.steps > 0
     assert again.info.steps == 0
-    assert relative_error(backend.to_numpy(again.grad), case.expected) <= 1e-9
+    assert relative_error(backend.to_numpy(again.grad), case.grad) <= 1e-9
 
 
 def test_eager_info_is_plain_python(backend):
-    case = Case(backend)
+    case = quadratic(backend)
     info = case.hypergradient().info
     assert isinstance(info.steps, int)
     assert isinstance(info.residual_norm, float)
@@ -81,10 +58,11 @@ def test_eager_info_is_plain_python(backend):
 
 
 def test_a_linearization_filled_by_hand_gives_the_same(backend):
-    case = Case(backend)
-    lin = backend.linearize(QUADRATIC, case.params, case.hparams, **case.args)
-    by_hand = bl.hypergradient_from(bl.Linearization(*lin), solver="exact")
-    assert relative_error(backend.to_numpy(by_hand.grad), case.expected) <= 1e-12
+    case = quadratic(backend)
+    outer = backend.outer(case.problem.outer, case.params, case.hparams, case.args.get("outer_args", ()))
+    at = case.problem.linearize(backend, case.params, case.hparams, case.args.get("inner_args", ()))
+    by_hand = bl.hypergradient_from(bl.Linearization(*outer, at.vjp_params, at.vjp_hparams), solver="exact")
+    assert relative_error(backend.to_numpy(by_hand.grad), case.grad) <= 1e-12
     assert by_hand.params is None
 
 
@@ -191,13 +169,11 @@ class TestModels:
     def test_the_quadratic_matches_its_closed_form(self, seed, weights, hypers):
         """Square couplings too, where a transposed one would have the right shape."""
         numpy = framework("numpy")
-        case = Case(numpy, seed, weights, hypers)
-        (H, B, c), (t, d) = case.args["inner_args"], case.args["outer_args"]
-        problem = bl.problems.quadratic(hessian=H, coupling=B, target=t, offset=c, direct=d)
-        hg = bl.hypergradient(problem, case.params, case.hparams, solver="exact")
-        assert relative_error(hg.grad, case.expected) <= 1e-10
+        case = quadratic(numpy, np.linspace(1, 4, weights), hypers, seed=seed)
+        hg = case.hypergradient("exact")
+        assert relative_error(hg.grad, case.grad) <= 1e-10
         assert relative_error(hg.value, case.value) <= 1e-12
-        w = problem.inner.grad(case.params, case.hparams)
+        w = case.problem.inner.grad(case.params, case.hparams)
         assert np.linalg.norm(w) <= 1e-10
 
     @given(seed=seeds, hypers=st.sampled_from(["shared", "feature", "groups"]))
@@ -269,7 +245,7 @@ class TestModels:
     def test_targets_that_would_broadcast(self, backend, problem, role, cut):
         X, y, w, h = map(backend.from_numpy, (np.ones((4, 3)), np.ones(4), np.ones(3), np.ones(3)))
         data = {"inner_args": (X, y), "outer_args": (X, y), role: (X, y[cut])}
-        with pytest.raises(ValueError, match=r"y: expected shape \(4,\), got \((4, 1|1,)\)"):
+        with pytest.raises(ValueError, match=r"y: expected shape \(4,\), with the rows of X, got \((4, 1|1,)\)"):
             bl.hypergradient(problem, w, h, **data)
 
     @pytest.mark.parametrize("problem", [bl.problems.ridge(), bl.problems.logistic_regression()], ids=["ridge", "log"])
@@ -284,10 +260,68 @@ class TestModels:
 
 
 def test_float32_stays_float32_throughout(backend):
-    case = Case(backend, dtype=np.float32)
+    case = quadratic(backend, dtype=np.float32)
     for solver in ("identity", "neumann", "cg", "minres", "exact", "unrolled"):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", bl.SolverWarning)
             hg = case.hypergradient(solver)
         for tree in (hg.grad, hg.adjoint, hg.value, hg.params):
             assert backend.to_numpy(tree).dtype == np.float32
+
+
+class Counted:
+    """A backend that counts products and evaluations, wherever they run."""
+
+    def __init__(self, backend):
+        self.products, self.evaluations = [], []
+
+        def count(log):
+            if backend.name == "jax":
+                sys.modules["jax"].debug.callback(lambda: log.append(1))
+            else:
+                log.append(1)
+
+        def product(function):
+            return lambda v: count(self.products) or function(v)
+
+        class Counting(type(backend)):
+            def inner(_, *args):
+                found = super().inner(*args)
+                count(self.evaluations)
+                return found._replace(vjp_params=product(found.vjp_params))
+
+            def outer(_, *args, **options):
+                count(self.evaluations)
+                return super().outer(*args, **options)
+
+        self.backend = Counting()
+
+    def numbers(self, *case, **options):
+        self.products.clear()
+        self.evaluations.clear()
+        bl.hypergradient(*case, backend=self.backend, **options)
+        if self.backend.name == "jax":
+            sys.modules["jax"].effects_barrier()
+        return len(self.products), len(self.evaluations)
+
+
+@pytest.mark.parametrize(
+    "solver", [bl.CG(), bl.CG(maxiter=1), bl.Neumann(step_size=1.0), bl.MINRES(maxiter=2)], ids=repr
+)
+def test_a_warning_takes_no_product_and_no_evaluation(backend, solver):
+    case, counted = diagonal([-1.0, 2.0, 4.0], backend), Counted(backend)
+    quiet = counted.numbers(*case, solver=solver, on_failure="ignore")
+    with pytest.warns(bl.SolverWarning):
+        assert counted.numbers(*case, solver=solver) == quiet
+    assert quiet[1] == 2
+
+
+def test_info_as_numbers_for_a_logger(backend):
+    info = quadratic(backend, away=0.1).hypergradient().info
+    numbers = info.as_dict("inner/")
+    assert set(numbers) == {f"inner/{name}" for name in (*info._fields, "converged")}
+    assert all(type(number) in (int, float) for number in numbers.values())
+    assert numbers["inner/converged"] == 1
+    case = quadratic(backend, away=0.1)
+    slope = case.matrix @ (backend.to_numpy(case.params) - case.minimum)
+    assert numbers["inner/inner_grad_norm"] == pytest.approx(np.linalg.norm(slope), rel=1e-9)

@@ -1,32 +1,36 @@
 """Gauss-Newton products, linearized once."""
 
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from bilevel.problems.model_loss import ModelLoss
-from bilevel.protocols import Operator
+from bilevel.spaces.array import Args, P
 from bilevel.validation import check_scalar
 from bilevel_jax.dependence import depends
 
 
-def gauss_newton(inner: ModelLoss, params: Any, hparams: Any, args: tuple[Any, ...]) -> Operator:
-    """Return v -> Jᵀ (∂²loss/∂output²) J v + ∂²penalty/∂w² v, for use inside loops."""
+def gauss_newton(inner: ModelLoss, params: P, hparams: object, args: Args) -> Callable[[P], P]:
+    """Return v -> Jᵀ (∂²loss/∂output²) J v + ∂²penalty/∂w² v with J = ∂output/∂w, for use inside loops.
+
+    Raises:
+        ValueError: if the output of the model does not depend on params.
+    """
     x, *targets = args
     output, structure = jax.tree.flatten(inner.model(params, hparams, x))
     varying = [i for i, z in enumerate(output) if jnp.issubdtype(z.dtype, jnp.floating)]
 
-    def model(w: Any) -> list[Any]:
+    def model(w: P) -> list[jax.Array]:
         leaves = jax.tree.leaves(inner.model(w, hparams, x))
         return [leaves[i] for i in varying]
 
     if not depends(model, params):
         raise ValueError(
-            "the output of model does not depend on params: use that argument inside it, without jax.lax.stop_gradient."
+            "the output of model does not depend on params. Use that argument inside it, without jax.lax.stop_gradient."
         )
 
-    def loss(zs: list[Any]) -> Any:
+    def loss(zs: list[jax.Array]) -> jax.Array:
         whole = dict(enumerate(output)) | dict(zip(varying, zs, strict=True))
         value = inner.loss(jax.tree.unflatten(structure, whole.values()), *targets)
         check_scalar("loss", value)

@@ -2,52 +2,51 @@
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Any
 
 import jax
 from jax import lax
 
-from bilevel.config import get_solver
+from bilevel.config import get_linear_solver
 from bilevel.convergence import OnFailure, check_on_failure
-from bilevel.protocols import HypergradientMethod
-from bilevel.validation import check_prepared, check_trees
-from bilevel_jax.backend import backend, check_stateless
-from bilevel_jax.implicit_jvp import attach_derivative
+from bilevel.hypergradient import SolverSpec
+from bilevel.spaces.array import V
+from bilevel.validation import check_stateless, check_trees
+from bilevel_jax.backend import backend
+from bilevel_jax.implicit_jvp import with_implicit_jvp
 
 
 def implicit_minimizer(
-    inner: Callable[..., Any], solver: Any = "cg", *, on_failure: OnFailure = "warn"
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    inner: Callable[..., object], solver: SolverSpec = "cg", *, on_failure: OnFailure = "warn"
+) -> Callable[[Callable[..., V]], Callable[..., V]]:
     """Return a decorator that makes a training function differentiable, without differentiating the training.
 
-    Of w*(λ) = argmin over w of L(w, λ), the derivative along a change u of λ is −[∂²L/∂w²]⁻¹ (∂²L/∂λ∂w) u (Lorraine,
-    Vicol & Duvenaud, AISTATS 2020, theorem 1). So ``jax.grad(lambda h: outer(solve(h, x, y), x_val, y_val))(h)``
-    is the hypergradient: one training, one linear solve and one cross product, as in `bl.hypergradient`. Forward mode,
-    ``jit``, ``vmap`` and derivatives of the derivative work as well; those beyond the first take w* to be a
-    minimum, and the solve to be exact.
+    The derivative of w*(λ) = argmin over w of L(w, λ) along a change u of λ is −[∂²L/∂w²]⁻¹ (∂²L/∂λ∂w) u (Lorraine,
+    Vicol & Duvenaud, AISTATS 2020, theorem 1). So ``jax.grad(lambda h: outer(solve(h, x, y), x_val, y_val))(h)`` is the
+    hypergradient. It takes one training, one linear solve and one cross product, as in `bl.hypergradient`. Forward
+    mode, ``jit``, ``vmap`` and higher derivatives also work. Higher derivatives assume that w* is a minimum and that
+    the solve is exact.
 
-    λ is all that varies: hparams, every floating-point array among the arguments (the data, say), and what ``inner``
-    closes over while JAX differentiates it. What influences the training but not L, such as its start or its
-    learning rate, has no influence on a minimum: its derivative is zero. So are those by the options of the solver.
+    λ stands for hparams, every floating-point array among the arguments (for example, the data), and the traced values
+    that ``inner`` closes over. The start and the learning rate of the training do not change the minimum, so their
+    derivatives are zero. The derivatives by the solver's options are also zero.
 
-    A failed solve has no status to report: there is a warning, or an error, from a callback. Outside ``jit`` it is a
-    `SolverError`. Inside, JAX makes of it an error of its own with the same text, which may only come when the
-    result is read.
+    A failed solve is reported by a callback, as a warning or an error. Outside ``jit``, the error is a `SolverError`.
+    Inside ``jit``, JAX raises its own error with the same text, perhaps only when the result is read.
 
     Args:
-        inner: L(params, hparams, *args) -> a scalar; pure.
-        solver: a linear solver, for v: a name, a mapping with ``name`` and options, a TOML file, or a solver object.
-        on_failure: what to do unless a solve converged: "raise", "warn" or "ignore". "warn" raises all the same
-            where the result is not finite.
+        inner: L(params, hparams, *args) -> scalar; a pure function.
+        solver: a linear solver: a name, a mapping with ``name`` and options, a TOML file, or a solver object.
+        on_failure: "raise", "warn" or "ignore", for a solve that does not converge. "warn" raises if the result is not
+            finite.
 
     Returns:
-        A decorator of ``my_training(hparams, *args) -> params``. Both are trees of floating-point arrays; among the
-        arguments, there may be anything. The training sees values without derivatives: outside ``jit``, plain arrays.
+        A decorator of ``my_training(hparams, *args) -> params``. hparams and params are trees of floating-point arrays;
+        args are anything. The training receives values without derivatives: outside ``jit``, plain arrays.
 
     Raises:
-        TypeError: if the solver is no linear one. When called: for leaves that are no floating-point arrays.
-        ValueError: when called, if L does not depend on params, or ∂L/∂w not on hparams.
-        SolverError: when differentiated, if a solve failed and ``on_failure`` says so.
+        TypeError: if the solver is not linear. When called: for leaves that are not floating-point arrays.
+        ValueError: when called, if L does not depend on params, or ∂L/∂w does not depend on hparams.
+        SolverError: when differentiated, if a solve fails and ``on_failure`` requires an error.
 
     >>> import jax, jax.numpy as jnp
     >>> @implicit_minimizer(lambda w, h, y: jnp.sum((w - y) ** 2 + jnp.exp(h) * w**2))
@@ -57,41 +56,26 @@ def implicit_minimizer(
     Array([-0.25], dtype=...)
     """
     check_on_failure(on_failure)
-    solver = _linear(get_solver(solver))
+    linear_solver = get_linear_solver(solver, "implicit_minimizer")
+    check_stateless(backend, linear_solver)
 
-    def decorate(my_training: Callable[..., Any]) -> Callable[..., Any]:
+    def decorate(my_training: Callable[..., V]) -> Callable[..., V]:
         result = f"{getattr(my_training, '__name__', type(my_training).__name__)}(...)"
 
         @wraps(my_training)
-        def solve(hparams: Any, *args: Any) -> Any:
+        def solve(hparams: object, *args: object) -> V:
             check_trees(backend, {"hparams": hparams}, {})
-            # It sees values, and its result is one: how a minimum was found matters to no derivative.
+            # No derivative passes through the training: it does not depend on how the minimum was found.
             params = _constant(my_training(*_constant((hparams, *args))))
             if params is None:
-                raise TypeError(f"{result} returned None: return the trained params.")
+                raise TypeError(f"{result} returned None. Return the trained params.")
             check_trees(backend, {result: params}, {})
-            check_prepared(backend, solver, "params", params)
-            return attach_derivative(inner, solver, on_failure, params, hparams, args)
+            return with_implicit_jvp(inner, linear_solver, on_failure, params, hparams, args)
 
         return solve
 
     return decorate
 
 
-def _linear(solver: Any) -> Any:
-    """Return the solver.
-
-    Raises:
-        TypeError: if it is no linear solver, or keeps a state.
-    """
-    if isinstance(solver, HypergradientMethod):
-        raise TypeError(
-            f"{type(solver).__name__} is no linear solver: it needs the outer objective, too, which implicit_minimizer "
-            "does not know. Use bl.hypergradient, or a solver such as cg, minres or neumann."
-        )
-    check_stateless(solver)
-    return solver
-
-
-def _constant(tree: Any) -> Any:
+def _constant(tree: V) -> V:
     return jax.tree.map(lambda leaf: lax.stop_gradient(leaf) if isinstance(leaf, jax.Array) else leaf, tree)

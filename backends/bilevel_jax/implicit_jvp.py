@@ -13,28 +13,32 @@ from jax.core import Tracer
 from jax.custom_derivatives import SymbolicZero
 from jax.dtypes import float0
 
-from bilevel.convergence import UNKNOWN, OnFailure, conclude
-from bilevel.protocols import IHVPSolver, Point
+from bilevel.backend import R
+from bilevel.convergence import OnFailure, report
+from bilevel.linear_solvers.linear_solver import LinearSolver, check_requirements
+from bilevel.methods.implicit import Implicit
+from bilevel.operators.linear_operator import LinearOperator
 from bilevel.results import SolverInfo
+from bilevel.spaces.array import Args, H, P, V
 from bilevel.validation import check_scalar, leaf_names
 from bilevel_jax.backend import JaxBackend, backend, cross_products
 from bilevel_jax.dependence import depends
-from bilevel_jax.partition import join_solver, split_solver
+from bilevel_jax.partition import Static, combine, partition
 from bilevel_jax.sharding import unvarying
 
 
-def attach_derivative(
-    inner: Callable[..., Any],
-    solver: IHVPSolver,
+def with_implicit_jvp(
+    inner: Callable[..., object],
+    solver: LinearSolver[object],
     on_failure: OnFailure,
-    params: Any,
-    hparams: Any,
-    args: tuple[Any, ...],
-) -> Any:
+    params: P,
+    hparams: object,
+    args: Args,
+) -> P:
     """Return params, which JAX then differentiates as the minimizer of inner(params, hparams, *args).
 
-    One rule, along a change of any of the arrays, gives all modes: JAX transposes it for reverse mode, where the linear
-    solve is that for the adjoint, and differentiates it for higher orders.
+    One rule, for a change of any of the arrays, gives all modes. For reverse mode, JAX transposes the rule, and the
+    linear solve becomes the solve for the adjoint. For higher orders, JAX differentiates the rule.
     """
     loss, captured = _uncover(inner, params, hparams, args)
     make_solver, options = _uncover_options(solver)
@@ -42,20 +46,17 @@ def attach_derivative(
     is_array = [isinstance(leaf, jax.Array) for leaf in leaves]
     others = [None if array else leaf for array, leaf in zip(is_array, leaves, strict=True)]
 
-    def call(function: Callable[..., Any], solver: Any, inner: Any, point: Point) -> Any:
-        if captured:  # made anew each time: nothing to cache
-            return function(backend, solver, inner, point)
-        return backend.compiled(function, solver, inner, point)
-
-    call(_check, None, loss, Point(params, hparams, (args, captured)))
+    # A loss with captured values is made for this call, so a cache would not help.
+    call = partial(_call, backend) if captured else backend.compiled
+    call(_check, loss, params, hparams, (args, captured))
 
     @jax.custom_jvp
-    def attach(params: Any, arrays: list[Any]) -> Any:
+    def attach(params: P, arrays: list[jax.Array]) -> P:
         return params
 
     @partial(attach.defjvp, symbolic_zeros=True)
-    def _(primals: Any, tangents: Any) -> Any:
-        params = attach(*primals)  # with its derivative, for those of this rule
+    def _(primals: tuple[P, list[jax.Array]], tangents: tuple[P, list[jax.Array | SymbolicZero]]) -> tuple[P, P]:
+        params = attach(*primals)  # keeps its derivative, for derivatives of this rule
         arrays, changes = iter(primals[1]), iter(tangents[1])
         leaves = [next(arrays) if array else leaf for array, leaf in zip(is_array, others, strict=True)]
         moves = {i: next(changes) for i, array in enumerate(is_array) if array}
@@ -64,36 +65,33 @@ def attach_derivative(
             return params, jax.tree.map(jnp.zeros_like, params)
 
         moving = _Moving(loss, structure, tuple(moves))
-        resting = [leaf for i, leaf in enumerate(leaves) if i not in moves]
-        here = Point(params, [leaves[i] for i in moves], (resting,))
+        constants = [leaf for i, leaf in enumerate(leaves) if i not in moves]
+        here = (moving, params, [leaves[i] for i in moves], (constants,))
         solver = make_solver(jax.tree.unflatten(structure, leaves)[-1])
 
-        def product(function: Callable[..., Any], vector: Any) -> Any:
-            return call(function, solver, moving, here._replace(adjoint0=vector))
-
         def tell(info: SolverInfo) -> None:
-            conclude(backend, info, solver, on_failure, lambda: UNKNOWN, " bl.diagnose looks closer.")
+            report(backend, info, Implicit(solver), on_failure, hint=" Run bl.diagnose for details.")
 
-        def solve(_: Any, rhs: Any) -> Any:
-            x, info = product(_solve, rhs)
+        def solve(_: object, rhs: P) -> P:
+            x, info = call(_solve, solver, *here, rhs)
             if on_failure != "ignore":
                 jax.debug.callback(tell, info)
             return x
 
-        # JAX cannot transpose a solve in which only some leaves move, for example weights with a penalty and a bias
-        # without one. So all leaves are tied together wherever they may be a right-hand side.
-        rhs = _tied(product(_minus_cross_jvp, list(moves.values())))
-        change = lax.custom_linear_solve(lambda v: _tied(product(_hvp, v)), rhs, solve, symmetric=True)
+        # JAX cannot transpose a solve in which only some leaves move, for example if weights have a penalty and a bias
+        # has none. So all leaves are tied together wherever they can be a right-hand side.
+        rhs = _tied(call(_minus_jvp_hparams, *here, list(moves.values())))
+        change = lax.custom_linear_solve(lambda v: _tied(call(_hvp, *here, v)), rhs, solve, symmetric=True)
         return params, unvarying(_tied(change), params)
 
     return attach(params, [leaf for array, leaf in zip(is_array, leaves, strict=True) if array])
 
 
-def _tied(tree: Any) -> Any:
-    """Return a tree with each leaf a linear function of all leaves, by adding a sum of them that is chosen to be zero.
+def _tied(tree: V) -> V:
+    """Return a tree in which each leaf is a linear function of all leaves: add a sum whose value is set to zero.
 
-    The barrier keeps the leaves together. It is not enough: from JAX 0.11.2 on, the transpose of a barrier fails if one
-    operand is a constant. The selection lets no nan through, and XLA removes it.
+    The barrier keeps the leaves together, but it is not enough: from JAX 0.11.2 on, the transpose of a barrier fails if
+    one operand is a constant. The selection stops nan, and XLA removes it.
     """
     sums = [jnp.sum(leaf) for leaf in jax.tree.leaves(tree)]
     zero = sum(lax.select(jnp.zeros_like(total, bool), total, jnp.zeros_like(total)) for total in sums)
@@ -101,25 +99,25 @@ def _tied(tree: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class _Plain:
-    """(w, λ, args, captured) -> L, which captures nothing."""
+class _Plain(Static):
+    """(w, λ, args, captured) -> L, for an ``inner`` that captures no traced values."""
 
-    inner: Callable[..., Any]
+    inner: Callable[..., object]
 
-    def __call__(self, params: Any, hparams: Any, args: tuple[Any, ...], captured: list[Any]) -> Any:
+    def __call__(self, params: object, hparams: object, args: Args, captured: list[jax.Array]) -> object:
         return self.inner(params, hparams, *args)
 
 
 @dataclass(frozen=True)
-class _Moving:
-    """L as a function of w and those leaves of all else that move, by their places; what a jit is cached by."""
+class _Moving(Static):
+    """L as a function of w and of the other leaves that move, given by their places. The key of a cached jit."""
 
-    loss: Callable[..., Any]
+    loss: Callable[..., object]
     structure: Any
     places: tuple[int, ...]
 
-    def __call__(self, params: Any, moving: list[Any], resting: Sequence[Any]) -> Any:
-        leaves = list(resting)
+    def __call__(self, params: object, moving: list[jax.Array], constants: Sequence[object]) -> object:
+        leaves = list(constants)
         for i, leaf in zip(self.places, moving, strict=True):
             leaves.insert(i, leaf)
         hparams, args, captured, _ = jax.tree.unflatten(self.structure, leaves)
@@ -127,21 +125,21 @@ class _Moving:
 
 
 def _uncover(
-    inner: Callable[..., Any], params: Any, hparams: Any, args: tuple[Any, ...]
-) -> tuple[Callable[..., Any], list[Any]]:
-    """Return L as a function of what ``inner`` closes over, too, and the traced values that this is.
+    inner: Callable[..., object], params: object, hparams: object, args: Args
+) -> tuple[Callable[..., object], list[jax.Array]]:
+    """Return L as a function that also takes the traced values that ``inner`` captures, and these values.
 
-    A rule for derivatives must not close over them: JAX would take them to be constant, or find them leaked.
+    A rule for derivatives must not capture them: JAX would treat them as constants, or raise an error for a leak.
     """
 
-    def split(hparams: Any, args: tuple[Any, ...]) -> tuple[list[Any], list[Any], Any]:
+    def split(hparams: object, args: Args) -> tuple[list[jax.Array], list[object], Any]:
         leaves, structure = jax.tree.flatten((hparams, args))
         arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
         return arrays, [None if isinstance(leaf, jax.Array) else leaf for leaf in leaves], structure
 
     arrays, others, structure = split(hparams, args)
 
-    def of_arrays(params: Any, arrays: list[Any]) -> Any:
+    def of_arrays(params: object, arrays: list[jax.Array]) -> object:
         supply = iter(arrays)
         hparams, args = jax.tree.unflatten(structure, [next(supply) if x is None else x for x in others])
         value = inner(params, hparams, *args)
@@ -153,7 +151,7 @@ def _uncover(
     if not any(traced):
         return _Plain(inner), []
 
-    def loss(params: Any, hparams: Any, args: tuple[Any, ...], captured: list[Any]) -> Any:
+    def loss(params: object, hparams: object, args: Args, captured: list[jax.Array]) -> object:
         supply = iter(captured)
         consts = [next(supply) if t else const for t, const in zip(traced, constants, strict=True)]
         return jax.core.eval_jaxpr(closed.jaxpr, consts, *jax.tree.leaves((params, split(hparams, args)[0])))[0]
@@ -162,39 +160,53 @@ def _uncover(
     return loss, [const for t, const in zip(traced, closed.consts, strict=True) if t]
 
 
-def _uncover_options(solver: IHVPSolver) -> tuple[Callable[[list[Any]], IHVPSolver], list[Any]]:
-    """Return the solver as a function of its options, and these, where some are traced."""
-    options: list[Any] = []
+def _uncover_options(
+    solver: LinearSolver[object],
+) -> tuple[Callable[[list[object]], LinearSolver[object]], list[object]]:
+    """Return the solver as a function of its options, and the options if some are traced."""
+    options: list[object] = []
     try:
-        static = split_solver(solver, options)
-    except TypeError:  # one that cannot be rebuilt
+        static = partition(solver, options)
+    except TypeError:  # the solver cannot be rebuilt
         return lambda _: solver, []
     if not any(isinstance(option, Tracer) for option in options):
         return lambda _: solver, []
-    return lambda options: join_solver(static, iter(options)), options
+    return lambda options: combine(static, iter(options)), options
 
 
-def _check(backend: JaxBackend, solver: None, inner: Any, point: Point) -> None:
-    params, hparams = point.params, point.hparams
-    slope = backend.inner_slope(inner, params, hparams, point.inner_args)
+def _call(backend: JaxBackend, function: Callable[..., R], *args: object) -> R:
+    return function(backend, *args)
+
+
+def _check(backend: JaxBackend, inner: Callable[..., object], params: object, hparams: object, args: Args) -> None:
+    slope = backend.inner_slope(inner, params, hparams, args)
     if not depends(lambda h: slope(params, h), hparams):
         raise ValueError(
-            f"∂inner/∂params does not depend on {leaf_names(backend, 'hparams', hparams)}, so that these have no "
-            "influence on the minimum. Use the hparams argument inside inner: the training's use of it does not count."
+            f"∂inner/∂params does not depend on {leaf_names(backend, 'hparams', hparams)}, so these have no influence "
+            "on the minimum. Use the hparams argument inside inner: the training's use of it does not count."
         )
 
 
-def _solve(backend: JaxBackend, solver: IHVPSolver, inner: Any, point: Point) -> tuple[Any, SolverInfo]:
-    hvp = backend.inner(inner, point.params, point.hparams, point.inner_args).hvp
-    return solver.solve(hvp, point.adjoint0, None, backend.space)
+def _solve(
+    backend: JaxBackend,
+    solver: LinearSolver[object],
+    inner: Callable[..., object],
+    params: P,
+    hparams: object,
+    args: Args,
+    rhs: P,
+) -> tuple[P, SolverInfo]:
+    A = LinearOperator(backend.space(params), backend.inner(inner, params, hparams, args).vjp_params)
+    check_requirements(solver, A)
+    return solver.solve(solver.init(A), A, rhs, None)
 
 
-def _hvp(backend: JaxBackend, solver: IHVPSolver, inner: Any, point: Point) -> Any:
-    slope = backend.inner_slope(inner, point.params, point.hparams, point.inner_args)
-    return jax.jvp(lambda w: slope(w, point.hparams), (point.params,), (point.adjoint0,))[1]
+def _hvp(backend: JaxBackend, inner: Callable[..., object], params: P, hparams: object, args: Args, v: P) -> P:
+    slope = backend.inner_slope(inner, params, hparams, args)
+    return jax.jvp(lambda w: slope(w, hparams), (params,), (v,))[1]
 
 
-def _minus_cross_jvp(backend: JaxBackend, solver: IHVPSolver, inner: Any, point: Point) -> Any:
-    slope = backend.inner_slope(inner, point.params, point.hparams, point.inner_args)
-    _, cross_jvp = cross_products(slope, point.params, point.hparams)
-    return backend.space.scale(-1.0, cross_jvp(point.adjoint0))
+def _minus_jvp_hparams(backend: JaxBackend, inner: Callable[..., object], params: P, hparams: H, args: Args, u: H) -> P:
+    slope = backend.inner_slope(inner, params, hparams, args)
+    _, jvp_hparams = cross_products(slope, params, hparams)
+    return backend.space(params).scale(-1.0, jvp_hparams(u))

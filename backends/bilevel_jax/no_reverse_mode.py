@@ -1,4 +1,4 @@
-"""An identity without a reverse mode, which says so in words of its own: JAX's are about a loop that no user wrote."""
+"""An identity without a reverse mode. JAX's own error would name a loop that the user did not write."""
 
 from typing import Any
 
@@ -6,24 +6,26 @@ import jax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
+from bilevel.spaces.array import V
 
-def forward_only(tree: Any) -> Any:
-    """Return a tree as it is, which JAX differentiates in forward mode alone."""
+
+def without_reverse_mode(tree: V) -> V:
+    """Return a tree unchanged. JAX differentiates the result in forward mode only."""
     return jax.tree.map(_identity.bind, tree)
 
 
-def refuse(*_: Any) -> Any:
-    """Raise: the rule for a derivative that there is not."""
+def raise_no_derivative(*_: object) -> Any:
+    """Raise a NotImplementedError, in place of a rule for derivatives."""
     raise NotImplementedError(
-        "bl.hypergradient has no derivative of its own here: JAX has no reverse mode for the loop of a solver, and "
-        'none at all for what "exact" does on the host. Use bilevel_jax.implicit_minimizer, which has derivatives of '
-        "all orders."
+        "bl.hypergradient cannot be differentiated here: JAX has no reverse mode for the loop of a solver, and no "
+        'derivative of the computation of "exact" on the host. Use bilevel_jax.implicit_minimizer, which has '
+        "derivatives of all orders."
     )
 
 
 _identity = Primitive("forward_only")
 _identity.def_impl(lambda x: x)
 _identity.def_abstract_eval(lambda x: x)
-ad.deflinear2(_identity, refuse)
+ad.deflinear2(_identity, raise_no_derivative)
 batching.defvectorized(_identity)
 mlir.register_lowering(_identity, lambda context, x: [x])

@@ -1,4 +1,4 @@
-"""What jit compiles for, apart from the arrays, which may change without compiling anew."""
+"""Divide the arguments of a compiled function into arrays, which may change, and a static rest."""
 
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
@@ -11,60 +11,76 @@ from typing import Any
 import jax
 import numpy as np
 
+from bilevel.linear_solvers import LinearSolver
+from bilevel.methods import Method
+from bilevel.preconditioners import Preconditioner
+from bilevel.problems.protocols import BilevelProblem
+
 _FUNCTIONS = (FunctionType, BuiltinFunctionType, np.ufunc, jax.custom_jvp, jax.custom_vjp, type(jax.jit(lambda: 0)))
 _CONSTANTS = (bool, int, float, str, bytes, type(None), Enum, type, np.dtype, np.integer, np.bool_, *_FUNCTIONS)
+_SOLVERS = (LinearSolver, Method, Preconditioner)
 
 
-def split_tree(tree: Any, arrays: list[Any]) -> tuple[Any, ...]:
-    """Move the arrays and floats of a tree to the end of a list; return the rest, to be compared by its value.
+class Static:
+    """Base class of objects that `partition` compares by their value, as a whole."""
+
+
+_DYNAMIC = object()  # marks the place of an array
+Divided = tuple[Any, tuple[Any, ...]]
+"""The structure of a tree, and its static leaves."""
+
+
+def partition(tree: object, arrays: list[object]) -> Divided:
+    """Append the arrays and floats of a tree to a list. Return the rest, which is compared by its value.
+
+    The options of solvers count as leaves, and so do the options of a solver inside a solver. A problem is compared as
+    a whole.
 
     Raises:
-        TypeError: if something in it has no value to compare.
+        TypeError: if a leaf has no value to compare.
     """
     leaves, structure = jax.tree.flatten(tree)
-    return structure, tuple(_split_leaf(leaf, arrays) for leaf in leaves)
+    return structure, tuple(_split(leaf, arrays) for leaf in leaves)
 
 
-def join_tree(static: tuple[Any, ...], arrays: Iterator[Any]) -> Any:
-    """Return the tree."""
+def combine(static: Divided, arrays: Iterator[object]) -> Any:
+    """Return the tree that `partition` has divided."""
     structure, leaves = static
-    return jax.tree.unflatten(structure, [next(arrays) if leaf is None else leaf[1] for leaf in leaves])
+    return jax.tree.unflatten(structure, [_join(leaf, arrays) for leaf in leaves])
 
 
-def split_solver(solver: Any, arrays: list[Any]) -> tuple[Any, ...]:
-    """Do the same for the options of a solver, and of a solver among them.
+def _split(leaf: object, arrays: list[object]) -> object:
+    if isinstance(leaf, _SOLVERS) and not isinstance(leaf, type):
+        # Only a frozen dataclass is safe to compare and to rebuild.
+        if not is_dataclass(leaf) or not _rebuildable(type(leaf)):
+            raise TypeError(f"{type(leaf).__name__} cannot be rebuilt from its fields.")
+        return type(leaf), tuple((field.name, _option(getattr(leaf, field.name), arrays)) for field in fields(leaf))
+    number = isinstance(leaf, jax.Array | np.floating | float)
+    if number or (isinstance(leaf, np.ndarray) and leaf.dtype.kind in "biufcV"):  # V: bfloat16 and similar dtypes
+        arrays.append(leaf)
+        return _DYNAMIC
+    if not isinstance(leaf, (*_CONSTANTS, Static, BilevelProblem)):
+        raise TypeError(f"{type(leaf).__name__} cannot be compared by its value.")
+    return None, (type(leaf), leaf)  # 1 is not True
 
-    Only what a frozen dataclass is made of is safe to compare and to rebuild. A zero stays a constant: it often
-    switches something off.
-    """
-    if not is_dataclass(solver) or isinstance(solver, type):
-        zero = isinstance(solver, float) and solver == 0
-        return (None, (jax.tree.structure(0), ((float, solver),)) if zero else split_tree(solver, arrays))
-    if not _rebuildable(type(solver)):
-        raise TypeError(f"{type(solver).__name__} cannot be rebuilt from its fields.")
-    options = tuple((field.name, split_solver(getattr(solver, field.name), arrays)) for field in fields(solver))
-    return type(solver), options
+
+def _option(value: object, arrays: list[object]) -> Divided:
+    # A zero stays a constant, because it often turns an option off.
+    if isinstance(value, float) and value == 0:
+        return jax.tree.structure(0), ((None, (float, value)),)
+    return partition(value, arrays)
 
 
-def join_solver(static: tuple[Any, ...], arrays: Iterator[Any]) -> Any:
-    """Return the solver."""
-    make, options = static
+def _join(leaf: Any, arrays: Iterator[object]) -> object:
+    if leaf is _DYNAMIC:
+        return next(arrays)
+    make, content = leaf
     if make is None:
-        return join_tree(options, arrays)
-    return make(**{name: join_solver(option, arrays) for name, option in options})
+        return content[1]
+    return make(**{name: combine(option, arrays) for name, option in content})
 
 
 @cache
 def _rebuildable(make: Any) -> bool:
-    """Tell whether a dataclass is frozen and takes its fields and nothing else (an InitVar, say)."""
+    """Return whether a dataclass is frozen and takes only its fields as arguments (no InitVar, for example)."""
     return make.__dataclass_params__.frozen and list(signature(make).parameters) == [f.name for f in fields(make)]
-
-
-def _split_leaf(leaf: Any, arrays: list[Any]) -> tuple[type, Any] | None:
-    number = isinstance(leaf, jax.Array | np.floating | float)
-    if number or (isinstance(leaf, np.ndarray) and leaf.dtype.kind in "biufcV"):  # V: bfloat16 and its like
-        arrays.append(leaf)
-        return None
-    if not isinstance(leaf, _CONSTANTS):
-        raise TypeError(f"{type(leaf).__name__} cannot be compared by its value.")
-    return type(leaf), leaf  # 1 is not True

@@ -1,4 +1,4 @@
-"""The reference backend: NumPy arrays, analytic derivatives, SciPy."""
+"""The reference backend: NumPy arrays and analytic derivatives."""
 
 from bilevel_numpy.backend import NumpyBackend
 from bilevel_numpy.space import NumpySpace

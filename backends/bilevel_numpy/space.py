@@ -1,124 +1,99 @@
 """Trees of NumPy arrays as vectors."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from typing_extensions import override
 
-from bilevel.spaces import loops
+from bilevel.spaces.array import Array, Number, V
+from bilevel.spaces.space import Space, State
 from bilevel.spaces.tree import leaves_with_paths, tree_map
 
 
-def leaves(tree: Any) -> list[np.ndarray]:
-    """Return the leaves as arrays; Python floats and NumPy scalars become zero-dimensional ones."""
-    return [np.asarray(leaf) for _, leaf in leaves_with_paths(tree)]
+class NumpySpace(Space[V]):
+    """See `bilevel.spaces.space.Space`. Loops do not warn about overflow, because solvers check for it."""
 
+    @override
+    def leaves(self, x: object) -> list[np.ndarray]:
+        """Return the leaves as arrays. Python floats and NumPy scalars become arrays of shape ()."""
+        return [np.asarray(leaf) for _, leaf in leaves_with_paths(x)]
 
-class NumpySpace:
-    """See `bilevel.protocols.VectorSpace`. Overflow is the solvers' business, so loops do not warn of it."""
+    @override
+    def map(self, function: Callable[..., Any], x: Any, *rest: object) -> Any:
+        return tree_map(lambda a, *others: self.cast(function(np.asarray(a), *others), np.asarray(a)), x, *rest)
 
-    xp = np
-
-    def dot(self, x: Any, y: Any) -> Any:
+    @override
+    def dot(self, x: V, y: V) -> Any:
         with np.errstate(all="ignore"):
-            return sum(_dot(a, b) for a, b in zip(leaves(x), leaves(y), strict=True))
+            return sum(_dot(a, b) for a, b in zip(self.leaves(x), self.leaves(y), strict=True))
 
-    def axpy(self, alpha: Any, x: Any, y: Any) -> Any:
-        return tree_map(lambda a, b: np.multiply(a, _cast(alpha, b)) + b, x, y)
+    @override
+    def normal(self, seed: int, count: int | None = None) -> Any:
+        rng, rows = np.random.default_rng(seed), () if count is None else (count,)
+        return tree_map(lambda a: rng.standard_normal((*rows, *np.shape(a))).astype(np.asarray(a).dtype), self.like)
 
-    def scale(self, alpha: Any, x: Any) -> Any:
-        return tree_map(lambda a: np.multiply(a, _cast(alpha, a)), x)
-
-    def update(self, flag: Any, alpha: Any, x: Any, y: Any, beta: Any = None) -> Any:
-        return self.axpy(alpha, x, y if beta is None else self.scale(beta, y)) if flag else y
-
-    def zeros_like(self, x: Any) -> Any:
-        return tree_map(np.zeros_like, x)
-
-    def map(self, function: Callable, x: Any, *rest: Any) -> Any:
-        return tree_map(lambda a, *others: _cast(function(np.asarray(a), *others), a), x, *rest)
-
-    def select(self, flag: Any, x: Any, y: Any) -> Any:
+    @override
+    def where(self, flag: Array, x: Any, y: Any) -> Any:
         return x if flag else y
 
-    def normal_like(self, x: Any, seed: int) -> Any:
-        rng = np.random.default_rng(seed)
-        return tree_map(lambda a: rng.standard_normal(np.shape(a)).astype(np.asarray(a).dtype), x)
+    @override
+    def axpby_where(self, flag: Array, alpha: Number, x: V, y: V, beta: Number = 1.0) -> V:
+        return super().axpby_where(flag, alpha, x, y, beta) if flag else y
 
-    def max_abs(self, x: Any) -> Any:
-        return np.max([np.max(np.abs(leaf), initial=0.0).astype(_accumulator(leaf, leaf)) for leaf in leaves(x)])
+    @override
+    def ravel(self, x: object) -> np.ndarray:
+        return np.concatenate([leaf.ravel() for leaf in self.leaves(x)])
 
-    def isfinite(self, x: Any) -> Any:
-        return np.bool_(all(np.isfinite(leaf).all() for leaf in leaves(x)))
+    @override
+    def unravel(self, array: np.ndarray) -> V:
+        parts = iter(np.split(array, np.cumsum([leaf.size for leaf in self.leaves(self.like)])[:-1]))
+        return tree_map(lambda a: next(parts).reshape(np.shape(a)).astype(np.asarray(a).dtype), self.like)
 
-    def eps(self, x: Any) -> float:
-        return max(float(np.finfo(leaf.dtype).eps) for leaf in leaves(x))
+    @override
+    def stack(self, count: int) -> Any:
+        return tree_map(lambda a: np.zeros((count, *np.shape(a)), np.asarray(a).dtype), self.like)
 
-    def size(self, x: Any) -> int:
-        return sum(leaf.size for leaf in leaves(x))
-
-    def stack_like(self, x: Any, count: int) -> Any:
-        return tree_map(lambda a: np.zeros((count, *np.shape(a)), np.asarray(a).dtype), x)
-
-    def put(self, stack: Any, i: Any, x: Any) -> Any:
+    @override
+    def set(self, stack: Any, i: int, x: V) -> Any:
         def put(s: np.ndarray, a: np.ndarray) -> np.ndarray:
             s[i] = a
             return s
 
         return tree_map(put, stack, x)
 
-    def take(self, stack: Any, i: Any) -> Any:
+    @override
+    def get(self, stack: Any, i: int) -> V:
         return tree_map(lambda s: s[i].copy(), stack)
 
-    def project(self, stack: Any, x: Any) -> Any:
-        return np.add.reduce([_project(s, a) for s, a in zip(leaves(stack), leaves(x), strict=True)])
+    @override
+    def stack_dot(self, stack: object, x: V) -> Any:
+        pairs = zip(self.leaves(stack), self.leaves(x), strict=True)
+        return np.add.reduce([_rows_dot(s.reshape(len(s), a.size), a) for s, a in pairs])
 
-    def combine(self, coefficients: Any, stack: Any) -> Any:
-        return tree_map(lambda s: np.tensordot(_cast(coefficients, s), s, 1), stack)
+    @override
+    def linear_combination(self, coefficients: Any, stack: Any) -> V:
+        return tree_map(lambda s: np.tensordot(self.cast(coefficients, s), s, 1), stack)
 
-    def sequence(self, items: Sequence[Any]) -> Callable[[Any], Any]:
-        return loops.sequence(items)
-
-    def while_loop(self, live: Callable, body: Callable, state: Any, max_steps: int) -> Any:
+    @override
+    def while_loop(
+        self, live: Callable[[State], Array], body: Callable[[State], State], state: State, max_steps: int
+    ) -> State:
         with np.errstate(all="ignore"):
-            return loops.while_loop(live, body, state, max_steps)
+            return super().while_loop(live, body, state, max_steps)
 
-    def scan(self, body: Callable, state: Any, xs: Any, length: int, reverse: bool = False) -> tuple[Any, Any]:
+    @override
+    def scan(self, *args: Any, **options: Any) -> Any:
         with np.errstate(all="ignore"):
-            return loops.scan(body, state, xs, length, reverse)
-
-    def cond(self, flag: Any, body: Callable, state: Any) -> Any:
-        return body(state) if flag else state
-
-    def ravel(self, x: Any) -> np.ndarray:
-        return np.concatenate([leaf.ravel() for leaf in leaves(x)])
-
-    def unravel(self, array: Any, like: Any) -> Any:
-        parts = iter(np.split(array, np.cumsum([leaf.size for leaf in leaves(like)])[:-1]))
-        return tree_map(lambda a: next(parts).reshape(np.shape(a)).astype(np.asarray(a).dtype), like)
-
-    def dense(self, operator: Callable, like: Any) -> np.ndarray:
-        flat = self.ravel(like)
-        basis = np.eye(flat.size, dtype=flat.dtype)
-        return np.stack([self.ravel(operator(self.unravel(e, like))) for e in basis], axis=1)
-
-    def on_host(self, function: Callable, *arrays: np.ndarray) -> np.ndarray:
-        return function(*(a.astype(np.float64) for a in arrays)).astype(arrays[-1].dtype)
+            return super().scan(*args, **options)
 
 
 def _dot(a: np.ndarray, b: np.ndarray) -> Any:
-    dtype = _accumulator(a, b)
-    return np.dot(a.ravel().astype(dtype, copy=False), b.ravel().astype(dtype, copy=False))
+    """Return the dot product of two arrays, summed in at least float32."""
+    return _rows_dot(a.reshape(1, a.size), b)[0]
 
 
-def _project(s: np.ndarray, a: np.ndarray) -> Any:
-    dtype = _accumulator(s, a)
-    return s.reshape(len(s), a.size).astype(dtype, copy=False) @ a.ravel().astype(dtype, copy=False)
-
-
-def _accumulator(a: np.ndarray, b: np.ndarray) -> np.dtype:
-    return np.promote_types(np.promote_types(a.dtype, b.dtype), np.float32)
-
-
-def _cast(alpha: Any, like: Any) -> Any:
-    return np.asarray(alpha, dtype=np.asarray(like).dtype)
+def _rows_dot(rows: np.ndarray, a: np.ndarray) -> Any:
+    """Return the dot product of an array with each row of a matrix."""
+    dtype = np.result_type(rows.dtype, a.dtype, np.float32)
+    return np.dot(rows.astype(dtype, copy=False), a.ravel().astype(dtype, copy=False))

@@ -1,4 +1,4 @@
-"""The PyTorch backend, and the entries for a training loop of one's own."""
+"""The PyTorch backend, and functions for use in a training loop."""
 
 from importlib.util import find_spec
 

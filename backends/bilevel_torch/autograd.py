@@ -7,16 +7,21 @@ from typing import Any
 
 import torch
 
+from bilevel.backend import R
+from bilevel.spaces.array import H, P, V
 from bilevel.spaces.tree import leaves, leaves_with_paths, tree_map, with_leaves
 from bilevel.validation import check_scalar
 from bilevel_torch.graph import INSTEAD, functions_recorded, nodes_of
-from bilevel_torch.isolation import buffers_aside
+from bilevel_torch.isolation import buffers_isolated
 
 
-def variables(params: Any, hparams: Any) -> tuple[Any, Any]:
-    """Return leaves of the graph to differentiate in: the user's own where they are, else detached views.
+def as_graph_leaves(params: P, hparams: H) -> tuple[P, H]:
+    """Return leaves of the graph: the user's tensors where they are leaves, else detached views.
 
-    The user's own, because a loss that runs a module uses the module's parameters, not what it is handed.
+    The user's tensors are kept because a loss that runs a module uses the module's parameters, not its arguments.
+
+    Raises:
+        ValueError: if a tensor occurs twice.
     """
 
     def variable(t: torch.Tensor) -> torch.Tensor:
@@ -26,59 +31,66 @@ def variables(params: Any, hparams: Any) -> tuple[Any, Any]:
     return tree_map(variable, params), tree_map(variable, hparams)
 
 
-def check_distinct(params: Any, hparams: Any) -> None:
-    """Raise a ValueError if a tensor is there twice."""
+def check_distinct(params: object, hparams: object) -> None:
+    """Raise a ValueError if a tensor occurs twice."""
     seen: dict[int, str] = {}
     for name, tree in (("params", params), ("hparams", hparams)):
         for path, leaf in leaves_with_paths(tree, name):
             if id(leaf) in seen:
                 raise ValueError(
-                    f"{path} is the same tensor as {seen[id(leaf)]}: pass each tensor once, as "
+                    f"{path} is the same tensor as {seen[id(leaf)]}. Pass each tensor once, as "
                     "module.named_parameters() does with tied weights."
                 )
             seen[id(leaf)] = path
 
 
-def scalar(role: str, value: Any) -> torch.Tensor:
-    """Return the value of an objective, checked."""
+def scalar(label: str, value: object) -> torch.Tensor:
+    """Return the value of an objective. Raise a TypeError or ValueError unless it is a scalar tensor."""
     if not isinstance(value, torch.Tensor):
         hint = ": do not call .item() on it" if isinstance(value, float) else ""
-        raise TypeError(f"{role}: expected a scalar tensor, got {type(value).__name__}{hint}.")
-    check_scalar(role, value)
+        raise TypeError(f"{label}: expected a scalar tensor, got {type(value).__name__}{hint}.")
+    check_scalar(label, value)
     return value
 
 
 WAYS_OUT = {
     ("double backward", "is not implemented", "create_graph=False", "no autograd formula"): (
-        "A Hessian-vector product differentiates twice, which this operation does not support. Run the module "
-        "uncompiled (within torch.compiler.set_stance('force_eager'); a compiled one keeps it as _orig_mod, Fabric's "
-        "wrapper as module), attention within torch.nn.attention.sdpa_kernel(SDPBackend.MATH), and recurrent layers on "
-        f"CUDA within torch.backends.cudnn.flags(enabled=False); {INSTEAD}"
+        "A Hessian-vector product differentiates twice, and this operation does not support that. Run the module "
+        "uncompiled (within torch.compiler.set_stance('force_eager'); a compiled module keeps it as _orig_mod, and "
+        "Fabric's wrapper as module). Run attention within torch.nn.attention.sdpa_kernel(SDPBackend.MATH), and "
+        f"recurrent layers on CUDA within torch.backends.cudnn.flags(enabled=False); {INSTEAD}"
     ),
     ("modified by an inplace operation",): (
-        "Something changed in place between the losses and this call, most often the params by optimizer.step(): take "
+        "A tensor changed in place between the losses and this call, most often the params by optimizer.step(). Take "
         "the step before both losses are computed, or after this call."
     ),
     ("backward through the graph a second time",): (
-        "An earlier backward() has freed the graph of a loss: take the hypergradient first, call "
-        "backward(retain_graph=True) there, or compute the loss anew."
+        "An earlier backward() has freed the graph of a loss. Compute the hypergradient first, call "
+        "backward(retain_graph=True) there, or compute the loss again."
     ),
     ("call `fabric.backward(loss)`",): (
-        "That is for the training step: compute the two losses of a hypergradient by the bare modules, which Fabric's "
-        "wrappers keep as module, within fabric.autocast()."
+        "Fabric requires that for the training step. Compute the two losses of a hypergradient with the unwrapped "
+        "modules, which Fabric's wrappers keep as module, within fabric.autocast()."
     ),
     ("use_reentrant=True",): "Use torch.utils.checkpoint.checkpoint(..., use_reentrant=False).",
 }
-"""What PyTorch's errors say, by a sign each, and what to do."""
+"""Advice by the phrases that identify PyTorch's errors."""
 
 
 def grad(
-    outputs: Sequence[Any], inputs: Sequence[torch.Tensor], grad_outputs: Any, **options: bool
+    outputs: Sequence[torch.Tensor],
+    inputs: Sequence[torch.Tensor],
+    grad_outputs: Sequence[torch.Tensor | None] | None,
+    **options: bool,
 ) -> list[torch.Tensor | None]:
-    """Call autograd.grad; None where an output does not depend on an input, or an input requires no gradient.
+    """Call autograd.grad. Return None where no output depends on an input, or an input requires no gradient.
 
-    Gradient hooks of leaves, which are meant for the user's own gradients, do not fire, and buffers do not move where a
+    Gradient hooks of leaves do not fire, because they are for the user's gradients. Buffers keep their values when a
     checkpoint runs a module again.
+
+    Raises:
+        RuntimeError: from PyTorch, with advice.
+        TypeError: if a gradient is sparse.
     """
     grads: list[torch.Tensor | None] = [None] * len(inputs)
     places = [i for i, t in enumerate(inputs) if t.requires_grad]
@@ -87,7 +99,7 @@ def grad(
     wanted = [inputs[i] for i in places]
     again = functions_recorded(nodes_of(outputs)) if options.get("create_graph") else nullcontext()
     try:
-        with _hooks_aside(wanted), buffers_aside(), again:
+        with _hooks_aside(wanted), buffers_isolated(), again:
             found = torch.autograd.grad(outputs, wanted, grad_outputs, allow_unused=True, **options)
     except RuntimeError as error:
         for signs, way_out in WAYS_OUT.items():
@@ -97,7 +109,7 @@ def grad(
     for i, g in zip(places, found, strict=True):
         if g is not None and g.is_sparse:
             raise TypeError(
-                f"a gradient of shape {tuple(g.shape)} is sparse, which has no second derivative: leave out "
+                f"a gradient of shape {tuple(g.shape)} is sparse, and so has no second derivative. Leave out "
                 "sparse=True, as in torch.nn.Embedding(n, d)."
             )
         grads[i] = g
@@ -106,9 +118,9 @@ def grad(
 
 @contextmanager
 def _hooks_aside(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
-    """Let no gradient hook of these leaves fire: it would change a product, or log it as a gradient.
+    """Disable the gradient hooks of leaves: a hook would change a product, or log the product as a gradient.
 
-    Nor is a product left in the ``.grad`` that ``retain_grad()`` keeps of those that are no leaves.
+    The ``.grad`` that ``retain_grad()`` keeps for other tensors does not receive a product either.
     """
     hooked = [(t, t._backward_hooks) for t in tensors if t._backward_hooks and t.is_leaf]
     retained = [(t, t.grad) for t in tensors if t.retains_grad]
@@ -125,13 +137,13 @@ def _hooks_aside(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
             t.grad = kept
 
 
-_autocast: ContextVar[Sequence[tuple[str, torch.dtype]]] = ContextVar("what the caller casts to, by device")
+_autocast: ContextVar[Sequence[tuple[str, torch.dtype]]] = ContextVar("the caller's autocast dtypes, by device")
 
 
 @contextmanager
-def own_arithmetic(tree: Any) -> Iterator[None]:
-    """Compute on the devices of a tree as a solver does: nothing is recorded, and autocast is off."""
-    kinds = {t.device.type for _, t in leaves_with_paths(tree)}
+def no_grad_no_autocast(tree: object) -> Iterator[None]:
+    """Turn off recording, and autocast on the devices of a tree, as solvers need."""
+    kinds = {t.device.type for t in leaves(tree) if isinstance(t, torch.Tensor)}
     cast = [(kind, torch.get_autocast_dtype(kind)) for kind in kinds if torch.is_autocast_enabled(kind)]
     before = _autocast.set(cast)
     try:
@@ -143,22 +155,22 @@ def own_arithmetic(tree: Any) -> Iterator[None]:
         _autocast.reset(before)
 
 
-def evaluate(function: Callable[..., Any], *args: Any) -> Any:
-    """Call a user's function as the user would: recorded, and under the autocast that the caller is in."""
+def evaluate(function: Callable[..., R], *args: object) -> R:
+    """Call a user's function with recording on and under the caller's autocast."""
     with torch.enable_grad(), ExitStack() as stack:
         for kind, dtype in _autocast.get(()):
             stack.enter_context(torch.autocast(kind, dtype=dtype))
         return function(*args)
 
 
-def fill(grads: Sequence[torch.Tensor | None], like: Any) -> Any:
+def zeros_for_none(grads: Sequence[torch.Tensor | None], like: V) -> V:
     """Give gradients the structure of a tree, with zeros for None."""
     pairs = zip(grads, leaves(like), strict=True)
     return with_leaves(like, [torch.zeros_like(t, requires_grad=False) if g is None else g for g, t in pairs])
 
 
 def reaches(outputs: Iterable[torch.Tensor], inputs: Iterable[torch.Tensor]) -> bool:
-    """Tell whether any output depends on any of the inputs, which are leaves of the graph."""
+    """Return whether any output depends on any of the inputs, which are leaves of the graph."""
     goals = {torch.autograd.graph.get_gradient_edge(t).node for t in inputs}
     return any(node in goals for node in nodes_of(outputs))
 
@@ -166,23 +178,23 @@ def reaches(outputs: Iterable[torch.Tensor], inputs: Iterable[torch.Tensor]) -> 
 LEAF = "torch::autograd::AccumulateGrad"
 
 
-def check_recorded(role: str, nodes: Iterable[Any], params: Any) -> None:
-    """Raise where part of the way from params to a loss is not in its graph: a derivative would be wrong in silence.
+def check_recorded(label: str, nodes: Iterable[Any], params: object) -> None:
+    """Raise if the graph of a loss lacks a dependence on params: a derivative would be wrong without an error.
 
     Raises:
         RuntimeError: for a reentrant checkpoint.
-        ValueError: for a module that was run with the weights in it, where ``params`` are copies of them. (With a
-            penalty on params, a loss depends on them all the same.)
+        ValueError: for a module that ran with its stored weights, where ``params`` are copies of them. (A penalty can
+            still make the loss depend on params.)
     """
-    # A view that the graph goes through shares memory with its base as well, but is a part of it and no copy.
+    # A view inside the graph also shares memory with its base, but it is not a copy. So only leaves are compared.
     named = leaves_with_paths(params, "params")
     handed = {t.data_ptr(): (path, t) for path, t in named if t.is_leaf and t.numel()}
     for node in nodes:
         name = node.name()
         if name == "CheckpointFunctionBackward":
             raise RuntimeError(
-                f"{role} hides parameters from autograd.grad by a reentrant checkpoint, so that their derivatives "
-                f"would be silent zeros. {WAYS_OUT['use_reentrant=True',]}"
+                f"{label} hides parameters from autograd.grad by a reentrant checkpoint, so their derivatives would "
+                f"be zero without an error. {WAYS_OUT['use_reentrant=True',]}"
             )
         if name != LEAF:
             continue
@@ -190,16 +202,17 @@ def check_recorded(role: str, nodes: Iterable[Any], params: Any) -> None:
         path, copy = handed.get(own.data_ptr(), ("", own)) if own.numel() else ("", own)
         if copy is not own:
             raise ValueError(
-                f"{role} was computed with another tensor than {path}, which is a copy of it: a module runs with the "
-                "weights in it. Run it by torch.func.functional_call(module, params, (x,)), or hand over the module's "
-                "own parameters."
+                f"{label} was computed with another tensor than {path}, which is a copy of it: a module uses its own "
+                "weights. Run it by torch.func.functional_call(module, params, (x,)), or pass the module's own "
+                "parameters."
             )
 
 
-def check_computed(params: Any, hparams: Any, losses: Sequence[torch.Tensor]) -> None:
-    """Raise a ValueError where tensors that are computed from others could not have the derivative that is meant.
+def check_computed(params: object, hparams: object, losses: Sequence[torch.Tensor]) -> None:
+    """Raise a ValueError if a tensor that is computed from others cannot have the intended derivative.
 
-    That of one in the other would count twice; and one that no loss was computed from was most likely made anew.
+    If one tensor is computed from another, the derivative counts twice. If no loss uses a tensor, it was most likely
+    computed again after the losses.
     """
     tensors = [*leaves_with_paths(params, "params"), *leaves_with_paths(hparams, "hparams")]
     nodes = {path: torch.autograd.graph.get_gradient_edge(t).node for path, t in tensors if t.requires_grad}
@@ -209,8 +222,8 @@ def check_computed(params: Any, hparams: Any, losses: Sequence[torch.Tensor]) ->
             continue
         if t._backward_hooks:
             raise ValueError(
-                f"{path} has a gradient hook, which would act on every product, since it is computed from other "
-                "tensors. Register the hook on those."
+                f"{path} has a gradient hook and is computed from other tensors, so the hook would act on every "
+                "product. Register the hook on the other tensors."
             )
         above = set(nodes_of([t])) - {nodes[path]}
         for other, node in nodes.items():
@@ -219,6 +232,6 @@ def check_computed(params: Any, hparams: Any, losses: Sequence[torch.Tensor]) ->
         used = used or set(nodes_of(losses))
         if path.startswith("hparams") and nodes[path] not in used:
             raise ValueError(
-                f"{path} is computed from other tensors, but no loss from it: compute it once, the losses with it, and "
-                "pass that very tensor."
+                f"{path} is computed from other tensors, but no loss is computed from it. Compute it once, compute the "
+                "losses with it, and pass the same tensor."
             )

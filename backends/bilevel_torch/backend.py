@@ -5,47 +5,59 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from typing_extensions import override
 
+from bilevel.backend import Backend, Data, R
+from bilevel.linearization import Inputs, LinearizedMap, OuterDerivatives
 from bilevel.problems.model_loss import ModelLoss
-from bilevel.protocols import Backend, BilevelProblem, InnerDerivatives, OuterDerivatives, Point, Solver
-from bilevel.spaces.tree import leaves, leaves_with_paths
+from bilevel.spaces.array import Args, H, P, V
+from bilevel.spaces.tree import leaves
 from bilevel.validation import check_dtypes, check_like, depends_on_nothing, leaf_names
-from bilevel_torch.autograd import check_recorded, evaluate, fill, grad, own_arithmetic, reaches, scalar, variables
+from bilevel_torch.autograd import (
+    as_graph_leaves,
+    check_recorded,
+    evaluate,
+    grad,
+    no_grad_no_autocast,
+    reaches,
+    scalar,
+    zeros_for_none,
+)
 from bilevel_torch.gauss_newton import gauss_newton
 from bilevel_torch.graph import nodes_of, weight_norm_right
-from bilevel_torch.isolation import aside
+from bilevel_torch.isolation import isolated
 from bilevel_torch.space import TorchSpace
 
 
 class TorchBackend(Backend):
     """PyTorch tensors on any device.
 
-    Products are reverse over reverse: measured the fastest in eager PyTorch, and one dropout mask or batch
-    normalisation serves all of them, since the forward pass is run once.
+    Products are reverse over reverse, which measured the fastest in eager PyTorch. The forward pass runs once, so all
+    products share its dropout mask and batch statistics.
     """
 
     name = "torch"
-    keeps_derivatives = True
+    can_store_graphs = True
 
-    def __init__(self, space: TorchSpace | None = None) -> None:
-        self.space = space or TorchSpace()
+    def __init__(self, check_every: int | None = None) -> None:
+        self.check_every = check_every
 
     @override
-    def owns(self, leaf: Any) -> bool:
+    def owns(self, leaf: object) -> bool:
         return isinstance(leaf, torch.Tensor)
 
     @override
-    def leaves(self, tree: Any) -> list[tuple[str, Any]]:
-        return list(leaves_with_paths(tree))
+    def space(self, tree: V) -> TorchSpace[V]:
+        return TorchSpace(tree, self.check_every)
 
     @override
-    def is_floating(self, leaf: Any) -> bool:
+    def is_floating(self, leaf: torch.Tensor) -> bool:
         return leaf.is_floating_point()
 
     @override
-    def device(self, leaf: Any) -> str | None:
+    def device(self, leaf: torch.Tensor) -> str | None:
         return str(leaf.device)
 
     @override
@@ -53,154 +65,159 @@ class TorchBackend(Backend):
         return ["cpu"] + [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
 
     @override
-    def to_host(self, scalar: Any) -> Any:
-        return scalar.item()
+    def check_leaf(self, path: str, leaf: torch.Tensor) -> None:
+        check_supported(path, leaf)
 
     @override
-    def from_numpy(self, array: Any) -> Any:
+    def from_numpy(self, array: np.ndarray) -> torch.Tensor:
         return torch.as_tensor(array)
 
     @override
-    def to_numpy(self, array: Any) -> Any:
+    def to_numpy(self, array: torch.Tensor) -> np.ndarray:
         array = array.detach().cpu()
         return (array.float() if array.dtype == torch.bfloat16 else array).numpy()
 
     @override
-    def inner(self, objective: Any, params: Any, hparams: Any, args: tuple[Any, ...]) -> InnerDerivatives:
-        params, hparams = variables(params, hparams)
+    def inner(self, objective: Callable[..., object], params: P, hparams: H, args: Args) -> LinearizedMap[P, H]:
+        params, hparams = as_graph_leaves(params, hparams)
         return self.inner_of(evaluate(objective, params, hparams, *args), params, hparams)
 
-    def inner_of(self, value: Any, params: Any, hparams: Any, role: str = "inner") -> InnerDerivatives:
-        """Differentiate an inner objective that has been evaluated at params and hparams, its variables."""
-        nodes = list(nodes_of([scalar(role, value)]))
-        check_recorded(role, nodes, params)
+    def inner_of(self, value: object, params: P, hparams: H, label: str = "inner") -> LinearizedMap[P, H]:
+        """Differentiate the value of an inner objective in the variables params and hparams."""
+        loss = scalar(label, value)
+        nodes = list(nodes_of([loss]))
+        check_recorded(label, nodes, params)
         with weight_norm_right(nodes):
-            grads = grad([value], leaves(params), None, create_graph=True)
-        self._check_influence(role, any(g is not None for g in grads), params)
+            grads = grad([loss], leaves(params), None, create_graph=True)
+        self._check_influence(label, any(g is not None for g in grads), params)
         return _products(grads, params, hparams)
 
     @override
-    def gauss_newton(self, inner: ModelLoss, params: Any, hparams: Any, args: tuple[Any, ...]) -> InnerDerivatives:
-        params, hparams = variables(params, hparams)
+    def gauss_newton(self, inner: ModelLoss, params: P, hparams: H, args: Args) -> LinearizedMap[P, H]:
+        params, hparams = as_graph_leaves(params, hparams)
         grads, product = gauss_newton(inner, params, hparams, args)
         self._check_influence("inner", any(g is not None for g in grads), params)
-        return _products(grads, params, hparams)._replace(hvp=product)
+        return _products(grads, params, hparams)._replace(vjp_params=product)
 
     @override
     def jacobian(
-        self, function: Callable[..., Any], params: Any, hparams: Any, args: tuple[Any, ...], role: str
-    ) -> InnerDerivatives:
-        params, hparams = variables(params, hparams)
+        self, function: Callable[..., object], params: P, hparams: H, args: Args, label: str
+    ) -> LinearizedMap[P, H]:
+        params, hparams = as_graph_leaves(params, hparams)
         value = evaluate(function, params, hparams, *args)
-        check_like(self, role, value, "params", params)
-        check_dtypes(self, role, value, "params", params)
-        self._check_influence(role, reaches(leaves(value), leaves(params)), params)
+        check_like(self, label, value, "params", params)
+        check_dtypes(self, label, value, "params", params)
+        self._check_influence(label, reaches(leaves(value), leaves(params)), params)
         return _products(leaves(value), params, hparams)
 
-    def _check_influence(self, role: str, has_influence: bool, params: Any) -> None:
+    def _check_influence(self, label: str, has_influence: bool, params: object) -> None:
         if not has_influence:
             raise ValueError(
-                f"{role} does not depend on {leaf_names(self, 'params', params)}. Use the params argument inside it, "
-                "or hand over these very tensors: the module's own parameters (not a state_dict() or detached copies, "
-                "which the module does not use)."
+                f"{label} does not depend on {leaf_names(self, 'params', params)}. Use the params argument inside it, "
+                "or pass the module's own parameters: the module does not use a state_dict() or detached copies."
             )
 
     @override
     def outer(
-        self, objective: Any, params: Any, hparams: Any, args: tuple[Any, ...], role: str = "outer"
-    ) -> OuterDerivatives:
-        params, hparams = variables(params, hparams)
-        return self.outer_of(evaluate(objective, params, hparams, *args), params, hparams, role)
+        self,
+        objective: Callable[..., object],
+        params: P,
+        hparams: H,
+        args: Args,
+        *,
+        label: str = "outer",
+        data: Data = "outer",
+    ) -> OuterDerivatives[P, H]:
+        params, hparams = as_graph_leaves(params, hparams)
+        return self.outer_of(evaluate(objective, params, hparams, *args), params, hparams, label, data)
 
     def outer_of(
-        self, value: Any, params: Any, hparams: Any, role: str, retain_graph: bool = False
-    ) -> OuterDerivatives:
-        """Differentiate an objective in the outer role that has been evaluated at params and hparams."""
+        self,
+        value: object,
+        params: P,
+        hparams: H,
+        label: str = "outer",
+        data: Data = "outer",
+        retain_graph: bool = False,
+    ) -> OuterDerivatives[P, H]:
+        """Differentiate the value of an objective once in the variables params and hparams."""
+        loss: Any = scalar(label, value)
         weights, hypers = leaves(params), leaves(hparams)
-        check_recorded(role, nodes_of([scalar(role, value)]), params)
-        grads = grad([value], [*weights, *hypers], None, retain_graph=retain_graph)
+        check_recorded(label, nodes_of([loss]), params)
+        grads = grad([loss], [*weights, *hypers], None, retain_graph=retain_graph)
         if all(g is None for g in grads):
             raise ValueError(
-                f"{depends_on_nothing(self, role, params, hparams)}: is it detached, converted to a number, or "
-                "computed by a module with other weights than params? (torch.func.functional_call runs a module with "
-                "the weights it is given.)"
+                f"{depends_on_nothing(self, label, params, hparams)}. Do not detach it or convert it to a number, and "
+                "run modules with params (by torch.func.functional_call)."
             )
         direct = grads[len(weights) :]
         return OuterDerivatives(
-            value=value.detach(),
-            grad_params=fill(grads[: len(weights)], params),
-            grad_hparams=None if all(g is None for g in direct) else fill(direct, hparams),
+            value=loss.detach(),
+            grad_params=zeros_for_none(grads[: len(weights)], params),
+            grad_hparams=None if all(g is None for g in direct) else zeros_for_none(direct, hparams),
         )
 
     @override
-    def execute(self, function: Any, solver: Solver | None, problem: BilevelProblem, point: Point) -> Any:
-        check_supported({"params": point.params, "hparams": point.hparams})
-        with own_arithmetic(point.params):
-            return function(self, solver, problem, point)
+    def run(self, function: Callable[..., R], *args: Any, **options: Any) -> R:
+        with no_grad_no_autocast(args):
+            return function(self, *args, **options)
 
     @override
     @contextmanager
-    def aside(self, point: Point, double: bool) -> Iterator[Callable[[Any, Any], Point]]:
-        with aside(point, double) as at:
+    def isolated(self, inputs: Inputs[P, H], double: bool) -> Iterator[Callable[[P, H], Inputs[P, H]]]:
+        with isolated(inputs, double) as at:
             yield at
 
 
-def check_supported(tree: Any) -> None:
-    """Raise for tensors whose derivatives would be silent zeros or wrong.
+def check_supported(path: str, tensor: torch.Tensor) -> None:
+    """Raise for a tensor whose derivatives would be zero or wrong without an error.
 
     Raises:
-        RuntimeError: in inference mode, or for tensors that were made in it.
-        TypeError: for sharded tensors.
+        RuntimeError: in inference mode, or for a tensor that was made in inference mode.
+        TypeError: for a sharded tensor.
     """
-    tensors = [(path, t) for path, t in leaves_with_paths(tree) if isinstance(t, torch.Tensor)]
-    if torch.is_inference_mode_enabled() or any(t.is_inference() for _, t in tensors):
+    if torch.is_inference_mode_enabled() or tensor.is_inference():
         raise RuntimeError(
-            "torch.inference_mode() keeps autograd from recording, so a hypergradient would be a silent zero: "
-            "call this outside of it, with tensors that were made outside of it."
+            f"{path}: autograd does not record in torch.inference_mode(), so a hypergradient would be zero without an "
+            "error. Make the call and the tensors outside of torch.inference_mode()."
         )
-    for path, t in tensors:
-        if type(t).__name__ == "DTensor":  # importing the class takes as long as all of this package
-            raise TypeError(
-                f"{path} is a DTensor, but solvers take whole tensors. Gather them for the losses and the call "
-                "(fully_shard gives modules unshard(); docs/distributed.md has a recipe), or replicate them, as "
-                "DistributedDataParallel does, and use bilevel_torch.DataParallel."
-            )
+    if type(tensor).__name__ == "DTensor":  # an import of the class takes as long as the import of this package
+        raise TypeError(
+            f"{path} is a DTensor, but solvers take whole tensors. Gather them for the losses and the call "
+            "(fully_shard gives modules unshard(); docs/distributed.md has a recipe). Or replicate them, as "
+            "DistributedDataParallel does, and use bilevel_torch.DataParallel."
+        )
 
 
-def _products(outputs: Sequence[torch.Tensor | None], params: Any, hparams: Any) -> InnerDerivatives:
-    """Return a tree like params, None where it is zero, and products with its transposed Jacobians."""
-    # Where ∇L is constant there is no second derivative, and autograd would refuse.
-    varying = [i for i, r in enumerate(outputs) if r is not None and r.requires_grad]
+def _products(outputs: Sequence[torch.Tensor | None], params: P, hparams: H) -> LinearizedMap[P, H]:
+    """Return a map with products of its Jacobians. The outputs are like the leaves of params; None stands for zero."""
+    # Where ∇L is constant, there is no second derivative, and autograd would raise an error.
+    varying = {i: r for i, r in enumerate(outputs) if r is not None and r.requires_grad}
 
-    def pull(v: Any, inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor | None]:
+    def pull(v: object, inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor | None]:
         vs = leaves(v)
-        return grad([outputs[i] for i in varying], inputs, [vs[i] for i in varying], retain_graph=True)
+        return grad([*varying.values()], inputs, [vs[i] for i in varying], retain_graph=True)
 
-    def hvp(v: Any) -> Any:
-        return fill(pull(v, leaves(params)), params)
+    def vjp_params(v: P) -> P:
+        return zeros_for_none(pull(v, leaves(params)), params)
 
-    def cross_vjp(v: Any) -> Any:
+    def vjp_hparams(v: P) -> H | None:
         products = pull(v, leaves(hparams))
-        return None if all(p is None for p in products) else fill(products, hparams)
+        return None if all(p is None for p in products) else zeros_for_none(products, hparams)
 
     @cache
     def transposable() -> tuple[list[torch.Tensor], Sequence[torch.Tensor | None]]:
-        """Return v and cross_vjp(v) with its graph: linear in v, so that its derivative by v is the transpose."""
+        """Return v and vjp_hparams(v) with its graph. It is linear in v, so its derivative by v is the transpose."""
         with torch.enable_grad():
-            rs = [outputs[i] for i in varying]
-            v = [torch.zeros_like(r, requires_grad=True) for r in rs]  # pyright: ignore[reportArgumentType]
-            return v, grad(rs, leaves(hparams), v, create_graph=True)
+            v = [torch.zeros_like(r, requires_grad=True) for r in varying.values()]
+            return v, grad([*varying.values()], leaves(hparams), v, create_graph=True)
 
-    def cross_jvp(u: Any) -> Any:
+    def jvp_hparams(u: H) -> P:
         v, pulled = transposable()
         pairs = [(p, d) for p, d in zip(pulled, leaves(u), strict=True) if p is not None and p.requires_grad]
-        products: list[torch.Tensor | None] = [None] * len(outputs)
-        if pairs:
-            for i, p in zip(
-                varying, grad([p for p, _ in pairs], v, [d for _, d in pairs], retain_graph=True), strict=True
-            ):
-                products[i] = p
-        return fill(products, params)
+        pushed = grad([p for p, _ in pairs], v, [d for _, d in pairs], retain_graph=True)
+        products = dict(zip(varying, pushed, strict=True))
+        return zeros_for_none([products.get(i) for i in range(len(outputs))], params)
 
-    value = fill([r if r is None else r.detach() for r in outputs], params)
-    return InnerDerivatives(value, hvp, cross_vjp, cross_jvp)
+    value = zeros_for_none([r if r is None else r.detach() for r in outputs], params)
+    return LinearizedMap(value, vjp_params, vjp_hparams, jvp_hparams)

@@ -1,71 +1,72 @@
-"""Ranks that hold different batches of one problem, as under DistributedDataParallel."""
+"""Hypergradients of ranks with different batches of one problem, as under DistributedDataParallel."""
 
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 from zlib import crc32
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from typing_extensions import override
 
+from bilevel.backend import Data
 from bilevel.convergence import callers_level
+from bilevel.linearization import LinearizedMap, OuterDerivatives
 from bilevel.problems.model_loss import ModelLoss
-from bilevel.protocols import InnerDerivatives, OuterDerivatives, Tree
+from bilevel.spaces.array import Args, H, P, V
 from bilevel.spaces.tree import leaves, leaves_with_paths, with_leaves
 from bilevel_torch.backend import TorchBackend
 from bilevel_torch.space import TorchSpace
 
 if dist.is_available():
-    # DDP imports this module as it wraps its first network, and its functions then have the process group of the moment
-    # as a default, for ever: destroy_process_group() does not end gloo's threads, and one that drops the tensor of a
-    # reduction while the interpreter ends aborts the process. Imported before there is a group, they have None.
+    # DDP imports this module when it wraps its first network. Then its functions keep the current process group as a
+    # default, and destroy_process_group() does not end gloo's threads. A thread that frees the tensor of a reduction
+    # while the interpreter ends aborts the process. If the import comes before a group exists, the default is None.
     import torch.distributed.nn
 
 
 class DataParallel(TorchBackend):
-    """The torch backend on several ranks, each with its own batches: the hypergradient of all data, on every rank.
+    """The torch backend on several ranks with different batches: the hypergradient of all data, on every rank.
 
-    Hand it over as ``backend=``, on all ranks alike, with params and hparams that are equal on all of them:
+    Pass it as ``backend=`` on all ranks, with params and hparams that are equal on all ranks:
 
         backend = bilevel_torch.DataParallel(inner_samples=len(x), outer_samples=len(x_val))
         bilevel_torch.backward(inner_loss, outer_loss, ddp.module.parameters(), hparams, backend=backend)
 
-    Each loss is that of the rank's own batch, a mean over its samples (a penalty in it is not divided). The problem
-    solved is that of the means over all samples: every Hessian-vector product is averaged over the ranks, weighted by
-    their numbers of samples, in one all-reduce of one flat buffer per dtype. (The mean of the solutions of the ranks'
-    own problems would be another answer: a mean of inverses is not the inverse of the mean.) Whatever steers the solver
-    is a number that all ranks have agreed on, so that they take the same branches.
+    Each loss is a mean over the samples of the rank's batch (a penalty in it is not divided). The backend solves the
+    problem of the means over all samples. It averages every Hessian-vector product over the ranks, weighted by their
+    numbers of samples, in one all-reduce of one flat buffer per dtype. (The mean of the solutions of each rank's
+    problem would differ: a mean of inverses is not the inverse of the mean.) All ranks receive the same scalars, so
+    their solvers take the same branches.
 
-    Compute the losses with the bare module, ``ddp.module``: DDP reduces in ``loss.backward()`` alone, not in the
-    products that are needed here, and its wrapper, called in between, may stop reducing in your training step
-    (``static_graph=True``). BatchNorm in train mode sees a rank's own batch; for the result of one process use eval
-    mode, or SyncBatchNorm.
+    Compute the losses with the unwrapped module, ``ddp.module``. DDP reduces only in ``loss.backward()``, not in these
+    products, and a call of its wrapper can stop the reduction in your training step (``static_graph=True``). In train
+    mode, BatchNorm uses the rank's batch. To get the result of one process, use eval mode or SyncBatchNorm.
 
     Args:
-        inner_samples: how many samples this rank's inner loss is the mean of; None: as many on every rank.
-        outer_samples: the same of its outer loss.
-        group: the process group; None: the default one.
+        inner_samples: number of samples in the mean of this rank's inner loss; None: the same number on every rank.
+        outer_samples: number of samples in the mean of this rank's outer loss; None: the same number on every rank.
+        group: the process group; None: the default group.
 
     Raises:
-        ValueError: if there is no process group, this process is not in it, or a count is negative; when called, on all
-            ranks, if counts are given on some of them only, or params or hparams differ.
+        ValueError: if there is no process group, this process is not in it, or a count is negative. When called, on all
+            ranks, if only some ranks give counts, or params or hparams differ.
     """
 
-    collective = True
+    requires_all_ranks = True
 
     def __init__(
         self, *, inner_samples: float | None = None, outer_samples: float | None = None, group: Any = None
     ) -> None:
         if not (dist.is_available() and dist.is_initialized()):
             raise ValueError("DataParallel: there is no process group: call torch.distributed.init_process_group().")
-        if dist.get_rank(group) < 0:  # its reductions would do nothing, in silence
-            raise ValueError(f"DataParallel: rank {dist.get_rank()} is not in the group; make none there.")
+        if dist.get_rank(group) < 0:  # its reductions would do nothing, without an error
+            raise ValueError(f"DataParallel: rank {dist.get_rank()} is not in the group. Make no DataParallel there.")
         for name, samples in (("inner_samples", inner_samples), ("outer_samples", outer_samples)):
             if samples is not None and not samples >= 0:
                 raise ValueError(f"DataParallel.{name}: expected a number >= 0, got {samples!r}.")
-        super().__init__(AgreedSpace(group=group))
+        super().__init__()
         self.samples = (inner_samples, outer_samples)
         self.group = group
 
@@ -76,13 +77,13 @@ class DataParallel(TorchBackend):
         totals = self._sum([torch.tensor([*counts, *unknown], dtype=torch.float64, device=device)])[0].tolist()
         for name, total, without in zip(("inner_samples", "outer_samples"), totals[:2], totals[2:], strict=True):
             if without not in (0, dist.get_world_size(self.group)):
-                raise ValueError(f"DataParallel.{name}: given on some ranks only; give it on all of them, or on none.")
+                raise ValueError(f"DataParallel.{name}: only some ranks give it. Give it on all ranks, or on none.")
             if not total > 0:
                 raise ValueError(f"DataParallel.{name}: zero on all ranks.")
         return counts[0] / totals[0], counts[1] / totals[1]
 
-    def _check_equal(self, **trees: Tree) -> None:
-        """Raise a ValueError on all ranks unless each of these trees is the same on all of them, by layout and sums."""
+    def _check_equal(self, **trees: object) -> None:
+        """Raise a ValueError on all ranks unless the layout and the sums of each tree are equal on all ranks."""
         named = [[*leaves_with_paths(tree)] for tree in trees.values()]
         layouts = [[(path, t.shape, t.dtype, t.requires_grad) for path, t in part] for part in named]
         sums = [torch.stack([t.detach().sum(dtype=torch.float64) for _, t in part]) for part in named]
@@ -91,72 +92,80 @@ class DataParallel(TorchBackend):
         marks = torch.cat([marks.new_tensor([crc32(repr(layout).encode()) for layout in layouts]), marks])
         ends = torch.cat([marks, -marks])
         dist.all_reduce(ends, dist.ReduceOp.MAX, group=self.group)
-        # Those of nan do not differ, and have a status.
+        # Sums that are nan do not count as different: a status reports them.
         differ = [most > -least for most, least in zip(*ends.view(2, -1).tolist(), strict=True)]
         for name, layout, values in zip(trees, differ, differ[len(trees) :], strict=False):
             if layout:
                 raise ValueError(
                     f"DataParallel: {name} are other tensors on some ranks, by their order, names, shapes, dtypes or "
-                    "requires_grad. Of what belongs to a rank's own examples, such as their weights, hand over that of "
-                    "all examples on every rank, and use its part."
+                    "requires_grad. If a hyperparameter has one entry per example, pass the entries of all examples on "
+                    "every rank, and index the part that this rank needs."
                 )
             if values:
                 raise ValueError(
-                    f"DataParallel: {name} are not the same on all ranks. Seed all ranks alike before they are made, "
-                    "or broadcast them from one, and move them by equal optimizers."
+                    f"DataParallel: {name} are not the same on all ranks. Use the same seed on all ranks before they "
+                    "are made, or broadcast them from one rank. Update them by equal optimizers."
                 )
 
     @override
-    def inner_of(self, value: Any, params: Any, hparams: Any, role: str = "inner") -> InnerDerivatives:
-        return self._joined(super().inner_of(value, params, hparams, role), hparams)
+    def space(self, tree: V) -> "AgreedSpace[V]":
+        return AgreedSpace(tree, self.group)
 
     @override
-    def gauss_newton(self, inner: ModelLoss, params: Any, hparams: Any, args: tuple[Any, ...]) -> InnerDerivatives:
-        return self._joined(super().gauss_newton(inner, params, hparams, args), hparams)
+    def inner_of(self, value: object, params: P, hparams: H, label: str = "inner") -> LinearizedMap[P, H]:
+        return self._averaged(super().inner_of(value, params, hparams, label), hparams)
 
     @override
-    def jacobian(self, *args: Any, **options: Any) -> InnerDerivatives:
+    def gauss_newton(self, inner: ModelLoss, params: P, hparams: H, args: Args) -> LinearizedMap[P, H]:
+        return self._averaged(super().gauss_newton(inner, params, hparams, args), hparams)
+
+    @override
+    def jacobian(self, *args: object, **options: object) -> LinearizedMap[Any, Any]:
         raise TypeError("DataParallel: fixed points and roots of several ranks' data are not supported.")
 
     @override
     def outer_of(
-        self, value: Any, params: Any, hparams: Any, role: str, retain_graph: bool = False
-    ) -> OuterDerivatives:
-        if not role.startswith("inner"):
+        self,
+        value: object,
+        params: P,
+        hparams: H,
+        label: str = "outer",
+        data: Data = "outer",
+        retain_graph: bool = False,
+    ) -> OuterDerivatives[P, H]:
+        if data == "outer":
             self._check_equal(params=params, hparams=hparams)
-        own = super().outer_of(value, params, hparams, role, retain_graph)
-        share = self._shares(own.value.device)[0 if role.startswith("inner") else 1]
+        own = super().outer_of(value, params, hparams, label, data, retain_graph)
+        share = self._shares(own.value.device)[0 if data == "inner" else 1]  # pyright: ignore
         mean, grad_params = self._mean((own.value, own.grad_params), share)
         return OuterDerivatives(mean, grad_params, self._mean_or_none(own.grad_hparams, hparams, share))
 
-    def _joined(self, own: InnerDerivatives, hparams: Any) -> InnerDerivatives:
-        share, cross_jvp = self._shares(leaves(own.grad)[0].device)[0], own.cross_jvp
-        return InnerDerivatives(
-            grad=self._mean(own.grad, share),
-            hvp=lambda v: self._mean(own.hvp(v), share),
-            cross_vjp=lambda v: self._mean_or_none(own.cross_vjp(v), hparams, share),
-            cross_jvp=None if cross_jvp is None else lambda u: self._mean(cross_jvp(u), share),
+    def _averaged(self, own: LinearizedMap[P, H], hparams: H) -> LinearizedMap[P, H]:
+        """Return the map of all ranks' data: values and products averaged over the ranks."""
+        share, jvp_hparams = self._shares(leaves(own.residual)[0].device)[0], own.jvp_hparams
+        return LinearizedMap(
+            residual=self._mean(own.residual, share),
+            vjp_params=lambda v: self._mean(own.vjp_params(v), share),
+            vjp_hparams=lambda v: self._mean_or_none(own.vjp_hparams(v), hparams, share),
+            jvp_hparams=None if jvp_hparams is None else lambda u: self._mean(jvp_hparams(u), share),
         )
 
-    def _mean(self, tree: Tree, share: float) -> Tree:
+    def _mean(self, tree: V, share: float) -> V:
         """Return the weighted mean over the ranks."""
-        # Without data, a loss may be nan.
+        # A loss without data may be nan.
         return with_leaves(tree, self._sum([t * share if share else torch.zeros_like(t) for t in leaves(tree)]))
 
-    def _mean_or_none(self, tree: Tree | None, like: Tree, share: float) -> Tree | None:
-        """Return the mean of what is None, and counts as zero, where a rank's loss does not depend on hparams.
-
-        None if it is on all ranks.
-        """
+    def _mean_or_none(self, tree: V | None, like: V, share: float) -> V | None:
+        """Return the weighted mean over the ranks, where None counts as zero; None if it is None on all ranks."""
         if not leaves(like):
             return tree
-        own = self.space.zeros_like(like) if tree is None else tree
+        own = self.space(like).zeros() if tree is None else tree
         influence = leaves(like)[0].new_full((), float(tree is not None))
         mean = self._mean(own, share), self._sum([influence])[0]
         return mean[0] if mean[1] > 0 else None
 
     def _sum(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Return sums over the ranks, by one all-reduce per dtype: hundreds of small ones would cost a hundredfold."""
+        """Return sums over the ranks by one all-reduce per dtype. One per tensor can take a hundred times as long."""
         sums: list[Any] = [None] * len(tensors)
         for dtype in dict.fromkeys(t.dtype for t in tensors):
             places = [i for i, t in enumerate(tensors) if t.dtype == dtype]
@@ -168,43 +177,49 @@ class DataParallel(TorchBackend):
 
 
 def this_process() -> TorchBackend:
-    """Return the backend of one process; warn if there are others."""
+    """Return the backend of one process. Warn if there are other processes."""
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         warnings.warn(
-            f"This process is one of {dist.get_world_size()} ranks, and the hypergradient is that of its own batches. "
-            "For that of all ranks' data, on all ranks, pass backend=bilevel_torch.DataParallel(inner_samples=..., "
-            "outer_samples=...); if it is meant so, backend=bilevel_torch.TorchBackend().",
+            f"This process is one of {dist.get_world_size()} ranks, and the hypergradient uses only its batches. For "
+            "the hypergradient of all ranks' data, pass backend=bilevel_torch.DataParallel(inner_samples=..., "
+            "outer_samples=...) on all ranks. To silence this warning, pass backend=bilevel_torch.TorchBackend().",
             stacklevel=callers_level(),
         )
     return TorchBackend()
 
 
-@dataclass(frozen=True)
-class AgreedSpace(TorchSpace):
-    """Vectors that are equal on all ranks, and numbers of them that are equal to the last bit.
+class AgreedSpace(TorchSpace[V]):
+    """Vectors that are equal on all ranks, with scalars that are equal to the last bit.
 
-    All-reduced products are, but machines of different kinds may round a dot of them differently; then a rank could
-    stop a step before the others, which would wait for it for ever.
+    All-reduced products are equal, but different machines may round their dot products differently. Then one rank could
+    stop a step before the others, and the others would wait without end.
     """
 
-    group: Any = None
+    def __init__(self, like: V, group: Any = None) -> None:
+        super().__init__(like)
+        self.group = group
 
-    def dot(self, x: Any, y: Any) -> torch.Tensor:
-        return self._agree(super().dot(x, y))
+    @override
+    def dot(self, x: V, y: V) -> torch.Tensor:
+        return self._broadcast_from_first(super().dot(x, y))
 
-    def project(self, stack: Any, x: Any) -> torch.Tensor:
-        return self._agree(super().project(stack, x))
+    @override
+    def stack_dot(self, stack: object, x: V) -> torch.Tensor:
+        return self._broadcast_from_first(super().stack_dot(stack, x))
 
-    def max_abs(self, x: Any) -> torch.Tensor:
-        return self._agree(super().max_abs(x))
+    @override
+    def max_abs(self, x: V) -> torch.Tensor:
+        return self._broadcast_from_first(super().max_abs(x))
 
-    def isfinite(self, x: Any) -> torch.Tensor:
-        return self._agree(super().isfinite(x).to(torch.uint8)).bool()
+    @override
+    def isfinite(self, x: object) -> Any:
+        finite: Any = super().isfinite(x)
+        return self._broadcast_from_first(finite.to(torch.uint8)).bool()
 
-    def on_host(self, function: Any, *arrays: torch.Tensor) -> torch.Tensor:
-        return self._agree(super().on_host(function, *arrays))
+    @override
+    def numpy_callback(self, function: Callable[..., np.ndarray], *arrays: torch.Tensor) -> torch.Tensor:
+        return self._broadcast_from_first(super().numpy_callback(function, *arrays))
 
-    def _agree(self, t: torch.Tensor) -> torch.Tensor:
-        """Return the first rank's."""
+    def _broadcast_from_first(self, t: torch.Tensor) -> torch.Tensor:
         dist.broadcast(t, group=self.group, group_src=0)
         return t

@@ -1,6 +1,6 @@
-"""The graph that autograd records: its nodes, and what it would lose in silence when a gradient is differentiated."""
+"""Nodes of the graph of autograd, and checks that its gradients can be differentiated."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from inspect import unwrap
@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 from torch.autograd.function import BackwardCFunction, once_differentiable
+from torch.autograd.graph import Node
+from torch.utils.hooks import RemovableHandle
 
 INSTEAD = 'or differentiate once, by bl.Problem(inner, outer, curvature="finite-differences").'
 
 
-def nodes_of(outputs: Iterable[torch.Tensor]) -> Iterator[Any]:
+def nodes_of(outputs: Iterable[torch.Tensor]) -> Iterator[Node]:
     """Yield the nodes of a graph."""
     todo = [torch.autograd.graph.get_gradient_edge(t).node for t in outputs if t.requires_grad]
     seen = set(todo)
@@ -26,46 +28,46 @@ def nodes_of(outputs: Iterable[torch.Tensor]) -> Iterator[Any]:
 
 
 @contextmanager
-def functions_recorded(nodes: Iterable[Any]) -> Iterator[None]:
-    """Raise a RuntimeError if a gradient taken meanwhile passes an autograd.Function that hides what it depends on.
+def functions_recorded(nodes: Iterable[Node]) -> Iterator[None]:
+    """Raise a RuntimeError if a gradient in this block passes an autograd.Function that hides its dependences.
 
-    PyTorch's own error about `once_differentiable` stands where no way leads on to a parameter: beside a penalty,
-    which has a way of its own, nobody meets it.
+    PyTorch raises its own error about `once_differentiable` only if no other path leads to a parameter. With a penalty,
+    there is another path, and PyTorch raises no error.
     """
     hiding: set[str] = set()
 
-    def watch(node: Any) -> Any:
+    def watch(node: Node) -> RemovableHandle | None:
         if not isinstance(node, BackwardCFunction):
             return None
         function: Any = node._forward_cls  # pyright: ignore[reportAttributeAccessIssue]
         once = _is_once(unwrap(function.backward, stop=_is_once))
         needed = [child is not None for child, _ in node.next_functions]
 
-        def look(found: Any, handed: Any) -> None:
-            # backward() is linear: if all it is handed is recorded, nothing but zero can come out unrecorded.
-            recorded = all(g is None or g.requires_grad for g in handed)
+        def inspect(found: Sequence[torch.Tensor | None], given: Sequence[torch.Tensor | None]) -> None:
+            # backward() is linear: if all its inputs are recorded, only zeros can be unrecorded outputs.
+            recorded = all(g is None or g.requires_grad for g in given)
             cut = (g for g, need in zip(found, needed, strict=True) if need and g is not None and not g.requires_grad)
             if once or (recorded and any(g.any() for g in cut)):
                 hiding.add(function.__name__)
 
-        return node.register_hook(look)
+        return node.register_hook(inspect)
 
     with _hooked(nodes, watch):
         yield
     if hiding:
         raise RuntimeError(
-            f"The backward() of {', '.join(sorted(hiding))} has no derivative, so that Hessian-vector products would "
-            "leave it out in silence. Let it compute by differentiable operations on ctx.saved_tensors, without "
+            f"The backward() of {', '.join(sorted(hiding))} has no derivative, so Hessian-vector products would omit "
+            "it without an error. Compute it by differentiable operations on ctx.saved_tensors, without "
             f"once_differentiable, {INSTEAD}"
         )
 
 
 @contextmanager
-def weight_norm_right(nodes: Iterable[Any]) -> Iterator[None]:
-    """Raise a RuntimeError if a gradient taken meanwhile passes a weight_norm whose second derivative is wrong."""
+def weight_norm_right(nodes: Iterable[Node]) -> Iterator[None]:
+    """Raise a RuntimeError if a gradient in this block passes a weight_norm whose second derivative is wrong."""
     passed: list[bool] = []
 
-    def watch(node: Any) -> Any:
+    def watch(node: Node) -> RemovableHandle | None:
         if node.name() != "WeightNormInterfaceBackward0" or _weight_norm_is_right():
             return None
         return node.register_hook(lambda *_: passed.append(True))
@@ -80,7 +82,7 @@ def weight_norm_right(nodes: Iterable[Any]) -> Iterator[None]:
 
 
 @contextmanager
-def _hooked(nodes: Iterable[Any], watch: Callable[[Any], Any]) -> Iterator[None]:
+def _hooked(nodes: Iterable[Node], watch: Callable[[Node], RemovableHandle | None]) -> Iterator[None]:
     handles = [handle for node in nodes if (handle := watch(node)) is not None]
     try:
         yield
@@ -92,7 +94,7 @@ def _hooked(nodes: Iterable[Any], watch: Callable[[Any], Any]) -> Iterator[None]
 _ONCE = once_differentiable(lambda _: None).__code__  # pyright: ignore[reportFunctionMemberAccess]
 
 
-def _is_once(function: Any) -> bool:
+def _is_once(function: object) -> bool:
     return getattr(function, "__code__", None) is _ONCE
 
 

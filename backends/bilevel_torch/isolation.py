@@ -1,4 +1,4 @@
-"""Objectives evaluated without a trace: random states, buffers and parameters of modules are put back."""
+"""Evaluate objectives without side effects: random states and the tensors of modules are restored."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -7,29 +7,29 @@ from typing import Any
 import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from bilevel.protocols import Point
+from bilevel.linearization import Inputs
+from bilevel.spaces.array import Args, H, P
 from bilevel.spaces.tree import tree_map
 
 
 @contextmanager
-def aside(point: Point, double: bool) -> Iterator[Callable[[Any, Any], Point]]:
-    """See `bilevel.protocols.Backend.aside`.
+def isolated(inputs: Inputs[P, H], double: bool) -> Iterator[Callable[[P, H], Inputs[P, H]]]:
+    """See `bilevel.backend.Backend.isolated`.
 
-    A loss that runs a module uses the module's own tensors, not what it is handed. So while this lasts, a hook gives
-    every module that is called other tensors to hold: the moved one in the place of a parameter, a copy in the place of
-    a buffer. The user's own are never written to: a parameter whose dtype has changed once, for one, has lost the hooks
-    that DDP put on it.
+    A loss that runs a module uses the module's tensors, not its arguments. So in this block, a hook replaces the
+    tensors of every called module: a parameter by the moved parameter, a buffer by a copy. The user's tensors are never
+    written to. For example, a parameter whose dtype changes once loses the hooks of DDP.
     """
     stand_ins, states = _StandIns(double), _random_states()
 
-    def at(params: Any, hparams: Any) -> Point:
+    def at(params: P, hparams: H) -> Inputs[P, H]:
         _restore(states)
         stand_ins.give_back()
-        return point._replace(
-            params=tree_map(stand_ins.move, point.params, params),
-            hparams=tree_map(stand_ins.move, point.hparams, hparams),
-            inner_args=tree_map(stand_ins.convert, point.inner_args),
-            outer_args=tree_map(stand_ins.convert, point.outer_args),
+        return Inputs(
+            params=tree_map(stand_ins.move, inputs.params, params),
+            hparams=tree_map(stand_ins.move, inputs.hparams, hparams),
+            inner_args=tree_map(stand_ins.convert, inputs.inner_args),
+            outer_args=tree_map(stand_ins.convert, inputs.outer_args),
         )
 
     hook = register_module_forward_pre_hook(stand_ins.enter)
@@ -42,12 +42,12 @@ def aside(point: Point, double: bool) -> Iterator[Callable[[Any, Any], Point]]:
 
 
 @contextmanager
-def buffers_aside() -> Iterator[None]:
-    """Let a module that a checkpoint runs again move copies of its buffers."""
+def buffers_isolated() -> Iterator[None]:
+    """Replace the buffers of modules by copies while a checkpoint runs the modules again."""
     stand_ins = _StandIns(double=False)
 
-    def enter(module: torch.nn.Module, args: tuple[Any, ...]) -> None:
-        if torch._C._current_graph_task_id() != -1:  # in a backward pass: what other threads train is their own affair
+    def enter(module: torch.nn.Module, args: Args) -> None:
+        if torch._C._current_graph_task_id() != -1:  # only in a backward pass: other threads may be training
             stand_ins.hold(module)
 
     hook = register_module_forward_pre_hook(enter)
@@ -59,48 +59,46 @@ def buffers_aside() -> Iterator[None]:
 
 
 class _StandIns:
-    """What modules hold instead of their own tensors, each from its first call until `give_back`."""
+    """Replacements for the tensors of modules, each in place from the module's first call until `give_back`."""
 
     def __init__(self, double: bool) -> None:
         self.double = double
-        self.known: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by id, also that of the stand-in itself
+        self.known: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by the id of the original and of the stand-in
         self.held: list[tuple[torch.nn.Module, str, torch.Tensor, torch.Tensor]] = []
 
-    def convert(self, leaf: Any) -> Any:
-        """Return a tensor in the dtype to compute in, and anything else as it is."""
+    def convert(self, leaf: object) -> Any:
+        """Return a floating-point tensor in the dtype of the computation. Return any other value unchanged."""
         if self.double and isinstance(leaf, torch.Tensor) and leaf.is_floating_point():
             return leaf.double()
         return leaf
 
     def move(self, own: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """Return a value as a variable that stands for the user's own tensor."""
+        """Return a value as a variable that replaces the user's tensor."""
         return self._remember(own, torch.nn.Parameter(self.convert(value.detach()).clone()))
 
-    def enter(self, module: torch.nn.Module, args: tuple[Any, ...]) -> Any:
-        """Stand in for the tensors of a module that is about to run, and convert what it is about to see."""
+    def enter(self, module: torch.nn.Module, args: Args) -> Any:
+        """Replace the tensors of a module before it runs, and convert its arguments."""
         self.hold(module)
         return tree_map(self.convert, args)
 
     def hold(self, module: torch.nn.Module) -> None:
-        """Stand in for the tensors of a module and of those in it.
+        """Replace the tensors of a module and of its submodules.
 
-        Not all of these are called: attention reads the weights of its projections.
+        Not all submodules are called: attention reads the weights of its projections.
         """
         for part in module.modules():
-            if isinstance(part, torch.jit.ScriptModule):  # does not let go of its tensors
+            if isinstance(part, torch.jit.ScriptModule):  # its tensors cannot be replaced
                 continue
-            for name, own in [*part.named_parameters(recurse=False, remove_duplicate=False)]:
-                self._hold(part, name, own, self._parameter(own))
-            for name, own in [*part.named_buffers(recurse=False, remove_duplicate=False)]:
-                self._hold(part, name, own, self._buffer(own))
-
-    def _hold(self, module: torch.nn.Module, name: str, own: torch.Tensor, stand_in: torch.Tensor) -> None:
-        if stand_in is not own:
-            setattr(module, name, stand_in)
-            self.held.append((module, name, own, stand_in))
+            parameters = [*part.named_parameters(recurse=False, remove_duplicate=False)]
+            buffers = [*part.named_buffers(recurse=False, remove_duplicate=False)]
+            pairs = [(name, own, self._parameter(own)) for name, own in parameters]
+            for name, own, stand_in in pairs + [(name, own, self._buffer(own)) for name, own in buffers]:
+                if stand_in is not own:
+                    setattr(part, name, stand_in)
+                    self.held.append((part, name, own, stand_in))
 
     def give_back(self) -> None:
-        """Give the modules their own tensors back, unless someone else has already."""
+        """Restore the tensors of the modules, except where other code has replaced them since."""
         while self.held:
             module, name, own, stand_in = self.held.pop()
             if getattr(module, name) is stand_in:
@@ -111,7 +109,7 @@ class _StandIns:
         if id(own) in self.known:
             return self.known[id(own)][1]
         converted = self.convert(own.detach())
-        # What is part of the graph was handed over by functional_call.
+        # A tensor inside a graph comes from functional_call.
         if converted.dtype == own.dtype or not own.is_leaf:
             return own
         return self._remember(own, torch.nn.Parameter(converted, requires_grad=own.requires_grad))

@@ -119,7 +119,7 @@ def syncs(spec: dict[str, Any]) -> Iterator[dict[str, Any]]:
     w = workload("logistic", TINY, spec["device"])
     few, many = 16, 48
     backends = {"as on the CPU": bilevel_torch.TorchBackend()}
-    backends |= {"as on a GPU": bilevel_torch.TorchBackend(bilevel_torch.TorchSpace(check_every=8))}
+    backends |= {"as on a GPU": bilevel_torch.TorchBackend(check_every=8)}
     for where, backend in backends.items():
         for method in ("neumann", "cg"):
             reads = []

@@ -1,4 +1,4 @@
-"""The main job on real data: tune a penalty for every weight of a classifier of handwritten digits."""
+"""The demo: tune a penalty for every weight of a classifier of handwritten digits."""
 
 import time
 import warnings
@@ -21,14 +21,14 @@ def demo(
     seed: int = 0,
     out: Path = Path(),
 ) -> Path:
-    """Run the demo, print what it found, and return the path of its picture.
+    """Run the demo, print its results, and return the path of its picture.
 
     Args:
-        backend: "numpy" tunes softmax regression, any other a small network.
-        solver: as in `bilevel.hypergradient`; None: the one that suits the model.
-        options: options of the solver that take precedence.
-        seed: of the split of the data, and of the network's first weights.
-        out: the folder for the picture, made if need be.
+        backend: "numpy" tunes softmax regression; other backends tune a small network.
+        solver: as in `bilevel.hypergradient`; None: the model's default solver.
+        options: options of the solver, which override the others.
+        seed: the seed of the split of the data and of the network's first weights.
+        out: the folder for the picture, created if it does not exist.
 
     Raises:
         ImportError: if a package is missing, with the command that installs it.
@@ -64,7 +64,7 @@ def demo(
 
 
 def _one_thread() -> Any:
-    """Keep linear algebra to one thread: in matrices this small, several wait for each other."""
-    from threadpoolctl import threadpool_limits  # scikit-learn brings it
+    """Limit linear algebra to one thread: for matrices this small, several threads wait for each other."""
+    from threadpoolctl import threadpool_limits  # a dependency of scikit-learn
 
     return threadpool_limits(1)

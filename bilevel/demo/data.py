@@ -1,22 +1,22 @@
-"""Scikit-learn's digits, split three ways."""
+"""Scikit-learn's digits, split into three parts."""
 
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import numpy as np
 
-TRAIN, VALIDATION = 300, 700  # few to train on, so that regularization matters; 797 are left to test
+TRAIN, VALIDATION = 300, 700  # few training images, so that regularization matters; 797 are left to test
 
 
 class Part(NamedTuple):
-    """Images of shape (n, pixels), grey from 0 to 1, and their digits of shape (n,)."""
+    """Images of shape (n, pixels), with grey values from 0 to 1, and their digits of shape (n,)."""
 
     X: Any
     y: Any
 
 
 class Digits(NamedTuple):
-    """To fit parameters, to tune hyperparameters, and to judge both."""
+    """Images to fit parameters, to tune hyperparameters, and to test both."""
 
     train: Part
     validation: Part
@@ -24,18 +24,14 @@ class Digits(NamedTuple):
 
 
 def check_installed() -> None:
-    """Raise unless all is there that only the demo needs.
-
-    Raises:
-        ImportError: with the command that installs it.
-    """
+    """Raise an ImportError, with a command for installation, if a package that the demo needs is missing."""
     for module, package in (("sklearn", "scikit-learn"), ("matplotlib", "matplotlib")):
         if find_spec(module) is None:
             raise ImportError(f'The demo needs {package}, which is not installed: pip install "bilevel[demo]".')
 
 
 def load(seed: int) -> Digits:
-    """Return the digits in an order drawn with a seed."""
+    """Return the digits in a random order."""
     from sklearn.datasets import load_digits
 
     X, y = load_digits(return_X_y=True)
@@ -45,5 +41,5 @@ def load(seed: int) -> Digits:
 
 
 def halve(digits: Digits) -> Digits:
-    """Return the images at half the resolution: each 2x2 pixels replaced by their mean."""
+    """Return the images at half the resolution: each block of 2x2 pixels becomes its mean."""
     return Digits(*(Part(part.X.reshape(-1, 4, 2, 4, 2).mean((2, 4)).reshape(-1, 16), part.y) for part in digits))

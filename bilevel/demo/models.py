@@ -11,36 +11,34 @@ from bilevel.problems import logistic_regression
 from bilevel.problems.linear import cross_entropy
 from bilevel.problems.namespace import namespace
 from bilevel.problems.problem import Problem
-from bilevel.protocols import Tree
 
 CLASSES = 10
 
 
 @dataclass(frozen=True)
 class Model:
-    """A classifier, its bilevel problem, and how the demo tunes it.
+    """A classifier, its bilevel problem, and the settings of the demo.
 
-    ``hparams`` have the structure of ``params``: the logarithm of a penalty for each weight. Trees are of NumPy
-    arrays here, and of the backend's everywhere else.
+    ``hparams`` have the structure of ``params``: the logarithm of a penalty for each weight.
     """
 
     name: str
     problem: Problem
-    logits: Callable[[Tree, Any], Any]
-    params0: Callable[[np.random.Generator, int], Tree]  # for a number of pixels
-    features: Callable[[np.ndarray], np.ndarray]  # of images: what the inner problem takes as X
-    pixel_weights: Callable[[Tree], np.ndarray]  # the part of a tree that belongs to pixels, of shape (pixels, k)
+    logits: Callable[[Any, Any], Any]
+    params0: Callable[[np.random.Generator, int], Any]  # (generator, number of pixels) -> params in NumPy
+    features: Callable[[np.ndarray], np.ndarray]  # images -> X of the inner problem
+    pixel_weights: Callable[[Any], np.ndarray]  # tree -> its part for pixels, of shape (pixels, k)
     solver: Any
-    grid: np.ndarray  # shared penalties to try
-    bounds: tuple[float, float]  # of the penalties, when they are tuned
-    start: float = 1e-2  # the penalty that tuning starts from
+    grid: np.ndarray  # shared penalties of the grid search
+    bounds: tuple[float, float]  # of the tuned penalties
+    start: float = 1e-2  # the first penalty of the tuning
     maxiter: int = 40
     gtol: float = 1e-8  # of the fits
     options: dict[str, Any] = field(default_factory=dict)  # of the search
 
 
 def softmax_regression() -> Model:
-    """Return softmax regression: convex, with derivatives written out, in float64."""
+    """Return softmax regression, in float64. It is convex and has analytic derivatives."""
     return Model(
         name="softmax regression",
         problem=logistic_regression(),
@@ -55,9 +53,9 @@ def softmax_regression() -> Model:
 
 
 def mlp(hidden: int = 256) -> Model:
-    """Return a network with one hidden layer of tanh units, written once for torch and JAX, in float32.
+    """Return a network with one hidden layer of tanh units, for torch and JAX, in float32.
 
-    Its Hessian need not be positive definite where the fit ends, so the linear solve is damped.
+    Its Hessian need not be positive definite at the end of a fit, so the linear solve is damped.
     """
     return Model(
         name=f"a network with {hidden} tanh units",
@@ -71,7 +69,7 @@ def mlp(hidden: int = 256) -> Model:
         bounds=(5e-4, 1e-1),
         maxiter=15,
         gtol=1e-4,
-        options={"maxls": 8},  # a fit to 1e-4 leaves too much noise for more trials to help
+        options={"maxls": 8},  # more trials do not help, because fits to 1e-4 leave noise
     )
 
 
@@ -85,16 +83,16 @@ def _random_params(rng: np.random.Generator, pixels: int, hidden: int) -> dict[s
     return {name: array.astype(np.float32) for name, array in params.items()}
 
 
-def _logits(params: Tree, X: Any) -> Any:
+def _logits(params: Any, X: Any) -> Any:
     hidden = namespace(X).tanh(X @ params["W1"] + params["b1"])
     return hidden @ params["W2"] + params["b2"]
 
 
-def _unpenalized(params: Tree, hparams: Tree, X: Any, y: Any) -> Any:
+def _unpenalized(params: Any, hparams: Any, X: Any, y: Any) -> Any:
     return cross_entropy(_logits(params, X), y)
 
 
-def _penalized(params: Tree, hparams: Tree, X: Any, y: Any) -> Any:
+def _penalized(params: Any, hparams: Any, X: Any, y: Any) -> Any:
     exp = namespace(X).exp
     penalty = sum((exp(hparams[name]) * params[name] ** 2).sum() for name in params)
     return cross_entropy(_logits(params, X), y) + 0.5 * penalty

@@ -1,4 +1,4 @@
-"""The demo's picture: losses while tuning, and the penalty of each pixel."""
+"""The demo's picture: losses during tuning, and the penalty of each pixel."""
 
 from pathlib import Path
 

@@ -1,15 +1,15 @@
-"""The demo's findings in words."""
+"""The demo's results as text."""
 
 from typing import Any
 
 from bilevel.demo.models import Model
 from bilevel.demo.search import Outcome, Score, Task
 
-CLEAR = 1.02  # a loss this many times another is called worse
+CLEAR = 1.02  # the least ratio of two losses that counts as a difference
 
 
 def opening(task: Task, backend: str, solver: Any) -> str:
-    """Say what is about to happen."""
+    """Return a description of the run."""
     model, sizes = task.model, [len(y) for _, y in (task.train, task.validation, task.test)]
     return (
         f"bilevel demo: scikit-learn's digits, {model.name}, {backend} backend\n"
@@ -41,10 +41,7 @@ def table(rows: list[tuple[str, Score]]) -> str:
                                       loss  accuracy      loss  accuracy
       tuned                         0.0721     99.1%    0.1398     96.4%
     """
-    lines = [
-        f"  {'penalty':<28}{'validation':>18}{'test':>20}",
-        f"  {'':<28}" + 2 * f"{'loss':>8}{'accuracy':>10}  ",
-    ]
+    lines = [f"  {'penalty':<28}{'validation':>18}{'test':>20}", f"  {'':<28}" + 2 * f"{'loss':>8}{'accuracy':>10}  "]
     for name, s in rows:
         validation = f"{s.validation_loss:>8.4f}{s.validation_accuracy:>10.1%}"
         lines.append(f"  {name:<28}{validation}{s.test_loss:>10.4f}{s.test_accuracy:>10.1%}")
@@ -52,40 +49,40 @@ def table(rows: list[tuple[str, Score]]) -> str:
 
 
 def verdict(outcome: Outcome) -> str:
-    """Say how the tuned penalties do on images that had no say in them."""
+    """Return a comparison of the tuned penalties with the best shared penalty on the test images."""
     shared, last = outcome.shared, outcome.scores[-1]
     losses = [score.test_loss for score in outcome.scores]
     ratio = last.test_loss / shared.test_loss
     if last.validation_loss > shared.validation_loss:
-        text = "The search ended before it reached the best shared penalty: a more exact solver may take it further."
+        text = "The search ended before it reached the best shared penalty. Try a more exact solver."
     elif ratio * CLEAR < 1:
         text = f"On test, the loss is {1 - ratio:.0%} lower than with the best shared penalty."
     elif ratio > CLEAR:
         text = (
-            f"On test, the loss is {ratio - 1:.0%} higher than with the best shared penalty: the tuned ones overfit "
-            "the validation images."
+            f"On test, the loss is {ratio - 1:.0%} higher than with the best shared penalty: the tuned penalties "
+            "overfit the validation images."
         )
     else:
-        text = "On test, the loss is about that of the best shared penalty."
+        text = "On test, the loss is about the same as with the best shared penalty."
     if losses[-1] > min(losses) * CLEAR:
         text += (
-            f"\n  It was lowest, {min(losses):.4f}, after step {losses.index(min(losses))}: beyond, the penalties "
-            "overfit the validation images."
+            f"\n  It was lowest, {min(losses):.4f}, after step {losses.index(min(losses))}. Later penalties overfit "
+            "the validation images."
         )
     return "  " + text
 
 
 def facts(outcome: Outcome, weights: int, errors: list[float], seconds: float) -> str:
-    """Return the numbers of the run; a second error is that against the Hessian without the solver's damping."""
+    """Return the numbers of the run. A second error is relative to the Hessian without the solver's damping."""
     lines = [
         f"hyperparameters            {outcome.hyperparameters:,}",
         f"hypergradients             {outcome.hypergradients}",
-        f"Hessian-vector products    {outcome.steps:,}: one a solver step; checks, sketches, step sizes take more",
-        f"hypergradient's error      {errors[0]:.1e}, relative to the one with the dense Hessian of a small instance",
+        f"Hessian-vector products    {outcome.steps:,}: one per solver step; checks, sketches, step sizes take more",
+        f"hypergradient's error      {errors[0]:.1e}, relative to the dense Hessian's result on a small instance",
         f"                           ({weights} weights, images at half the resolution)",
     ]
     if len(errors) > 1:
-        lines[-1] += "; the solver's damping is part of"
-        lines.append(f"                           that Hessian: without it, the error is {errors[1]:.1e}")
+        lines[-1] += "; that Hessian includes"
+        lines.append(f"                           the solver's damping: without it, the error is {errors[1]:.1e}")
     lines.append(f"wall time                  {seconds:.1f} s")
     return "\n".join(["", *("  " + line for line in lines)])

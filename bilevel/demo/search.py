@@ -1,14 +1,15 @@
-"""What the demo computes: a grid search for one penalty, the tuning of all, and a check of the hypergradient."""
+"""The demo's computations: a grid search for one penalty, the tuning of all, and a check of the hypergradient."""
 
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from bilevel.backend import Backend
 from bilevel.demo.data import Digits
 from bilevel.demo.models import Model
 from bilevel.hypergradient import hypergradient
-from bilevel.linear_solvers import Exact
-from bilevel.protocols import Backend, Solver, Tree
+from bilevel.linear_solvers import Exact, LinearSolver
+from bilevel.methods import Method
 from bilevel.results import Status
 from bilevel.search.inner_solver import scipy_fit
 from bilevel.search.minimize import minimize
@@ -16,7 +17,7 @@ from bilevel.spaces.tree import tree_map
 
 
 class Score(NamedTuple):
-    """On the validation and the test images: mean cross-entropy, and the fraction of digits recognized."""
+    """Mean cross-entropy and fraction of recognized digits, on the validation and the test images."""
 
     validation_loss: float
     validation_accuracy: float
@@ -25,16 +26,16 @@ class Score(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What a run found."""
+    """The results of a run."""
 
-    scores: list[Score]  # of the tuning: at its start and after each iteration
-    shared: Score  # of the best shared penalty
+    scores: list[Score]  # at the start of the tuning and after each iteration
+    shared: Score  # with the best shared penalty
     shared_penalty: float
     pixel_penalties: np.ndarray  # tuned, of shape (pixels, k)
     hyperparameters: int
     hypergradients: int
-    failures: int  # those that did not converge
-    steps: int  # of the solver, in all
+    failures: int  # hypergradients that did not converge
+    steps: int  # total steps of the solver
 
 
 class Task:
@@ -51,15 +52,15 @@ class Task:
 
     @property
     def size(self) -> int:
-        """Return the number of weights, which is that of hyperparameters too."""
-        return self.backend.space.size(self.params0)
+        """Return the number of weights, which equals the number of hyperparameters."""
+        return self.backend.space(self.params0).size
 
-    def shared(self, penalty: float) -> Tree:
+    def shared(self, penalty: float) -> Any:
         """Return hyperparameters with one penalty for all weights."""
-        ones = self.backend.space.xp.ones_like
-        return self.backend.space.scale(float(np.log(penalty)), tree_map(ones, self.params0))
+        space = self.backend.space(self.params0)
+        return space.scale(float(np.log(penalty)), space.map(space.xp.ones_like, self.params0))
 
-    def score(self, params: Tree) -> Score:
+    def score(self, params: object) -> Score:
         """Return losses and accuracies, without the penalty."""
         scores = []
         for X, y in (self.validation, self.test):
@@ -68,7 +69,7 @@ class Task:
             scores += [loss, float((guess == self.backend.to_numpy(y)).mean())]
         return Score(*scores)
 
-    def tune(self, solver: Solver) -> Outcome:
+    def tune(self, solver: LinearSolver[Any] | Method) -> Outcome:
         """Search the grid for a shared penalty; then tune a penalty per weight from the same fixed start."""
         model, backend = self.model, self.backend
         grid = [(self.score(self.fit(self.shared(p), self.params0)), p) for p in model.grid]
@@ -101,15 +102,15 @@ class Task:
             steps=sum(evaluation.steps for evaluation in found.history),
         )
 
-    def errors(self, solver: Solver) -> list[float]:
-        """Compare the hypergradient at the start with that of the dense Hessian.
+    def errors(self, solver: LinearSolver[Any] | Method) -> list[float]:
+        """Return the relative error of the hypergradient at the start, compared with the dense Hessian's result.
 
-        The Hessian is damped as the solver damps it; for a solver that does, a second error is that without damping.
+        The Hessian has the solver's damping. If the damping is not zero, the second error is the error without it.
         """
-        hparams, space = self.shared(self.model.start), self.backend.space
+        hparams, space = self.shared(self.model.start), self.backend.space(self.params0)
         params = self.fit(hparams, self.params0)
 
-        def grad(solver: Any) -> Tree:
+        def grad(solver: LinearSolver[Any] | Method) -> Any:
             return hypergradient(
                 self.model.problem,
                 params,
@@ -120,9 +121,9 @@ class Task:
                 backend=self.backend,
             ).grad
 
-        def norm(tree: Tree) -> float:
-            return float(self.backend.to_host(space.dot(tree, tree))) ** 0.5
+        def norm(tree: object) -> float:
+            return float(self.backend.to_host(space.norm(tree)))
 
-        approximate, damping = grad(solver), getattr(solver, "damping", 0.0)
+        approximate, damping = grad(solver), solver.damping
         exact = [grad(Exact(damping=d)) for d in ([damping, 0.0] if damping else [0.0])]
-        return [norm(space.axpy(-1.0, e, approximate)) / norm(e) for e in exact]
+        return [norm(space.subtract(approximate, e)) / norm(e) for e in exact]

@@ -1,4 +1,4 @@
-"""Whether a hypergradient can be trusted, why not, and what to do."""
+"""Checks of hypergradients, with causes of errors and remedies."""
 
 from bilevel.diagnosis.diagnose import diagnose
 from bilevel.diagnosis.findings import Finding

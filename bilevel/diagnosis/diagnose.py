@@ -1,71 +1,65 @@
-"""Measure what a hypergradient rests on."""
+"""Check a hypergradient."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from copy import copy
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
+from bilevel.backend import Backend
 from bilevel.config import get_solver
-from bilevel.diagnosis.agreement import compare, kind_of, nothing
+from bilevel.diagnosis.agreement import compare, nothing
 from bilevel.diagnosis.measurements import PRODUCTS, Repetition
 from bilevel.diagnosis.report import Diagnosis
-from bilevel.hypergradient import hypergradient
-from bilevel.operators.combinators import norm, residual
+from bilevel.hypergradient import SolverSpec, hypergradient
+from bilevel.linearization import Inputs
+from bilevel.methods.implicit import as_method
+from bilevel.methods.method import Level, Method
 from bilevel.operators.lanczos import Spectrum, spectrum
-from bilevel.protocols import (
-    Backend,
-    BilevelProblem,
-    HypergradientMethod,
-    NonSymmetric,
-    Point,
-    Scalar,
-    Solver,
-    Tree,
-    VectorSpace,
-)
-from bilevel.validation import check_point, find_backend
+from bilevel.problems.protocols import BilevelProblem
+from bilevel.spaces.array import Args, Array, H, P, V
+from bilevel.spaces.space import Space
+from bilevel.validation import check_inputs, find_backend
 
 SEED = 3
 
 
 def diagnose(
     problem: BilevelProblem,
-    params: Tree,
-    hparams: Tree,
+    params: object,
+    hparams: object,
     *,
-    inner_args: tuple[Any, ...] = (),
-    outer_args: tuple[Any, ...] = (),
-    solver: Any = "cg",
-    backend: Any = None,
+    inner_args: Args | list[Args] = (),
+    outer_args: Args = (),
+    solver: SolverSpec = "cg",
+    backend: Backend | str | None = None,
 ) -> Diagnosis:
-    """Return a report on a hypergradient, to be printed: whether it can be trusted, why not, and what to do.
+    """Return a report on a hypergradient, for printing: its errors, their causes, and remedies.
 
-    It looks at whether the inner problem is solved, at the curvature, whether the losses repeat themselves, at the
-    symmetry of the Hessian-vector products, every derivative against differences of what it is derived from, and the
-    residual that the solver really leaves. What goes wrong in silence shows here: ``detach()`` in a forward pass,
-    custom functions with a wrong second derivative, dropout left on, a mistake in a formula.
+    The report checks whether the inner problem is solved and whether the losses are repeatable. It estimates the
+    curvature and the symmetry of the Hessian-vector products. It compares each derivative with differences, and
+    computes the true residual of the solver. So it finds errors without a symptom: ``detach()`` in a forward pass,
+    custom functions with a wrong second derivative, active dropout, or a mistake in a formula.
 
-    Differences are taken in float64 on copies of everything, modules included, where the objectives can; else in the
-    dtype there is, which the report says, and which may leave them too noisy to tell. A small batch of the data is
-    enough. The whole takes about 30 Hessian-vector products (20 of them for the curvature), 15 gradients where all is
-    well, at most 50, and the solve. In JAX, each of its seven functions compiles once per problem.
+    Differences are in float64, on copies of all arrays and modules, if the objectives support it. Otherwise they are in
+    the dtype of the inputs, and may be too noisy. The report has the dtype. A small batch of the data is enough. The
+    report takes about 30 Hessian-vector products (20 of them for the curvature), the solve, and 15 gradients if all is
+    well, at most 50. In JAX, its seven functions compile once per problem.
 
-    Nothing that is passed in is changed: neither params, ``.grad``, modules and their buffers, nor the random states of
-    the framework, NumPy and Python. (A ``torch.Generator`` or other state of the losses' own does move.)
+    The call changes neither params, ``.grad``, modules and their buffers, nor the random states of the framework, NumPy
+    and Python. Losses may change other states, such as a ``torch.Generator``.
 
     Args:
-        problem, params, hparams, inner_args, outer_args, solver, backend: as in `bl.hypergradient`. Of a list of
-            batches, all is measured on the first one, and there is no residual.
+        problem, params, hparams, inner_args, outer_args, solver, backend: as in `bl.hypergradient`. With a list of
+            batches, all measurements use the first batch, and there is no residual.
 
     Returns:
-        A `Diagnosis`. ``ok`` tells whether nothing was found; ``findings`` and ``suggestions`` what; the other fields
-        are the numbers.
+        A `Diagnosis`. ``ok`` is true if there are no ``findings``. The other fields are ``suggestions`` and numbers.
 
     Raises:
-        TypeError, ValueError, RuntimeError: for what `bl.hypergradient` refuses too, and within ``jit``.
+        TypeError, ValueError, RuntimeError: as in `bl.hypergradient`, and under ``jit``.
 
     >>> import numpy as np, bilevel as bl
     >>> problem = bl.problems.quadratic(hessian=np.diag([1.0, 4.0]), coupling=np.eye(2), target=np.ones(2))
@@ -76,44 +70,35 @@ def diagnose(
     >>> [finding.name for finding in far.findings]
     ['not solved']
     """
-    method = copy(get_solver(solver))  # a WarmStart must not learn from this
+    method = as_method(copy(get_solver(solver)))  # a WarmStart must not change
     found = find_backend(backend, params, hparams)
-    point = Point(params, hparams, inner_args, outer_args)
-    check_point(found, point)
-    if found.to_host(found.space.max_abs(params)) is None:
+    batches = check_inputs(found, params, hparams, inner_args, outer_args)
+    if found.to_host(found.space(params).max_abs(params)) is None:
         raise TypeError("bl.diagnose reads numbers: call it outside jit, grad and vmap.")
     with _random_state_kept():
-        return _diagnose(found, method, problem, point)
+        return _diagnose(found, method, problem, Inputs(params, hparams, batches[0], outer_args), batches)
 
 
-def _diagnose(backend: Backend, solver: Solver, problem: BilevelProblem, point: Point) -> Diagnosis:
-    def host(scalars: Any) -> list[float]:
+def _diagnose(
+    backend: Backend, method: Method, problem: BilevelProblem, inputs: Inputs[P, H], batches: list[Args]
+) -> Diagnosis:
+    def host(scalars: Iterable[Array]) -> list[float]:
         return [float(backend.to_host(x)) for x in scalars]
 
-    batches = point.inner_args
-    point = point._replace(inner_args=point.batches[0])
-    with backend.aside(point, False):
-        first, numbers = backend.execute(_look, None, problem, point)
+    params, hparams, inner_args, outer_args = inputs
+    with backend.isolated(inputs, False):
+        first, numbers = backend.run(_look, problem, params, hparams, inner_args)
         grad_norm, distance, asymmetry, *ends = host(numbers)
-        hg = hypergradient(
-            problem,
-            point.params,
-            point.hparams,
-            inner_args=batches,
-            outer_args=point.outer_args,
-            solver=solver,
-            backend=backend,
-            on_failure="ignore",
-        )
-        again = point._replace(adjoint0=(hg.adjoint, first))
-        value, change, left, undamped, *changes = host(backend.execute(_look_again, solver, problem, again))
-    if isinstance(solver, HypergradientMethod) or batches is not point.inner_args:
+        data: dict[str, Any] = {"inner_args": batches if len(batches) > 1 else inner_args, "outer_args": outer_args}
+        hg = hypergradient(problem, params, hparams, **data, solver=method, backend=backend, on_failure="ignore")
+        again = backend.run(_look_again, problem, inputs, hg.adjoint, first, method.damping)
+        value, change, left, undamped, *changes = host(again)
+    if method.differentiates_steps or len(batches) > 1:
         change = left = undamped = float("nan")
-    kind = kind_of(problem)
-    finite = np.isfinite([grad_norm, value, *(ends if kind != "equation" else ())]).all()
+    finite = np.isfinite([grad_norm, value, *(ends if problem.kind != "equation" else ())]).all()
     return Diagnosis(
-        curvature=kind,
-        solver=solver,
+        curvature=problem.kind,
+        method=method,
         info=hg.info,
         residual=left,
         undamped_residual=undamped,
@@ -124,70 +109,73 @@ def _diagnose(backend: Backend, solver: Solver, problem: BilevelProblem, point: 
         eigenvalues=Spectrum(*ends),
         asymmetry=asymmetry,
         repetition=Repetition(*changes),
-        derivatives=compare(backend, problem, point) if finite else nothing(problem, "nan or inf"),
-        eps=backend.space.eps((point.params, point.hparams)),
+        derivatives=compare(backend, problem, inputs) if finite else nothing(problem, "nan or inf"),
+        eps=max(backend.space(params).eps, backend.space(hparams).eps),
     )
 
 
-def _look(backend: Backend, solver: None, problem: BilevelProblem, point: Point) -> tuple[Any, tuple[Scalar, ...]]:
-    """Return (Hu, ∂L/∂w, cross product), and the numbers that one linearization yields."""
-    space = backend.space
-    xp, dot = space.xp, space.dot
-    grad, hvp, cross_vjp, *_ = problem.derivatives(backend, point.params, point.hparams, point.inner_args)
-    u, v = _directions(point.params, space)
-    Hu = hvp(u)
-    grad_norm, params_norm = norm(grad, space), norm(point.params, space)
+def _look(
+    backend: Backend, problem: BilevelProblem, params: P, hparams: H, args: Args
+) -> tuple[tuple[P, P, H | None], tuple[Array, ...]]:
+    """Return (Hu, ∂L/∂w, cross product), and the numbers from one linearization."""
+    level = Level(backend, problem, params, hparams, [args])
+    at = level.linearize()
+    A, grad = level.operator(at), at.residual
+    space, xp, dot = A.space, A.space.xp, A.space.dot
+    u, v = space.normal(SEED), space.normal(SEED + 1)
+    Hu = A(u)
+    grad_norm, params_norm = space.norm(grad), space.norm(params)
     unit = space.scale(_ratio(xp.ones_like(grad_norm), grad_norm, space), grad)
-    curvature = dot(unit, hvp(unit))
-    if isinstance(hvp, NonSymmetric):
+    curvature = dot(unit, A(unit))
+    if A.symmetric:
+        size = space.norm(Hu) * space.norm(v) / space.size**0.5
+        asymmetry = _ratio(xp.abs(dot(u, A(v)) - dot(v, Hu)), size, space)
+        ends = spectrum(A, PRODUCTS)
+    else:
         asymmetry = xp.full_like(grad_norm, float("nan"))
         curvature, ends = xp.abs(curvature), [asymmetry] * 4
-    else:
-        size = norm(Hu, space) * norm(v, space) / space.size(v) ** 0.5
-        asymmetry = _ratio(xp.abs(dot(u, hvp(v)) - dot(v, Hu)), size, space)
-        ends = spectrum(hvp, grad, space, PRODUCTS)
     step = xp.where(curvature > 0, _ratio(grad_norm, curvature, space), float("inf"))
     distance = xp.where(grad_norm > 0, _ratio(step, params_norm, space), 0.0)
-    return (Hu, grad, cross_vjp(u)), (grad_norm, distance, asymmetry, *ends)
+    return (Hu, grad, at.vjp_hparams(u)), (grad_norm, distance, asymmetry, *ends)
 
 
-def _look_again(backend: Backend, solver: Any, problem: BilevelProblem, point: Point) -> tuple[Scalar, ...]:
+def _look_again(
+    backend: Backend, problem: BilevelProblem, inputs: Inputs[P, H], v: P, first: tuple[P, P, H | None], damping: float
+) -> tuple[Array, ...]:
     """Return F, its change, both residuals, and the changes within this linearization and since the first look."""
-    space, (v, first) = backend.space, cast("tuple[Tree, Any]", point.adjoint0)
-    value, rhs, _ = backend.outer(problem.outer, point.params, point.hparams, point.outer_args)
-    grad, hvp, cross_vjp, *_ = problem.derivatives(backend, point.params, point.hparams, point.inner_args)
-    u, _ = _directions(point.params, space)
+    params, hparams, inner_args, outer_args = inputs
+    value, rhs, _ = backend.outer(problem.outer, params, hparams, outer_args)
+    at = problem.linearize(backend, params, hparams, inner_args)
+    space, hvp = backend.space(params), at.vjp_params
+    u = space.normal(SEED)
     Hu = hvp(u)
-    undamped = residual(hvp, rhs, v, space)
-    left = space.axpy(-getattr(solver, "damping", 0.0), v, undamped)
-    residuals = (_ratio(norm(r, space), norm(rhs, space), space) for r in (left, undamped))
-    changes = (
-        _change(old, new, space) for old, new in zip((Hu, *first), (hvp(u), Hu, grad, cross_vjp(u)), strict=True)
-    )
-    return value, -space.dot(v, grad), *residuals, *changes
+    undamped = space.subtract(rhs, hvp(v))
+    left = space.axpy(-damping, v, undamped)
+    residuals = (_ratio(space.norm(r), space.norm(rhs), space) for r in (left, undamped))
+    pairs = ((Hu, hvp(u)), (first[0], Hu), (first[1], at.residual), (first[2], at.vjp_hparams(u)))
+    changes = (_change(old, new, backend) for old, new in pairs)
+    return value, -space.dot(v, at.residual), *residuals, *changes
 
 
-def _directions(like: Tree, space: VectorSpace) -> tuple[Tree, Tree]:
-    return space.normal_like(like, SEED), space.normal_like(like, SEED + 1)
-
-
-def _change(old: Tree | None, new: Tree | None, space: VectorSpace) -> Scalar:
-    """Return the norm of the change, relative to the larger of both; None stands for zero."""
+def _change(old: V | None, new: V | None, backend: Backend) -> Array:
+    """Return the norm of the change, relative to the larger norm. None counts as zero."""
     if old is None or new is None:
-        return space.xp.zeros(()) + (old is not new)
-    size = space.xp.maximum(norm(old, space), norm(new, space))
-    return _ratio(norm(space.axpy(-1.0, old, new), space), size, space)
+        like = backend.space(new if old is None else old)
+        return like.xp.zeros(()) + float(old is not new)
+    space = backend.space(old)
+    size = space.xp.maximum(space.norm(old), space.norm(new))
+    return _ratio(space.norm(space.subtract(new, old)), size, space)
 
 
-def _ratio(a: Scalar, b: Scalar, space: VectorSpace) -> Scalar:
-    """Return a / b; 0 for 0 / 0 and infinity where b alone is zero."""
+def _ratio(a: Array, b: Array, space: Space[V]) -> Array:
+    """Return a / b, but 0 for 0 / 0, and infinity if only b is zero."""
     xp = space.xp
     return xp.where(b == 0, xp.where(a == 0, 0.0, float("inf")), a / xp.where(b == 0, 1.0, b))
 
 
 @contextmanager
 def _random_state_kept() -> Iterator[None]:
-    """Put back the random states of Python and NumPy, which losses of any framework may use."""
+    """Restore the random states of Python and NumPy, which losses of any framework may use."""
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
     try:
         yield

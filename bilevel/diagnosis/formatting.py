@@ -1,10 +1,7 @@
-"""Numbers and solvers as a report writes them."""
+"""Formats of numbers and texts in a report."""
 
 from decimal import ROUND_DOWN, ROUND_UP, Context
 from math import isfinite
-from typing import Any
-
-from bilevel.config import solver_options
 
 
 def percent(x: float) -> str:
@@ -16,13 +13,6 @@ def percent(x: float) -> str:
     return f"{100 * x:.{'0f' if 0.01 <= abs(x) < 100 else '1g'}}%"
 
 
-def short(solver: Any) -> str:
-    """Return a solver without the options that are at their defaults."""
-    options = [(name, getattr(solver, name), default) for name, default in solver_options(type(solver)).items()]
-    given = ", ".join(f"{name}={value!r}" for name, value, default in options if value is not default)
-    return f"{type(solver).__name__}({given})"
-
-
 def first_line(text: str, width: int) -> str:
     """Return the first line of a text, cut to a width."""
     line = text.partition("\n")[0]
@@ -30,7 +20,7 @@ def first_line(text: str, width: int) -> str:
 
 
 def rounded(x: float, up: bool) -> float:
-    """Return a positive number rounded to two digits in one direction, so that a bound stays one.
+    """Return a positive number rounded to two digits, up or down, so that a bound stays valid.
 
     >>> rounded(0.01234, up=True), rounded(0.01234, up=False), rounded(0.09999999999999999, up=False)
     (0.013, 0.012, 0.099)

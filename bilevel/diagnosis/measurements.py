@@ -1,22 +1,25 @@
-"""What `bl.diagnose` has measured."""
+"""The measurements of `bl.diagnose`."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from bilevel.diagnosis.agreement import Agreements
+from bilevel.linear_solvers.linear_solver import LinearSolver
+from bilevel.methods.implicit import Implicit
+from bilevel.methods.method import Method
 from bilevel.operators.lanczos import Spectrum
 from bilevel.results import SolverInfo, Status
 
 PRODUCTS = 20  # of Lanczos' method
-LEFT = 0.1  # of the right-hand side, by a method without a tolerance
+LEFT = 0.1  # allowed relative residual of a method without a tolerance
 
 
 class Repetition(NamedTuple):
-    """How much changes when the same is computed again, relative to its size.
+    """The relative changes of results between repeated computations.
 
     Attributes:
-        product: a Hessian-vector product, from one linearization.
-        new_product, new_grad, new_cross: products and ∂L/∂w, from another linearization at the same point.
+        product: the change of a Hessian-vector product, with the same linearization.
+        new_product, new_grad, new_cross: changes of products and ∂L/∂w, with another linearization at the same point.
     """
 
     product: float
@@ -29,30 +32,31 @@ class Repetition(NamedTuple):
 class Measured:
     """The numbers of a report.
 
-    For a fixed point or a root, read its residual for ∂L/∂w.
+    For a fixed point or a root, its residual takes the place of ∂L/∂w.
 
     Attributes:
-        curvature: what H is: "hessian", "gauss-newton", "finite-differences", or "equation" for the transposed Jacobian
-            of a fixed point or a root.
-        solver: the solver looked at.
-        info: how its solve ended.
-        residual: norm of b - (H + damping I) v, by a product of a new linearization, relative to b; nan for a method
-            that solves no linear system, or one for each batch.
-        undamped_residual: the same without damping.
+        curvature: the meaning of H: "hessian", "gauss-newton", "finite-differences", or "equation" for the transposed
+            Jacobian of a fixed point or a root.
+        method: the method.
+        info: information about the solve.
+        residual: norm of b - (H + damping I) v, by a product of a new linearization, relative to b. nan for a method
+            that solves no linear system, and for a list of batches.
+        undamped_residual: the residual without damping.
         value: F.
-        change: of F, to first order, if the inner problem were solved from here: -v·∂L/∂w; nan likewise.
+        change: first-order change of F if the inner problem were solved: -v·∂L/∂w. nan in the same cases as
+            ``residual``.
         grad_norm: norm of ∂L/∂w.
-        distance: of the minimum, at least, relative to the norm of params: the step along ∂L/∂w to its lowest point.
-            Where the Hessian is positive definite, the Newton step is no shorter. Infinite where L curves down there.
-        eigenvalues: `Spectrum` of H: its ends and their errors, by 20 Lanczos products; nan where H is not symmetric.
-        asymmetry: |u·Hv - v·Hu| for random u and v, relative to the size of such products; nan likewise.
+        distance: lower bound of the distance to the minimum, relative to the norm of params: the step to the minimum
+            along ∂L/∂w, which is at most the Newton step for a positive definite H. Infinite for negative curvature.
+        eigenvalues: `Spectrum` of H: extreme eigenvalues and errors, by 20 Lanczos products. nan if H is not symmetric.
+        asymmetry: |u·Hv - v·Hu| for random u and v, relative to the size of such products. nan if H is not symmetric.
         repetition: `Repetition`.
-        derivatives: each derivative against differences.
+        derivatives: the comparisons with differences.
         eps: the machine epsilon of params and hparams.
     """
 
     curvature: str
-    solver: Any
+    method: Method
     info: SolverInfo
     residual: float
     undamped_residual: float
@@ -60,11 +64,16 @@ class Measured:
     change: float
     grad_norm: float
     distance: float
-    eigenvalues: Spectrum
+    eigenvalues: Spectrum[float]
     asymmetry: float
     repetition: Repetition
     derivatives: Agreements
     eps: float
+
+    @property
+    def solver(self) -> LinearSolver[Any] | Method:
+        """The solver of the call."""
+        return self.method.solver if isinstance(self.method, Implicit) else self.method
 
     @property
     def repeatable(self) -> bool:
@@ -73,7 +82,7 @@ class Measured:
 
     @property
     def unchecked(self) -> tuple[str, ...]:
-        """The derivatives that differences could not be taken of, or said nothing about for their noise."""
+        """The derivatives without a comparison, or with differences that are too noisy."""
         checked = {a.name for a in self.derivatives.of if not a.unclear}
         return tuple(name for name in self.derivatives.names if name not in checked)
 
@@ -84,13 +93,13 @@ class Measured:
 
     @property
     def solved(self) -> bool:
-        """Whether the linear solve did what it promised, by the residual that it really leaves."""
-        rtol = float(getattr(self.solver, "rtol", 0.0))
+        """Whether the true residual confirms that the linear solve converged."""
+        rtol = float(self.method.rtol)
         allowed = max(10 * rtol, self.eps**0.5) if rtol else LEFT
         return self.info.status == Status.CONVERGED and not self.residual > allowed
 
     @property
     def gain(self) -> float:
-        """The relative change of F that solving the inner problem would bring; 0 where that is not known."""
+        """The relative change of F if the inner problem were solved; 0 if it is unknown."""
         gain = self.change / self.value if self.value else 0.0
         return gain if self.info.status == Status.CONVERGED and abs(gain) < 1 else 0.0

@@ -1,4 +1,4 @@
-"""A report, for programs and for people."""
+"""The report of `bl.diagnose`."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from math import isfinite
 from textwrap import fill
 
 from bilevel.diagnosis.findings import Finding, findings, how_far
-from bilevel.diagnosis.formatting import first_line, short
+from bilevel.diagnosis.formatting import first_line
 from bilevel.diagnosis.measurements import Measured
 from bilevel.diagnosis.suggestions import suggestions
 
@@ -16,30 +16,27 @@ LABEL = 15  # width of the first column
 
 @dataclass(frozen=True)
 class Diagnosis(Measured):
-    """What `bl.diagnose` found: ``print`` it, or read ``ok``, ``findings``, ``unchecked``, ``suggestions`` and numbers.
-
-    The numbers are those of `Measured`.
-    """
+    """The report of `bl.diagnose`, for ``print``. `Measured` lists its numbers."""
 
     @property
     def ok(self) -> bool:
-        """Whether nothing was found; ``unchecked`` may still name what could not be looked at."""
+        """Whether there are no findings. ``unchecked`` has the names of derivatives without a comparison."""
         return not self.findings
 
     @property
     def findings(self) -> tuple[Finding, ...]:
-        """What was found, the gravest first."""
+        """The findings, the most serious first."""
         return tuple(findings(self))
 
     @property
     def suggestions(self) -> tuple[str, ...]:
-        """Solver, damping and step size to use, with reasons; none as long as the products cannot be trusted."""
+        """Solver, damping and step size to use, with reasons. There are none if the products are wrong."""
         trusted = not {f.name for f in self.findings} & {"not finite", "wrong derivative", "not symmetric"}
         return tuple(suggestions(self)) if trusted else ()
 
     def __str__(self) -> str:
         found = self.findings
-        heading = f"{len(found)} finding{'s' * (len(found) > 1)}" if found else "nothing wrong was found"
+        heading = f"{len(found)} finding{'s' * (len(found) > 1)}" if found else "no errors were found"
         marked = {f.name for f in found}
         lines = [f"{'>' if marks & marked else ' '} {label:<{LABEL}}{text}" for marks, label, text in _lines(self)]
         texts = [f"{i}. {f.what} {f.way_out}".strip() for i, f in enumerate(found, 1)]
@@ -50,18 +47,18 @@ class Diagnosis(Measured):
 
 
 def _lines(m: Measured) -> Iterator[tuple[set[str], str, str]]:
-    """Yield each line of the table, and by which findings it is marked."""
+    """Yield the names of the findings that mark a line of the table, the label and the text of the line."""
     yield {"not solved"}, "inner problem", how_far(m)
     yield {"not finite"}, "curvature", _curvature(m)
     r = m.repetition
-    anew = f"a product {r.new_product:.1g}, the gradient {r.new_grad:.1g}, the cross product {r.new_cross:.1g}"
-    yield {"not repeatable"}, "repetition", f"changes by: a product again {r.product:.1g}; linearized anew, {anew}"
+    new = f"a product {r.new_product:.1g}, the gradient {r.new_grad:.1g}, the cross product {r.new_cross:.1g}"
+    yield {"not repeatable"}, "repetition", f"changes: the same product {r.product:.1g}; linearized again, {new}"
     if m.curvature != "equation":
         yield {"not symmetric"}, "asymmetry", f"{m.asymmetry:.1g}"
     yield {"wrong derivative"}, "differences", _differences(m)
     left = f", true residual {m.residual:.2g} of the right-hand side" if isfinite(m.residual) else ""
     plain = f" ({m.undamped_residual:.2g} without the damping)" if m.undamped_residual != m.residual and left else ""
-    solve = f"{short(m.solver)}: {m.info.status.name} after {m.info.steps} steps{left}{plain}"
+    solve = f"{m.method.summary}: {m.info.status.name} after {m.info.steps} steps{left}{plain}"
     yield {"solve failed", "residual", "not finite"}, "solve", solve
 
 
@@ -69,7 +66,7 @@ def _curvature(m: Measured) -> str:
     if m.curvature == "equation":
         return "an equation, whose Jacobian is not symmetric"
     smallest, largest, below, above = m.eigenvalues
-    sign = "some are negative" if smallest < 0 else "no negative one seen"
+    sign = "some are negative" if smallest < 0 else "none is negative"
     what = "" if m.curvature == "hessian" else f" of {m.curvature} products"
     return f"eigenvalues{what} from {smallest:.3g} (± {below:.1g}) to {largest:.4g} (± {above:.1g}): {sign}"
 
@@ -89,13 +86,13 @@ def _differences(m: Measured) -> str:
 
 def _why_unchecked(m: Measured) -> str:
     if not m.repeatable:
-        return "Make the losses repeatable, then look again."
+        return "Make the losses repeatable, then run bl.diagnose again."
     if not m.derivatives.of:
         return (
-            "The objectives must compute with the params and hparams that they are handed, or with modules that hold "
-            "them, to be evaluated at other ones."
+            "To be evaluated at other points, the objectives must compute with the params and hparams in their "
+            "arguments, or with modules that hold them."
         )
     return (
-        "Differences are too noisy to tell: kinks at this very point (relu of a zero), or arithmetic in less than "
-        "float64, inside the objectives or because these refused float64."
+        "The differences are too noisy: there are kinks at this point (relu of a zero), or the objectives compute in "
+        "less than float64 or raise errors in float64."
     )

@@ -1,32 +1,32 @@
-"""A claimed derivative against central differences of what it is derived from.
+"""Compare a derivative with central differences of its source.
 
-Steps are relative to the size of the weights and fall over six decades. The smallest disagreement counts: too long a
-step crosses kinks (relu, max-pooling), too short a one drowns in rounding. What neighbouring steps disagree by among
-themselves is the noise, below which differences cannot tell.
+Steps are relative to the size of the weights and decrease over six decades. The smallest error counts: long steps cross
+kinks (relu, max-pooling), and short steps have large rounding errors. The differences between neighbouring steps
+measure the noise.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Generic, NamedTuple
 
 import numpy as np
 
-from bilevel.operators.combinators import norm
-from bilevel.protocols import Backend, Scalar, Tree
+from bilevel.backend import Backend
+from bilevel.spaces.array import Array, V
 
-SMALL = 0.01  # a leaf whose share of the whole is less is measured against that share
+SMALL = 0.01  # the error of a smaller leaf is relative to this share of the whole tree
 
 
 class Agreement(NamedTuple):
-    """One derivative against differences, along a random direction.
+    """The comparison of one derivative with differences, along a random direction.
 
     Attributes:
-        name: of the derivative, one of `agreement.DERIVATIVES`; for an equation, its residual stands for ∂L/∂w.
-        source: what the differences are of: "inner", "inner grad" or "outer".
-        leaf: the path of the leaf that agrees worst; "" where there is but one number.
-        error: how far the two are apart, relative to the larger of them.
-        noise: of the differences, in the same units.
-        tolerance: what ``error`` may be: the fourth root of the machine epsilon, 1e-4 in float64.
-        claimed, measured: the derivative along the direction, and the difference that is nearest to it.
+        name: the name of the derivative in `agreement.DERIVATIVES`. For an equation, its residual is the "inner grad".
+        source: the function of the differences: "inner", "inner grad" or "outer".
+        leaf: the path of the leaf with the largest error; "" for a single number.
+        error: the distance of derivative and difference, relative to the larger value.
+        noise: the noise of the differences, in the same units.
+        tolerance: the largest allowed ``error``: the fourth root of the machine epsilon, 1e-4 in float64.
+        claimed, measured: the derivative along the direction, and the nearest difference.
     """
 
     name: str
@@ -40,16 +40,16 @@ class Agreement(NamedTuple):
 
     @property
     def wrong(self) -> bool:
-        """Whether the derivative is not that of its source."""
+        """Whether the derivative contradicts the differences."""
         return self.error > max(self.tolerance, 10 * self.noise)
 
     @property
     def unclear(self) -> bool:
-        """Whether the differences are too noisy to tell."""
+        """Whether the differences are too noisy for a decision."""
         return not (self.wrong or self.error <= self.tolerance)
 
     def sentence(self) -> str:
-        """Say that the derivative is wrong."""
+        """Return the text for a wrong derivative."""
         where = f", worst in {self.leaf}" if self.leaf else ""
         return (
             f"{self.name} contradicts differences of {self.source} along a random direction: {self.claimed:.6g} "
@@ -57,13 +57,13 @@ class Agreement(NamedTuple):
         )
 
 
-class Sweep:
-    """A claimed tree against differences with falling steps, leaf by leaf."""
+class Sweep(Generic[V]):
+    """A comparison of a tree with differences for decreasing steps, leaf by leaf."""
 
-    def __init__(self, backend: Backend, claimed: Tree, tolerance: float) -> None:
+    def __init__(self, backend: Backend, claimed: V, tolerance: float) -> None:
         self.backend, self.claimed, self.tolerance = backend, claimed, tolerance
         self.last, self.nearest, self.nearest_error = None, claimed, np.inf
-        # Of each leaf at each step: the size of the difference, its distance from the claim and from the last step's.
+        # For each step and leaf: the size of the difference, and its distances from the claim and the last difference.
         self.sizes: list[np.ndarray] = []
         self.errors: list[np.ndarray] = []
         self.spreads: list[np.ndarray] = []
@@ -71,15 +71,15 @@ class Sweep:
 
     @property
     def agrees(self) -> bool:
-        """Whether each leaf has agreed at some step, with room to spare."""
+        """Whether each leaf agrees at some step, to a hundredth of the tolerance."""
         return bool(self.errors) and bool((_least(self.errors) <= 0.01 * self.tolerance).all())
 
-    def add(self, measured: Tree) -> None:
-        """Take in the differences of the next step."""
+    def add(self, measured: V) -> None:
+        """Add the differences of the next step."""
         size, distance = self._norms(measured), self._distance(measured, self.claimed)
         scale = np.maximum(self.claimed_size, size)
         scale = np.maximum(scale, SMALL * np.linalg.norm(scale))
-        scale[scale == 0] = 1.0  # nothing claimed, nothing found
+        scale[scale == 0] = 1.0  # both values are zero
         if np.linalg.norm(distance) < self.nearest_error:
             self.nearest, self.nearest_error = measured, float(np.linalg.norm(distance))
         self.sizes.append(size)
@@ -88,8 +88,8 @@ class Sweep:
             self.spreads.append(self._distance(measured, self.last) / scale)
         self.last = measured
 
-    def result(self, name: str, source: str, along: Scalar, measure: Callable[[Tree], Scalar]) -> Agreement:
-        """Return the worst leaf's agreement."""
+    def result(self, name: str, source: str, along: Array, measure: Callable[[V], Array]) -> Agreement:
+        """Return the agreement of the leaf with the largest error."""
         errors, noise = _least(self.errors), self._noise()
         with np.errstate(invalid="ignore"):
             worst = int(np.argmax(errors / np.maximum(self.tolerance, 10 * noise)))
@@ -106,27 +106,27 @@ class Sweep:
         )
 
     def _noise(self) -> np.ndarray:
-        """Return what is left open where the differences are known best; zero where they need no knowing."""
+        """Return the uncertainty of each leaf at its most consistent steps; zero if two steps were enough."""
         if len(self.sizes) < 3:
             return np.zeros_like(self.claimed_size)
         sizes, errors, spreads = np.array(self.sizes), np.array(self.errors), np.array(self.spreads)
-        # No change at all from step to step: the steps are lost in a coarser dtype somewhere inside.
+        # Two zero differences: a coarser dtype in the objective rounds the steps away.
         spreads[(sizes[1:] == 0) & (sizes[:-1] == 0) & sizes.any(axis=0)] = np.inf
-        # Three neighbours must be close, not two by chance, and no other step say something else.
+        # Three neighbours must be close, since two may be close by chance, and no other step may have a smaller error.
         around = np.where(np.isnan(errors[1:-1]), np.inf, spreads[1:] + spreads[:-1])
         best = around.argmin(axis=0)[None]
         with np.errstate(invalid="ignore"):
             open_ = np.take_along_axis(around, best, 0) + np.take_along_axis(errors[1:-1], best, 0) - _least(errors)
         return np.nan_to_num(open_[0], nan=np.inf, posinf=np.inf)
 
-    def _norms(self, tree: Tree) -> np.ndarray:
-        leaves = self.backend.leaves(tree)
-        return np.array([float(self.backend.to_host(norm(leaf, self.backend.space))) for _, leaf in leaves])
+    def _norms(self, tree: V) -> np.ndarray:
+        norms = (self.backend.space(leaf).norm(leaf) for _, leaf in self.backend.leaves(tree))
+        return np.array([float(self.backend.to_host(norm)) for norm in norms])
 
-    def _distance(self, x: Tree, y: Tree) -> np.ndarray:
-        return self._norms(self.backend.space.axpy(-1.0, y, x))
+    def _distance(self, x: V, y: V) -> np.ndarray:
+        return self._norms(self.backend.space(x).subtract(x, y))
 
 
-def _least(rows: Any) -> np.ndarray:
-    """Return the smallest number of each column, infinity where there is none."""
+def _least(rows: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
+    """Return the smallest number of each column, or infinity if all are nan."""
     return np.where(np.isnan(rows), np.inf, rows).min(axis=0)

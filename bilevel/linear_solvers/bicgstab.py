@@ -1,59 +1,60 @@
-"""BiCGStab: for operators that are not symmetric, in a fixed number of vectors."""
+"""BiCGStab, for operators that are not symmetric."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, Generic, NamedTuple
 
-from bilevel.linear_solvers.restarts import Iterative, Sweep, iterate
-from bilevel.operators.combinators import damped, scale_free
-from bilevel.protocols import Operator, Tree, VectorSpace
+from typing_extensions import override
+
+from bilevel.linear_solvers.linear_solver import STEADY
+from bilevel.linear_solvers.restarts import Cycle, Iterative, solve_with_restarts
+from bilevel.operators.linear_operator import LinearOperator
 from bilevel.results import SolverInfo, Status
+from bilevel.spaces.array import Array, V
 
 RESTARTS = 10
 
 
-class _State(NamedTuple):
-    x: Tree
-    r: Tree
-    p: Tree  # search direction
-    v: Tree  # A p
-    rho: Any  # shadow·r
-    alpha: Any
-    omega: Any
-    best: Tree  # the x of the least residual: they go up and down
-    least: Any
-    steps: Any
-    status: Any
-    live: Any
+class _State(NamedTuple, Generic[V]):
+    x: V
+    r: V
+    p: V  # search direction
+    v: V  # A p
+    rho: Array  # shadow·r
+    alpha: Array
+    omega: Array
+    best: V  # the x with the smallest residual
+    least: Array
+    steps: Array
+    status: Array
+    live: Array
 
 
 @dataclass(frozen=True)
-class BiCGStab(Iterative):
+class BiCGStab(Iterative[None]):
     """Solve (A + damping I) v = b by stabilised biconjugate gradients (van der Vorst 1992), for any square A.
 
-    Needs eight vectors whatever the number of steps, where GMRES stores one per step. Its residuals are not monotone,
-    and it can break down where a scalar vanishes: then it starts again from the true residual of the best iterate so
-    far, which is also what it returns. Stops by SciPy's rule and confirms by a product, as `CG`.
+    It stores eight vectors; GMRES stores one per step. The residuals are not monotone, so the solver returns the best
+    iterate. If a scalar vanishes, it restarts from the true residual of the best iterate. The stop rule is as in `CG`.
 
-    ``info.steps`` counts iterations, two products each; the warm start and each check take one more.
+    ``info.steps`` counts iterations, of two products each. The warm start and each check take one more product.
 
     Args:
-        maxiter: most iterations, >= 0.
-        rtol: relative tolerance on the residual.
-        atol: absolute tolerance on the residual.
-        damping: added to the operator.
+        maxiter, rtol, atol, damping: as in `CG`.
     """
 
-    nonsymmetric: ClassVar[bool] = True
+    requires: ClassVar[frozenset[str]] = frozenset({STEADY})
 
-    def solve(self, operator: Operator, rhs: Tree, x0: Tree | None, space: VectorSpace) -> tuple[Tree, SolverInfo]:
-        xp, eps = space.xp, space.eps(rhs)
-        A = damped(operator, self.damping, space)
+    @override
+    def solve(self, state: None, A: LinearOperator[V], b: V, x0: V | None) -> tuple[V, SolverInfo]:
+        A = A.damped(self.damping)
+        space = A.space
+        xp, eps = space.xp, space.eps
 
-        def sweep(x: Tree, r: Tree, steps: Any, live: Any, tolerance: Any) -> Sweep:
+        def cycle(x: V, r: V, steps: Array, live: Array, tolerance: Array) -> Cycle[V]:
             shadow, start = r, space.dot(r, r)
             shadow_norm = xp.sqrt(start)
 
-            def step(s: _State) -> _State:
+            def step(s: _State[V]) -> _State[V]:
                 rho = space.dot(shadow, s.r)
                 beta = (rho / s.rho) * (s.alpha / s.omega)
                 p = space.axpy(beta, space.axpy(-s.omega, s.v, s.p), s.r)
@@ -68,7 +69,7 @@ class BiCGStab(Iterative):
                 r = space.axpy(-omega, t, half)
                 rr = space.dot(r, r)
                 size = xp.sqrt(rr)
-                # A cosine that is rounding noise gives a step that is, and what follows from it may overflow.
+                # If the cosine is rounding noise, so is the step, and later quantities may overflow.
                 sound = xp.abs(shadow_v) > eps * shadow_norm * xp.sqrt(vv)
                 finite = xp.isfinite(vv) & (xp.isfinite(tt) | ~sound)
                 sound = sound & (size * eps < shadow_norm)
@@ -76,53 +77,29 @@ class BiCGStab(Iterative):
                 better = ok & (size < s.least)
                 done, spent = size <= tolerance, s.steps + 1 >= self.maxiter
                 lost = (omega == 0) | (xp.abs(space.dot(shadow, r)) <= eps * shadow_norm * size)
-                # After a breakdown it is the product behind a sweep that decides.
+                # After a breakdown, the check by a product decides the status.
                 status = xp.where(ok & ~lost & ~done & spent, int(Status.MAXITER), s.status)
                 status = xp.where(finite, status, int(Status.NON_FINITE))
                 return _State(
-                    x=space.select(ok, x, s.x),
-                    r=space.select(ok, r, s.r),
-                    p=space.select(ok, p, s.p),
-                    v=space.select(ok, v, s.v),
+                    x=space.where(ok, x, s.x),
+                    r=space.where(ok, r, s.r),
+                    p=space.where(ok, p, s.p),
+                    v=space.where(ok, v, s.v),
                     rho=xp.where(ok, rho, s.rho),
                     alpha=xp.where(ok, alpha, s.alpha),
                     omega=xp.where(ok, omega, s.omega),
-                    best=space.select(better, x, s.best),
+                    best=space.where(better, x, s.best),
                     least=xp.where(better, size, s.least),
-                    steps=s.steps + s.live,
+                    steps=xp.where(s.live, s.steps + 1, s.steps),
                     status=xp.where(s.live, status, s.status),
                     live=ok & ~lost & ~done & ~spent,
                 )
 
-            one, zeros = xp.ones_like(start), space.zeros_like(r)
-            s = _State(
-                x=x,
-                r=r,
-                p=zeros,
-                v=zeros,
-                rho=one,
-                alpha=one,
-                omega=one,
-                best=x,
-                least=shadow_norm,
-                steps=steps,
-                status=xp.full_like(steps, int(Status.CONVERGED)),
-                live=live,
-            )
+            one, zeros, status = xp.ones_like(start), space.zeros(), xp.full_like(steps, int(Status.CONVERGED))
+            s = _State(x, r, zeros, zeros, one, one, one, x, shadow_norm, steps, status, live)
             s = space.while_loop(lambda s: s.live, step, s, self.maxiter)
-            return Sweep(s.best, s.least, s.steps, s.status)
+            return Cycle(s.best, s.least, s.steps, s.status)
 
-        def solve(b: Tree, x0: Tree | None, scale: Any) -> tuple[Tree, SolverInfo]:
-            return iterate(
-                sweep,
-                A,
-                b,
-                x0,
-                space,
-                rtol=self.rtol,
-                atol=self.atol / scale,
-                maxiter=self.maxiter,
-                rounds=RESTARTS,
-            )
-
-        return scale_free(solve, rhs, x0, space)
+        return solve_with_restarts(
+            cycle, A, b, x0, maxiter=self.maxiter, rtol=self.rtol, atol=self.atol, rounds=RESTARTS
+        )

@@ -1,34 +1,37 @@
-"""The dense Hessian, factorised: for small problems and as a yardstick."""
+"""A direct solver with the dense Hessian, for small problems."""
 
 import warnings
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
+from typing_extensions import override
 
-from bilevel.operators.combinators import damped, norm, residual, scale_free
+from bilevel.linear_solvers.linear_solver import STEADY, LinearSolver
+from bilevel.operators.linear_operator import LinearOperator
+from bilevel.operators.scaling import scale_free
 from bilevel.options import check_real
-from bilevel.protocols import Operator, Tree, VectorSpace
 from bilevel.results import SolverInfo, Status
+from bilevel.spaces.array import V
 
 MAX_SIZE = 5_000
 
 
 def check_size(size: int, what: str = "the exact solver") -> None:
-    """Raise a ValueError if a dense Hessian of this size is out of reach."""
+    """Raise a ValueError if a dense Hessian of this size is too large."""
     if size > MAX_SIZE:
         raise ValueError(
             f"params has {size:,} entries: {what} would take {size:,} Hessian-vector products and "
             f"{8 * size**2 / 2**30:,.1f} GiB for the dense Hessian (limit: {MAX_SIZE:,} entries). "
-            'Use solver="cg" or solver="neumann", which need products only.'
+            'Use solver="cg" or solver="neumann", which need only products.'
         )
 
 
-def solve_dense(matrix: Any, rhs: Any, eps: float = 0.0) -> Any:
-    """Solve a dense system by LAPACK; of a singular one, return the least-squares solution of least norm.
+def solve_dense(matrix: np.ndarray, rhs: np.ndarray, eps: float = 0.0) -> np.ndarray:
+    """Solve a dense system by LAPACK. For a singular system, return the least-squares solution of least norm.
 
-    ``eps`` is the precision of the entries: a matrix that is singular to it counts as singular.
+    ``eps`` is the precision of the entries. A matrix that is singular to this precision counts as singular.
     """
     from scipy import linalg
 
@@ -46,21 +49,20 @@ def solve_dense(matrix: Any, rhs: Any, eps: float = 0.0) -> Any:
 
 
 @dataclass(frozen=True)
-class Exact:
+class Exact(LinearSolver[None]):
     """Solve (H + damping I) v = b with the dense Hessian, by n products and LAPACK's LU in float64.
 
-    The Hessian is copied to the host as NumPy arrays, whatever the backend; under ``jit`` by a callback.
-    Indefinite Hessians are fine. For a singular one, v is the solution of least norm if there is one, else
-    the status is ``MAXITER`` with the residual that is left.
+    With any backend, the Hessian is copied to the host as a NumPy array; under ``jit``, by a callback. It may be
+    indefinite. If it is singular, v is the solution of least norm. Without a solution, the status is ``MAXITER``.
 
     Args:
         damping: added to the Hessian.
 
     Raises:
-        ValueError: beyond 5,000 weights, with the memory it would take.
+        ValueError: for more than 5,000 weights, with the memory that they would need.
     """
 
-    nonsymmetric: ClassVar[bool] = True
+    requires: ClassVar[frozenset[str]] = frozenset({STEADY})
     remedy: ClassVar[str] = "There is no solution: the Hessian is singular to the precision of the dtype. Add damping."
 
     damping: float = 0.0
@@ -68,18 +70,19 @@ class Exact:
     def __post_init__(self) -> None:
         check_real(self, "damping", least=0)
 
-    def solve(self, operator: Operator, rhs: Tree, x0: Tree | None, space: VectorSpace) -> tuple[Tree, SolverInfo]:
-        check_size(space.size(rhs))
-        A = damped(operator, self.damping, space)
-        return scale_free(lambda b, x0, scale: self._solve(A, b, space), rhs, x0, space)
+    @override
+    def solve(self, state: None, A: LinearOperator[V], b: V, x0: V | None) -> tuple[V, SolverInfo]:
+        check_size(A.space.size)
+        A = A.damped(self.damping)
+        return scale_free(lambda b, x0, scale: self._solve(A, b), b, None, A.space)
 
-    def _solve(self, A: Operator, rhs: Tree, space: VectorSpace) -> tuple[Tree, SolverInfo]:
-        xp, size = space.xp, space.size(rhs)
-        solve = partial(solve_dense, eps=space.eps(rhs))
-        x = space.unravel(space.on_host(solve, space.dense(A, rhs), space.ravel(rhs)), rhs)
-        rhs_norm, left = norm(rhs, space), norm(residual(A, rhs, x, space), space)
+    def _solve(self, A: LinearOperator[V], rhs: V) -> tuple[V, SolverInfo]:
+        space, xp, size = A.space, A.space.xp, A.space.size
+        solve = partial(solve_dense, eps=space.eps)
+        x = space.unravel(space.numpy_callback(solve, space.materialise(A), space.ravel(rhs)))
+        rhs_norm, left = space.norm(rhs), space.norm(A.residual(rhs, x))
         steps = xp.full_like(rhs_norm, size, dtype=xp.int32)
-        met = left <= space.eps(rhs) ** 0.5 * rhs_norm
+        met = left <= space.eps**0.5 * rhs_norm
         status = xp.where(met, int(Status.CONVERGED), xp.full_like(steps, int(Status.MAXITER)))
         status = xp.where(xp.isfinite(left), status, int(Status.NON_FINITE))
         return x, SolverInfo(steps, left, rhs_norm, status)

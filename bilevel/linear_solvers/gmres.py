@@ -1,47 +1,52 @@
-"""GMRES: for operators that are not symmetric."""
+"""GMRES, for operators that are not symmetric."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, Generic, NamedTuple
 
-from bilevel.linear_solvers.restarts import Sweep, iterate
-from bilevel.operators.combinators import damped, identity, indices, norm, scale_free
+from typing_extensions import override
+
+from bilevel.linear_solvers.linear_solver import STEADY, LinearSolver
+from bilevel.linear_solvers.restarts import Cycle, solve_with_restarts
+from bilevel.operators.indices import identity, indices
+from bilevel.operators.linear_operator import LinearOperator
 from bilevel.options import check_int, check_real
 from bilevel.results import SolverInfo, Status
-from bilevel.spaces.space import Operator, Stack, Tree, VectorSpace
+from bilevel.spaces.array import Array, V
 
 
-class _State(NamedTuple):
-    basis: Stack  # orthonormal, of the Krylov space; zero where none is yet
-    rotations: Any  # (m+1, m+1), orthogonal: what makes the Hessenberg matrix triangular
-    triangle: Any  # (m+1, m+1)
-    norm: Any  # of the residual, by the rotations
-    index: Any  # in this cycle
-    steps: Any  # in all
-    status: Any
-    live: Any
+class _State(NamedTuple, Generic[V]):
+    basis: object  # a stack of orthonormal vectors of the Krylov space, followed by zeros
+    rotations: Array  # (m+1, m+1), orthogonal: it makes the Hessenberg matrix triangular
+    triangle: Array  # (m+1, m+1)
+    norm: Array  # of the residual, from the rotations
+    column: Array  # the number of steps in this cycle
+    steps: Array  # of all cycles
+    status: Array
+    live: Array
 
 
 @dataclass(frozen=True)
-class GMRES:
+class GMRES(LinearSolver[None]):
     """Solve (A + damping I) v = b by restarted GMRES (Saad & Schultz 1986), for any square A.
 
-    Each cycle minimizes the residual over a Krylov space of ``restart`` dimensions, orthogonalised twice; then the
-    true residual is taken, by a product, and the next one starts from there. Stops by SciPy's rule,
-    ``norm(b - A v) <= rtol * norm(b)``, and also, with ``MAXITER``, once a cycle gains less than a thousandth: restarts
-    can stagnate on an indefinite or singular A, where a longer cycle would not.
+    Each cycle minimizes the residual over a Krylov space of ``restart`` dimensions, orthogonalised twice. The next
+    cycle starts from the true residual. The solve stops at ``norm(b - A v) <= rtol * norm(b)``, SciPy's rule. It also
+    stops, with ``MAXITER``, if a cycle reduces the residual by less than a thousandth. On an indefinite or singular A,
+    restarts can stagnate where a longer cycle does not.
 
-    Stores ``restart`` + 1 vectors. ``info.steps`` counts iterations, a product each; each cycle and a warm start take
-    one more.
+    The solver stores ``restart`` + 1 vectors. ``info.steps`` counts iterations, of one product each. Each cycle and a
+    warm start take one more product.
 
     Args:
         restart: dimension of a cycle, >= 1.
-        max_restarts: most cycles, >= 1.
+        max_restarts: maximum number of cycles, >= 1.
         rtol: relative tolerance on the residual.
-        damping: added to the operator.
+        damping: added to the diagonal of the operator.
     """
 
-    nonsymmetric: ClassVar[bool] = True
+    requires: ClassVar[frozenset[str]] = frozenset({STEADY})
     remedy: ClassVar[str] = "Raise restart or max_restarts, loosen rtol, or add damping."
+    stagnation_remedy: ClassVar[str] = "Raise restart, loosen rtol, add damping, or use float64."
 
     restart: int = 30
     max_restarts: int = 10
@@ -49,37 +54,37 @@ class GMRES:
     damping: float = 0.0
 
     def __post_init__(self) -> None:
-        check_int(self, "restart", least=1)
-        check_int(self, "max_restarts", least=1)
-        check_real(self, "rtol", least=0)
-        check_real(self, "damping", least=0)
+        check_int(self, "restart", "max_restarts", least=1)
+        check_real(self, "rtol", "damping")
 
     @property
-    def maxiter(self) -> int:
-        """Most iterations."""
+    @override
+    def most_steps(self) -> int:
         return self.restart * self.max_restarts
 
-    def solve(self, operator: Operator, rhs: Tree, x0: Tree | None, space: VectorSpace) -> tuple[Tree, SolverInfo]:
-        xp, eps = space.xp, space.eps(rhs)
-        A = damped(operator, self.damping, space)
-        dimension = min(self.restart, space.size(rhs))
+    @override
+    def solve(self, state: None, A: LinearOperator[V], b: V, x0: V | None) -> tuple[V, SolverInfo]:
+        A = A.damped(self.damping)
+        space = A.space
+        xp, eps = space.xp, space.eps
+        dimension = min(self.restart, space.size)
 
-        def cycle(x: Tree, r: Tree, steps: Any, live: Any, tolerance: Any) -> Sweep:
-            size = norm(r, space)
-            index, unit = indices(size, dimension + 1, xp), identity(size, dimension + 1, xp)
+        def cycle(x: V, r: V, steps: Array, live: Array, tolerance: Array) -> Cycle[V]:
+            size = space.norm(r)
+            index, unit = indices(size, dimension + 1, space), identity(size, dimension + 1, space)
             zero = xp.zeros_like(steps)
 
-            def step(s: _State) -> _State:
-                w = A(space.take(s.basis, s.index))
-                length = norm(w, space)
+            def step(s: _State[V]) -> _State[V]:
+                w = A(space.get(s.basis, s.column))
+                length = space.norm(w)
                 column = xp.zeros_like(unit[0])
-                for _ in range(2):  # once leaves what rounding makes of nearly dependent vectors
-                    overlap = space.project(s.basis, w)
-                    w = space.axpy(-1.0, space.combine(overlap, s.basis), w)
+                for _ in range(2):  # one pass is inaccurate for nearly dependent vectors
+                    overlap = space.stack_dot(s.basis, w)
+                    w = space.axpy(-1.0, space.linear_combination(overlap, s.basis), w)
                     column = column + overlap
-                left = norm(w, space)
-                exhausted = left <= 10 * eps * length  # the space is invariant
-                here, below = index == s.index, index == s.index + 1
+                left = space.norm(w)
+                exhausted = left <= 10 * eps * length  # the Krylov space is invariant
+                here, below = index == s.column, index == s.column + 1
                 column = s.rotations @ xp.where(below, xp.where(exhausted, 0.0, left), column)
                 at, under = xp.sum(xp.where(here, column, 0.0)), xp.sum(xp.where(below, column, 0.0))
                 radius = xp.sqrt(at**2 + under**2)
@@ -93,51 +98,38 @@ class GMRES:
                 finite = xp.isfinite(length) & xp.isfinite(radius)
                 ok = s.live & finite
                 q = space.scale(xp.where(exhausted, 0.0, 1.0 / left), w)
-                following = xp.clip(s.index + 1, 0, dimension)
+                following = xp.clip(s.column + 1, 0, dimension)
                 return _State(
-                    basis=space.put(s.basis, following, space.select(ok, q, space.take(s.basis, following))),
+                    basis=space.set(s.basis, following, space.where(ok, q, space.get(s.basis, following))),
                     rotations=xp.where(ok, rotations, s.rotations),
                     triangle=xp.where(ok & here[None, :], column[:, None], s.triangle),
                     norm=xp.where(ok, remaining, s.norm),
-                    index=s.index + ok,
-                    steps=s.steps + s.live,
+                    column=xp.where(ok, s.column + 1, s.column),
+                    steps=xp.where(s.live, s.steps + 1, s.steps),
                     status=xp.where(s.live & ~finite, int(Status.NON_FINITE), s.status),
-                    live=ok & ~exhausted & (remaining > tolerance) & (s.index + 1 < dimension),
+                    live=ok & ~exhausted & (remaining > tolerance) & (s.column + 1 < dimension),
                 )
 
             s = _State(
-                basis=space.put(space.stack_like(r, dimension + 1), zero, space.scale(1.0 / size, r)),
+                basis=space.set(space.stack(dimension + 1), zero, space.scale(1.0 / size, r)),
                 rotations=unit,
                 triangle=unit,
                 norm=size,
-                index=zero,
+                column=zero,
                 steps=steps,
-                # Whether it has is for the product after the cycle to say.
-                status=xp.full_like(steps, int(Status.CONVERGED)),
+                status=xp.full_like(steps, int(Status.CONVERGED)),  # the product after the cycle confirms it
                 live=live,
             )
             s = space.while_loop(lambda s: s.live, step, s, dimension)
-            # A direction that A annihilates, to rounding, gives no coefficient.
+            # A direction that A maps to zero, to rounding, has the coefficient zero.
             diagonal = xp.abs(xp.sum(xp.where(index[:, None] == index[None, :], s.triangle, 0.0), 0))
-            used = (index < s.index) & (diagonal > eps * xp.max(xp.where(index < s.index, diagonal, 0.0)))
+            used = (index < s.column) & (diagonal > eps * xp.max(xp.where(index < s.column, diagonal, 0.0)))
             finite = xp.isfinite(xp.sum(xp.abs(s.triangle)))
             triangle = xp.where(used[:, None] & used[None, :] & finite, s.triangle, unit)
             coefficients = xp.linalg.solve(triangle, xp.where(used, size * s.rotations[:, 0], 0.0))
-            x = space.select(live, space.axpy(1.0, space.combine(coefficients, s.basis), x), x)
-            return Sweep(x, s.norm, s.steps, s.status)
+            x = space.where(live, space.axpy(1.0, space.linear_combination(coefficients, s.basis), x), x)
+            return Cycle(x, s.norm, s.steps, s.status)
 
-        def solve(b: Tree, x0: Tree | None, scale: Any) -> tuple[Tree, SolverInfo]:
-            return iterate(
-                cycle,
-                A,
-                b,
-                x0,
-                space,
-                rtol=self.rtol,
-                atol=0.0,
-                maxiter=self.maxiter,
-                rounds=self.max_restarts,
-                progress=0.999,
-            )
-
-        return scale_free(solve, rhs, x0, space)
+        return solve_with_restarts(
+            cycle, A, b, x0, maxiter=self.most_steps, rtol=self.rtol, rounds=self.max_restarts, progress=0.999
+        )

@@ -1,71 +1,71 @@
-"""MINRES, for symmetric operators of any sign."""
+"""MINRES, for symmetric operators that may be indefinite."""
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Generic, NamedTuple
 
-from bilevel.linear_solvers.restarts import Iterative, Sweep, iterate
-from bilevel.operators.combinators import damped, norm, scale_free
-from bilevel.protocols import Operator, Tree, VectorSpace
+from typing_extensions import override
+
+from bilevel.linear_solvers.restarts import Cycle, Iterative, solve_with_restarts
+from bilevel.operators.linear_operator import LinearOperator
 from bilevel.results import SolverInfo, Status
+from bilevel.spaces.array import Array, V
 
 
-class _State(NamedTuple):
-    x: Tree
-    q_old: Tree  # Lanczos vectors
-    q: Tree
-    d_old: Tree  # search directions
-    d: Tree
-    beta: Any  # coupling of q_old and q
-    cs_old: Any  # the last two Givens rotations
-    sn_old: Any
-    cs: Any
-    sn: Any
-    eta: Any  # the signed norm of the residual
-    scale: Any  # largest entry of the tridiagonal matrix so far
-    steps: Any
-    status: Any
-    live: Any
+class _State(NamedTuple, Generic[V]):
+    x: V
+    q_old: V  # Lanczos vectors
+    q: V
+    d_old: V  # search directions
+    d: V
+    beta: Array  # coupling of q_old and q
+    cs_old: Array  # the last two Givens rotations
+    sn_old: Array
+    cs: Array
+    sn: Array
+    eta: Array  # the signed norm of the residual
+    scale: Array  # largest entry of the tridiagonal matrix so far
+    steps: Array
+    status: Array
+    live: Array
 
 
 @dataclass(frozen=True)
-class MINRES(Iterative):
+class MINRES(Iterative[None]):
     """Solve (H + damping I) v = b by minimal residuals (Paige & Saunders 1975).
 
-    For symmetric Hessians that may be indefinite, as those of networks in mid-training are: the residual falls at each
-    step, whatever the signs of the eigenvalues. Of a singular system without a solution it finds a least-squares one,
-    with ``MAXITER``. Its rounding errors grow with the square of the condition number κ, so that it also stops with
-    ``MAXITER`` where κ exceeds 1/√eps (3e3 in float32): CG goes further on definite systems. Stops by SciPy's rule,
-    ``norm(b - A v) <= max(rtol * norm(b), atol)``, confirmed by a product.
+    For symmetric Hessians that may be indefinite, such as the Hessians of networks before the end of their training.
+    The residual falls at each step, for eigenvalues of either sign. For a singular system without a solution, v is a
+    least-squares solution, with ``MAXITER``. Rounding errors grow with the square of the condition number κ. So the
+    solve also ends with ``MAXITER`` if κ exceeds 1/√eps (3e3 in float32). On definite systems, CG is more accurate.
 
-    ``info.steps`` counts iterations, a product each; the warm start and each check take one more.
+    The stop rule and ``info.steps`` are as in `CG`.
 
     Args:
-        maxiter: most iterations, >= 0.
-        rtol: relative tolerance on the residual.
-        atol: absolute tolerance on the residual.
-        damping: added to the Hessian.
+        maxiter, rtol, atol, damping: as in `CG`.
     """
 
-    def solve(self, operator: Operator, rhs: Tree, x0: Tree | None, space: VectorSpace) -> tuple[Tree, SolverInfo]:
-        xp, eps = space.xp, space.eps(rhs)
-        A = damped(operator, self.damping, space)
+    @override
+    def solve(self, state: None, A: LinearOperator[V], b: V, x0: V | None) -> tuple[V, SolverInfo]:
+        A = A.damped(self.damping)
+        space = A.space
+        xp, eps = space.xp, space.eps
 
-        def sweep(x: Tree, r: Tree, steps: Any, live: Any, tolerance: Any) -> Sweep:
-            def step(s: _State) -> _State:
-                # One more column of the Lanczos process ...
+        def cycle(x: V, r: V, steps: Array, live: Array, tolerance: Array) -> Cycle[V]:
+            def step(s: _State[V]) -> _State[V]:
+                # Compute one more column of the Lanczos process.
                 z = space.axpy(-s.beta, s.q_old, A(s.q))
                 alpha = space.dot(s.q, z)
                 z = space.axpy(-alpha, s.q, z)
-                beta = norm(z, space)
+                beta = space.norm(z)
                 scale = xp.maximum(s.scale, xp.maximum(xp.abs(alpha), beta))
-                # ... through the last two rotations, and a new one that annihilates beta.
+                # Apply the last two rotations, and a new rotation that eliminates beta.
                 delta = s.cs * alpha - s.cs_old * s.sn * s.beta
                 rho1 = xp.sqrt(delta**2 + beta**2)
                 rho2 = s.sn * alpha + s.cs_old * s.cs * s.beta
                 rho3 = s.sn_old * s.beta
                 finite = xp.isfinite(rho1)
-                # norm(A r) / norm(r) of the iterate so far: if it vanishes, A reaches nothing more of the residual,
-                # and x is the least-squares solution of a singular system (Choi, Paige & Saunders 2011).
+                # If norm(A r) / norm(r) vanishes, x is the least-squares solution of a singular system (Choi, Paige &
+                # Saunders 2011).
                 stationary = xp.sqrt(delta**2 + (s.cs * beta) ** 2) <= eps**0.5 * scale
                 pivot = xp.where(rho1 > 0, rho1, 1.0)
                 d = space.axpy(-rho3, s.d_old, space.axpy(-rho2, s.d, s.q))
@@ -73,8 +73,8 @@ class MINRES(Iterative):
                 x = space.axpy(s.eta * delta / pivot, d, s.x)
                 eta = -s.eta * beta / pivot
                 done = xp.abs(eta) <= tolerance
-                # A residual is only known to eps norm(A) norm(x): on the null space x runs away, and that with it.
-                lost = ~done & (eps * scale * norm(x, space) > 0.2 * xp.abs(s.eta))
+                # The error of the residual is eps norm(A) norm(x), which grows as x grows in the null space.
+                lost = ~done & (eps * scale * space.norm(x) > 0.2 * xp.abs(s.eta))
                 ok = s.live & finite & ~stationary & ~lost
                 cs = xp.where(ok, delta / pivot, s.cs)
                 sn = xp.where(ok, beta / pivot, s.sn)
@@ -82,11 +82,11 @@ class MINRES(Iterative):
                 status = xp.where(done & ok, int(Status.CONVERGED), s.status)
                 status = xp.where(finite, status, int(Status.NON_FINITE))
                 return _State(
-                    x=space.select(ok, x, s.x),
-                    q_old=space.select(ok, s.q, s.q_old),
-                    q=space.select(ok, space.scale(1.0 / xp.where(exhausted, 1.0, beta), z), s.q),
-                    d_old=space.select(ok, s.d, s.d_old),
-                    d=space.select(ok, d, s.d),
+                    x=space.where(ok, x, s.x),
+                    q_old=space.where(ok, s.q, s.q_old),
+                    q=space.where(ok, space.scale(1.0 / xp.where(exhausted, 1.0, beta), z), s.q),
+                    d_old=space.where(ok, s.d, s.d_old),
+                    d=space.where(ok, d, s.d),
                     beta=xp.where(ok, beta, s.beta),
                     cs_old=xp.where(ok, s.cs, s.cs_old),
                     sn_old=xp.where(ok, s.sn, s.sn_old),
@@ -94,34 +94,16 @@ class MINRES(Iterative):
                     sn=sn,
                     eta=xp.where(ok, eta, s.eta),
                     scale=xp.where(ok, scale, s.scale),
-                    steps=s.steps + s.live,
+                    steps=xp.where(s.live, s.steps + 1, s.steps),
                     status=xp.where(s.live, status, s.status),
                     live=ok & ~done & ~exhausted & (s.steps + 1 < self.maxiter),
                 )
 
-            size = norm(r, space)
-            zero, one, none = xp.zeros_like(size), xp.ones_like(size), space.zeros_like(r)
-            s = _State(
-                x=x,
-                q_old=none,
-                q=space.scale(1.0 / xp.where(live, size, 1.0), r),
-                d_old=none,
-                d=none,
-                beta=zero,
-                cs_old=one,
-                sn_old=zero,
-                cs=one,
-                sn=zero,
-                eta=size,
-                scale=zero,
-                steps=steps,
-                status=xp.full_like(steps, int(Status.MAXITER)),
-                live=live,
-            )
+            size = space.norm(r)
+            zero, one, none = xp.zeros_like(size), xp.ones_like(size), space.zeros()
+            q, status = space.scale(1.0 / xp.where(live, size, 1.0), r), xp.full_like(steps, int(Status.MAXITER))
+            s = _State(x, none, q, none, none, zero, one, zero, one, zero, size, zero, steps, status, live)
             s = space.while_loop(lambda s: s.live, step, s, self.maxiter)
-            return Sweep(s.x, xp.abs(s.eta), s.steps, s.status)
+            return Cycle(s.x, xp.abs(s.eta), s.steps, s.status)
 
-        def solve(b: Tree, x0: Tree | None, scale: Any) -> tuple[Tree, SolverInfo]:
-            return iterate(sweep, A, b, x0, space, rtol=self.rtol, atol=self.atol / scale, maxiter=self.maxiter)
-
-        return scale_free(solve, rhs, x0, space)
+        return solve_with_restarts(cycle, A, b, x0, maxiter=self.maxiter, rtol=self.rtol, atol=self.atol)

@@ -1,76 +1,76 @@
-"""The inverse of a low-rank approximation."""
+"""The inverse of a low-rank approximation of the Hessian."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from bilevel.operators.combinators import damped, norm, residual, scale_free
+from typing_extensions import override
+
+from bilevel.linear_solvers.linear_solver import LinearSolver
+from bilevel.operators.linear_operator import LinearOperator
 from bilevel.operators.nystrom_sketch import Sketch, sketch
+from bilevel.operators.scaling import scale_free
 from bilevel.options import check_int, check_real
-from bilevel.protocols import Operator, Tree, VectorSpace
 from bilevel.results import SolverInfo, Status
+from bilevel.spaces.array import Array, V
 
 
 @dataclass(frozen=True)
-class Nystrom:
+class Nystrom(LinearSolver[Sketch]):
     """v = (Ĥ + damping I)⁻¹ b with a Nyström approximation Ĥ of rank r (Hataya & Yamada, AISTATS 2023).
 
-    For Hessians with few large eigenvalues. The error is that of the rest: ``damping`` must not be small against the
-    eigenvalues that the sketch leaves out. A residual above ``rtol`` gives ``MAXITER``, or ``NEGATIVE_CURVATURE`` if
-    the sketch has met it: its directions count as zero. A warm start is not used.
+    For Hessians with few large eigenvalues. ``damping`` must not be small against the eigenvalues outside the sketch.
+    A residual above ``rtol`` gives ``MAXITER``, or ``NEGATIVE_CURVATURE`` if the sketch has negative curvature.
+    Directions of negative curvature count as zero curvature. A warm start is not used.
 
-    r + 1 products, the last for the true residual; with a ``sketch`` from `bl.prepare`, that one only.
+    The sketch takes r products, and the true residual one more. `bl.prepare` makes the sketch once for several calls.
+    ``info.steps`` is r.
 
     Args:
-        rank: r >= 1; as many vectors are stored, three times as many while the sketch is made.
+        rank: r >= 1. The sketch stores r vectors, and 3r vectors while it is computed.
         damping: added to the Hessian, > 0.
-        seed: of the random vectors.
-        sketch: made before, by `bl.prepare`; ``rank`` and ``seed`` then do not matter.
-        rtol: what ``CONVERGED`` promises of ``norm(b - (H + damping I) v) / norm(b)``.
+        seed: seed of the random vectors.
+        rtol: largest ``norm(b - (H + damping I) v) / norm(b)`` with the status ``CONVERGED``.
     """
 
     remedy: ClassVar[str] = (
-        "Raise rank or damping, since what the sketch leaves out is large against the damping; if it is one of "
-        "bl.prepare, prepare anew. Or loosen rtol."
+        "Eigenvalues outside the sketch are large against the damping: raise rank or damping, or loosen rtol. If the "
+        "sketch comes from bl.prepare, prepare again."
     )
 
     rank: int = 20
     damping: float = 0.01
     seed: int = 0
-    sketch: Sketch | None = None
     rtol: float = 0.1
 
     def __post_init__(self) -> None:
         check_int(self, "rank", least=1)
-        check_real(self, "damping", above=0)
         check_int(self, "seed", least=0)
-        check_real(self, "rtol", least=0)
+        check_real(self, "damping", above=0)
+        check_real(self, "rtol")
 
-    def prepare(self, operator: Operator, like: Tree, space: VectorSpace) -> dict[str, Any]:
-        """Return the sketch, for `bl.prepare`."""
-        return {"sketch": sketch(operator, like, self.rank, self.seed, space)}
+    @override
+    def init(self, A: LinearOperator[V]) -> Sketch:
+        """Return the sketch."""
+        return sketch(A, self.rank, self.seed)
 
-    def solve(self, operator: Operator, rhs: Tree, x0: Tree | None, space: VectorSpace) -> tuple[Tree, SolverInfo]:
-        del x0
-        xp = space.xp
-        known = self.sketch
-        if known is None:
-            known = sketch(operator, rhs, self.rank, self.seed, space)
-        products = 0 if self.sketch is not None else len(known.eigenvalues)
-        A = damped(operator, self.damping, space)
+    @override
+    def solve(self, state: Sketch, A: LinearOperator[V], b: V, x0: V | None) -> tuple[V, SolverInfo]:
+        A, known = A.damped(self.damping), state
+        space, xp = A.space, A.space.xp
 
-        def solve(b: Tree, x0: None, scale: Any) -> tuple[Tree, SolverInfo]:
-            within, rest = space.project(known.vectors, b), b
-            for _ in range(2):  # a division by the damping would blow up what once leaves of the sketched directions
-                overlap = space.project(known.vectors, rest)
-                rest = space.axpy(-1.0, space.combine(overlap, known.vectors), rest)
-            x = space.combine(within / (known.eigenvalues + self.damping), known.vectors)
+        def solve(b: V, x0: V | None, scale: Array) -> tuple[V, SolverInfo]:
+            within, rest = space.stack_dot(known.vectors, b), b
+            for _ in range(2):  # after one pass, the division by the damping would magnify the rounding errors
+                overlap = space.stack_dot(known.vectors, rest)
+                rest = space.axpy(-1.0, space.linear_combination(overlap, known.vectors), rest)
+            x = space.linear_combination(within / (known.eigenvalues + self.damping), known.vectors)
             x = space.axpy(1.0 / self.damping, rest, x)
-            rhs_norm, left = norm(b, space), norm(residual(A, b, x, space), space)
-            steps = xp.full_like(rhs_norm, products, dtype=xp.int32)
-            indefinite = known.smallest < -100 * space.eps(b)
+            rhs_norm, left = space.norm(b), space.norm(A.residual(b, x))
+            steps = xp.full_like(rhs_norm, known.eigenvalues.shape[0], dtype=xp.int32)
+            indefinite = known.smallest < -100 * space.eps
             status = xp.where(indefinite, int(Status.NEGATIVE_CURVATURE), xp.full_like(steps, int(Status.MAXITER)))
             status = xp.where(left <= self.rtol * rhs_norm, int(Status.CONVERGED), status)
             status = xp.where(xp.isfinite(left), status, int(Status.NON_FINITE))
             return x, SolverInfo(steps, left, rhs_norm, status)
 
-        return scale_free(solve, rhs, None, space)
+        return scale_free(solve, b, None, space)

@@ -1,11 +1,43 @@
-"""A solver with its preliminary work done."""
+"""A linear solver with a fixed state."""
 
-import dataclasses
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Self
+
+from typing_extensions import override
+
+from bilevel.linear_solvers.linear_solver import LinearSolver, S
+from bilevel.linear_solvers.wrapper import Wrapper
+from bilevel.operators.linear_operator import LinearOperator
+from bilevel.results import SolverInfo
+from bilevel.spaces.array import V
+from bilevel.spaces.layout import compare_layouts
+from bilevel.spaces.space import Layout
 
 
-def prepared(solver: Any, options: dict[str, Any]) -> Any:
-    """Return a solver with the options that its ``prepare`` has returned, nested as they are."""
-    parts = {name: getattr(solver, name) for name in options}
-    known = {k: prepared(parts[k], v) if hasattr(parts[k], "prepare") else v for k, v in options.items()}
-    return dataclasses.replace(solver, **known)
+@dataclass(frozen=True)
+class Prepared(Wrapper[S]):
+    """A solver with a fixed state for several calls, as returned by `bl.prepare`.
+
+    Args:
+        solver: the solver.
+        state: the result of its `init`.
+        layout: shapes and dtypes of the params that the state belongs to.
+    """
+
+    solver: LinearSolver[S]
+    state: S
+    layout: Layout = field(repr=False)
+
+    @override
+    def init(self, A: LinearOperator[V]) -> S:
+        found, prepared_for = A.space.layout(A.space.like), "the params that the solver was prepared for"
+        compare_layouts("params", found, prepared_for, self.layout)
+        return self.state
+
+    @override
+    def solve(self, state: S, A: LinearOperator[V], b: V, x0: V | None) -> tuple[V, SolverInfo]:
+        return self.solver.solve(state, A, b, x0)
+
+    @override
+    def with_rtol(self, rtol: float) -> Self:
+        return replace(self, solver=self.solver.with_rtol(rtol))

@@ -1,20 +1,24 @@
-"""Around an iterative method: warm start, stop rule, and a residual that a product has confirmed."""
+"""Restarts of an iterative method: the warm start, the stop rule, and checks of the residual by products."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, Generic, NamedTuple
 
-from bilevel.operators.combinators import norm, residual
+from typing_extensions import override
+
+from bilevel.linear_solvers.linear_solver import LinearSolver, S
+from bilevel.operators.linear_operator import LinearOperator
+from bilevel.operators.scaling import scale_free
 from bilevel.options import check_int, check_real
-from bilevel.protocols import Operator, Tree, VectorSpace
 from bilevel.results import SolverInfo, Status
+from bilevel.spaces.array import Array, Number, V
 
-ROUNDS = 4  # restarts from the true residual; the second already reaches what the dtype can
-DRIFT = 50  # steps for which a solve that ran out of them has its own residual taken at its word
+ROUNDS = 4  # cycles; the second usually reaches the precision of the dtype
+DRIFT = 50  # after more steps, the residual of a recurrence is checked
 
 
 @dataclass(frozen=True)
-class Iterative:
+class Iterative(LinearSolver[S]):
     """The options that the iterative solvers share."""
 
     remedy: ClassVar[str] = "Raise maxiter, loosen rtol, or add damping."
@@ -26,124 +30,138 @@ class Iterative:
 
     def __post_init__(self) -> None:
         check_int(self, "maxiter", least=0)
-        for option in ("rtol", "atol", "damping"):
-            check_real(self, option, least=0)
+        check_real(self, "rtol", "atol", "damping")
+
+    @property
+    @override
+    def most_steps(self) -> int:
+        return self.maxiter
 
 
-class Sweep(NamedTuple):
-    """Where a method came from a start: its own word, before it is checked."""
+class Cycle(NamedTuple, Generic[V]):
+    """The end of one run of a method, from its recurrences, before the check by a product."""
 
-    x: Tree
-    norm: Any  # of the residual
-    steps: Any  # in all
-    status: Any
-
-
-class _State(NamedTuple):
-    start: Tree  # of the sweep
-    x: Tree
-    r: Tree
-    norm: Any
-    confirmed: Any  # norm of the last residual that a product has confirmed
-    steps: Any
-    status: Any
-    live: Any
+    x: V
+    norm: Array  # of the residual
+    steps: Array  # of all cycles
+    status: Array
 
 
-def iterate(
-    sweep: Callable[[Tree, Tree, Any, Any, Any], Sweep],
-    operator: Operator,
-    rhs: Tree,
-    x0: Tree | None,
-    space: VectorSpace,
+RunCycle = Callable[[V, V, Array, Array, Array], Cycle[V]]
+
+
+class _State(NamedTuple, Generic[V]):
+    start: V  # of the cycle
+    x: V
+    r: V
+    norm: Array
+    confirmed: Array  # norm of the last residual from a product
+    steps: Array
+    status: Array
+    live: Array
+
+
+def solve_with_restarts(
+    cycle: RunCycle[V],
+    A: LinearOperator[V],
+    b: V,
+    x0: V | None,
     *,
-    rtol: Any,
-    atol: Any,
     maxiter: int,
+    rtol: Number,
+    atol: Number = 0.0,
     rounds: int = ROUNDS,
     progress: float = 0.5,
-) -> tuple[Tree, SolverInfo]:
-    """Solve A x = b by sweeps of a method until ``norm(b - A x) <= max(rtol * norm(b), atol)``.
+    stand_in: Callable[[V], V] | None = None,
+) -> tuple[V, SolverInfo]:
+    """Solve A x = b by cycles of a method until ``norm(b - A x) <= max(rtol * norm(b), atol)``.
 
-    The recurrences for a residual drift from the truth in floating point. So a sweep that says it has converged is
-    checked by a product, and if it has not, the next one starts from the true residual as long as that helps. One that
-    made worse what it says it made better is taken back.
+    In floating point, the residual of a recurrence drifts from the true residual. So a product checks each cycle that
+    reports convergence. If the residual is too large, the next cycle starts from the true residual, as long as cycles
+    make progress. A cycle is undone if its recurrence reports a smaller residual but the true residual has grown.
 
     Args:
-        sweep: (x, r, steps, live, tolerance) -> `Sweep`, from x with the residual r; with ``live`` false it must do
-            nothing. Ends with ``CONVERGED`` below the tolerance, else ``MAXITER`` at ``maxiter`` steps in all,
-            or what went wrong.
-        operator: A.
-        rhs: b.
-        x0: a warm start, at one product; ignored for b = 0, whose solution is zero.
-        space: the vectors.
-        rtol: relative tolerance.
-        atol: absolute tolerance.
-        maxiter: most steps.
-        rounds: most sweeps.
-        progress: go on while a sweep leaves less than this share of the residual.
+        cycle: (x, r, steps, live, tolerance) -> `Cycle`, from x with the residual r. If ``live`` is false, it must do
+            nothing. It ends with ``CONVERGED`` below the tolerance, with ``MAXITER`` at ``maxiter`` steps of all
+            cycles, or with another failure.
+        A: the operator, with its damping.
+        b: the right-hand side.
+        x0: a warm start, at one product. It is ignored for b = 0, whose solution is zero.
+        maxiter, rtol, atol: as in `CG`.
+        rounds: maximum number of cycles.
+        progress: continue while a cycle leaves less than this share of the residual.
+        stand_in: b -> the result if the first step from zero meets negative curvature. None: zero.
     """
-    xp = space.xp
-    rhs_norm = norm(rhs, space)
-    # Below the dtype's epsilon there is nothing to ask for.
-    tolerance = xp.maximum(xp.maximum(rtol * rhs_norm, space.eps(rhs) * rhs_norm), atol * xp.ones_like(rhs_norm))
+    space, xp = A.space, A.space.xp
 
-    def check(s: _State) -> _State:
-        r = residual(operator, rhs, s.x, space)
-        size = norm(r, space)
-        claimed, met = s.status == int(Status.CONVERGED), size <= tolerance
-        undecided = claimed | (s.status == int(Status.MAXITER))
-        status = xp.where(met, int(Status.CONVERGED), xp.full_like(s.status, int(Status.MAXITER)))
-        status = xp.where(xp.isfinite(size), status, int(Status.NON_FINITE))
-        # Residuals may well grow (those of CG do on the way), but not if the recurrence has it otherwise.
-        worse = (size > s.confirmed) & (s.norm <= s.confirmed)
-        return s._replace(
-            x=space.select(worse, s.start, s.x),
-            r=r,
-            norm=xp.where(worse, s.confirmed, size),
-            confirmed=size,
-            status=xp.where(undecided, status, s.status),
-            live=claimed & ~met & (size < progress * s.confirmed) & (s.steps < maxiter),
-        )
+    def solve(b: V, x0: V | None, scale: Array) -> tuple[V, SolverInfo]:
+        rhs_norm = space.norm(b)
+        # No solve can be more precise than the dtype's epsilon.
+        tolerance = xp.maximum(xp.maximum(rtol * rhs_norm, space.eps * rhs_norm), atol / scale * xp.ones_like(rhs_norm))
 
-    def round_(s: _State) -> _State:
-        swept = sweep(s.x, s.r, s.steps, s.live, tolerance)
-        short = (swept.status == int(Status.MAXITER)) & (swept.steps == maxiter) & (swept.steps <= DRIFT)
-        doubtful = s.live & ~short
-        s = s._replace(
-            start=s.x,
-            x=swept.x,
-            norm=xp.where(s.live, swept.norm, s.norm),
-            steps=swept.steps,
-            status=xp.where(s.live, swept.status, s.status),
-            live=s.live & False,
-        )
-        return space.cond(doubtful, check, s)
+        def check(s: _State[V]) -> _State[V]:
+            r = A.residual(b, s.x)
+            size = space.norm(r)
+            claimed, met = s.status == int(Status.CONVERGED), size <= tolerance
+            undecided = claimed | (s.status == int(Status.MAXITER))
+            status = xp.where(met, int(Status.CONVERGED), xp.full_like(s.status, int(Status.MAXITER)))
+            status = xp.where(xp.isfinite(size), status, int(Status.NON_FINITE))
+            # A residual may grow, as in CG, but not if the recurrence reports a smaller one.
+            worse = (size > s.confirmed) & (s.norm <= s.confirmed)
+            return s._replace(
+                x=space.where(worse, s.start, s.x),
+                r=r,
+                norm=xp.where(worse, s.confirmed, size),
+                confirmed=size,
+                status=xp.where(undecided, status, s.status),
+                live=claimed & ~met & (size < progress * s.confirmed) & (s.steps < maxiter),
+            )
 
-    if x0 is None:
-        x, r = space.zeros_like(rhs), rhs
-    else:
-        x = space.select(rhs_norm > 0, x0, space.zeros_like(rhs))
-        r = space.select(rhs_norm > 0, residual(operator, rhs, x, space), rhs)
-    size = norm(r, space)
-    met, finite = size <= tolerance, xp.isfinite(size)
-    steps = xp.zeros_like(size, dtype=xp.int32)
-    status = xp.where(met, int(Status.CONVERGED), xp.full_like(steps, int(Status.MAXITER)))
-    s = _State(
-        start=x,
-        x=x,
-        r=r,
-        norm=size,
-        confirmed=size,
-        steps=steps,
-        status=xp.where(finite, status, int(Status.NON_FINITE)),
-        live=~met & finite & (maxiter > 0),
-    )
-    s = space.while_loop(lambda s: s.live, round_, s, rounds)
+        def round_(s: _State[V]) -> _State[V]:
+            end = cycle(s.x, s.r, s.steps, s.live, tolerance)
+            short = (end.status == int(Status.MAXITER)) & (end.steps == maxiter) & (end.steps <= DRIFT)
+            doubtful = s.live & ~short
+            s = s._replace(
+                start=s.x,
+                x=end.x,
+                norm=xp.where(s.live, end.norm, s.norm),
+                steps=end.steps,
+                status=xp.where(s.live, end.status, s.status),
+                live=s.live & False,
+            )
+            return space.cond(doubtful, check, s)
 
-    def spoil(s: _State) -> _State:
-        """Return nan: loud under jit too, where only the status could tell."""
-        return s._replace(x=space.scale(float("nan"), rhs), norm=s.norm + float("nan"))
+        if x0 is None:
+            x, r = space.zeros(), b
+        else:
+            x = space.where(rhs_norm > 0, x0, space.zeros())
+            r = space.where(rhs_norm > 0, A.residual(b, x), b)
+        size = space.norm(r)
+        met, finite = size <= tolerance, xp.isfinite(size)
+        steps = xp.zeros_like(size, dtype=xp.int32)
+        status = xp.where(met, int(Status.CONVERGED), xp.full_like(steps, int(Status.MAXITER)))
+        status = xp.where(finite, status, int(Status.NON_FINITE))
+        s = _State(x, x, r, norm=size, confirmed=size, steps=steps, status=status, live=~met & finite & (maxiter > 0))
+        s = space.while_loop(lambda s: s.live, round_, s, rounds)
 
-    s = space.cond(s.status == int(Status.NON_FINITE), spoil, s)
-    return s.x, SolverInfo(s.steps, s.norm, rhs_norm, s.status)
+        def fill_nan(s: _State[V]) -> _State[V]:
+            """Return nan, because nothing can raise under jit."""
+            return s._replace(x=space.scale(float("nan"), b), norm=s.norm + float("nan"))
+
+        s = space.cond(s.status == int(Status.NON_FINITE), fill_nan, s)
+        return s.x, SolverInfo(s.steps, s.norm, rhs_norm, s.status)
+
+    def solve_or_stand_in(b: V, x0: V | None, scale: Array) -> tuple[V, SolverInfo]:
+        x, info = solve(b, x0, scale)
+        if stand_in is None or x0 is not None:
+            return x, info
+        fallback = stand_in
+
+        def replaced(answer: tuple[V, SolverInfo]) -> tuple[V, SolverInfo]:
+            x = fallback(b)
+            return x, answer[1]._replace(residual_norm=space.norm(A.residual(b, x)))
+
+        immediate = (info.status == int(Status.NEGATIVE_CURVATURE)) & (info.steps == 1)
+        return space.cond(immediate, replaced, (x, info))
+
+    return scale_free(solve_or_stand_in, b, x0, space)

@@ -1,180 +1,182 @@
-"""A run of inner steps, and the two ways through it: backwards with an adjoint, forwards with tangents."""
+"""A run of inner steps, with reverse and forward differentiation."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import isqrt
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple
 
+from bilevel.linearization import LinearizedMap
+from bilevel.methods.method import Level
 from bilevel.methods.optimizers import InnerStep
-from bilevel.problems.gradients import inner_grad
-from bilevel.protocols import Backend, BilevelProblem, InnerDerivatives, Tree
+from bilevel.spaces.array import Args, Array, H, P
+from bilevel.spaces.space import Space
 
 
-class State(NamedTuple):
-    """Where a run stands."""
+class State(NamedTuple, Generic[P]):
+    """The state of a run."""
 
-    params: Tree
+    params: P
     optimizer: Any
-    t: Any  # steps taken: a Python int where the loop is Python's
+    t: Any  # number of steps, a Python int in a Python loop
 
 
-class Adjoint(NamedTuple):
-    """The derivatives of F by a state, and what they add up to."""
+class Adjoint(NamedTuple, Generic[P, H]):
+    """The derivatives of F with respect to a state, and sums over the steps."""
 
-    params: Tree  # dF/dw_t
+    params: P  # dF/dw_t
     optimizer: Any  # dF/ds_t
-    total: Tree  # −Σ dF/dg, the v that the steps add up to
-    cross: Tree | None  # the λ-part of dF/dλ; None: left out
+    total: P  # −Σ dF/dg, in place of v
+    cross: H | None  # the indirect part of dF/dλ; None: not computed
 
 
-class Tangent(NamedTuple):
+class Tangent(NamedTuple, Generic[P, H]):
     """The derivatives of a state along one direction of λ."""
 
-    hparams: Tree
-    params: Tree
+    hparams: H
+    params: P
     optimizer: Any
 
 
 @dataclass(frozen=True)
-class Run:
-    """The steps of an optimizer on the inner objective; step t takes the data ``batch(t)``."""
+class Run(Generic[P, H]):
+    """The steps of an optimizer on the inner objective. Step t takes the data ``batch(t)``."""
 
-    backend: Backend
-    problem: BilevelProblem
-    hparams: Tree
-    batch: Callable[[Any], tuple[Any, ...]]
-    optimizer: InnerStep
+    level: Level[P, H]
+    space: Space[P]
+    of_hparams: Space[H]
+    batch: Callable[[Array | int], Args]
+    optimizer: InnerStep[P, Any, Any, Any]
 
-    def start(self, params: Tree) -> State:
+    def start(self, params: P) -> State[P]:
         """Return the state before the first step."""
         return State(params, self.optimizer.init(params), 0)
 
-    def derivatives(self, params: Tree, t: Any) -> InnerDerivatives:
-        """Return those of the inner objective as step t sees it."""
-        return self.problem.derivatives(self.backend, params, self.hparams, self.batch(t))
+    def linearize(self, params: P, t: Array | int) -> LinearizedMap[P, H]:
+        """Linearize the inner problem of step t."""
+        return self.level.linearize(self.batch(t), params)
 
-    def step(self, s: State, grad: Tree | None = None) -> State:
-        """Return the next state; ``grad``, if it is known, spares its computation."""
+    def step(self, s: State[P], grad: P | None = None) -> State[P]:
+        """Return the next state. If ``grad`` is given, the gradient is not computed again."""
         if grad is None:
-            grad = inner_grad(self.backend, self.problem, s.params, self.hparams, self.batch(s.t))
+            level = self.level
+            _, grad = level.problem.value_and_residual(level.backend, s.params, level.hparams, self.batch(s.t))
         return State(*self.optimizer.step(grad, s.params, s.optimizer), s.t + 1)
 
-    def advance(self, s: State, count: int) -> State:
-        """Return the state after so many steps."""
-        if not count:
-            return s  # saves a compilation
-        return self.backend.space.scan(lambda s, _: (self.step(s), None), s, None, count)[0]
+    def advance(self, s: State[P], count: int) -> State[P]:
+        """Return the state after ``count`` steps."""
+        # Without steps, no scan: this saves a compilation.
+        return self.space.scan(lambda s, _: (self.step(s), None), s, None, count)[0] if count else s
 
-    def ascend(self, a: Adjoint, at: InnerDerivatives, kept: Any) -> Adjoint:
-        """Return the adjoint before a step, from that after it and the derivatives where it was taken."""
-        axpy = self.backend.space.axpy
-        by_grad, by_state = self.optimizer.pullback(at.grad, kept, a.params, a.optimizer)
+    def backward_step(self, a: Adjoint[P, H], at: LinearizedMap[P, H], kept: Any) -> Adjoint[P, H]:
+        """Return the adjoint before a step, from the adjoint after it and the derivatives at the step."""
+        axpy = self.space.axpy
+        by_grad, by_state = self.optimizer.pullback(at.residual, kept, a.params, a.optimizer)
+        cross = None if a.cross is None else at.vjp_hparams(by_grad)
         return Adjoint(
-            params=axpy(1.0, at.hvp(by_grad), a.params),
+            params=axpy(1.0, at.vjp_params(by_grad), a.params),
             optimizer=by_state,
             total=axpy(-1.0, by_grad, a.total),
-            cross=None if a.cross is None else axpy(1.0, at.cross_vjp(by_grad), a.cross),
+            cross=a.cross if cross is None or a.cross is None else self.of_hparams.axpy(1.0, cross, a.cross),
         )
 
-    def adjoint(self, grad_params: Tree, cross: Tree | None) -> Adjoint:
-        """Return the adjoint at the end."""
-        return Adjoint(grad_params, self.optimizer.zero(grad_params), self.backend.space.zeros_like(grad_params), cross)
+    def adjoint(self, cotangent: P, cross: H | None) -> Adjoint[P, H]:
+        """Return the adjoint after the last step."""
+        return Adjoint(cotangent, self.optimizer.zero(cotangent), self.space.zeros(), cross)
 
 
-class Recording:
-    """Steps that were recorded on the way, for `back`.
+class Recording(Generic[P, H]):
+    """Recorded steps, for `back`.
 
     With ``checkpoint``, only the states at the starts of segments are stored, and `back` runs each segment again
-    (Chen et al., 2016). There are √K segments of √K steps, and fewer than √K steps left over, which come first and are
-    recorded at once: no more than 3√K + 1 states live at any time, for one more gradient per step.
+    (Chen et al., 2016). There are √K segments of √K steps. Fewer than √K steps remain; they come first and are recorded
+    immediately. At most 3√K + 1 states are stored at a time, for one more gradient per step.
 
-    With ``keep`` each step's derivatives are recorded, too, in place of being computed once more on the way back, where
-    the backend ``keeps_derivatives``: in torch they hold the step's graph.
+    With ``keep``, the derivatives of each step are also recorded, if the backend ``can_store_graphs``. Otherwise `back`
+    computes them again. In torch they hold the graph of the step.
     """
 
-    def __init__(self, run: Run, start: State, count: int, checkpoint: bool, keep: bool) -> None:
-        self._run, self._space = run, run.backend.space
-        self._keep = keep and run.backend.keeps_derivatives
+    def __init__(self, run: Run[P, H], start: State[P], count: int, checkpoint: bool, keep: bool) -> None:
+        self._run, self._space = run, run.space
+        self._keep = keep and run.level.backend.can_store_graphs
         self._length = isqrt(count) if checkpoint else count + 1
         self._segments, self._single = divmod(count, self._length)
         state, self._steps = self._record(start, self._single)
         self._starts = None
         if self._segments:
 
-            def segment(s: State, _: None) -> tuple[State, State]:
+            def segment(s: State[P], _: None) -> tuple[State[P], State[P]]:
                 return run.advance(s, self._length), s
 
             state, self._starts = self._space.scan(segment, state, None, self._segments)
-        self.end: State = state
+        self.end: State[P] = state
 
-    def back(self, a: Adjoint) -> Adjoint:
-        """Return the adjoint before the first recorded step, from that at the end."""
+    def back(self, a: Adjoint[P, H]) -> Adjoint[P, H]:
+        """Return the adjoint before the first recorded step, from the adjoint at the end."""
         if self._segments:
 
-            def segment(a: Adjoint, start: State) -> tuple[Adjoint, None]:
-                return self._ascend(a, self._record(start, self._length)[1], self._length), None
+            def segment(a: Adjoint[P, H], start: State[P]) -> tuple[Adjoint[P, H], None]:
+                return self._backward(a, self._record(start, self._length)[1], self._length), None
 
             a, _ = self._space.scan(segment, a, self._starts, self._segments, reverse=True)
-        return self._ascend(a, self._steps, self._single)
+        return self._backward(a, self._steps, self._single)
 
-    def _record(self, s: State, count: int) -> tuple[State, Any]:
-        def step(s: State, _: None) -> tuple[State, tuple[State, InnerDerivatives | None]]:
-            at = self._run.derivatives(s.params, s.t) if self._keep else None
+    def _record(self, s: State[P], count: int) -> tuple[State[P], Any]:
+        def step(s: State[P], _: None) -> tuple[State[P], tuple[State[P], LinearizedMap[P, H] | None]]:
+            at = self._run.linearize(s.params, s.t) if self._keep else None
             kept = s._replace(optimizer=self._run.optimizer.keep(s.optimizer))
-            return self._run.step(s, None if at is None else at.grad), (kept, at)
+            return self._run.step(s, None if at is None else at.residual), (kept, at)
 
         return self._space.scan(step, s, None, count) if count else (s, None)
 
-    def _ascend(self, a: Adjoint, steps: Any, count: int) -> Adjoint:
-        def step(a: Adjoint, stored: tuple[State, InnerDerivatives | None]) -> tuple[Adjoint, None]:
+    def _backward(self, a: Adjoint[P, H], steps: object, count: int) -> Adjoint[P, H]:
+        def step(a: Adjoint[P, H], stored: tuple[State[P], LinearizedMap[P, H] | None]) -> tuple[Adjoint[P, H], None]:
             s, at = stored
-            at = self._run.derivatives(s.params, s.t) if at is None else at
-            return self._run.ascend(a, at, s.optimizer), None
+            at = self._run.linearize(s.params, s.t) if at is None else at
+            return self._run.backward_step(a, at, s.optimizer), None
 
         return self._space.scan(step, a, steps, count, reverse=True)[0] if count else a
 
 
-def push(run: Run, start: State, count: int) -> tuple[State, Any]:
-    """Return the end of so many steps, and its tangents along each entry of λ, for a scan of that length.
+def forward_tangents(run: Run[P, H], start: State[P], count: int) -> tuple[State[P], object]:
+    """Return the end of ``count`` steps, and its tangents along each entry of λ, for a scan over the entries.
 
     Forward mode (Franceschi et al., ICML 2017): the memory does not depend on the number of steps.
     """
-    space, hparams = run.backend.space, run.hparams
-    zeros, zero_state = space.zeros_like(start.params), run.optimizer.zero(start.params)
-    entries = space.size(hparams)
-    identity = space.xp.diag(space.xp.ones_like(space.ravel(hparams)))
+    space, of_hparams = run.space, run.of_hparams
+    zeros, zero_state = space.zeros(), run.optimizer.zero(start.params)
+    identity = space.xp.diag(space.xp.ones_like(of_hparams.ravel(of_hparams.like)))
 
-    def tangent(_: None, row: Any) -> tuple[None, Tangent]:
-        return None, Tangent(space.unravel(row, hparams), zeros, zero_state)
+    def tangent(_: None, row: Array) -> tuple[None, Tangent[P, H]]:
+        return None, Tangent(of_hparams.unravel(row), zeros, zero_state)
 
-    def step(carry: tuple[State, Any], _: None) -> tuple[tuple[State, Any], None]:
+    def step(carry: tuple[State[P], Any], _: None) -> tuple[tuple[State[P], Any], None]:
         s, tangents = carry
-        at = run.derivatives(s.params, s.t)
-        cross_jvp = at.cross_jvp
-        if cross_jvp is None:
+        at = run.linearize(s.params, s.t)
+        jvp_hparams = at.jvp_hparams
+        if jvp_hparams is None:
             raise TypeError(
-                f'Unrolled: mode="forward" needs products u ↦ (∂²L/∂λ∂w) u, which the {run.backend.name} backend does '
-                'not have (InnerDerivatives.cross_jvp). Use mode="reverse".'
+                f'Unrolled: mode="forward" needs products u ↦ (∂²L/∂λ∂w) u, which the {run.level.backend.name} backend '
+                'does not have (LinearizedMap.jvp_hparams). Use mode="reverse".'
             )
 
-        def move(_: None, z: Tangent) -> tuple[None, Tangent]:
-            d_grad = space.axpy(1.0, cross_jvp(z.hparams), at.hvp(z.params))
-            moved = run.optimizer.pushforward(at.grad, s.optimizer, d_grad, z.params, z.optimizer)
+        def move(_: None, z: Tangent[P, H]) -> tuple[None, Tangent[P, H]]:
+            d_grad = space.axpy(1.0, jvp_hparams(z.hparams), at.vjp_params(z.params))
+            moved = run.optimizer.pushforward(at.residual, s.optimizer, d_grad, z.params, z.optimizer)
             return None, Tangent(z.hparams, *moved)
 
-        return (run.step(s, at.grad), space.scan(move, None, tangents, entries)[1]), None
+        return (run.step(s, at.residual), space.scan(move, None, tangents, of_hparams.size)[1]), None
 
-    tangents = space.scan(tangent, None, identity, entries)[1]
+    tangents = space.scan(tangent, None, identity, of_hparams.size)[1]
     return space.scan(step, (start, tangents), None, count)[0]
 
 
-def ascend_at(run: Run, end: State, count: int, a: Adjoint, same_data: bool) -> Adjoint:
-    """Return the adjoint before so many steps, as if all had been taken at the end of the run."""
-    kept, at_end = run.optimizer.keep(end.optimizer), run.derivatives(end.params, 0) if same_data else None
+def backward_at(run: Run[P, H], end: State[P], count: int, a: Adjoint[P, H], same_data: bool) -> Adjoint[P, H]:
+    """Return the adjoint before ``count`` steps, as if all steps started at the end of the run."""
+    kept, at_end = run.optimizer.keep(end.optimizer), run.linearize(end.params, 0) if same_data else None
 
-    def step(carry: tuple[Adjoint, Any], _: None) -> tuple[tuple[Adjoint, Any], None]:
+    def step(carry: tuple[Adjoint[P, H], Any], _: None) -> tuple[tuple[Adjoint[P, H], Any], None]:
         a, t = carry
-        at = run.derivatives(end.params, t) if at_end is None else at_end
-        return (run.ascend(a, at, kept), t - 1), None
+        at = run.linearize(end.params, t) if at_end is None else at_end
+        return (run.backward_step(a, at, kept), t - 1), None
 
-    return run.backend.space.scan(step, (a, end.t - 1), None, count)[0][0]
+    return run.space.scan(step, (a, end.t - 1), None, count)[0][0]

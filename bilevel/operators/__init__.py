@@ -1,1 +1,1 @@
-"""Linear operators and what products reveal of them."""
+"""Linear operators, and estimates of their spectra from products."""

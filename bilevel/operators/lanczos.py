@@ -1,86 +1,82 @@
-"""The ends of a symmetric operator's spectrum from a few products."""
+"""Extreme eigenvalues of a symmetric operator from a few products."""
 
-from typing import Any, NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
-from bilevel.operators.combinators import indices, norm
-from bilevel.protocols import Operator, Tree, VectorSpace
+from bilevel.operators.indices import indices
+from bilevel.operators.linear_operator import LinearOperator
+from bilevel.spaces.array import Array, V
 
 PRODUCTS = 12
 SEED = 0
+N = TypeVar("N")
 
 
-class Spectrum(NamedTuple):
-    """Estimated extreme eigenvalues; each is within its error of one that the operator has."""
+class Spectrum(NamedTuple, Generic[N]):
+    """Estimated extreme eigenvalues, as arrays or Python numbers. Each is within its error of an eigenvalue."""
 
-    smallest: Any
-    largest: Any
-    smallest_error: Any
-    largest_error: Any
-
-
-class _State(NamedTuple):
-    q_old: Tree
-    q: Tree
-    beta: Any
-    alphas: Any
-    betas: Any
-    k: Any
-    live: Any
+    smallest: N
+    largest: N
+    smallest_error: N
+    largest_error: N
 
 
-def spectrum(operator: Operator, like: Tree, space: VectorSpace, products: int = PRODUCTS) -> Spectrum:
-    """Estimate the extreme eigenvalues by Lanczos' method from a random start, with at most so many products.
+class _State(NamedTuple, Generic[V]):
+    q_old: V
+    q: V
+    beta: Array
+    alphas: Array
+    betas: Array
+    k: Array
+    live: Array
 
-    The error bound is that of the Ritz pairs, |β_k s_k| (Parlett, The Symmetric Eigenvalue Problem, 1998,
-    §13.2). Power iteration with as many products is 0.5-4 % low, on the unsafe side for a step size.
+
+def spectrum(A: LinearOperator[V], products: int = PRODUCTS) -> Spectrum[Array]:
+    """Estimate the extreme eigenvalues by Lanczos' method from a random start, with at most ``products`` products.
+
+    The errors are the bounds of the Ritz pairs, |β_k s_k| (Parlett, The Symmetric Eigenvalue Problem, 1998, §13.2).
+    Power iteration with as many products is 0.5-4 % too low, which makes a step size too large.
     """
-    xp, eps = space.xp, space.eps(like)
-    products = min(products, space.size(like))
+    space = A.space
+    xp, eps = space.xp, space.eps
+    products = min(products, space.size)
 
-    def step(s: _State) -> _State:
-        z = operator(s.q)
+    def step(s: _State[V]) -> _State[V]:
+        z = A(s.q)
         alpha = space.dot(s.q, z)
         z = space.axpy(-alpha, s.q, space.axpy(-s.beta, s.q_old, z))
-        z = space.axpy(-space.dot(s.q, z), s.q, z)  # again, for what rounding left of q
-        beta = norm(z, space)
+        z = space.axpy(-space.dot(s.q, z), s.q, z)  # a second time, because of rounding
+        beta = space.norm(z)
         here = s.live & (index == s.k)
         alphas, betas = xp.where(here, alpha, s.alphas), xp.where(here, beta, s.betas)
-        # An invariant subspace is exhausted once beta is rounding noise.
+        # Once beta is rounding noise, the subspace is invariant.
         scale = xp.max(xp.abs(alphas)) + xp.max(xp.where(index < s.k, betas, 0.0))
         live = s.live & (beta > 10 * eps * scale)
         return _State(
-            q_old=space.select(live, s.q, s.q_old),
-            q=space.select(live, space.scale(xp.where(live, 1.0 / beta, 0.0), z), s.q),
+            q_old=space.where(live, s.q, s.q_old),
+            q=space.where(live, space.scale(xp.where(live, 1.0 / beta, 0.0), z), s.q),
             beta=xp.where(live, beta, s.beta),
             alphas=alphas,
             betas=betas,
-            k=s.k + s.live,
+            k=xp.where(s.live, s.k + 1, s.k),
             live=live & (s.k + 1 < products),
         )
 
-    q = space.normal_like(like, SEED)
-    q = space.scale(1.0 / norm(q, space), q)
+    q = space.normal(SEED)
+    q = space.scale(1.0 / space.norm(q), q)
     one = space.dot(q, q)
     zeros = xp.stack([xp.zeros_like(one)] * products)
-    index = indices(one, products, xp)
-    s = _State(
-        q_old=space.zeros_like(q),
-        q=q,
-        beta=xp.zeros_like(one),
-        alphas=zeros,
-        betas=zeros,
-        k=xp.zeros_like(one, dtype=xp.int32),
-        live=one > 0,
-    )
+    index = indices(one, products, space)
+    zero, start = xp.zeros_like(one), xp.zeros_like(one, dtype=xp.int32)
+    s = _State(q_old=space.zeros(), q=q, beta=zero, alphas=zeros, betas=zeros, k=start, live=one > 0)
     s = space.while_loop(lambda s: s.live, step, s, products)
 
-    # Rows that an early end left empty repeat the first: inside the spectrum, uncoupled.
+    # After an early end, the empty rows repeat the first one without coupling: they stay inside the spectrum.
     alphas = xp.where(index < s.k, s.alphas, s.alphas[0])
     coupling = xp.where(index < s.k - 1, s.betas, 0.0)
     column, row = index[None, :], index[:, None]
     off_diagonal = xp.where(column == row + 1, coupling[:, None], 0.0)
     tridiagonal = xp.where(column == row, alphas[:, None], 0.0) + off_diagonal + off_diagonal.T
-    # LAPACK refuses nan where JAX and NumPy let it through.
+    # Some LAPACK wrappers raise for nan.
     finite = xp.isfinite(xp.sum(tridiagonal))
     ritz, vectors = xp.linalg.eigh(xp.where(finite, tridiagonal, 0.0))
     last = xp.sum(xp.where(index == s.k - 1, s.betas, 0.0))

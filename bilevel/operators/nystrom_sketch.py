@@ -1,79 +1,81 @@
-"""A low-rank picture of a positive semi-definite operator, from products with random vectors."""
+"""A low-rank approximation of a positive semi-definite operator, from products with random vectors."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from bilevel.operators.combinators import identity, indices, norm
-from bilevel.spaces.space import Operator, Stack, Tree, VectorSpace
+from bilevel.operators.indices import identity, indices
+from bilevel.operators.linear_operator import LinearOperator
+from bilevel.spaces.array import Array, V
 
 
 class Sketch(NamedTuple):
-    """U diag(eigenvalues) Uᵀ, about A.
+    """An approximation U diag(eigenvalues) Uᵀ of A.
 
     Attributes:
-        vectors: U: r orthonormal vectors, as a stack; zero where a random direction brought nothing new.
-        eigenvalues: array of shape (r,), >= 0, falling.
-        smallest: the least curvature met over the largest; below zero beyond rounding if A is indefinite.
+        vectors: U, a stack of r orthonormal vectors. A vector is zero where a random direction depended on others.
+        eigenvalues: array of shape (r,), >= 0, in decreasing order.
+        smallest: the smallest sampled curvature over the largest. It is below zero beyond rounding if A is indefinite.
     """
 
-    vectors: Stack
-    eigenvalues: Any
-    smallest: Any
+    vectors: object
+    eigenvalues: Array
+    smallest: Array
 
 
-def sketch(operator: Operator, like: Tree, rank: int, seed: int, space: VectorSpace) -> Sketch:
+def sketch(A: LinearOperator[V], rank: int, seed: int) -> Sketch:
     """Return the randomised Nyström approximation A Ω (Ωᵀ A Ω)⁻¹ (A Ω)ᵀ, by ``rank`` products.
 
-    Stabilised as in algorithm 2.1 of Frangella, Tropp & Udell (SIAM J. Matrix Anal. Appl. 2023). A rank beyond
-    the number of entries is cut to it. Takes 3 rank vectors while it works, and rank to keep.
+    Stabilised as in algorithm 2.1 of Frangella, Tropp & Udell (SIAM J. Matrix Anal. Appl. 2023). The rank is at most
+    the number of entries. The computation stores 3·rank vectors, the result rank vectors.
     """
-    xp, eps = space.xp, space.eps(like)
-    rank = min(rank, space.size(like))
-    zero = xp.zeros_like(space.dot(like, like))
-    unit, index = identity(zero, rank, xp), indices(zero, rank, xp)
+    space = A.space
+    xp, eps = space.xp, space.eps
+    rank = min(rank, space.size)
+    zero = space.dot(space.zeros(), space.zeros())
+    unit, index = identity(zero, rank, space), indices(zero, rank, space)
 
-    def stack(vector: Callable[[Any, Stack], Tree]) -> Stack:
-        """Return a stack, from its i-th vector, given i and the ones before."""
+    def stack(vector: Callable[[Array, object], V]) -> object:
+        """Return the stack with vector(i, the vectors before) as its i-th vector."""
 
-        def step(state: tuple[Stack, Any], _: None) -> tuple[tuple[Stack, Any], None]:
+        def step(state: tuple[object, Array], _: None) -> tuple[tuple[object, Array], None]:
             vectors, i = state
-            return (space.put(vectors, i, vector(i, vectors)), i + 1), None
+            return (space.set(vectors, i, vector(i, vectors)), i + 1), None
 
-        return space.scan(step, (space.stack_like(like, rank), index[0]), None, rank)[0][0]
+        return space.scan(step, (space.stack(rank), index[0]), None, rank)[0][0]
 
-    def gram(left: Stack, right: Stack) -> Any:
-        """Return the matrix of their dots."""
+    def gram(left: object, right: object) -> Array:
+        """Return the matrix of the dots of two stacks."""
 
-        def step(state: tuple[Any, Any], _: None) -> tuple[tuple[Any, Any], None]:
+        def step(state: tuple[Array, Array], _: None) -> tuple[tuple[Array, Array], None]:
             matrix, i = state
-            row = space.project(right, space.take(left, i))
+            row = space.stack_dot(right, space.get(left, i))
             return (xp.where(index[:, None] == i, row[None, :], matrix), i + 1), None
 
         return space.scan(step, (unit, index[0]), None, rank)[0][0]
 
-    def orthonormal(vectors: Stack) -> Stack:
-        """Return a basis, by Gram and Schmidt done twice; zero for what depends on the vectors before."""
+    def orthonormal(vectors: object) -> object:
+        """Apply Gram-Schmidt twice. A vector that depends on the vectors before it becomes zero."""
 
-        def vector(i: Any, basis: Stack) -> Tree:
-            x = space.take(vectors, i)
-            length = norm(x, space)
+        def vector(i: Array, basis: object) -> V:
+            x = space.get(vectors, i)
+            length = space.norm(x)
             for _ in range(2):
-                x = space.axpy(-1.0, space.combine(space.project(basis, x), basis), x)
-            left = norm(x, space)
+                x = space.axpy(-1.0, space.linear_combination(space.stack_dot(basis, x), basis), x)
+            left = space.norm(x)
             new = left > 10 * eps * length
             return space.scale(xp.where(new, 1.0 / xp.where(new, left, 1.0), 0.0), x)
 
         return stack(vector)
 
-    omega = orthonormal(space.normal_like(space.stack_like(like, rank), seed))
-    images = stack(lambda i, _: operator(space.take(omega, i)))
+    omega = orthonormal(space.normal(seed, rank))
+    images = stack(lambda i, _: A(space.get(omega, i)))
     q = orthonormal(images)
     core, triangle, overlap = gram(omega, images), gram(q, images), gram(q, omega)
     finite = xp.isfinite(xp.sum(xp.abs(core) + xp.abs(triangle) + xp.abs(overlap)))
-    core = xp.where(finite, (core + core.T) / 2, unit)  # LAPACK refuses nan
+    core = xp.where(finite, (core + core.T) / 2, unit)  # LAPACK wrappers raise for nan
     triangle, overlap = xp.where(finite, triangle, unit), xp.where(finite, overlap, unit)
 
-    # A small shift of A, taken back below, keeps rounding from making the core indefinite.
+    # A small shift of A, undone below, keeps the core positive definite in spite of rounding.
     shift = eps * xp.sqrt(xp.sum(triangle**2))
     curvatures, axes = xp.linalg.eigh(core + shift * unit)
     top = xp.max(xp.abs(curvatures))
@@ -81,7 +83,7 @@ def sketch(operator: Operator, like: Tree, rank: int, seed: int, space: VectorSp
     roots = xp.where(positive, 1.0 / xp.sqrt(xp.where(positive, curvatures, 1.0)), 0.0)
     factor = (triangle + shift * overlap) @ axes * roots[None, :]
     left, singular, _ = xp.linalg.svd(factor)
-    vectors = stack(lambda i, _: space.combine(xp.sum(xp.where(index[None, :] == i, left, 0.0), 1), q))
+    vectors = stack(lambda i, _: space.linear_combination(xp.sum(xp.where(index[None, :] == i, left, 0.0), 1), q))
     nan = xp.where(finite, 0.0, float("nan"))
     smallest = (curvatures[0] - shift) / xp.where(top > 0, top, 1.0)
     return Sketch(vectors, xp.clip(singular**2 - shift, 0.0, None) + nan, smallest + nan)

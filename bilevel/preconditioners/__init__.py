@@ -1,5 +1,7 @@
 """Approximate inverses that make conjugate gradients take fewer steps."""
 
-from bilevel.preconditioners.preconditioners import DiagonalPreconditioner, NystromPreconditioner
+from bilevel.preconditioners.diagonal import DiagonalPreconditioner
+from bilevel.preconditioners.nystrom import NystromPreconditioner
+from bilevel.preconditioners.preconditioner import Preconditioner
 
-__all__ = ["DiagonalPreconditioner", "NystromPreconditioner"]
+__all__ = ["DiagonalPreconditioner", "NystromPreconditioner", "Preconditioner"]

@@ -1,4 +1,4 @@
-"""Ready problems with analytic derivatives for the numpy backend; torch and jax differentiate the same objects."""
+"""Ready problems with analytic derivatives for the numpy backend. Torch and JAX differentiate the same objects."""
 
 from bilevel.problems.linear import logistic_regression, ridge
 from bilevel.problems.quadratic import quadratic

@@ -1,83 +1,86 @@
-"""Products with second derivatives, by central differences of first ones."""
+"""Products with second derivatives, by central differences of first derivatives."""
+
+from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from bilevel.linearization import LinearizedMap
 from bilevel.problems.gradients import in_hparams, in_params
-from bilevel.protocols import Backend, InnerDerivatives, Scalar, Tree
+from bilevel.spaces.array import Args, H, P, V
+from bilevel.spaces.space import Space
+
+if TYPE_CHECKING:
+    from bilevel.backend import Backend
 
 FLOAT32_EPS = 2.0**-23
 STEP = 2.0
 
 
-def finite_differences(
-    backend: Backend, inner: Any, params: Tree, hparams: Tree, args: tuple[Any, ...]
-) -> InnerDerivatives:
-    """Differentiate an inner objective that can be differentiated once, at two gradients a product.
+def finite_differences(backend: Backend, inner: Any, params: P, hparams: H, args: Args) -> LinearizedMap[P, H]:
+    """Differentiate an inner objective that has only first derivatives, with two gradients per product.
 
-    For what has no second derivative in its framework (flash attention, modules under ``torch.compile``), and for
-    NumPy objects that have only ``grad`` and ``grad_hparams`` (∂L/∂w and ∂L/∂λ; None for zero).
+    Use it for operations without a second derivative (flash attention, modules under ``torch.compile``), and for NumPy
+    objects that have only ``grad`` and ``grad_hparams`` (∂L/∂w and ∂L/∂λ; None for zero).
 
         ∂²L/∂w² v    ≈ (∂L/∂w(w + εv, λ) − ∂L/∂w(w − εv, λ)) / 2ε
         (∂²L/∂λ∂w)ᵀ v ≈ (∂L/∂λ(w + εv, λ) − ∂L/∂λ(w − εv, λ)) / 2ε
 
-    with ‖εv‖ = 2 · eps^(1/3) · max(1, rms of w): 1e-2 in float32, 1e-5 in float64 for weights of about one or less. On
-    tanh and GELU networks and a transformer of 2,000 to 70,000 weights, trained and not, this gave relative errors of
-    1e-5 to 3e-2 in float32, 2e-11 to 1e-7 in float64, along random vectors, gradients, single weights and the direction
-    of largest curvature; the best length was at most some 30 times shorter or longer. Ask no more of a solver by its
-    ``rtol``. With kinks (ReLU), differences are those of a smoothed L.
+    with ‖εv‖ = 2 · eps^(1/3) · max(1, rms of w): 1e-2 in float32, 1e-5 in float64 for weights of about one or less.
+    Measured on tanh and GELU networks and a transformer of 2,000 to 70,000 weights, before and after training, the
+    relative errors were 1e-5 to 3e-2 in float32 and 2e-11 to 1e-7 in float64. The vectors were random, gradients,
+    single weights and the direction of largest curvature. The best length differed by a factor of at most about 30.
+    Do not set a solver's ``rtol`` below these errors. With kinks (ReLU), the differences belong to a smoothed L.
 
-    L is evaluated at other weights than ``params``, so it must compute with the weights that it is handed (in PyTorch:
-    `torch.func.functional_call`). Each evaluation is a forward pass of its own: with dropout, or anything else that
-    draws random numbers, differences are of two functions, and products are garbage. Where the framework rounds float32
-    matrix products (TF32, bfloat16 passes), turn that off.
+    L is evaluated at other weights than ``params``, so it must compute with the weights that are passed (in PyTorch:
+    `torch.func.functional_call`). Each evaluation runs its own forward pass. With dropout or other random numbers, the
+    two evaluations use different functions, and the products are wrong. Turn off rounding of float32 matrix products
+    (TF32, bfloat16 passes).
 
     Raises:
         TypeError: for floating-point types coarser than float32.
-        ValueError: if L computes with other weights than it is handed.
+        ValueError: if L does not compute with the weights that are passed.
     """
-    space = backend.space
+    of_params, of_hparams = backend.space(params), backend.space(hparams)
     _check_precision(backend, params, hparams)
-    eps = space.eps((params, hparams))
-    w = space.scale(1.0, params)  # new arrays: does L follow them, as it must follow w ± εv?
+    eps = max(of_params.eps, of_hparams.eps)
+    w = of_params.copy(params)  # new arrays, to test whether L uses the arrays that are passed
     here = in_params(backend, inner, w, hparams, args, beside=params)
     if here.grad_hparams is not None:
         raise ValueError(
-            "inner computes with the arrays of params themselves, not with those that it is handed, so that its "
-            "finite differences would be wrong. In PyTorch, run the module by torch.func.functional_call(module, "
-            "params, (x,)) inside it."
+            "inner computes with the arrays of params, not with the arrays that are passed, so its finite differences "
+            "would be wrong. In PyTorch, run the module by torch.func.functional_call(module, params, (x,)) inside it."
         )
 
-    def step(x: Tree) -> Scalar:
-        rms = space.xp.sqrt(space.dot(x, x) / space.size(x))
-        return STEP * eps ** (1 / 3) * space.xp.clip(rms, 1.0, None)
-
-    def along(v: Tree, grad: Callable[[Tree], Tree | None], x: Tree, h: Scalar) -> Tree | None:
-        """Return the derivative of grad at x along v, from a step of length h."""
-        top = space.max_abs(v)
-        top = space.xp.where(top == 0, 1.0, top)
-        v = space.scale(1 / top, v)  # whose norm can neither under- nor overflow
-        size = space.xp.sqrt(space.dot(v, v))
-        size = space.xp.where(size == 0, 1.0, size)
+    def along(space: Space[V], x: V, v: V, result: Space[Any], grad: Callable[[V], Any]) -> Any:
+        """Return the derivative of grad at x along v."""
+        xp, top = space.xp, space.max_abs(v)
+        top = xp.where(top == 0, 1.0, top)
+        v = space.scale(1 / top, v)  # now its norm cannot under- or overflow
+        size = space.norm(v)
+        size = xp.where(size == 0, 1.0, size)
+        h = STEP * eps ** (1 / 3) * xp.clip(space.norm(x) / space.size**0.5, 1.0, None)
         high, low = (grad(space.axpy(sign * h / size, v, x)) for sign in (1, -1))
-        return None if high is None else space.scale(top * size / (2 * h), space.axpy(-1.0, low, high))
+        return None if high is None else result.scale(top * size / (2 * h), result.subtract(high, low))
 
-    in_w = step(w)
-    return InnerDerivatives(
+    def grad_at(w: P, h: H) -> P:
+        return in_params(backend, inner, w, h, args).grad_params
+
+    return LinearizedMap(
         here.grad_params,
-        hvp=lambda v: along(v, lambda w: in_params(backend, inner, w, hparams, args).grad_params, w, in_w),
-        cross_vjp=lambda v: along(v, lambda w: in_hparams(backend, inner, w, hparams, args), w, in_w),
-        cross_jvp=lambda u: along(
-            u, lambda h: in_params(backend, inner, w, h, args).grad_params, hparams, step(hparams)
+        vjp_params=lambda v: along(of_params, w, v, of_params, lambda w: grad_at(w, hparams)),
+        vjp_hparams=lambda v: along(
+            of_params, w, v, of_hparams, lambda w: in_hparams(backend, inner, w, hparams, args)
         ),
+        jvp_hparams=lambda u: along(of_hparams, hparams, u, of_params, lambda h: grad_at(w, h)),
     )
 
 
-def _check_precision(backend: Backend, params: Tree, hparams: Tree) -> None:
+def _check_precision(backend: Backend, params: object, hparams: object) -> None:
     for name, tree in (("params", params), ("hparams", hparams)):
         for path, leaf in backend.leaves(tree):
-            if backend.space.eps(leaf) > FLOAT32_EPS:
+            if backend.space(leaf).eps > FLOAT32_EPS:
                 raise TypeError(
-                    f"{name}{path} is {leaf.dtype}: differences of gradients are noise in it. Use float32 or "
+                    f"{name}{path} is {leaf.dtype}, which is too coarse for differences of gradients. Use float32 or "
                     'float64 for curvature="finite-differences".'
                 )

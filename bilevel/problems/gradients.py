@@ -1,69 +1,59 @@
-"""First derivatives of an inner objective, by what every backend does for an outer one."""
+"""First derivatives of an inner objective, by the method that every backend has for an outer objective."""
+
+from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from bilevel.protocols import Backend, BilevelProblem, OuterDerivatives, Scalar, Tree
+from bilevel.linearization import OuterDerivatives
+from bilevel.spaces.array import Args, H, P
+
+if TYPE_CHECKING:
+    from bilevel.backend import Backend
 
 
 @dataclass(frozen=True)
 class _AsOuter:
-    """An inner objective in the place of an outer one."""
+    """An inner objective with the interface of an outer objective."""
 
     inner: Any
 
-    def __call__(self, params: Tree, hparams: Tree, *args: Any) -> Any:
+    def __call__(self, params: object, hparams: object, *args: object) -> Any:
         return self.inner(params, hparams, *args)
 
-    def grad(self, params: Tree, hparams: Tree, *args: Any) -> tuple[Tree, Tree | None]:
-        """Return the pair that the numpy backend expects; the other backends differentiate the call."""
+    def grad(self, params: P, hparams: H, *args: object) -> tuple[P, H | None]:
+        """Return the pair that the numpy backend expects. The other backends differentiate the call."""
         slopes = (_method(self.inner, name)(params, hparams, *args) for name in ("grad", "grad_hparams"))
         return next(slopes), next(slopes)
 
 
 @dataclass(frozen=True)
 class _AtHparams:
-    """An inner objective as a function of w alone; what it is handed for λ, it leaves alone."""
+    """An inner objective as a function of w only. It ignores its second argument."""
 
     inner: Any
-    hparams: Tree
+    hparams: object
 
-    def __call__(self, params: Tree, _: Tree, *args: Any) -> Any:
+    def __call__(self, params: object, _: object, *args: object) -> Any:
         return self.inner(params, self.hparams, *args)
 
-    def grad(self, params: Tree, _: Tree, *args: Any) -> tuple[Tree, None]:
+    def grad(self, params: P, _: object, *args: object) -> tuple[P, None]:
         return _method(self.inner, "grad")(params, self.hparams, *args), None
 
 
 def in_params(
-    backend: Backend, inner: Any, params: Tree, hparams: Tree, args: tuple[Any, ...], beside: Tree = ()
-) -> OuterDerivatives:
+    backend: Backend, inner: Any, params: P, hparams: object, args: Args, beside: object = ()
+) -> OuterDerivatives[P, Any]:
     """Return L and ∂L/∂w.
 
-    ``grad_hparams`` is the derivative in ``beside``: arrays that L should not use, and None if it does not.
+    ``grad_hparams`` is the derivative by ``beside``, arrays that L should not use. It is None if L does not use them.
     """
-    return backend.outer(_AtHparams(inner, hparams), params, beside, args, role="inner")
+    return backend.outer(_AtHparams(inner, hparams), params, beside, args, label="inner", data="inner")
 
 
-def in_hparams(backend: Backend, inner: Any, params: Tree, hparams: Tree, args: tuple[Any, ...]) -> Tree | None:
+def in_hparams(backend: Backend, inner: Any, params: object, hparams: H, args: Args) -> H | None:
     """Return ∂L/∂λ; None if L does not depend on λ."""
-    return backend.outer(_AsOuter(inner), params, hparams, args, role="inner").grad_hparams
-
-
-def inner_value_and_grad(
-    backend: Backend, problem: BilevelProblem, params: Tree, hparams: Tree, args: tuple[Any, ...]
-) -> tuple[Scalar | None, Tree]:
-    """Return L and ∂L/∂w; of an equation, None and its residual."""
-    inner = getattr(problem, "inner", None)
-    if inner is None:
-        return None, problem.derivatives(backend, params, hparams, args).grad
-    value, grad, _ = in_params(backend, inner, params, hparams, args)
-    return value, grad
-
-
-def inner_grad(backend: Backend, problem: BilevelProblem, params: Tree, hparams: Tree, args: tuple[Any, ...]) -> Tree:
-    """Return ∂L/∂w alone, or the residual of an equation, for who takes a step with it."""
-    return inner_value_and_grad(backend, problem, params, hparams, args)[1]
+    return backend.outer(_AsOuter(inner), params, hparams, args, label="inner", data="inner").grad_hparams
 
 
 def _method(inner: Any, name: str) -> Any:

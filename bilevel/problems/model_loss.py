@@ -1,4 +1,4 @@
-"""An inner objective that tells the model from its loss."""
+"""An inner objective with a separate model and loss."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class ModelLoss:
-    """L = loss(model(w, λ, x), *targets) + penalty(w, λ); made by `bilevel.Problem.from_model`."""
+    """L = loss(model(w, λ, x), *targets) + penalty(w, λ), from `bilevel.Problem.from_model`."""
 
     model: Callable[..., Any]
     loss: Callable[..., Any]
@@ -20,6 +20,6 @@ class ModelLoss:
             if not (callable(function) or (role == "penalty" and function is None)):
                 raise TypeError(f"{role}: expected a function of {signature}, got {type(function).__name__}.")
 
-    def __call__(self, params: Any, hparams: Any, x: Any, *targets: Any) -> Any:
+    def __call__(self, params: object, hparams: object, x: object, *targets: object) -> Any:
         value = self.loss(self.model(params, hparams, x), *targets)
         return value if self.penalty is None else value + self.penalty(params, hparams)

@@ -5,7 +5,7 @@ from typing import Any
 
 
 def namespace(array: Any) -> Any:
-    """Return numpy, torch or jax.numpy, by the array's type (the array API standard's way, and torch's)."""
+    """Return numpy, torch or jax.numpy by the type of an array. Torch does not follow the array API standard here."""
     if hasattr(array, "__array_namespace__"):
         return array.__array_namespace__()
     return sys.modules["torch"]

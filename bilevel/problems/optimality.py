@@ -1,39 +1,61 @@
-"""Problems whose params solve an equation, and minimize nothing."""
+"""Problems whose params solve an equation and minimize no objective."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from bilevel.linearization import LinearizedMap
 from bilevel.problems.problem import check_functions
-from bilevel.protocols import InnerDerivatives, NonSymmetric
+from bilevel.problems.protocols import Kind
+from bilevel.spaces.array import Args, H, P
 
 if TYPE_CHECKING:
-    from bilevel.protocols import Backend, Tree
+    from bilevel.backend import Backend
+
+
+class _Equation:
+    """A problem whose w* solves an equation r(w, λ) = 0 and minimizes no objective."""
+
+    @property
+    def kind(self) -> Kind:
+        """The kind of (∂r/∂w)ᵀ: a transposed Jacobian, which need not be symmetric."""
+        return "equation"
+
+    @abstractmethod
+    def linearize(self, backend: Backend, params: P, hparams: H, args: Args) -> LinearizedMap[P, H]:
+        """Differentiate r at a point."""
+        raise NotImplementedError
+
+    def value_and_residual(self, backend: Backend, params: P, hparams: object, args: Args) -> tuple[None, P]:
+        """Return None, since there is no objective, and r."""
+        return None, self.linearize(backend, params, hparams, args).residual
 
 
 @dataclass(frozen=True)
-class FixedPoint:
+class FixedPoint(_Equation):
     """Minimize ``outer(w*, λ)`` over λ, where ``w* = step(w*, λ)``.
 
-    A deep equilibrium model (Bai, Kolter & Koltun, NeurIPS 2019), or a solver's or optimizer's step. At the fixed point
+    ``step`` is a deep equilibrium model (Bai, Kolter & Koltun, NeurIPS 2019), or a step of a solver or optimizer. At
+    the fixed point
 
-        dF/dλ = ∂F/∂λ + (∂step/∂λ)ᵀ v   with   (I − ∂step/∂w)ᵀ v = ∂F/∂w,
+        dF/dλ = ∂F/∂λ + (∂step/∂λ)ᵀ v   with   (I − ∂step/∂w)ᵀ v = ∂F/∂w.
 
-    which takes first derivatives of ``step`` alone. Where ``step`` is one of gradient descent on L, this is the
-    hypergradient of the minimum of L. The system is not symmetric: use "gmres", "bicgstab", "exact", "neumann" with
-    ``step_size=1.0``, which sums over ``terms`` steps back, or "identity", which takes the last one (Fung et al., AAAI
-    2022). "unrolled" with ``step_size=1.0`` iterates ``step`` and differentiates through that.
+    This needs only first derivatives of ``step``. If ``step`` is a step of gradient descent on L, the result is the
+    hypergradient at the minimum of L. The system is not symmetric: use "gmres", "bicgstab" or "exact". "neumann" with
+    ``step_size=1.0`` sums over the last ``terms`` steps, and "identity" uses only the last step (Fung et al., AAAI
+    2022). "unrolled" with ``step_size=1.0`` iterates ``step`` and differentiates the iteration.
 
     Args:
-        step: (params, hparams, *inner_args) -> the next params, of the same structure, shapes and dtypes. For the numpy
-            backend an object that has, besides ``__call__``, methods ``vjp_params(params, hparams, v, *args)`` and
-            ``vjp_hparams(...)``, products of the transposed Jacobians with v; the latter may return None for zero.
+        step: (params, hparams, *inner_args) -> the next params, with the same structure, shapes and dtypes. For the
+            numpy backend, an object that also has the methods ``vjp_params(params, hparams, v, *args)`` and
+            ``vjp_hparams(...)``: products of the transposed Jacobians with v. ``vjp_hparams`` may return None for zero.
         outer: F, as in `bilevel.Problem`.
 
     Raises:
-        TypeError: if one of the two cannot be called.
+        TypeError: if ``step`` or ``outer`` cannot be called.
 
     >>> import numpy as np, bilevel as bl
     >>> class Halve:  # w ← w/2 + λ, so that w* = 2λ
@@ -45,56 +67,54 @@ class FixedPoint:
     array([4.])
     """
 
-    step: Callable[..., Any]
-    outer: Callable[..., Any]
+    step: Callable[..., object]
+    outer: Callable[..., object]
 
     def __post_init__(self) -> None:
         check_functions(self, step="the next params", outer="a scalar")
 
-    def derivatives(self, backend: Backend, params: Tree, hparams: Tree, args: tuple[Any, ...]) -> InnerDerivatives:
+    def linearize(self, backend: Backend, params: P, hparams: H, args: Args) -> LinearizedMap[P, H]:
         """Differentiate w − step(w, λ) at a point."""
-        space = backend.space
-        stepped, pull, cross_pull, cross_push = backend.jacobian(self.step, params, hparams, args, role="step")
+        of_params, of_hparams = backend.space(params), backend.space(hparams)
+        step, pull, cross_pull, cross_push = backend.jacobian(self.step, params, hparams, args, label="step")
 
-        def cross_vjp(v: Tree) -> Tree | None:
+        def vjp_hparams(v: P) -> H | None:
             product = cross_pull(v)
-            return None if product is None else space.scale(-1.0, product)
+            return None if product is None else of_hparams.scale(-1.0, product)
 
-        return InnerDerivatives(
-            grad=space.axpy(-1.0, stepped, params),
-            hvp=NonSymmetric(lambda v: space.axpy(-1.0, pull(v), v)),
-            cross_vjp=cross_vjp,
-            cross_jvp=None if cross_push is None else lambda u: space.scale(-1.0, cross_push(u)),
+        return LinearizedMap(
+            residual=of_params.subtract(params, step),
+            vjp_params=lambda v: of_params.subtract(v, pull(v)),
+            vjp_hparams=vjp_hparams,
+            jvp_hparams=None if cross_push is None else lambda u: of_params.scale(-1.0, cross_push(u)),
         )
 
 
 @dataclass(frozen=True)
-class Root:
+class Root(_Equation):
     """Minimize ``outer(w*, λ)`` over λ, where ``residual(w*, λ) = 0``.
 
     At the root
 
         dF/dλ = ∂F/∂λ − (∂residual/∂λ)ᵀ v   with   (∂residual/∂w)ᵀ v = ∂F/∂w.
 
-    The system is not symmetric: use solver "gmres", "bicgstab" or "exact". See also `FixedPoint`, which is the root of
-    w − step(w, λ).
+    The system is not symmetric: use solver "gmres", "bicgstab" or "exact". A `FixedPoint` is a root of w − step(w, λ).
 
     Args:
-        residual: (params, hparams, *inner_args) -> a tree like params. For the numpy backend an object as `FixedPoint`
-            has it.
+        residual: (params, hparams, *inner_args) -> a tree like params. For the numpy backend, an object with the
+            methods that `FixedPoint` describes.
         outer: F, as in `bilevel.Problem`.
 
     Raises:
-        TypeError: if one of the two cannot be called.
+        TypeError: if ``residual`` or ``outer`` cannot be called.
     """
 
-    residual: Callable[..., Any]
-    outer: Callable[..., Any]
+    residual: Callable[..., object]
+    outer: Callable[..., object]
 
     def __post_init__(self) -> None:
         check_functions(self, residual="a tree like params", outer="a scalar")
 
-    def derivatives(self, backend: Backend, params: Tree, hparams: Tree, args: tuple[Any, ...]) -> InnerDerivatives:
+    def linearize(self, backend: Backend, params: P, hparams: H, args: Args) -> LinearizedMap[P, H]:
         """Differentiate the residual at a point."""
-        found = backend.jacobian(self.residual, params, hparams, args, role="residual")
-        return found._replace(hvp=NonSymmetric(found.hvp))
+        return backend.jacobian(self.residual, params, hparams, args, label="residual")

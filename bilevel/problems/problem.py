@@ -1,17 +1,20 @@
-"""A bilevel problem is a pair of functions; nothing to inherit from."""
+"""A bilevel problem as a pair of functions."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from bilevel.errors import suggest
 from bilevel.problems.central_differences import finite_differences
+from bilevel.problems.gradients import in_params
 from bilevel.problems.model_loss import ModelLoss
+from bilevel.spaces.array import Args, Array, H, P
 
 if TYPE_CHECKING:
-    from bilevel.protocols import Backend, InnerDerivatives, Tree
+    from bilevel.backend import Backend
+    from bilevel.linearization import LinearizedMap
 
 Curvature = Literal["hessian", "gauss-newton", "finite-differences"]
 
@@ -20,27 +23,27 @@ Curvature = Literal["hessian", "gauss-newton", "finite-differences"]
 class Problem:
     """Minimize ``outer(w*, λ)`` over λ, where ``w*`` minimizes ``inner(w, λ)`` over w.
 
-    Both are called as ``f(params, hparams, *args)`` and return a scalar; ``args`` are the ``inner_args``
-    and ``outer_args`` of the call, most often data. The torch and jax backends differentiate them. The
-    numpy backend needs objects with analytic derivatives: see `bilevel.protocols.InnerProblem` and
-    `bilevel.protocols.OuterObjective`, and `bilevel.problems` for ready ones.
+    Both are called as ``f(params, hparams, *args)`` and return a scalar. ``args`` are the ``inner_args`` or
+    ``outer_args`` of the call, most often data. The torch and jax backends differentiate the functions. The numpy
+    backend needs objects with analytic derivatives: see `bilevel.problems.protocols.InnerProblem` and
+    `bilevel.problems.protocols.OuterObjective`, and `bilevel.problems` for ready objects.
 
-    Problems of the same functions are equal, so a problem may be built anew at each call.
+    Problems of the same functions are equal, so you may build a problem again for each call.
 
     Args:
         inner: L, the inner objective.
         outer: F, the outer objective.
-        curvature: what stands for ∂²L/∂w². "hessian": itself. "gauss-newton": see `from_model`.
-            "finite-differences": for an L that can be differentiated only once; see
-            `bilevel.problems.central_differences.finite_differences` for its accuracy and for what it asks of L.
+        curvature: ∂²L/∂w² ("hessian") or an approximation. "gauss-newton": see `from_model`. "finite-differences": for
+            an L with only first derivatives; see `bilevel.problems.central_differences.finite_differences` for its
+            accuracy and requirements.
 
     Raises:
-        TypeError: if one of the two cannot be called.
-        ValueError: if there is no such curvature.
+        TypeError: if ``inner`` or ``outer`` cannot be called.
+        ValueError: for an unknown curvature.
     """
 
-    inner: Callable[..., Any]
-    outer: Callable[..., Any]
+    inner: Callable[..., object]
+    outer: Callable[..., object]
     curvature: Curvature = "hessian"
 
     def __post_init__(self) -> None:
@@ -52,56 +55,66 @@ class Problem:
             )
         if self.curvature == "gauss-newton" and not isinstance(self.inner, ModelLoss):
             raise TypeError(
-                "Problem.curvature: Gauss-Newton products need to know the model from its loss; use "
+                "Problem.curvature: Gauss-Newton products need a model and its loss as separate functions. Use "
                 "bl.Problem.from_model(model, loss, outer)."
             )
 
     @classmethod
     def from_model(
         cls,
-        model: Callable[..., Any],
-        loss: Callable[..., Any],
-        outer: Callable[..., Any],
+        model: Callable[..., object],
+        loss: Callable[..., object],
+        outer: Callable[..., object],
         *,
-        penalty: Callable[..., Any] | None = None,
+        penalty: Callable[..., object] | None = None,
         curvature: Curvature = "gauss-newton",
     ) -> Problem:
         """Return the problem with L = loss(model(w, λ, x), *targets) + penalty(w, λ) and Gauss-Newton curvature.
 
-        ∂²L/∂w² is replaced by Jᵀ (∂²loss/∂output²) J + ∂²penalty/∂w² with J = ∂output/∂w (Schraudolph 2002): positive
-        semidefinite where loss is convex in the output and penalty in w, however far the training has come. It is the
-        Hessian where the model is linear in w or the loss's slope vanishes; else the hypergradient is biased. ∂²L/∂λ∂w
-        stays exact. In torch a product takes 1.3 times the floating-point operations of a gradient on dense networks
-        and transformers, where the Hessian takes 1.9, and as many as the Hessian on convolutional ones (counted by
-        torch's FlopCounterMode). For the torch and jax backends.
+        ∂²L/∂w² is replaced by Jᵀ (∂²loss/∂output²) J + ∂²penalty/∂w² with J = ∂output/∂w (Schraudolph 2002). This
+        matrix is positive semidefinite at any stage of the training if loss is convex in the output and penalty is
+        convex in w. It equals the Hessian if the model is linear in w or ∂loss/∂output is zero. Otherwise the
+        hypergradient is biased. ∂²L/∂λ∂w stays exact. In torch, on dense networks and transformers, a product takes 1.3
+        times the floating-point operations of a gradient; a Hessian-vector product takes 1.9 times. On convolutional
+        networks, both take the same (counted by torch's FlopCounterMode). For the torch and jax backends.
 
         Args:
-            model: (params, hparams, x) -> output, any tree of arrays. Whatever the loss needs of λ goes into it: a
-                weight per training example, say, as in ``(logits, hparams)``.
-            loss: (output, *targets) -> scalar, convex in what of the output depends on params.
+            model: (params, hparams, x) -> output, any tree of arrays. If the loss needs λ, add it to the output: for
+                example, ``(logits, hparams)`` for a weight per training example.
+            loss: (output, *targets) -> scalar, convex in the part of the output that depends on params.
             outer: F, as in `Problem`.
-            penalty: (params, hparams) -> scalar, a regulariser; None: none.
-            curvature: as in `Problem`; "hessian" shows what Gauss-Newton leaves out.
+            penalty: (params, hparams) -> scalar, a regularizer; None: no penalty.
+            curvature: as in `Problem`. Use "hessian" to measure the bias of Gauss-Newton.
 
         Returns:
-            The problem; its ``inner_args`` are ``(x, *targets)``.
+            The problem. Its ``inner_args`` are ``(x, *targets)``.
 
         Raises:
             TypeError: if one of the functions cannot be called.
-            ValueError: if there is no such curvature.
+            ValueError: for an unknown curvature.
         """
         return cls(ModelLoss(model, loss, penalty), outer, curvature)
 
-    def derivatives(self, backend: Backend, params: Tree, hparams: Tree, args: tuple[Any, ...]) -> InnerDerivatives:
-        """Differentiate the inner objective at a point, with the curvature asked for."""
+    @property
+    def kind(self) -> Curvature:
+        """The curvature."""
+        return self.curvature
+
+    def linearize(self, backend: Backend, params: P, hparams: H, args: Args) -> LinearizedMap[P, H]:
+        """Differentiate ∂L/∂w at a point, with the chosen curvature."""
         if self.curvature == "finite-differences":
             return finite_differences(backend, self.inner, params, hparams, args)
         if isinstance(self.inner, ModelLoss) and self.curvature == "gauss-newton":
             return backend.gauss_newton(self.inner, params, hparams, args)
         return backend.inner(self.inner, params, hparams, args)
 
+    def value_and_residual(self, backend: Backend, params: P, hparams: object, args: Args) -> tuple[Array | None, P]:
+        """Return L and ∂L/∂w."""
+        value, grad, _ = in_params(backend, self.inner, params, hparams, args)
+        return value, grad
 
-def check_functions(owner: Any, **returns: str) -> None:
+
+def check_functions(owner: object, **returns: str) -> None:
     """Raise a TypeError unless these attributes can be called."""
     for role, what in returns.items():
         if not callable(getattr(owner, role)):

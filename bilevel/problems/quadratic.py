@@ -1,51 +1,52 @@
-"""Quadratics, whose hypergradient is known in closed form."""
+"""Quadratic problems, whose hypergradient has a closed form."""
 
 from dataclasses import dataclass
 from typing import Any
 
 from bilevel.problems.problem import Problem
+from bilevel.spaces.array import Array
 
 
 @dataclass(frozen=True, eq=False)
 class _Inner:
-    hessian: Any
-    coupling: Any
-    offset: Any
+    hessian: Array
+    coupling: Array
+    offset: Array
 
-    def __call__(self, params: Any, hparams: Any) -> Any:
+    def __call__(self, params: Array, hparams: Array) -> Array:
         return params @ (0.5 * (self.hessian @ params) - self.coupling @ hparams - self.offset)
 
-    def grad(self, params: Any, hparams: Any) -> Any:
+    def grad(self, params: Array, hparams: Array) -> Array:
         return self.hessian @ params - self.coupling @ hparams - self.offset
 
-    def hvp(self, params: Any, hparams: Any, vector: Any) -> Any:
+    def hvp(self, params: Array, hparams: Array, vector: Array) -> Array:
         return self.hessian @ vector
 
-    def cross_vjp(self, params: Any, hparams: Any, vector: Any) -> Any:
+    def cross_vjp(self, params: Array, hparams: Array, vector: Array) -> Array:
         return -(self.coupling.T @ vector)
 
-    def cross_jvp(self, params: Any, hparams: Any, vector: Any) -> Any:
+    def cross_jvp(self, params: Array, hparams: Array, vector: Array) -> Array:
         return -(self.coupling @ vector)
 
 
 @dataclass(frozen=True, eq=False)
 class _Outer:
-    target: Any
-    direct: Any
+    target: Array
+    direct: Array
 
-    def __call__(self, params: Any, hparams: Any) -> Any:
+    def __call__(self, params: Array, hparams: Array) -> Array:
         miss = params - self.target
         return 0.5 * (miss @ miss) + (self.direct * hparams).sum()
 
-    def grad(self, params: Any, hparams: Any) -> tuple[Any, Any]:
+    def grad(self, params: Array, hparams: Array) -> tuple[Array, Array]:
         return params - self.target, self.direct + 0 * hparams
 
 
 def quadratic(hessian: Any, coupling: Any, target: Any, offset: Any = 0.0, direct: Any = 0.0) -> Problem:
     """Return L = ½ wᵀHw − wᵀ(Bλ + c) and F = ½‖w − t‖² + dᵀλ.
 
-    The minimizer is w* = H⁻¹(Bλ + c), the hypergradient there d + BᵀH⁻¹(w* − t). A Hessian that is not positive
-    definite makes a problem without a minimum, to test solvers with.
+    The minimizer is w* = H⁻¹(Bλ + c), and its hypergradient is d + BᵀH⁻¹(w* − t). To test solvers on problems without
+    a minimum, pass a Hessian that is not positive definite.
 
     Args:
         hessian: H, symmetric, of shape (n, n).

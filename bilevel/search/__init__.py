@@ -1,1 +1,1 @@
-"""Hyperparameter search and inner training by SciPy."""
+"""Hyperparameter search and inner training with SciPy."""

@@ -5,7 +5,7 @@ from typing import Any
 
 
 def while_loop(live: Callable, body: Callable, state: Any, max_steps: int, check_every: int = 1) -> Any:
-    """Repeat body while live(state), at most max_steps times, reading the flag every so many steps."""
+    """Repeat body while live(state), at most max_steps times. Read the flag every ``check_every`` steps."""
     for step in range(max_steps):
         if step % check_every == 0 and not live(state):
             break
@@ -16,7 +16,7 @@ def while_loop(live: Callable, body: Callable, state: Any, max_steps: int, check
 def scan(
     body: Callable, state: Any, xs: Iterable[Any] | None, length: int, reverse: bool = False
 ) -> tuple[Any, list[Any]]:
-    """Thread a state through ``length`` steps over xs; list what each step yields, in the order of xs."""
+    """Pass a state through ``length`` steps over xs. List the second result of each step, in the order of xs."""
     items = [None] * length if xs is None else list(xs)
     ys = []
     for item in reversed(items) if reverse else items:

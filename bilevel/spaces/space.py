@@ -1,106 +1,177 @@
-"""What a solver sees of a framework: its trees of arrays as vectors, and its loops."""
+"""Trees of arrays as vectors, and loops: the operations of a framework that solvers use."""
 
+from __future__ import annotations
+
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeVar
+from functools import cached_property
+from math import prod
+from typing import Any, Generic, TypeVar
 
-Stack = Any  # several vectors of one structure, itself a tree for normal_like and map
-Tree = Any  # nested dicts, lists, tuples of arrays, or whatever tree the backend knows
-Scalar = Any  # a zero-dimensional array of the framework
-Operator = Callable[[Tree], Tree]
+import numpy as np
+
+from bilevel.spaces import loops, tree
+from bilevel.spaces.array import Array, Number, V
+
+Layout = dict[str, tuple[tuple[int, ...], str]]
+"""Shape and dtype of each leaf, by its path."""
 State = TypeVar("State")
+X = TypeVar("X")
 
 
-class VectorSpace(Protocol):
-    """Trees of arrays as vectors, and loops: all that a solver may use.
+def kind_of(leaf: object) -> tuple[tuple[int, ...], str]:
+    """Return shape and dtype of a leaf. If the leaf is not an array, return its class name in place of the dtype."""
+    return tuple(getattr(leaf, "shape", ())), str(getattr(leaf, "dtype", type(leaf).__name__))
 
-    Scalars are zero-dimensional arrays on the device of the data. Scalar multiples keep the dtypes of
-    the vector; dots accumulate in at least float32.
+
+class Space(Generic[V]):
+    """The vectors that have the structure, shapes and dtypes of one tree of arrays.
+
+    Scalars are arrays of shape () on the device of the data. A multiple of a vector keeps the dtypes of the vector.
+    Dots accumulate in at least float32. Solvers handle vectors and stacks of vectors only through a space.
+
+    A backend subclasses this class. It must define `dot`, `normal`, `ravel` and `unravel`. It may override the other
+    operations with faster ones.
+
+    Args:
+        like: a tree of arrays.
     """
 
-    @property
-    def xp(self) -> Any:
-        """The framework's array namespace, for functions of scalars: ``where``, ``sqrt``, ``isfinite``."""
-        ...
+    xp: Any = np
+    """The framework's array namespace, for functions of scalars such as ``where``, ``sqrt`` and ``isfinite``."""
 
-    def dot(self, x: Tree, y: Tree) -> Scalar: ...
-    def axpy(self, alpha: Scalar, x: Tree, y: Tree) -> Tree:
+    def __init__(self, like: V) -> None:
+        self.like = like
+
+    # The tree.
+
+    def leaves(self, x: object) -> list[Any]:
+        """Return the arrays of a tree, in order."""
+        return tree.leaves(x)
+
+    def map(self, function: Callable[..., Any], x: X, *rest: object) -> X:
+        """Apply an entrywise function to the leaves of trees of one structure. Keep the dtypes of the first tree."""
+        return tree.tree_map(lambda a, *others: self.cast(function(a, *others), a), x, *rest)
+
+    def layout(self, x: object) -> Layout:
+        """Return shape and dtype of each leaf, by its path."""
+        return {path: kind_of(leaf) for path, leaf in tree.leaves_with_paths(x)}
+
+    def cast(self, value: Any, like: Any) -> Any:
+        """Return an array or number in the dtype of an array."""
+        return self.xp.asarray(value, dtype=like.dtype)
+
+    @cached_property
+    def eps(self) -> float:
+        """The machine epsilon of the coarsest dtype."""
+        return max(float(self.xp.finfo(a.dtype).eps) for a in self.leaves(self.like))
+
+    @cached_property
+    def size(self) -> int:
+        """The number of entries."""
+        return sum(prod(a.shape) for a in self.leaves(self.like))
+
+    # Vectors.
+
+    @abstractmethod
+    def dot(self, x: V, y: V) -> Array:
+        """Return the sum of the products of entries."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def normal(self, seed: int, count: int | None = None) -> Any:
+        """Draw a vector, or a stack of ``count`` vectors, of standard normal entries that depend only on the seed."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def ravel(self, x: object) -> Any:
+        """Return the entries of a tree as one array of shape (n,)."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def unravel(self, array: Any) -> V:
+        """Return the vector with the entries of an array of shape (n,)."""
+        raise NotImplementedError
+
+    def norm(self, x: V) -> Array:
+        """Return the Euclidean norm."""
+        return self.xp.sqrt(self.dot(x, x))
+
+    def zeros(self) -> V:
+        """Return the zero vector."""
+        return self.map(self.xp.zeros_like, self.like)
+
+    def scale(self, alpha: Number, x: V) -> V:
+        """Return alpha x."""
+        return self.map(lambda a: a * self.cast(alpha, a), x)
+
+    def axpy(self, alpha: Number, x: V, y: V) -> V:
         """Return alpha x + y."""
-        ...
+        return self.map(lambda b, a: a * self.cast(alpha, b) + b, y, x)
 
-    def scale(self, alpha: Scalar, x: Tree) -> Tree: ...
-    def update(self, flag: Scalar, alpha: Scalar, x: Tree, y: Tree, beta: Scalar | None = None) -> Tree:
-        """Return alpha x + beta y where the flag holds, else y; the memory may be that of y, which is used up.
+    def copy(self, x: V) -> V:
+        """Return the vector in new memory, which `axpby_where` and callers may overwrite."""
+        return self.scale(1.0, x)
 
-        Without ``beta``, alpha x + y; a nan in what is not chosen does no harm.
-        """
-        ...
+    def subtract(self, x: V, y: V) -> V:
+        """Return x - y."""
+        return self.axpy(-1.0, y, x)
 
-    def zeros_like(self, x: Tree) -> Tree: ...
-    def map(self, function: Callable[..., Any], x: Tree, *rest: Tree) -> Tree:
-        """Apply an entrywise function to the leaves of trees of one structure; keep the dtypes of the first."""
-        ...
+    def where(self, flag: Array, x: X, y: X) -> X:
+        """Return x where the scalar flag holds, else y. A nan in the other tree has no effect."""
+        return self.map(lambda a, b: self.xp.where(flag, a, b), x, y)
 
-    def select(self, flag: Scalar, x: Tree, y: Tree) -> Tree:
-        """Return x where the scalar flag holds, else y; a nan in the one not chosen does no harm."""
-        ...
+    def axpby_where(self, flag: Array, alpha: Number, x: V, y: V, beta: Number = 1.0) -> V:
+        """Return alpha x + beta y where the flag holds, else y. The result may overwrite the memory of y."""
+        scaled = y if isinstance(beta, float) and beta == 1.0 else self.scale(beta, y)
+        return self.where(flag, self.axpy(alpha, x, scaled), y)
 
-    def normal_like(self, x: Tree, seed: int) -> Tree:
-        """Draw independent standard normal entries, the same for the same seed."""
-        ...
+    def max_abs(self, x: V) -> Array:
+        """Return the largest absolute entry, in the dtype of a dot. It is nan if an entry is nan, 0 if x is empty."""
+        parts = [self.xp.max(self.xp.abs(a)) for a in self.leaves(x) if prod(a.shape)]
+        none = self.xp.zeros_like(self.dot(x, x)) if not parts else self.dot(x, x)
+        return self.xp.max(self.xp.stack([self.cast(part, none) for part in parts])) if parts else none
 
-    def max_abs(self, x: Tree) -> Scalar:
-        """Return the largest absolute entry, in the dtype of a dot; nan if there is one, 0 if there is no entry."""
-        ...
-
-    def isfinite(self, x: Tree) -> Scalar:
+    def isfinite(self, x: object) -> Array:
         """Tell whether no entry is nan or infinite."""
-        ...
+        return self.xp.all(self.xp.stack([self.xp.all(self.xp.isfinite(a)) for a in self.leaves(x)]))
 
-    def eps(self, x: Tree) -> float:
-        """Return the machine epsilon of the coarsest dtype in the tree."""
-        ...
+    # A stack holds several vectors. In this class, it is a list.
 
-    def size(self, x: Tree) -> int:
-        """Return the number of entries."""
-        ...
+    def stack(self, count: int) -> Any:
+        """Return a stack of ``count`` zero vectors."""
+        return [self.zeros() for _ in range(count)]
 
-    def stack_like(self, x: Tree, count: int) -> Stack:
-        """Return room for ``count`` vectors like x, all zero."""
-        ...
+    def set(self, stack: Any, i: Any, x: V) -> Any:
+        """Return the stack with x as vector i. The result may overwrite the memory of the old stack."""
+        return [x if k == int(i) else old for k, old in enumerate(stack)]
 
-    def put(self, stack: Stack, i: Scalar, x: Tree) -> Stack:
-        """Return the stack with x in place i; the memory may be that of the old stack, which is used up."""
-        ...
-
-    def take(self, stack: Stack, i: Scalar) -> Tree:
+    def get(self, stack: Any, i: Any) -> V:
         """Return vector i of a stack."""
-        ...
+        return stack[int(i)]
 
-    def project(self, stack: Stack, x: Tree) -> Any:
-        """Return the dots of x with each vector of a stack, as one array."""
-        ...
+    def stack_dot(self, stack: Any, x: V) -> Array:
+        """Return the dots of x with the vectors of a stack, as one array."""
+        return self.xp.stack([self.dot(y, x) for y in stack])
 
-    def combine(self, coefficients: Any, stack: Stack) -> Tree:
-        """Return the sum of coefficients[i] times vector i."""
-        ...
+    def linear_combination(self, coefficients: Array, stack: Any) -> V:
+        """Return Σ coefficients[i] · vector i."""
+        total = self.zeros()
+        for k, x in enumerate(stack):
+            total = self.axpy(coefficients[k], x, total)
+        return total
 
-    def sequence(self, items: Sequence[Any]) -> Callable[[Any], Any]:
-        """Return i -> items[i modulo their number], for an i counted in a loop; any trees, batches of data say."""
-        ...
+    # In this class, loops run in Python.
 
     def while_loop(
-        self,
-        live: Callable[[State], Scalar],
-        body: Callable[[State], State],
-        state: State,
-        max_steps: int,
+        self, live: Callable[[State], Array], body: Callable[[State], State], state: State, max_steps: int
     ) -> State:
         """Repeat body while live(state), at most max_steps times.
 
-        The flag may be read only every few steps, to spare an accelerator the synchronisation: a body
-        must leave the state unchanged once live(state) is false.
+        A backend may read the flag only every few steps, to avoid synchronisations with an accelerator. So the body
+        must return the state unchanged once live(state) is false.
         """
-        ...
+        return loops.while_loop(live, body, state, max_steps)
 
     def scan(
         self,
@@ -110,25 +181,23 @@ class VectorSpace(Protocol):
         length: int,
         reverse: bool = False,
     ) -> tuple[State, Any]:
-        """Thread a state through ``length`` steps; collect what each yields, for a later scan's ``xs``."""
-        ...
+        """Pass a state through ``length`` steps. Collect their second results, which can be the xs of another scan."""
+        return loops.scan(body, state, xs, length, reverse)
 
-    def cond(self, flag: Scalar, body: Callable[[State], State], state: State) -> State:
+    def cond(self, flag: Array, body: Callable[[State], State], state: State) -> State:
         """Return body(state) where the flag holds, else the state."""
-        ...
+        return body(state) if flag else state
 
-    def ravel(self, x: Tree) -> Any:
-        """Return the entries as one array of shape (n,)."""
-        ...
+    def sequence(self, items: Sequence[X]) -> Callable[[Any], X]:
+        """Return i -> items[i modulo their number], where i may be the counter of a loop. Items are trees."""
+        return lambda i: items[int(i) % len(items)]
 
-    def unravel(self, array: Any, like: Tree) -> Tree:
-        """Give an array of shape (n,) the structure, shapes and dtypes of ``like``."""
-        ...
+    def numpy_callback(self, function: Callable[..., np.ndarray], *arrays: Any) -> Any:
+        """Call a function of float64 NumPy arrays. Return its result in the dtype and device of the last argument."""
+        return self.cast(function(*(np.asarray(a, np.float64) for a in arrays)), arrays[-1])
 
-    def dense(self, operator: Operator, like: Tree) -> Any:
+    def materialise(self, operator: Callable[[V], V]) -> Any:
         """Return the matrix of a linear operator, of shape (n, n), from n products."""
-        ...
-
-    def on_host(self, function: Callable[..., Any], *arrays: Any) -> Any:
-        """Call a function of float64 NumPy arrays; return its result like the last argument."""
-        ...
+        rows = self.xp.eye(self.size, dtype=self.ravel(self.like).dtype)
+        columns = [self.ravel(operator(self.unravel(row))) for row in rows]
+        return self.xp.stack(columns).T

@@ -1,6 +1,6 @@
-"""Trees of arrays for backends whose framework brings none: leaves in dicts, lists, tuples and named tuples.
+"""Trees of arrays for frameworks without trees: leaves in dicts, lists, tuples and named tuples.
 
-``None`` is a tree without leaves, and dicts are read in the order of their sorted keys, both as in JAX.
+As in JAX, ``None`` is a tree without leaves, and the leaves of a dict are in the order of its sorted keys.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -57,17 +57,17 @@ def with_leaves(tree: Any, new: Iterable[Any]) -> Any:
 
 
 def _is_flat(tree: Any) -> bool:
-    """Tell whether a tree is a list of leaves already."""
+    """Tell whether a tree is a list of leaves."""
     if type(tree) is not list:
         return False
-    for child in tree:  # noqa: SIM110  (asked at each operation of a solver; a generator takes three times as long)
+    for child in tree:  # noqa: SIM110  (each operation of a solver runs this; a generator takes three times as long)
         if isinstance(child, _NO_LEAF):
             return False
     return True
 
 
 def tree_map(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
-    """Apply a function to the leaves of trees of one structure; keep that structure.
+    """Apply a function to the leaves of trees of one structure, and keep the structure.
 
     >>> tree_map(lambda x, y: x + y, {"a": 1, "b": (2, 3)}, {"a": 10, "b": (20, 30)})
     {'a': 11, 'b': (22, 33)}
@@ -77,8 +77,8 @@ def tree_map(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
     if isinstance(tree, dict):
         mapped = {key: tree_map(function, tree[key], *(r[key] for r in rest)) for key in _sorted(tree)}
         if type(tree) is dict:
-            return {key: mapped[key] for key in tree}  # leaves are met in sorted order, but come back as they came
-        like = copy(tree)  # an OrderedDict, a defaultdict with its factory
+            return {key: mapped[key] for key in tree}  # in the order of the keys of the tree
+        like = copy(tree)  # keeps an OrderedDict, or a defaultdict with its factory
         like.update(mapped)
         return like
     if isinstance(tree, list | tuple):

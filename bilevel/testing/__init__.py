@@ -1,9 +1,8 @@
-"""Verify hypergradients, in your own tests.
+"""Check hypergradients, solvers and backends in your own tests.
 
-`check_hypergradient` compares with one of two references and raises an ``AssertionError`` with a table. The
-hypothesis strategies, problems with known answers, are imported explicitly: ``from bilevel.testing import
-strategies``. For solvers and backends of your own, `check_solver` and `check_backend` return the laws that they
-must hold, as checks to be called.
+`check_hypergradient` compares a hypergradient with one of two references and raises an ``AssertionError`` with a table.
+`check_solver` and `check_backend` return conformance checks for your solvers and backends. For hypothesis strategies of
+problems with known answers, use ``from bilevel.testing import strategies``.
 """
 
 from bilevel.testing.check import check_hypergradient

@@ -2,10 +2,15 @@
 
 from typing import Any, Literal, get_args
 
+from bilevel.backend import Backend
 from bilevel.config import get_solver
 from bilevel.errors import suggest
-from bilevel.hypergradient import hypergradient
-from bilevel.protocols import BilevelProblem, Tree
+from bilevel.hypergradient import SolverSpec, hypergradient
+from bilevel.linear_solvers.linear_solver import LinearSolver
+from bilevel.methods.implicit import as_method
+from bilevel.methods.method import Method
+from bilevel.problems.protocols import BilevelProblem
+from bilevel.spaces.array import Args
 from bilevel.testing.comparisons import Subject, against_differences, against_exact
 from bilevel.testing.host import prepare
 
@@ -14,43 +19,42 @@ Reference = Literal["exact", "finite-differences"]
 
 def check_hypergradient(
     problem: BilevelProblem,
-    params: Tree,
-    hparams: Tree,
+    params: object,
+    hparams: object,
     *,
-    solver: Any = "cg",
-    inner_args: tuple[Any, ...] = (),
-    outer_args: tuple[Any, ...] = (),
+    solver: SolverSpec = "cg",
+    inner_args: Args = (),
+    outer_args: Args = (),
     reference: Reference = "exact",
     rtol: float | None = None,
     atol: float | None = None,
-    backend: Any = None,
+    backend: Backend | str | None = None,
     seed: int = 0,
 ) -> None:
     """Raise an AssertionError with a table unless `bl.hypergradient` agrees with a reference.
 
-    "exact" solves with the dense Hessian on the host: it checks the solver, leaf by leaf.
-    "finite-differences" solves the inner problem again at λ ± h: it checks everything, the derivatives too,
-    along random directions (over all of λ, and in each leaf) and the coordinates where the hypergradient is
-    largest. It needs objectives that compute with the arrays they are handed, and is at its best in float64.
+    "exact" solves with the dense Hessian on the host and checks the solver, leaf by leaf. "finite-differences" solves
+    the inner problem again at λ ± h and also checks the derivatives. It compares along random directions (over all of
+    λ, and in each leaf) and at the coordinates of the largest entries of the hypergradient. The objectives must compute
+    with the arrays that are passed. Use float64 for the best accuracy.
 
-    How a solve ended is part of the message but decides nothing: what counts is the hypergradient. So a
-    truncated method (``identity``, a short ``neumann``) fails here unless ``rtol`` allows for its bias.
+    The message contains the status of the solve, but the check compares only hypergradients. So a truncated method
+    (``identity``, a short ``neumann``) fails unless ``rtol`` allows for its bias.
 
     Args:
         problem, params, hparams, solver, inner_args, outer_args, backend: as in `bl.hypergradient`.
-        reference: "exact" or "finite-differences". Both take up to 5,000 weights and any number of
-            hyperparameters.
-        rtol: tolerance relative to the norm of a leaf of the hypergradient g, or for a direction d to the
+        reference: "exact" or "finite-differences". Both take up to 5,000 weights and any number of hyperparameters.
+        rtol: tolerance relative to the norm of a leaf of the hypergradient g. For a direction d, relative to the
             typical size of d·g, (Σ dᵢ²gᵢ²)^½. Default: see `default_rtol`.
-        atol: what is tolerated besides. Default: rtol/100 of the larger of ‖g‖ and ‖∂F/∂λ‖, since a solver's
-            residual is relative to the whole, too: leaves and entries that are smaller still do not count.
-            For finite differences, twice their noise is added.
-        seed: of the random directions.
+        atol: absolute tolerance, added to the relative tolerance. Default: rtol/100 of the larger of ‖g‖ and ‖∂F/∂λ‖,
+            because a solver's residual is relative to all leaves: smaller leaves and entries do not count. For finite
+            differences, twice their noise is added.
+        seed: the seed of the random directions.
 
     Raises:
-        AssertionError: if they differ, or the differences are too noisy to tell.
-        TypeError, ValueError: for input that does not fit.
-        SolverError: if the reference itself fails: a singular Hessian, an inner problem without solution.
+        AssertionError: if the hypergradients differ, or the differences are too noisy.
+        TypeError, ValueError: for invalid input.
+        SolverError: if the reference fails: for a singular Hessian, or an inner problem without a solution.
 
     >>> import numpy as np, bilevel as bl
     >>> problem = bl.problems.quadratic(hessian=2 * np.eye(2), coupling=np.eye(2), target=np.ones(2))
@@ -62,24 +66,24 @@ def check_hypergradient(
     for name, value in (("rtol", rtol), ("atol", atol)):
         if value is not None and not value >= 0:
             raise ValueError(f"{name}: expected a number >= 0, got {value!r}.")
-    method = get_solver(solver)
-    found, point = prepare(params, hparams, inner_args, outer_args, backend, f"the {reference} reference")
-    args = {"inner_args": inner_args, "outer_args": outer_args, "solver": method, "backend": found}
-    hg = hypergradient(problem, params, hparams, on_failure="ignore", **args)
-    rtol = default_rtol(method, found.space.eps((params, hparams))) if rtol is None else rtol
-    # An unroll takes the hypergradient elsewhere.
-    subject = Subject(found, problem, point._replace(params=hg.params), method, hg, rtol, atol)
+    method = as_method(get_solver(solver))
+    found, inputs = prepare(params, hparams, inner_args, outer_args, backend, f"the {reference} reference")
+    hg = hypergradient(problem, **inputs._asdict(), solver=method, backend=found, on_failure="ignore")
+    eps = max(found.space(params).eps, found.space(hparams).eps)
+    rtol = default_rtol(method, eps) if rtol is None else rtol
+    # An unrolled method evaluates the hypergradient at other params.
+    subject = Subject(found, problem, inputs._replace(params=hg.params), method, hg, rtol, atol)
     failure = against_exact(subject) if reference == "exact" else against_differences(subject, seed)
     if failure is not None:
         raise AssertionError(failure)
 
 
-def default_rtol(solver: Any, eps: float) -> float:
-    """Return max(100 · the solver's own rtol, 10 √eps), at most ½.
+def default_rtol(solver: LinearSolver[Any] | Method, eps: float) -> float:
+    """Return max(100 · the solver's rtol, 10 √eps), at most ½.
 
-    The condition number multiplies the solver's residual, and the rounding of products in the dtype.
+    The condition number multiplies the solver's residual and the rounding errors of products.
 
     >>> default_rtol(get_solver("cg", rtol=1e-6), eps=2.0**-52)
     0.0001
     """
-    return min(0.5, max(100 * float(getattr(solver, "rtol", 0.0)), 10 * eps**0.5))
+    return min(0.5, max(100 * float(solver.rtol), 10 * eps**0.5))

@@ -1,15 +1,17 @@
-"""The two comparisons behind `check_hypergradient`. Each returns what to say, or None where all agrees."""
+"""The two comparisons of `check_hypergradient`. Each returns a message, or None if all values agree."""
 
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from bilevel.backend import Backend
 from bilevel.diagnosis.agreement import compare
 from bilevel.hypergradient import hypergradient
-from bilevel.problems.gradients import inner_grad
-from bilevel.protocols import Backend, BilevelProblem, Point, Solver
+from bilevel.linearization import Inputs
+from bilevel.methods.method import Method
+from bilevel.problems.protocols import BilevelProblem
 from bilevel.results import Hypergradient, Status
-from bilevel.spaces.ravel import to_host
+from bilevel.spaces.array import H, P
 from bilevel.testing.dense_reference import exact_hypergradient
 from bilevel.testing.difference_reference import directional_derivatives
 from bilevel.testing.directions import directions, index, leaf_slices
@@ -17,46 +19,46 @@ from bilevel.testing.host import HostProblem
 from bilevel.testing.newton import InnerSolver
 from bilevel.testing.wording import paragraphs, relation, table
 
-ROWS = 20  # of leaves, at most; the worst first
+ROWS = 20  # the largest number of leaves in a table, the worst first
 
 
 class Subject(NamedTuple):
-    """A hypergradient to be judged, and where it comes from."""
+    """A hypergradient to be checked, with its problem, point and method."""
 
     backend: Backend
     problem: BilevelProblem
-    point: Point
-    solver: Solver
-    hg: Hypergradient
+    inputs: Inputs[Any, Any]
+    method: Method
+    hg: Hypergradient[Any, Any]
     rtol: float
     atol: float | None
 
     @property
     def grad(self) -> np.ndarray:
         """Return dF/dλ, of shape (m,)."""
-        return to_host(self.backend, self.hg.grad)
+        return self.backend.to_flat(self.hg.grad)
 
     @property
     def direct(self) -> np.ndarray:
         """Return ∂F/∂λ, of shape (m,)."""
-        direct = self.backend.execute(_direct, None, self.problem, self.point)
-        zeros = self.backend.space.zeros_like(self.point.hparams)
-        return to_host(self.backend, zeros if direct is None else direct)
+        direct = self.backend.run(_direct, self.problem, self.inputs)
+        zeros = self.backend.space(self.inputs.hparams).zeros()
+        return self.backend.to_flat(zeros if direct is None else direct)
 
     def absolute(self, grad: np.ndarray) -> float:
-        """Return atol, by default a hundredth of what rtol allows the whole and what it is a difference of."""
+        """Return atol, by default rtol/100 of the larger of ‖grad‖ and ‖∂F/∂λ‖."""
         whole = max(float(np.linalg.norm(grad)), float(np.linalg.norm(self.direct)))
         return self.rtol * whole / 100 if self.atol is None else self.atol
 
     def heading(self, reference: str, atol: float) -> str:
         """Return the first line."""
         tolerances = f"rtol={self.rtol:.2g}, atol={atol:.2g}"
-        return f"the hypergradient by {self.solver} differs from {reference} ({tolerances})."
+        return f"the hypergradient by {self.method.summary} differs from {reference} ({tolerances})."
 
     def ending(self) -> str:
-        """Return how the solve ended, and how well params solve the inner problem."""
+        """Return a description of the solve, with the norm of the inner gradient at params."""
         info = self.hg.info
-        inner_grad = to_host(self.backend, self.backend.execute(_inner_grad, None, self.problem, self.point))
+        inner_grad = self.backend.to_flat(self.backend.run(_inner_grad, self.problem, self.inputs))
         return (
             f"The solve: {info.status.name} after {info.steps} steps, residual {info.residual_norm:.2g} of a "
             f"right-hand side of {info.rhs_norm:.2g}. The inner gradient at params: norm "
@@ -65,20 +67,13 @@ class Subject(NamedTuple):
 
 
 def against_exact(subject: Subject) -> str | None:
-    """Compare with the dense solve, leaf by leaf."""
-    backend, point = subject.backend, subject.point
-    reference = exact_hypergradient(
-        subject.problem,
-        point.params,
-        point.hparams,
-        inner_args=point.inner_args,
-        outer_args=point.outer_args,
-        backend=backend,
-    )
-    tested, expected = subject.grad, to_host(backend, reference.grad)
+    """Compare with the result of a dense solve, leaf by leaf."""
+    backend, inputs = subject.backend, subject.inputs
+    reference = exact_hypergradient(subject.problem, **inputs._asdict(), backend=backend)
+    tested, expected = subject.grad, backend.to_flat(reference.grad)
     atol = subject.absolute(expected)
     rows, wrong = [], np.zeros(len(tested), dtype=bool)
-    for path, shape, part in leaf_slices(backend, point.hparams):
+    for path, shape, part in leaf_slices(backend, inputs.hparams):
         t, r = tested[part], expected[part]
         error, norms = np.linalg.norm(t - r), (np.linalg.norm(t), np.linalg.norm(r))
         excess = ratio(error, atol + subject.rtol * norms[1]) if error else 0.0
@@ -102,22 +97,22 @@ def against_exact(subject: Subject) -> str | None:
 
 
 def against_differences(subject: Subject, seed: int) -> str | None:
-    """Compare with differences of the re-solved problem along directions."""
-    host = HostProblem(subject.backend, subject.problem, subject.point)
-    contradictions = [a for a in compare(subject.backend, subject.problem, subject.point).of if a.wrong]
+    """Compare with differences of the re-solved problem, along directions."""
+    host = HostProblem(subject.backend, subject.problem, subject.inputs)
+    contradictions = [a for a in compare(subject.backend, subject.problem, subject.inputs).of if a.wrong]
     if contradictions and contradictions[0].name == "inner grad":
         return paragraphs(
-            f"{contradictions[0].sentence()} The inner problem is solved by it, so there is no reference."
+            f"{contradictions[0].sentence()} It cannot solve the inner problem, so there is no reference."
         )
 
-    named = list(directions(subject.backend, subject.point.hparams, subject.grad, np.random.default_rng(seed)))
+    named = list(directions(subject.backend, subject.inputs.hparams, subject.grad, np.random.default_rng(seed)))
     ds = np.stack([d for _, d in named])
     solver = InnerSolver(host)
     expected, noise = np.array(directional_derivatives(solver, ds)).T
     atol = subject.absolute(subject.grad)
 
     def judge(grad: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return which directions are wrong, and which could tell."""
+        """Return masks of the directions that are wrong, and of those with little noise."""
         tested = ds @ grad
         plain = atol + subject.rtol * np.maximum(np.linalg.norm(ds * grad, axis=1), np.abs(expected))
         wrong = ~(np.abs(tested - expected) <= plain + 2 * noise)
@@ -132,14 +127,14 @@ def against_differences(subject: Subject, seed: int) -> str | None:
     ]
     said = [table(("direction", "hypergradient", "differences", "ratio", "noise"), rows), subject.ending()]
     if not wrong.any():
-        return paragraphs("the finite differences are too noisy to tell: use float64.", *said)
+        return paragraphs("the finite differences are too noisy for a comparison: use float64.", *said)
 
     w = solver.minimizer.w
     away = np.linalg.norm(w - host.w) / (np.linalg.norm(w) or 1.0)
     said[-1] += f" The re-solved minimizer is {away:.2g} away (relative to its norm)."
     if not judge(_grad_at(subject, host, w))[0].any():
         causes = [
-            "params is not the minimizer of the inner objective: at the re-solved one, the hypergradient "
+            "params is not the minimizer of the inner objective: at the re-solved minimizer, the hypergradient "
             'agrees. Train the inner problem further, or compare with reference="exact".'
         ]
     else:
@@ -153,7 +148,7 @@ def against_differences(subject: Subject, seed: int) -> str | None:
 
 
 def ratio(a: Any, b: Any) -> float:
-    """Return a / b; nan for 0 / 0, else infinity where b is zero."""
+    """Return a / b. If b is zero, return infinity, or nan for 0 / 0."""
     return float(a / b) if b else float("inf" if a else "nan")
 
 
@@ -164,38 +159,29 @@ def _cause(subject: Subject, tested: Any, expected: Any, direct: Any, noise: Any
         return sentence
     if not np.isfinite(subject.grad).all():
         return "The hypergradient has entries that are nan or infinite."
-    if getattr(subject.problem, "curvature", None) == "gauss-newton":
+    if subject.problem.kind == "gauss-newton":
         return (
-            "Gauss-Newton leaves part of the Hessian out, which explains a difference; rtol= allows for it, if "
-            'intended. bl.Problem.from_model(..., curvature="hessian") has it all.'
+            "Gauss-Newton leaves out part of the Hessian, which explains a difference. To allow for it, pass rtol=. "
+            'For the full Hessian, use bl.Problem.from_model(..., curvature="hessian").'
         )
     if info.status != Status.CONVERGED:
-        return f"The solve failed ({info.status.name}); bl.hypergradient says what to do."
+        return f"The solve failed ({info.status.name}). The message of bl.hypergradient has advice."
     if not info.residual_norm <= subject.rtol * info.rhs_norm:
-        return "The solve is far from complete, which explains a difference; rtol= allows for it, if intended."
-    if hasattr(subject.solver, "rtol") and np.linalg.norm(tested - expected) < 0.1 * np.linalg.norm(expected):
+        return "The solve is far from complete, which explains a difference. To allow for it, pass rtol=."
+    if subject.method.rtol and np.linalg.norm(tested - expected) < 0.1 * np.linalg.norm(expected):
         return "They are close: the condition number multiplies the residual, so lower the solver's rtol."
     return "They differ neither by the sign, nor by a factor, nor by the direct term."
 
 
-def _grad_at(subject: Subject, host: HostProblem, w: np.ndarray) -> np.ndarray:
-    point = host.at(w, host.lam)
-    hg = hypergradient(
-        subject.problem,
-        point.params,
-        subject.point.hparams,
-        inner_args=point.inner_args,
-        outer_args=point.outer_args,
-        solver=subject.solver,
-        backend=subject.backend,
-        on_failure="ignore",
-    )
-    return to_host(subject.backend, hg.grad)
+def _grad_at(subject: Subject, host: HostProblem[Any, Any], w: np.ndarray) -> np.ndarray:
+    inputs, backend = subject.inputs._replace(params=host.at(w, host.lam).params)._asdict(), subject.backend
+    hg = hypergradient(subject.problem, **inputs, solver=subject.method, backend=backend, on_failure="ignore")
+    return backend.to_flat(hg.grad)
 
 
-def _inner_grad(backend: Backend, solver: None, problem: BilevelProblem, point: Point) -> Any:
-    return inner_grad(backend, problem, point.params, point.hparams, point.inner_args)
+def _inner_grad(backend: Backend, problem: BilevelProblem, inputs: Inputs[P, H]) -> P:
+    return problem.value_and_residual(backend, inputs.params, inputs.hparams, inputs.inner_args)[1]
 
 
-def _direct(backend: Backend, solver: None, problem: BilevelProblem, point: Point) -> Any:
-    return backend.outer(problem.outer, point.params, point.hparams, point.outer_args).grad_hparams
+def _direct(backend: Backend, problem: BilevelProblem, inputs: Inputs[P, H]) -> H | None:
+    return backend.outer(problem.outer, inputs.params, inputs.hparams, inputs.outer_args).grad_hparams

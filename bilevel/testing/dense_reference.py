@@ -1,37 +1,37 @@
-"""The hypergradient by a dense solve on the host: the reference for solvers."""
+"""The hypergradient by a dense solve on the host: a reference for solvers."""
 
 import warnings
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 from scipy import linalg
 from scipy.linalg import get_lapack_funcs
 
+from bilevel.backend import Backend
 from bilevel.errors import SolverError
-from bilevel.hypergradient import linearize
-from bilevel.protocols import Backend, BilevelProblem, NonSymmetric, Point, Tree
+from bilevel.linearization import Inputs
+from bilevel.problems.protocols import BilevelProblem
 from bilevel.results import Hypergradient, SolverInfo, Status
-from bilevel.spaces.ravel import to_host
-from bilevel.testing.host import from_host, precision, prepare, with_true_hessian
+from bilevel.spaces.array import Args, Array, H, P
+from bilevel.testing.host import precision, prepare, with_true_hessian
 
 
 def exact_hypergradient(
     problem: BilevelProblem,
-    params: Tree,
-    hparams: Tree,
+    params: P,
+    hparams: H,
     *,
-    inner_args: tuple[Any, ...] = (),
-    outer_args: tuple[Any, ...] = (),
-    backend: Any = None,
-) -> Hypergradient:
+    inner_args: Args = (),
+    outer_args: Args = (),
+    backend: Backend | str | None = None,
+) -> Hypergradient[P, H]:
     """Return ∂F/∂λ − (∂²L/∂λ∂w)ᵀ v with v = [∂²L/∂w²]⁻¹ ∂F/∂w from the dense Hessian.
 
-    The Hessian, of shape (n, n), is put together from n Hessian-vector products in the model's own dtype,
-    copied to the host and solved there in float64 by LAPACK. The derivatives come from the backend, as in
-    `bl.hypergradient`: this checks how they are used, `finite_difference_hypergradient` the derivatives, too.
-    A Gauss-Newton problem is held to its true Hessian: the difference is what the approximation costs. Finite
-    differences stay what they are. Of a `FixedPoint` or a `Root`, the matrix is the transposed Jacobian.
+    n Hessian-vector products in the model's dtype give the Hessian, of shape (n, n). LAPACK solves the system on the
+    host in float64. The derivatives come from the backend, as in `bl.hypergradient`. To check the derivatives too, use
+    `finite_difference_hypergradient`. For a Gauss-Newton problem, the reference uses the true Hessian, so a difference
+    shows the bias of the approximation. With ``curvature="finite-differences"``, the reference uses these differences.
+    For a `FixedPoint` or a `Root`, the matrix is the transposed Jacobian.
 
     Args:
         problem, params, hparams, inner_args, outer_args, backend: as in `bl.hypergradient`.
@@ -40,8 +40,7 @@ def exact_hypergradient(
         A `Hypergradient` with the dtypes and structures of ``params`` and ``hparams``.
 
     Raises:
-        TypeError, ValueError: for input that does not fit, more than 5,000 weights, or a Hessian that is not
-            symmetric.
+        TypeError, ValueError: for invalid input, more than 5,000 weights, or a Hessian that is not symmetric.
         SolverError: if the Hessian is singular to the precision of the dtype, or not finite.
 
     >>> import numpy as np, bilevel as bl
@@ -49,34 +48,34 @@ def exact_hypergradient(
     >>> exact_hypergradient(problem, np.zeros(2), np.zeros(2)).grad
     array([-0.5, -0.5])
     """
-    backend, point = prepare(params, hparams, inner_args, outer_args, backend, "the exact reference")
-    space, eps, problem = backend.space, backend.space.eps(params), with_true_hessian(problem)
-    value, rhs, hessian, symmetric = backend.execute(_system, None, problem, point)
-    b, hessian = to_host(backend, rhs), np.asarray(backend.to_numpy(hessian), dtype=np.float64)
-    if symmetric:
+    backend, inputs = prepare(params, hparams, inner_args, outer_args, backend, "the exact reference")
+    eps, problem = backend.space(params).eps, with_true_hessian(problem)
+    value, rhs, hessian = backend.run(_system, problem, inputs)
+    b, hessian = backend.to_flat(rhs), np.asarray(backend.to_numpy(hessian), dtype=np.float64)
+    if problem.kind != "equation":
         check_symmetric(hessian, precision(problem, eps))
     v = factorize(hessian, eps)(b)
-    adjoint = from_host(backend, v, params)
+    adjoint = backend.from_flat(v, params)
 
-    direct, cross = backend.execute(_parts, None, problem, point._replace(adjoint0=adjoint))
+    direct, cross = backend.run(_parts, problem, inputs, adjoint)
     if direct is None and cross is None:
-        raise ValueError("neither objective depends on hparams: there is no hypergradient to refer to.")
-    zeros = space.zeros_like(hparams)
-    grad = to_host(backend, zeros if direct is None else direct) - to_host(backend, zeros if cross is None else cross)
+        raise ValueError("neither objective depends on hparams, so there is no hypergradient.")
+    zeros = backend.space(hparams).zeros()
+    grad = backend.to_flat(zeros if direct is None else direct) - backend.to_flat(zeros if cross is None else cross)
     info = SolverInfo(
         steps=len(b),
         residual_norm=float(np.linalg.norm(b - hessian @ v)),
         rhs_norm=float(np.linalg.norm(b)),
         status=Status.CONVERGED,
     )
-    return Hypergradient(from_host(backend, grad, hparams), value, adjoint, params, info)
+    return Hypergradient(backend.from_flat(grad, hparams), value, adjoint, params, info)
 
 
 def factorize(hessian: np.ndarray, eps: float) -> Callable[[np.ndarray], np.ndarray]:
-    """Return b -> H⁻¹ b, for a matrix of shape (n, n) whose entries are known to a relative eps.
+    """Return b -> H⁻¹ b, for a matrix of shape (n, n) whose entries have a relative precision of eps.
 
-    Rows and columns are scaled to a largest entry of about one first, so that weights in different units do
-    not pass for an ill-conditioned system.
+    Rows and columns are first scaled to a largest entry of about one. So weights in different units do not make the
+    system ill-conditioned.
 
     Raises:
         SolverError: if the matrix is singular to that precision, or not finite.
@@ -97,13 +96,13 @@ def factorize(hessian: np.ndarray, eps: float) -> Callable[[np.ndarray], np.ndar
             "the Hessian of the inner objective is singular to the precision of its dtype: singular values from "
             f"{sizes.min():.2g} to {sizes.max():.2g}, {(largest == 0).sum()} rows of zeros, reciprocal "
             f"condition number {rcond:.2g} after scaling. A minimizer that is not isolated has no "
-            "hypergradient: add a penalty to the inner objective, or use float64."
+            "hypergradient. Add a penalty to the inner objective, or use float64."
         )
     return lambda b: scale * linalg.lu_solve(factors, scale * b)
 
 
 def check_symmetric(hessian: np.ndarray, eps: float) -> None:
-    """Raise a ValueError if the matrix is not symmetric to √eps: then its products are no Hessian's."""
+    """Raise a ValueError if the matrix is not symmetric to a relative √eps: then it is not a Hessian."""
     gap = np.abs(hessian - hessian.T)
     if gap.max(initial=0.0) > eps**0.5 * np.abs(hessian).max(initial=0.0):
         i, j = np.unravel_index(gap.argmax(), gap.shape)
@@ -113,12 +112,14 @@ def check_symmetric(hessian: np.ndarray, eps: float) -> None:
         )
 
 
-def _system(backend: Backend, solver: None, problem: BilevelProblem, point: Point) -> tuple[Any, Tree, Any, bool]:
-    lin = linearize(backend, problem, point)
-    symmetric = not isinstance(lin.hvp, NonSymmetric)
-    return lin.value, lin.grad_params, backend.space.dense(lin.hvp, point.params), symmetric
+def _system(backend: Backend, problem: BilevelProblem, inputs: Inputs[P, H]) -> tuple[Array, P, Array]:
+    params, hparams, inner_args, outer_args = inputs
+    value, grad_params, _ = backend.outer(problem.outer, params, hparams, outer_args)
+    at = problem.linearize(backend, params, hparams, inner_args)
+    return value, grad_params, backend.space(params).materialise(at.vjp_params)
 
 
-def _parts(backend: Backend, solver: None, problem: BilevelProblem, point: Point) -> tuple[Tree | None, Tree | None]:
-    lin = linearize(backend, problem, point)
-    return lin.grad_hparams, lin.cross_vjp(point.adjoint0)
+def _parts(backend: Backend, problem: BilevelProblem, inputs: Inputs[P, H], adjoint: P) -> tuple[H | None, H | None]:
+    params, hparams, inner_args, outer_args = inputs
+    direct = backend.outer(problem.outer, params, hparams, outer_args).grad_hparams
+    return direct, problem.linearize(backend, params, hparams, inner_args).vjp_hparams(adjoint)

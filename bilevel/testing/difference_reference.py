@@ -1,21 +1,23 @@
-"""The hypergradient by finite differences of the re-solved problem: the reference for everything."""
+"""The hypergradient by finite differences of the re-solved problem: a reference for solvers and derivatives."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from bilevel.backend import Backend
 from bilevel.errors import SolverError
-from bilevel.protocols import BilevelProblem, Tree
+from bilevel.problems.protocols import BilevelProblem
 from bilevel.results import Hypergradient, SolverInfo, Status
-from bilevel.testing.host import HostProblem, from_host, prepare
+from bilevel.spaces.array import Args, H
+from bilevel.testing.host import HostProblem, prepare
 from bilevel.testing.newton import InnerSolver
 
 MAX_HPARAMS = 200
 
 
 class Slope(NamedTuple):
-    """A derivative and how far off it may be."""
+    """A derivative and a bound of its error."""
 
     value: float
     noise: float
@@ -24,18 +26,18 @@ class Slope(NamedTuple):
 def slope(function: Callable[[float], float], scale: float, eps: float) -> Slope:
     """Return f'(0) by central differences with steps over decades.
 
-    The steps h fall from ``scale``/10 by √10 each until √eps·``scale``. Where they are too long the differences
-    change with h, where they are too short they scatter: the three neighbours that are known best decide, and the
-    middle one is the value. Its noise is the largest of their spread and of the scatter in f that shorter steps
-    show, over h; plus what rounding f and its argument does, a few eps·(|f| + ``scale``·|f(±h) − f(0)|/h)/h.
+    The steps h decrease from ``scale``/10 to √eps·``scale`` by factors of √10. For long steps the differences change
+    with h; for short steps they scatter. The value is the middle one of the three neighbours with the least noise. The
+    noise is the larger of their spread and of the scatter in f at shorter steps, divided by h, plus the rounding error
+    of f and its argument: a few eps·(|f| + ``scale``·|f(±h) − f(0)|/h)/h.
 
     Args:
-        function: f, of a real; a `SolverError` or a nan takes that h out of the sweep.
-        scale: of the argument.
-        eps: the machine epsilon of the dtype that f computes in.
+        function: f, of a real number. Steps h with a `SolverError` or a nan are left out.
+        scale: the scale of the argument.
+        eps: the machine epsilon of the dtype of f's computation.
 
     Raises:
-        SolverError: if fewer than three neighbours are left; the cause is the last error of f.
+        SolverError: if fewer than three neighbours are left. Its cause is the last error of f.
 
     >>> slope(np.sin, 1.0, 2e-16).noise < 1e-9
     True
@@ -68,7 +70,7 @@ def slope(function: Callable[[float], float], scale: float, eps: float) -> Slope
 def directional_derivatives(solver: InnerSolver, directions: Iterable[np.ndarray], follow: bool = True) -> list[Slope]:
     """Return d/dt F(w*(λ + t d), λ + t d) at t = 0 for each direction d, of shape (m,).
 
-    Without ``follow``, w* stays where it is at t = 0: the direct term (∂F/∂λ)·d.
+    Without ``follow``, w* stays constant, and the result is the direct term (∂F/∂λ)·d.
     """
     host = solver.host
 
@@ -83,39 +85,39 @@ def directional_derivatives(solver: InnerSolver, directions: Iterable[np.ndarray
 
 
 def step_scale(x: np.ndarray, d: np.ndarray) -> float:
-    """Return the t at which t·d is about as large as x where d is not zero; of x = 0, as large as one."""
+    """Return the t for which t·d is about as large as x where d is not zero, or as large as one if x = 0."""
     typical = np.linalg.norm(d * x) / np.linalg.norm(d) or np.linalg.norm(x) / x.size**0.5 or 1.0
     return float(typical / np.abs(d).max())
 
 
 def finite_difference_hypergradient(
     problem: BilevelProblem,
-    params: Tree,
-    hparams: Tree,
+    params: object,
+    hparams: H,
     *,
-    inner_args: tuple[Any, ...] = (),
-    outer_args: tuple[Any, ...] = (),
-    backend: Any = None,
-) -> Hypergradient:
+    inner_args: Args = (),
+    outer_args: Args = (),
+    backend: Backend | str | None = None,
+) -> Hypergradient[Any, H]:
     """Return (F(w*(λ + h e), λ + h e) − F(w*(λ − h e), λ − h e)) / 2h for each coordinate e of λ.
 
-    The inner problem is solved from ``params`` by Newton's method, after SciPy's L-BFGS-B where that alone
-    finds no minimum; at each λ ± h e the minimizer is followed, to rounding. This takes the values of both
-    objectives and ∂L/∂w, and no other derivative (products only speed up the solves, and are checked first).
-    The steps h go over decades, scaled to the size of λ; see `slope` for the choice among them. The model
-    computes in its own dtype: in float32 expect about three correct digits, and read ``info.residual_norm``.
+    Newton's method solves the inner problem from ``params``. If it finds no minimum, SciPy's L-BFGS-B runs first. At
+    each λ ± h e, Newton's method follows the minimizer to rounding. This needs the values of both objectives and ∂L/∂w.
+    Hessian-vector products are checked first and only speed up the solves. The steps h cover decades, scaled to the
+    size of λ; `slope` chooses among them. The model computes in its own dtype. In float32, expect about three correct
+    digits, and read ``info.residual_norm``.
 
     Args:
-        problem, params, hparams, inner_args, outer_args, backend: as in `bl.hypergradient`; ``params`` is the
-            start. The objectives must compute with the arrays they are handed.
+        problem, params, hparams, inner_args, outer_args, backend: as in `bl.hypergradient`. ``params`` is the start.
+            The objectives must compute with the arrays that are passed.
 
     Returns:
-        A `Hypergradient`: ``params`` is the re-solved w*, ``value`` F there, ``adjoint`` None.
-        ``info.residual_norm`` is the norm of the noise in ``grad``, ``info.rhs_norm`` that of ``grad``
-        itself, ``info.steps`` the number of entries.
+        A `Hypergradient`: ``params`` is the re-solved w*, ``value`` is F there, ``adjoint`` is None.
+        ``info.residual_norm`` is the norm of the noise in ``grad``, ``info.rhs_norm`` is the norm of ``grad``, and
+        ``info.steps`` is the number of entries.
 
     Raises:
-        TypeError, ValueError: for input that does not fit, more than 200 hyperparameters or 5,000 weights.
+        TypeError, ValueError: for invalid input, more than 200 hyperparameters or 5,000 weights.
         SolverError: if the inner problem cannot be solved.
 
     >>> import numpy as np, bilevel as bl
@@ -123,19 +125,19 @@ def finite_difference_hypergradient(
     >>> finite_difference_hypergradient(problem, np.zeros(2), np.zeros(2)).grad
     array([-0.5, -0.5])
     """
-    backend, point = prepare(params, hparams, inner_args, outer_args, backend, "the reference by finite differences")
-    size = backend.space.size(hparams)
+    backend, inputs = prepare(params, hparams, inner_args, outer_args, backend, "the reference by finite differences")
+    size = backend.space(hparams).size
     if size > MAX_HPARAMS:
         raise ValueError(
-            f"hparams has {size:,} entries: finite differences would solve the inner problem some "
-            f"{30 * size:,} times (limit: {MAX_HPARAMS} entries). Use check_hypergradient with "
-            'reference="finite-differences", which probes a few random directions, or exact_hypergradient.'
+            f"hparams has {size:,} entries (limit: {MAX_HPARAMS}): finite differences would solve the inner problem "
+            f"about {30 * size:,} times. Use exact_hypergradient, or check_hypergradient with "
+            'reference="finite-differences", which tests a few random directions.'
         )
-    solver = InnerSolver(HostProblem(backend, problem, point))
+    solver = InnerSolver(HostProblem(backend, problem, inputs))
     host, w = solver.host, solver.minimizer.w
     slopes = directional_derivatives(solver, np.eye(size))
     grad, noise = (np.array(column) for column in zip(*slopes, strict=True))
     solved = host.at(w, host.lam)
-    value = backend.outer(problem.outer, solved.params, solved.hparams, point.outer_args).value
+    value = backend.outer(problem.outer, solved.params, solved.hparams, inputs.outer_args).value
     info = SolverInfo(size, float(np.linalg.norm(noise)), float(np.linalg.norm(grad)), Status.CONVERGED)
-    return Hypergradient(from_host(backend, grad, hparams), value, None, solved.params, info)
+    return Hypergradient(backend.from_flat(grad, hparams), value, None, solved.params, info)

@@ -1,34 +1,32 @@
-"""Where to look at a hypergradient: its leaves, and directions to multiply it with."""
+"""Leaves of a hypergradient, and directions for its comparison with finite differences."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 
-from bilevel.protocols import Backend
+from bilevel.backend import Backend
 
-RANDOM, CHOSEN, LEAVES = 2, 3, 6  # directions over all of λ, coordinates, directions in one leaf at most
+RANDOM, CHOSEN, LEAVES = 2, 3, 6  # directions over all of λ, coordinates, at most directions in one leaf
 
 
-def leaf_slices(backend: Backend, tree: Any) -> Iterator[tuple[str, tuple[int, ...], slice]]:
-    """Yield path, shape and place in the flat vector of each leaf of hparams."""
+def leaf_slices(backend: Backend, tree: object) -> Iterator[tuple[str, tuple[int, ...], slice]]:
+    """Yield the path of each leaf of hparams, its shape, and its slice of the flat vector."""
     start = 0
     for path, leaf in backend.leaves(tree):
-        shape = tuple(leaf.shape)
-        size = int(np.prod(shape))
-        yield f"hparams{path}", shape, slice(start, start + size)
-        start += size
+        stop = start + int(np.prod(leaf.shape))
+        yield f"hparams{path}", tuple(leaf.shape), slice(start, stop)
+        start = stop
 
 
 def index(i: int, shape: tuple[int, ...]) -> str:
-    """Return the i-th entry of an array as it is indexed; nothing for a scalar."""
+    """Return the index of the i-th entry of an array as text, empty for a scalar."""
     return f"[{', '.join(str(k) for k in np.unravel_index(i, shape))}]" if shape else ""
 
 
 def directions(
-    backend: Backend, hparams: Any, grad: np.ndarray, rng: np.random.Generator
+    backend: Backend, hparams: object, grad: np.ndarray, rng: np.random.Generator
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield names and vectors of shape (m,), norm one: random ones, and coordinates of large entries."""
+    """Yield names and vectors of shape (m,) and norm one: random vectors, and coordinates of large entries."""
     m = len(grad)
     places = [(path, shape, part) for path, shape, part in leaf_slices(backend, hparams) if part.stop > part.start]
     if m > RANDOM + CHOSEN:

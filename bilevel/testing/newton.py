@@ -1,7 +1,7 @@
 """Solve the inner problem to rounding, and follow its minimizer as λ moves."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import linalg, optimize
@@ -11,23 +11,23 @@ from bilevel.testing.dense_reference import factorize
 from bilevel.testing.host import HostProblem
 
 Factor = Callable[[np.ndarray], np.ndarray]  # b -> H⁻¹ b
-SAME = 1e-3  # a stationary point this near (relative) is the one that the caller meant, minimum or not
+SAME = 1e-3  # a stationary point within this relative distance of params is accepted, even if it is no minimum
 
 
 class Minimizer(NamedTuple):
-    """w*, of shape (n,), with a factorised Hessian from there or nearby."""
+    """w*, of shape (n,), with a factorized Hessian at w* or a nearby point."""
 
     w: np.ndarray
     factor: Factor
 
 
 class _Hessian:
-    """The dense inner Hessian: by products if differences of ∂L/∂w confirm them, else by such differences.
+    """The dense inner Hessian: by products if differences of ∂L/∂w agree with them, else by such differences.
 
-    So a wrong ``hvp`` cannot keep the inner problem from being solved, which is what shows that it is wrong.
+    So the inner problem can be solved with a wrong ``hvp``, and its solution shows that the ``hvp`` is wrong.
     """
 
-    def __init__(self, host: HostProblem) -> None:
+    def __init__(self, host: HostProblem[Any, Any]) -> None:
         self.host = host
         self.trusted: bool | None = None
 
@@ -49,7 +49,7 @@ class _Hessian:
 
 
 class InnerSolver:
-    """Minimizes L( · , λ), or solves r( · , λ) = 0, from the caller's params; then follows that solution.
+    """Minimize L( · , λ), or solve r( · , λ) = 0, from the caller's params, and follow the solution as λ changes.
 
     ``minimizer`` is the solution at the caller's λ.
 
@@ -57,19 +57,19 @@ class InnerSolver:
         SolverError: if no isolated minimizer is found.
     """
 
-    def __init__(self, host: HostProblem) -> None:
+    def __init__(self, host: HostProblem[Any, Any]) -> None:
         self.host, self.hessian = host, _Hessian(host)
         self.minimizer = self._minimize()
 
     def follow(self, lam: np.ndarray) -> np.ndarray:
-        """Return the minimizer at a λ nearby, of shape (n,), from the one at the caller's λ.
+        """Return the minimizer at a nearby λ, of shape (n,), from the minimizer at the caller's λ.
 
         Raises:
-            SolverError: if Newton's method loses it.
+            SolverError: if Newton's method does not converge.
         """
         return self._newton(*self.minimizer, lam, refreshes=3).w
 
-    @np.errstate(all="ignore")  # runaways are caught by what they lead to
+    @np.errstate(all="ignore")  # divergence is detected by its results
     def _minimize(self) -> Minimizer:
         w, lam, host = self.host.w, self.host.lam, self.host
         try:
@@ -81,7 +81,7 @@ class InnerSolver:
             ):
                 return found
         except SolverError:
-            pass  # Newton's method alone has no reach
+            pass  # Newton's method converges only near a solution
 
         if host.minimizes:
             method, options = "L-BFGS-B", {"maxiter": 5_000, "maxfun": 20_000, "ftol": 0.0, "gtol": 0.0}
@@ -111,7 +111,7 @@ class InnerSolver:
 
     @np.errstate(all="ignore")
     def _newton(self, w: np.ndarray, factor: Factor | None, lam: np.ndarray, refreshes: int) -> Minimizer:
-        """Iterate w ← w − H⁻¹ ∂L/∂w until rounding stops it, with an old H as long as the steps halve."""
+        """Iterate w ← w − H⁻¹ ∂L/∂w until rounding stops it. Keep H while each step is at most half the last."""
         eps = self.host.eps
         last, reach = np.inf, 0.0
         while True:
@@ -126,7 +126,7 @@ class InnerSolver:
             if not np.isfinite(size):
                 raise SolverError("the inner objective or its gradient is nan or infinite.")
             if size >= 0.5 * last:
-                # Near enough, or L could not fall by more than its own rounding.
+                # The step is small, or L cannot decrease by more than its rounding error.
                 if size <= eps**0.5 * reach or abs(grad @ step) <= eps * abs(value):
                     return Minimizer(w, factor)
                 factor = None

@@ -1,7 +1,7 @@
-"""Hypothesis strategies: bilevel problems with a known answer, and what they are made of.
+"""Hypothesis strategies: bilevel problems with known answers, spectra, matrices and trees.
 
-All draw NumPy arrays; `Case.to` hands a case to another backend. Structure (sizes, kinds of spectra, dtypes)
-is drawn by hypothesis and shrinks, the numbers come from a generator with a drawn seed.
+All draw NumPy arrays. `Case.to` converts a case to another backend. Hypothesis draws and shrinks the structure (sizes,
+kinds of spectra, dtypes). The numbers come from a generator with a drawn seed.
 """
 
 import dataclasses
@@ -12,8 +12,8 @@ import numpy as np
 from scipy import linalg
 
 from bilevel import problems
+from bilevel.backend import Backend
 from bilevel.problems.problem import Problem
-from bilevel.protocols import Backend, Tree
 from bilevel.spaces.tree import leaves_with_paths, tree_map
 
 try:
@@ -28,15 +28,15 @@ DTYPES = st.sampled_from([np.float64, np.float32])
 
 
 class Case(NamedTuple):
-    """A problem at a point, and what is to come out.
+    """A problem at a point, and its known answer.
 
     Attributes:
-        problem, params, hparams, inner_args, outer_args: what `bl.hypergradient` takes. ``params`` is the
-            minimizer of the inner objective, rounded to the dtype; for an indefinite Hessian its saddle.
-        grad: dF/dλ there in closed form, computed in float64 from the arrays drawn.
-        adjoint: v = H⁻¹ ∂F/∂w, of shape (n,), likewise.
+        problem, params, hparams, inner_args, outer_args: arguments of `bl.hypergradient`. ``params`` is the minimizer
+            of the inner objective, rounded to the dtype; for an indefinite Hessian, its saddle point.
+        grad: dF/dλ in closed form, computed in float64 from the drawn arrays.
+        adjoint: v = H⁻¹ ∂F/∂w, of shape (n,), computed in the same way.
         hessian: H, of shape (n, n), in float64.
-        condition: the largest over the smallest eigenvalue of H in size; tolerances grow with it.
+        condition: the ratio of the largest to the smallest absolute eigenvalue of H. Tolerances grow with it.
     """
 
     problem: Problem
@@ -50,7 +50,7 @@ class Case(NamedTuple):
     condition: float
 
     def to(self, backend: Backend) -> "Case":
-        """Return the case with the problem's arrays in another framework; the answers stay in NumPy."""
+        """Return the case with the problem's arrays in another framework. The answers stay in NumPy."""
 
         def convert(x: Any) -> Any:
             return backend.from_numpy(x) if isinstance(x, np.ndarray) else x
@@ -75,10 +75,10 @@ def generators() -> st.SearchStrategy[np.random.Generator]:
 
 @st.composite
 def spectra(draw: Draw, n: int, max_condition: float = 1e4, indefinite: bool = False) -> np.ndarray:
-    """Draw n eigenvalues: a multiple of the identity, two clusters, spread evenly, or over decades.
+    """Draw n eigenvalues: all equal, in two clusters, spread evenly, or spread over decades.
 
-    They are positive, from 1/max_condition or more to 1, times a scale from 1e-2 to 1e2; ``indefinite`` makes
-    at least one of them negative.
+    They are positive, at least 1/max_condition and at most 1, times a scale from 1e-2 to 1e2. With ``indefinite``, at
+    least one eigenvalue is negative.
     """
     condition = 10 ** draw(st.floats(0, np.log10(max_condition)))
     eigenvalues = {
@@ -97,7 +97,7 @@ def spectra(draw: Draw, n: int, max_condition: float = 1e4, indefinite: bool = F
 def symmetric_matrices(
     draw: Draw, n: int, max_condition: float = 1e4, indefinite: bool = False, dtype: Any = np.float64
 ) -> np.ndarray:
-    """Draw a symmetric matrix of shape (n, n) with one of the `spectra`, diagonal or in a random basis."""
+    """Draw a symmetric matrix of shape (n, n) with eigenvalues from `spectra`, diagonal or in a random basis."""
     eigenvalues = draw(spectra(n, max_condition, indefinite))
     basis = np.eye(n)
     if draw(st.booleans()):
@@ -107,10 +107,10 @@ def symmetric_matrices(
 
 
 @st.composite
-def trees(draw: Draw, dtype: Any = np.float64, max_leaves: int = 4, allow_empty: bool = True) -> Tree:
-    """Draw nested dicts, lists and tuples of arrays with standard normal entries, at least one entry in all.
+def trees(draw: Draw, dtype: Any = np.float64, max_leaves: int = 4, allow_empty: bool = True) -> Any:
+    """Draw nested dicts, lists and tuples of arrays with standard normal entries, with at least one entry in total.
 
-    Leaves have up to two axes of up to three entries; with ``allow_empty``, some have none.
+    Leaves have up to two axes of up to three entries. With ``allow_empty``, leaves may have no entries.
     """
     rng = draw(generators())
     shapes = st.lists(st.integers(0 if allow_empty else 1, 3), max_size=2)
@@ -140,7 +140,7 @@ def quadratic_problems(
 ) -> Case:
     """Draw a `bilevel.problems.quadratic` with params of shape (n,) and hparams of shape (m,).
 
-    n and m start at one. With ``indefinite``, the Hessian has negative eigenvalues and params is the saddle.
+    n and m are at least one. With ``indefinite``, the Hessian has negative eigenvalues and params is the saddle point.
     """
     n, m = draw(st.integers(1, max_params)), draw(st.integers(1, max_hparams))
     dtype, rng = draw(dtypes), draw(generators())
@@ -167,7 +167,7 @@ def quadratic_problems(
 def ridge_problems(
     draw: Draw, max_features: int = 6, max_examples: int = 12, dtypes: st.SearchStrategy[Any] = DTYPES
 ) -> Case:
-    """Draw a `bilevel.problems.ridge` with params of shape (d,), penalized per feature, group or alike."""
+    """Draw a `bilevel.problems.ridge` with params of shape (d,), and a penalty that is shared, per feature or group."""
     d, n = draw(st.integers(1, max_features)), draw(st.integers(1, max_examples))
     dtype, rng = draw(dtypes), draw(generators())
     penalty = draw(st.sampled_from(["shared", "feature", "group"]))

@@ -1,4 +1,4 @@
-"""From numbers that disagree to a sentence that says how."""
+"""Descriptions of the differences between hypergradients."""
 
 from collections.abc import Sequence
 from textwrap import fill
@@ -7,19 +7,19 @@ import numpy as np
 
 IMPLICIT = "The implicit term −(∂²L/∂λ∂w)ᵀ v"
 WIDTH = 100
-EXPLAINED = 0.02  # a relation holds if it leaves less than this of the difference
+EXPLAINED = 0.02  # a relation holds if it leaves at most this fraction of the difference
 
 
 def relation(
     tested: np.ndarray, expected: np.ndarray, direct: np.ndarray, noise: np.ndarray | float = 0.0
 ) -> str | None:
-    """Say in what simple way two hypergradients differ, if in any.
+    """Return a sentence that describes a simple relation between two hypergradients, or None.
 
     Args:
-        tested: entries of the one, or products with directions; of shape (k,).
-        expected: those of the reference.
-        direct: those of ∂F/∂λ.
-        noise: of ``expected``.
+        tested: entries of the tested hypergradient, or its products with directions; of shape (k,).
+        expected: the same of the reference.
+        direct: the same of ∂F/∂λ.
+        noise: the noise of ``expected``.
 
     >>> relation(np.array([1.0, -2.0]), np.array([-1.0, 2.0]), np.zeros(2))
     'They differ by the sign.'
@@ -36,7 +36,7 @@ def relation(
         "The direct term ∂F/∂λ is missing: the difference equals it.": implicit,
         "The direct term ∂F/∂λ is counted twice: the difference equals it.": expected + direct,
         "The direct term ∂F/∂λ has the wrong sign.": implicit - direct,
-        f"{IMPLICIT} is missing: there is ∂F/∂λ alone.": direct,
+        f"{IMPLICIT} is missing: there is only ∂F/∂λ.": direct,
         f"{IMPLICIT} has the wrong sign; ∂F/∂λ is right.": direct - implicit,
         f"They differ by a factor of {c:.2f} (hypergradient / reference).": c * expected,
         f"{IMPLICIT} is off by a factor of {k:.2f}; ∂F/∂λ is right.": direct + k * implicit,
@@ -45,18 +45,18 @@ def relation(
     noise_norm, least = np.linalg.norm(noise), min(left.values())
     if least > EXPLAINED * np.linalg.norm(tested - expected) + noise_norm:
         return None
-    # The first of those that fit about as well as the best: what is simple stands before what is fitted.
+    # The first of the sentences that fit about as well as the best: simple relations come before fitted factors.
     enough = 3 * (least + noise_norm) + 1e-6 * np.linalg.norm(expected)
     return next(sentence for sentence, gap in left.items() if gap <= enough)
 
 
 def paragraphs(*parts: str) -> str:
-    """Join texts and tables, the texts wrapped."""
+    """Join texts and tables. Wrap the texts."""
     return "\n\n".join(part if "\n" in part else fill(part, WIDTH) for part in parts)
 
 
 def table(titles: Sequence[str], rows: Sequence[tuple[bool, Sequence[str]]]) -> str:
-    """Return rows of text in columns, those that are flagged marked by a ">"."""
+    """Return rows of text in columns, with a ">" before flagged rows."""
     columns = zip(titles, *(cells for _, cells in rows), strict=True)
     first, *others = (max(len(cell) for cell in column) for column in columns)
 

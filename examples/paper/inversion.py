@@ -7,14 +7,16 @@ the number of Hessian-vector products, for a linear model and a tanh network wit
 at the optimum, in float64. The runs called raw leave the features as they are, where a Neumann step of 0.001 diverges.
 """
 
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
 import bilevel as bl
+from bilevel.operators.linear_operator import LinearOperator
 from regression import GAUSS_NEWTON, prepare
 from runs import options, show, stored, variants
 
@@ -23,29 +25,30 @@ FAST = {"products": 12, "hidden": 3}
 STEP = 1e-3  # of Neumann in the published code
 
 
-class ClampedCG(NamedTuple):
+@dataclass(frozen=True)
+class ClampedCG(bl.LinearSolver[None]):
     """CG of the published code, as we read it: from b itself, with 0.01 for denominators below 0.005."""
 
-    maxiter: int
+    maxiter: int = 20
 
-    def solve(self, operator: Any, rhs: Any, x0: Any, space: Any) -> tuple[Any, bl.SolverInfo]:
+    def init(self, A: LinearOperator[Any]) -> None:
+        """Return nothing: there is no state."""
+
+    def solve(self, state: None, A: LinearOperator[Any], b: Any, x0: Any) -> tuple[Any, bl.SolverInfo]:
         """Return v and how it was found."""
-        del x0
-
-        def clamped(denominator: torch.Tensor) -> torch.Tensor:
-            return torch.where(denominator < 5e-3, 1e-2, denominator)
-
-        x = rhs
-        p = r = space.axpy(-1.0, operator(x), rhs)
+        space, x = A.space, b
+        p = r = A.residual(b, x)
         for _ in range(self.maxiter):
-            Ap, rr = operator(p), space.dot(r, r)
+            Ap, rr = A(p), space.dot(r, r)
             alpha = rr / clamped(space.dot(p, Ap))
             x, r = space.axpy(alpha, p, x), space.axpy(-alpha, Ap, r)
             p = space.axpy(space.dot(r, r) / clamped(rr), p, r)
-        residual_norm, rhs_norm = space.dot(r, r) ** 0.5, space.dot(rhs, rhs) ** 0.5
-        return x, bl.SolverInfo(
-            torch.tensor(self.maxiter), residual_norm, rhs_norm, torch.tensor(int(bl.Status.MAXITER))
-        )
+        return x, bl.SolverInfo(self.maxiter, space.norm(r), space.norm(b), bl.Status.MAXITER)
+
+
+def clamped(denominator: torch.Tensor) -> torch.Tensor:
+    """Return a denominator, or 0.01 if it is below 0.005."""
+    return torch.where(denominator < 5e-3, 1e-2, denominator)
 
 
 def compare(

@@ -50,16 +50,16 @@ class Setting(NamedTuple):
         params, log_decay = ({name: leaf.to(dtype) for name, leaf in tree.items()} for tree in self[2:])
         call = {"inner_args": train, "outer_args": validation, "solver": solver, "on_failure": "ignore"}
         hg = bl.hypergradient(problem, params, log_decay, **call)
-        return BACKEND.space.ravel(hg.grad).double().numpy(), hg.info
+        return BACKEND.to_flat(hg.grad), hg.info
 
     def linearize(self) -> tuple[np.ndarray, np.ndarray, Any]:
         """Return the Hessian, the right-hand side, and the hypergradient as a function of v."""
-        at, space = BACKEND.linearize(PROBLEM, *self[2:], inner_args=self[0], outer_args=self[1]), BACKEND.space
-        flat = space.ravel(at.grad_params).numpy()
+        at = PROBLEM.linearize(BACKEND, self.params, self.log_decay, self.train)
+        rhs = BACKEND.outer(outer, self.params, self.log_decay, self.validation).grad_params
         return (
-            space.dense(at.hvp, self.params).numpy(),
-            flat,
-            lambda v: -space.ravel(at.cross_vjp(space.unravel(torch.from_numpy(v), self.params))).numpy(),
+            BACKEND.space(self.params).materialise(at.vjp_params).numpy(),
+            BACKEND.to_flat(rhs),
+            lambda v: -BACKEND.to_flat(at.vjp_hparams(BACKEND.from_flat(v, self.params))),
         )
 
 

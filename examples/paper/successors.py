@@ -110,7 +110,7 @@ def loop(name: str, method: Method, data: Data, sizes: dict[str, int]) -> list[t
     hparams, w = np.full(X.shape[1], START), np.zeros(X.shape[1])
     penalized = w  # F2SA's second copy, which minimizes L + F/σ
     most = np.full_like(hparams, BOUNDS[1])  # the curvature is largest there
-    step_size = bl.prepare("neumann", PROBLEM, w, most, inner_args=data.train).step_size
+    step_size = bl.prepare("neumann", PROBLEM, w, most, inner_args=data.train).state
     solver = method.solver and bl.get_solver(method.solver)
     for option in ("step_size", "scale"):  # of Neumann and the identity, unless it is the user's solver
         if hasattr(solver, option) and name != "config":

@@ -90,11 +90,12 @@ def run(name: str, sizes: dict[str, Any], solver: Any, path: Path) -> dict[str, 
 
     def hypergradient(solver: Any, **call: Any) -> tuple[np.ndarray, np.ndarray, bl.Status]:
         hg = bl.hypergradient(problem, params, hparams, solver=solver, **data, **call)
-        grad, adjoint = (backend.to_numpy(backend.space.ravel(tree)) for tree in (hg.grad, hg.adjoint))
+        grad, adjoint = (backend.to_flat(tree) for tree in (hg.grad, hg.adjoint))
         return grad, adjoint, hg.info.status
 
-    at_optimum = backend.linearize(problem, params, hparams, **data)
-    eigenvalues = np.linalg.eigvalsh(backend.to_numpy(backend.space.dense(at_optimum.hvp, params)))
+    at_optimum = problem.linearize(backend, params, hparams, inner_args)
+    hessian = backend.space(params).materialise(at_optimum.vjp_params)
+    eigenvalues = np.linalg.eigvalsh(backend.to_numpy(hessian))
     smallest, largest = float(eigenvalues[0]), float(eigenvalues[-1])
     exact, adjoint, _ = hypergradient("exact")
     if solver is not None:

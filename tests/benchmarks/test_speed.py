@@ -10,7 +10,10 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 FRAMEWORKS = [name for name in ("torch", "jax") if find_spec(name)]
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="peak memory is measured on Linux only")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="peak memory is measured on Linux only"),
+]
 
 
 @pytest.fixture(autouse=True)

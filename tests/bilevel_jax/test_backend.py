@@ -14,32 +14,13 @@ from frameworks import relative_error
 
 import bilevel as bl
 from bilevel import Status
-from bilevel.protocols import Point
 
 jax = pytest.importorskip("jax")
 jnp = jax.numpy
 COMPILED = pytest.importorskip("bilevel_jax.backend").COMPILED
 equations = pytest.importorskip("bilevel_jax.sharding").equations
-
-
-def inner(w, h, X, y):
-    return jnp.mean((X @ w - y) ** 2) + jnp.sum(jnp.exp(h) * w**2)
-
-
-def outer(w, h, X, y):
-    return jnp.mean((X @ w - y) ** 2)
-
-
-PROBLEM = bl.Problem(inner, outer)
-
-
-def case(seed=0):
-    keys = jax.random.split(jax.random.key(seed), 6)
-    X, Xv = (jax.random.normal(k, (12, 4)) for k in keys[:2])
-    y, yv = (jax.random.normal(k, (12,)) for k in keys[2:4])
-    w, h = (jax.random.normal(k, (4,)) for k in keys[4:])
-    return w, h, (X, y), (Xv, yv)
-
+from jax_ridge import PROBLEM, inner, outer  # noqa: E402
+from jax_ridge import point as case  # noqa: E402
 
 SOLVERS = ["cg", "minres", "neumann", "identity", "exact", "unrolled"]
 
@@ -129,14 +110,14 @@ class TestTraces:
         """With what their losses close over: a loop may make one per batch."""
         backend, (w, h, _, _) = bl.get_backend("jax"), case()
 
-        def evaluate(backend, solver, problem, point):  # compiles sooner than a hypergradient
-            return problem.inner(point.params, point.hparams)
+        def evaluate(backend, problem, w, h):  # compiles sooner than a hypergradient
+            return problem.inner(w, h)
 
         losses = []
         for _ in range(COMPILED + 20):
             problem = bl.Problem(lambda w, h: jnp.sum(w * h), outer)
             losses.append(weakref.ref(problem.inner))
-            backend.execute(evaluate, None, problem, Point(w, h))
+            backend.run(evaluate, problem, w, h)
         del problem
         gc.collect()
         assert sum(loss() is not None for loss in losses) <= COMPILED

@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("jax")
 
 
+@pytest.mark.slow
 def test_all_holds_on_eight_devices():
     """One process for all checks: JAX and its eight devices take long to start."""
     script = Path(__file__).parents[1] / "helpers" / "eight_devices.py"

@@ -9,25 +9,12 @@ import bilevel as bl
 
 jax = pytest.importorskip("jax")
 jnp = jax.numpy
-
-
-def inner(w, h, X, y):
-    return jnp.mean((X @ w - y) ** 2) + jnp.sum(jnp.exp(h) * w**2)
-
-
-def outer(w, h, X, y):
-    return jnp.mean((X @ w - y) ** 2)
-
-
-PROBLEM = bl.Problem(inner, outer)
+from jax_ridge import PROBLEM, inner, outer, point  # noqa: E402
 
 
 def case(seed=0):
-    keys = jax.random.split(jax.random.key(seed), 6)
-    X, X_val = (jax.random.normal(k, (12, 4)) for k in keys[:2])
-    y, y_val = (jax.random.normal(k, (12,)) for k in keys[2:4])
-    w, h = (jax.random.normal(k, (4,)) for k in keys[4:])
-    return w, h, {"inner_args": (X, y), "outer_args": (X_val, y_val)}
+    w, h, train, validation = point(seed)
+    return w, h, {"inner_args": train, "outer_args": validation}
 
 
 def counted():
@@ -123,7 +110,7 @@ def test_a_collective_that_would_be_differentiated_wrongly_is_refused():
         return bl.hypergradient(problem, w, h, inner_args=(X, y), outer_args=data["outer_args"]).grad
 
     X, y = data["inner_args"]
-    with pytest.raises(ValueError, match="inner: psum over the axis 'batch' is differentiated rightly only inside"):
+    with pytest.raises(ValueError, match="inner: JAX differentiates psum over the axis 'batch' correctly only inside"):
         jax.vmap(call, axis_name="batch")(X.reshape(3, 4, 4), y.reshape(3, 4))
 
 
@@ -186,12 +173,8 @@ def test_forward_mode_goes_through_a_solver():
 def test_a_solver_that_keeps_a_state_is_refused(jit):
     w, h, data = case()
 
-    class Remembers(bl.CG):
-        def load_state_dict(self, state):
-            raise NotImplementedError
-
     def call(w):
-        return bl.hypergradient(PROBLEM, w, h, solver=Remembers(), **data)
+        return bl.hypergradient(PROBLEM, w, h, solver=bl.WarmStart("cg"), **data)
 
-    with pytest.raises(TypeError, match=r"Remembers keeps a state .* JAX compiles .*adjoint0=hg\.adjoint.*bl\.prepare"):
+    with pytest.raises(TypeError, match=r"WarmStart keeps a state .*adjoint0=hg\.adjoint.*bl\.prepare"):
         (jax.jit(call) if jit else call)(w)

@@ -9,6 +9,7 @@ from scipy import linalg
 
 import bilevel as bl
 from bilevel import Status
+from bilevel.operators.linear_operator import LinearOperator
 
 torch = pytest.importorskip("torch")
 bilevel_torch = pytest.importorskip("bilevel_torch")
@@ -248,30 +249,30 @@ def test_cuda_gives_the_same(data):
 )
 def test_a_solver_that_works_in_place_leaves_what_it_was_handed(solver, check_every):
     """The operator hands out its own memory, too: that of the vector itself, where it is a multiple of the identity."""
-    space = bilevel_torch.TorchSpace(check_every=check_every)
     rhs, x0, scale = [torch.tensor([1.0, 2.0]), torch.tensor([3.0])], [torch.ones(2), torch.ones(1)], torch.ones(())
     before = [t.clone() for t in (*rhs, *x0)]
 
     def operator(v):
         return v if scale == 1 else [scale * t for t in v]
 
+    A = LinearOperator(bilevel_torch.TorchSpace(rhs, check_every), operator)
     for warm in (None, x0):
-        x, _ = solver.solve(operator, rhs, warm, space)
+        x, _ = solver.solve(solver.init(A), A, rhs, warm)
         assert all(torch.equal(a, b) for a, b in zip(before, (*rhs, *x0), strict=True))
         if not isinstance(solver, bl.Nystrom):  # a sketch of the identity is of its rank
-            factor = 1 + getattr(solver, "damping", 0.0)
+            factor = 1 + solver.damping
             for found, b in zip(x, rhs, strict=True):
                 torch.testing.assert_close(factor * found, b, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("check_every", [None, 8], ids=["host", "device"])
 @pytest.mark.parametrize("flag", [True, False])
-@pytest.mark.parametrize("beta", [None, torch.tensor(0.5)], ids=["one", "half"])
-def test_update_is_its_definition_in_place(check_every, flag, beta):
-    space = bilevel_torch.TorchSpace(check_every=check_every)
+@pytest.mark.parametrize("beta", [1.0, torch.tensor(0.5)], ids=["one", "half"])
+def test_axpby_where_is_its_definition_in_place(check_every, flag, beta):
     x, y = [torch.tensor([1.0, float("nan") if not flag else 2.0])], [torch.tensor([3.0, 4.0])]
-    expected = 2 * x[0] + (1 if beta is None else beta) * y[0] if flag else y[0].clone()
+    expected = 2 * x[0] + beta * y[0] if flag else y[0].clone()
     memory = y[0].data_ptr()
-    result = space.update(torch.tensor(flag), torch.tensor(2.0), x, y, beta)
+    space = bilevel_torch.TorchSpace(y, check_every)
+    result = space.axpby_where(torch.tensor(flag), torch.tensor(2.0), x, y, beta)
     torch.testing.assert_close(result[0], expected)
     assert result[0].data_ptr() == memory

@@ -536,6 +536,7 @@ class TestNothingChanges:
         assert log_decay.grad == 7.0
         assert net[0].weight._backward_hooks
 
+    @pytest.mark.slow
     def test_over_two_thousand_calls_no_memory_is_kept(self, loop):
         net, log_decay, losses = loop
         solver = bl.WarmStart({"name": "neumann", "terms": 2, "damping": 10.0}, prepare_every=10)

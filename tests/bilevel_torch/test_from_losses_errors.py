@@ -45,7 +45,7 @@ def call(inner, outer, params, hparams, **options):
 
 
 def test_hparams_without_influence_are_named(net, decay):
-    with pytest.raises(ValueError, match=r"Neither loss depends on hparams\['decay'\]\. .*these very tensors.*detach"):
+    with pytest.raises(ValueError, match=r"Neither loss depends on hparams\['decay'\]\. .*the same tensors.*detach"):
         call(*losses(net, decay.detach()), net.parameters(), {"decay": decay})
 
 
@@ -69,14 +69,14 @@ def test_hparams_that_require_no_gradient_are_named(net):
 
 def test_params_of_another_module_are_named(net, decay):
     other = nn.Linear(2, 1)
-    with pytest.raises(ValueError, match=r"outer_loss depends on neither params\['weight'\].* nor hparams.*detached"):
+    with pytest.raises(ValueError, match=r"outer_loss depends on neither params\['weight'\].* nor .*Do not detach"):
         call(*losses(net, decay), {"weight": other.weight}, decay)
 
 
 def test_copies_of_the_params_are_named(net, decay):
     copies = {name: p.detach().clone().requires_grad_() for name, p in net.named_parameters()}
     inner, outer = losses(net, decay)
-    with pytest.raises(ValueError, match=r"inner_loss does not depend on params\['0\.bias'\].*these very tensors"):
+    with pytest.raises(ValueError, match=r"inner_loss does not depend on params\['0\.bias'\].*pass the module's own"):
         call(inner, outer + decay, copies, decay)
 
 
@@ -97,14 +97,14 @@ def test_a_step_before_the_hypergradient(net, decay):
     inner, outer = losses(net, decay)
     inner.backward(retain_graph=True)
     optimizer.step()
-    with pytest.raises(RuntimeError, match=r"(?s)modified by an inplace operation.*take\s+the step before both losses"):
+    with pytest.raises(RuntimeError, match=r"(?s)modified by an inplace operation.*Take\s+the step before both losses"):
         call(inner, outer, net.parameters(), decay)
 
 
 def test_a_graph_already_freed(net, decay):
     inner, outer = losses(net, decay)
     inner.backward()
-    with pytest.raises(RuntimeError, match=r"(?s)second time.*take the hypergradient first.*retain_graph=True"):
+    with pytest.raises(RuntimeError, match=r"(?s)second time.*Compute the hypergradient first.*retain_graph=True"):
         call(inner, outer, net.parameters(), decay)
 
 
@@ -146,13 +146,13 @@ def test_a_loss_per_example(net, decay):
 def test_inference_mode_around_the_losses(net, decay):
     with torch.inference_mode():
         both = losses(net, decay)
-    with pytest.raises(RuntimeError, match=r"inference_mode.*silent zero"):
+    with pytest.raises(RuntimeError, match=r"inference_mode.*would be zero without an error"):
         call(*both, net.parameters(), decay)
 
 
 def test_inference_mode_around_the_call(net, decay):
     both = losses(net, decay)
-    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"inference_mode.*silent zero"):
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"inference_mode.*would be zero without an error"):
         call(*both, net.parameters(), decay)
 
 
@@ -161,9 +161,9 @@ class TestCheckpoints:
         x = X.clone().requires_grad_()
         z = torch.utils.checkpoint.checkpoint(net[:2], x, use_reentrant=True)
         inner = (net[2](z) - 1).pow(2).mean() + decay.exp() * sum((p**2).sum() for p in net[2].parameters())
-        with pytest.raises(RuntimeError, match=r"inner_loss hides parameters.*silent zeros.*use_reentrant=False"):
+        with pytest.raises(RuntimeError, match=r"inner_loss hides .*zero without an error.*use_reentrant=False"):
             call(inner, net(X).pow(2).mean(), net.parameters(), decay)
-        with pytest.raises(RuntimeError, match=r"outer_loss hides parameters.*silent zeros.*use_reentrant=False"):
+        with pytest.raises(RuntimeError, match=r"outer_loss hides .*zero without an error.*use_reentrant=False"):
             call(losses(net, decay)[0], net[2](z).pow(2).mean(), net.parameters(), decay)
 
     def test_it_hides_them_though_a_penalty_reaches_all(self, net, decay):
@@ -278,7 +278,7 @@ class TestSecondDerivativesThatAreLost:
     def hiding(self, request):
         return request.param
 
-    MESSAGE = r"backward\(\) of Custom has no derivative.*in silence.*saved_tensors.*finite-differences"
+    MESSAGE = r"backward\(\) of Custom has no derivative.*without an error.*saved_tensors.*finite-differences"
 
     def test_by_an_autograd_function(self, hiding, decay):
         net = Bent(hiding)
@@ -366,13 +366,13 @@ class TestSecondDerivativesThatAreLost:
 
 def test_devices_that_differ_are_named(net, decay):
     weights = torch.ones(3, device="meta", requires_grad=True)
-    with pytest.raises(ValueError, match=r"hparams\['weights'\] is on meta, but params\['0\.bias'\] on cpu"):
+    with pytest.raises(ValueError, match=r"hparams\['weights'\] is on meta, but params\['0\.bias'\] is on cpu"):
         call(*losses(net, decay), net.named_parameters(), {"weights": weights})
 
 
 class TestTrees:
     def test_a_module_in_place_of_its_parameters(self, net, decay):
-        with pytest.raises(TypeError, match=r"params is a module: pass its parameters\(\)"):
+        with pytest.raises(TypeError, match=r"params is a module. Pass its parameters\(\)"):
             call(*losses(net, decay), net, decay)
 
     def test_modules_in_place_of_their_parameters(self, net, decay):
@@ -395,7 +395,7 @@ class TestTrees:
             call(*losses(net, decay), [], decay)
         used_up = net.parameters()
         list(used_up)
-        with pytest.raises(ValueError, match=r"params: the iterator is empty; .* serves one call only"):
+        with pytest.raises(ValueError, match=r"params: the iterator is empty. .* serves only one call"):
             call(*losses(net, decay), used_up, decay)
 
     def test_a_tensor_that_is_there_twice(self, net, decay):
@@ -434,13 +434,13 @@ class TestComputedHyperparameters:
     def test_one_made_anew_in_the_call_is_known_to_no_loss(self, net, decay):
         raw = torch.tensor(-1.0, requires_grad=True)
         inner, outer = losses(net, decay)
-        with pytest.raises(ValueError, match=r"hparams\['b'\] is computed from other tensors, but no loss from it"):
+        with pytest.raises(ValueError, match=r"hparams\['b'\] is computed from other tensors, but no loss is"):
             call(inner + raw.exp() * net[0].weight.pow(2).sum(), outer, net.parameters(), {"a": decay, "b": raw.exp()})
 
     def test_a_hook_on_one_would_act_on_every_product(self, net):
         decay = torch.tensor(-1.0, requires_grad=True) * 1
         decay.register_hook(lambda g: 2 * g)
-        with pytest.raises(ValueError, match=r"hparams has a gradient hook.*Register the hook on those"):
+        with pytest.raises(ValueError, match=r"hparams has a gradient hook.*Register the hook on the other tensors"):
             call(*losses(net, decay), net.parameters(), decay)
 
 
@@ -492,7 +492,7 @@ def test_an_adjoint_of_other_params(net, decay):
 
 
 def test_unrolled_needs_the_losses_as_functions(net, decay):
-    with pytest.raises(TypeError, match=r"Unrolled needs the problem itself: use bl\.hypergradient"):
+    with pytest.raises(TypeError, match=r"Unrolled runs inner steps .* use bl\.hypergradient"):
         bilevel_torch.backward(*losses(net, decay), net.parameters(), decay, solver="unrolled")
 
 

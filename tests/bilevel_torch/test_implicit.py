@@ -106,7 +106,7 @@ def test_a_warm_start_serves_one_backward_pass_after_the_other():
 
 class TestErrors:
     def test_unrolled_is_no_linear_solver(self):
-        with pytest.raises(TypeError, match="Unrolled differentiates a training of its own"):
+        with pytest.raises(TypeError, match="Unrolled runs inner steps"):
             bilevel_torch.implicit_minimizer(inner, solver="unrolled")
 
     def test_an_inner_loss_that_runs_a_module_itself(self):
@@ -153,16 +153,16 @@ class TestErrors:
     def test_second_derivatives_are_refused(self):
         solve = bilevel_torch.implicit_minimizer(inner, solver=SOLVER)(train)
         h = hparams()
-        with pytest.raises(RuntimeError, match=r"first derivative only.*create_graph=True.*bilevel_jax"):
+        with pytest.raises(RuntimeError, match=r"only a first derivative.*create_graph=True.*bilevel_jax"):
             torch.autograd.grad(outer(solve(h, X, y)), h["penalty"], create_graph=True)
 
     def test_it_is_no_part_of_an_inner_loss(self):
         solve = bilevel_torch.implicit_minimizer(lambda w, h: ((w - h) ** 2).sum())(lambda h: h.clone())
         w, h = (torch.ones(2, requires_grad=True) for _ in range(2))
-        with pytest.raises(RuntimeError, match=r"nor be part of an inner loss"):
+        with pytest.raises(RuntimeError, match=r"or use it in an inner loss"):
             bilevel_torch.hypergradient((solve(w) ** 2).sum() + (h * w**2).sum(), w.sum(), w, h)
 
     def test_inference_mode(self):
         solve = bilevel_torch.implicit_minimizer(inner)(train)
-        with torch.inference_mode(), pytest.raises(RuntimeError, match=r"inference_mode.*silent zero"):
+        with torch.inference_mode(), pytest.raises(RuntimeError, match=r"inference_mode.*zero without an error"):
             solve(hparams(), X, y)

@@ -14,6 +14,7 @@ pytest.importorskip("sklearn")
 jnp = jax.numpy
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "jax"
+pytestmark = pytest.mark.slow
 
 
 def example(name):

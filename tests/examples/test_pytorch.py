@@ -14,6 +14,7 @@ pytest.importorskip("sklearn")
 pytest.importorskip("tqdm")
 
 CONFIG = ["--config", str(EXAMPLES / "solver.toml")]
+pytestmark = pytest.mark.slow
 
 
 def test_plain_loop_cleans_its_training_set(capsys):
@@ -113,13 +114,18 @@ def test_a_whole_checkpoint_resumes_bit_for_bit(resumable, undisturbed, halfway)
 
 
 PARTS = ["net", "decays", "optimizer", "scheduler", "outer_optimizer", "solver", "random", "step"]
-MEMORY = ["solver.adjoint", "solver.previous", "solver.options", "solver.calls"]
+MEMORY = ["solver.adjoint", "solver.previous", "solver.state", "solver.calls"]
 
 
 def test_all_that_is_in_a_checkpoint_is_tried_below(halfway):
     state = torch.load(halfway)
     assert sorted(state) == sorted(PARTS)
-    assert {f"solver.{name}" for name in state["solver"]} == {*MEMORY, "solver.format", "solver.solver"}
+    assert {f"solver.{name}" for name in state["solver"]} == {
+        *MEMORY,
+        "solver.format",
+        "solver.solver",
+        "solver.counts",
+    }
 
 
 @pytest.mark.parametrize("part", PARTS + MEMORY)

@@ -142,10 +142,10 @@ def named_sharding(mesh, specs):
 
 def arrays_on_different_devices_are_refused_by_name():
     first, second = (jax.device_put(W, device) for device in jax.devices()[:2])
-    words = ["hparams['decay'] is on cpu:1, but params['b'] on cpu:0: move them together"]
+    words = ["hparams['decay'] is on cpu:1, but params['b'] is on cpu:0: move one of them"]
     refuses(words, call, PROBLEM, "cg", first, jax.device_put(H, jax.devices()[1]), TRAIN, VAL)
     everywhere = "cpu:0, cpu:1, cpu:2, cpu:3, cpu:4, cpu:5, cpu:6, cpu:7"
-    words = [f"hparams['decay'] is on {everywhere}, but params['b'] on cpu:1"]
+    words = [f"hparams['decay'] is on {everywhere}, but params['b'] is on cpu:1"]
     refuses(words, call, PROBLEM, "cg", second, place(AUTO, SAME, H), TRAIN, VAL)
     agree(call(PROBLEM, "cg", second, H, TRAIN, VAL).grad, call(PROBLEM, "cg", W, H, TRAIN, VAL).grad)
 

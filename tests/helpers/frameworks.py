@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import bilevel as bl
-from bilevel.protocols import Point
+from bilevel.operators.linear_operator import LinearOperator
 
 FRAMEWORKS = ["numpy", "torch", "jax"]
 DTYPES = [np.float32, np.float64]
@@ -21,6 +21,11 @@ def framework(name: str) -> Any:
     if importlib.util.find_spec(name) is None:
         pytest.skip(f"{name} is not installed")
     return bl.get_backend(name)
+
+
+def namespace(backend: Any) -> Any:
+    """Return the array namespace of a backend."""
+    return backend.space(backend.from_numpy(np.ones(1))).xp
 
 
 def tolerance(dtype: Any, condition: float = 1.0, factor: float = 100.0) -> float:
@@ -43,19 +48,20 @@ def symmetric(eigenvalues: Any, seed: int = 0) -> np.ndarray:
 
 
 def solve(
-    backend: Any, solver: Any, matrix: np.ndarray, rhs: np.ndarray, x0: Any = None
+    backend: Any, solver: Any, matrix: np.ndarray, rhs: np.ndarray, x0: Any = None, symmetric: bool = True
 ) -> tuple[np.ndarray, bl.SolverInfo]:
     """Run a linear solver on a dense system in a framework, compiled where it compiles; bring the answer back."""
     x0 = None if x0 is None else backend.from_numpy(x0)
-    system = Point(backend.from_numpy(matrix), backend.from_numpy(rhs), adjoint0=x0)
+    arrays = (backend.from_numpy(matrix), backend.from_numpy(rhs), x0)
     with np.errstate(all="ignore"):  # NumPy would warn of the nan that some tests put in
-        x, info = backend.execute(_solve, solver, None, system)
-    steps, residual_norm, rhs_norm, status = (backend.to_host(i) for i in info)
+        x, info = backend.run(_solve, solver, *arrays, symmetric)
+    steps, residual_norm, rhs_norm, status = (backend.to_host(i) for i in info[:4])
     return backend.to_numpy(x), bl.SolverInfo(int(steps), residual_norm, rhs_norm, bl.Status(int(status)))
 
 
-def _solve(backend: Any, solver: Any, problem: None, system: Point) -> Any:
-    return solver.solve(lambda v: system.params @ v, system.hparams, system.adjoint0, backend.space)
+def _solve(backend: Any, solver: Any, matrix: Any, rhs: Any, x0: Any, symmetric: bool) -> Any:
+    A = LinearOperator(backend.space(rhs), lambda v: matrix @ v, symmetric)
+    return solver.solve(solver.init(A), A, rhs, x0)
 
 
 def failures(checks: Any) -> dict[str, str]:

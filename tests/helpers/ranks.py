@@ -123,7 +123,7 @@ def influence_of_one(net, train, val, backend, rank, world):
 @contextmanager
 def odd_machine(rank):
     """Let all ranks but the first compute the numbers that steer a solver otherwise, as another kind of machine may."""
-    methods = {name: getattr(TorchSpace, name) for name in ("dot", "project", "max_abs", "on_host")}
+    methods = {name: getattr(TorchSpace, name) for name in ("dot", "stack_dot", "max_abs", "numpy_callback")}
     for name, method in methods.items():
         setattr(TorchSpace, name, lambda *args, method=method: method(*args) * (1 + 1e-3 * rank))
     try:

@@ -9,7 +9,7 @@ from scipy import linalg
 
 import bilevel as bl
 from bilevel import Status
-from bilevel.protocols import Point
+from bilevel.operators.linear_operator import LinearOperator
 from bilevel.spaces.tree import leaves_with_paths, tree_map
 from bilevel.testing import strategies
 
@@ -26,9 +26,10 @@ def solvers(dtype):
     return [bl.CG(rtol=rtol, maxiter=500), bl.MINRES(rtol=rtol, maxiter=500), bl.Neumann(terms=1500), bl.Exact()]
 
 
-def solve_tree(backend, solver, problem, system):
-    space, rhs, matrix = backend.space, system.params, system.hparams
-    return solver.solve(lambda v: space.unravel(matrix @ space.ravel(v), rhs), rhs, None, space)
+def solve_tree(backend, solver, matrix, rhs):
+    space = backend.space(rhs)
+    A = LinearOperator(space, lambda v: space.unravel(matrix @ space.ravel(v)))
+    return solver.solve(solver.init(A), A, rhs, None)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -40,12 +41,12 @@ def test_every_solver_matches_scipy_on_every_tree(backend, dtype, data):
     matrix = data.draw(strategies.symmetric_matrices(flat.size, 30.0)).astype(dtype)
     exact = linalg.solve(matrix.astype(np.float64), flat)
     condition = np.linalg.cond(matrix.astype(np.float64))
-    system = Point(tree_map(backend.from_numpy, rhs), backend.from_numpy(matrix))
+    system = backend.from_numpy(matrix), tree_map(backend.from_numpy, rhs)
     for solver in solvers(dtype):
-        x, info = backend.execute(solve_tree, solver, None, system)
+        x, info = backend.run(solve_tree, solver, *system)
         assert [(p, leaf.shape) for p, leaf in backend.leaves(x)] == [(p, a.shape) for p, a in leaves_with_paths(rhs)]
         assert {backend.to_numpy(leaf).dtype for _, leaf in backend.leaves(x)} == {np.dtype(dtype)}
         assert int(backend.to_host(info.status)) == Status.CONVERGED
         # A residual below rtol norm(b) leaves an error below κ rtol norm(x).
-        error = relative_error(backend.to_numpy(backend.space.ravel(x)), exact)
+        error = relative_error(backend.to_flat(x), exact)
         assert error <= condition * 2 * rtol_of(dtype), solver

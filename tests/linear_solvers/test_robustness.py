@@ -11,7 +11,8 @@ from scipy import linalg
 
 import bilevel as bl
 from bilevel import Status
-from bilevel.protocols import Linearization
+from bilevel.linearization import Linearization
+from bilevel.operators.linear_operator import LinearOperator
 
 B = np.random.default_rng(0).standard_normal(8)
 
@@ -74,7 +75,7 @@ class TestSolvers:
 
         for solver in (bl.CG(), bl.MINRES()):
             calls.clear()
-            x, info = solver.solve(fails_the_second_time, B, None, numpy.space)
+            x, info = solver.solve(None, LinearOperator(numpy.space(B), fails_the_second_time), B, None)
             assert info.status == Status.NON_FINITE
             assert np.isnan(x).all()
 
@@ -82,9 +83,10 @@ class TestSolvers:
     @pytest.mark.parametrize("solver", [bl.CG(rtol=0.05), bl.MINRES(rtol=0.05), bl.Neumann(), bl.Exact()], ids=repr)
     def test_half_precision_solves_what_it_can(self, dtype, solver):
         torch = pytest.importorskip("torch")
-        space, rhs = framework("torch").space, torch.tensor(B).to(getattr(torch, dtype))
-        for operator, exact in ((lambda v: 2 * v, B / 2), (lambda v: torch.linspace(1, 2, 8).to(v) * v, None)):
-            x, info = solver.solve(operator, rhs, None, space)
+        rhs = torch.tensor(B).to(getattr(torch, dtype))
+        for product, exact in ((lambda v: 2 * v, B / 2), (lambda v: torch.linspace(1, 2, 8).to(v) * v, None)):
+            A = LinearOperator(framework("torch").space(rhs), product)
+            x, info = solver.solve(solver.init(A), A, rhs, None)
             exact = B / np.linspace(1, 2, 8) if exact is None else exact
             assert x.dtype == rhs.dtype
             assert int(info.status) == Status.CONVERGED
@@ -94,7 +96,8 @@ class TestSolvers:
         torch = pytest.importorskip("torch")
         for solver in (bl.CG(rtol=0.1), bl.MINRES(rtol=0.1), bl.Neumann(), bl.Identity(), bl.Exact()):
             rhs = torch.tensor(1.0, dtype=torch.bfloat16)
-            x, _ = solver.solve(lambda v: 2 * v, rhs, None, framework("torch").space)
+            A = LinearOperator(framework("torch").space(rhs), lambda v: 2 * v)
+            x, _ = solver.solve(solver.init(A), A, rhs, None)
             assert x.dtype == torch.bfloat16
 
 
@@ -128,16 +131,19 @@ class TestNothingIsSilent:
     def test_an_unroll_that_drives_apart_is_flagged(self, backend):
         problem = bl.problems.quadratic(*(backend.from_numpy(a) for a in (np.diag([1.0, 10.0]), np.eye(2), np.ones(2))))
         w = backend.from_numpy(np.zeros(2))
-        with pytest.warns(bl.SolverWarning, match=r"Unrolled: diverged .* use step_size=0\.1 "):
-            hg = bl.hypergradient(problem, w, w + 0, solver=bl.Unrolled(steps=30, step_size=0.5))
+        solver = bl.Unrolled(steps=30, step_size=0.5)
+        with pytest.warns(bl.SolverWarning, match=r"Unrolled: diverged\. Its step_size"):
+            hg = bl.hypergradient(problem, w, w + 0, solver=solver)
         assert hg.info.status is Status.DIVERGED
+        with pytest.raises(bl.SolverError, match=r"Unrolled: diverged.* use step_size=0\.1 "):
+            bl.hypergradient(problem, w, w + 0, solver=solver, on_failure="raise")
 
     def test_advice_on_damping_holds_for_a_solver_that_has_some(self, backend):
         H = np.diag([-2.0, 1.0])
         problem = bl.problems.quadratic(*(backend.from_numpy(a) for a in (H, np.eye(2), np.ones(2))))
         w = backend.from_numpy(np.zeros(2))
-        with pytest.warns(bl.SolverWarning, match="raise damping above 2,"):
-            bl.hypergradient(problem, w, w + 0, solver=bl.CG(damping=1.0))
+        with pytest.raises(bl.SolverError, match="raise damping above 2,"):
+            bl.hypergradient(problem, w, w + 0, solver=bl.CG(damping=1.0), on_failure="raise")
 
     @pytest.mark.parametrize("name", ["torch", "jax"])
     def test_an_outer_objective_that_is_cut_off(self, name):
@@ -247,11 +253,11 @@ class TestJaxCache:
         assert relative_error(one, 3 * np.asarray(true)) <= 1e-12
 
     def test_a_solver_that_changes_is_not_compiled_once_for_all(self):
-        class Scaled:
+        class Scaled(bl.LinearSolver):
             k = 1.0
 
-            def solve(self, operator, rhs, x0, space):
-                return bl.Identity(self.k).solve(operator, rhs, x0, space)
+            def solve(self, state, A, b, x0):
+                return bl.Identity(self.k).solve(state, A, b, x0)
 
         solver = Scaled()
         first = self.call(solver=solver)

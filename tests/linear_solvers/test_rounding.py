@@ -61,8 +61,8 @@ def test_gmres_ends_within_as_many_steps_as_there_are_unknowns(name):
 
 def with_restarts(module: ModuleType, line: str, fault: str) -> ModuleType:
     """Return a copy of a solver's module that restarts with a fault."""
-    copy = mutant(module, "return iterate(", "return iterate(")
-    copy.iterate = mutant(restarts, line, fault).iterate
+    copy = mutant(module, "return solve_with_restarts(", "return solve_with_restarts(")
+    copy.solve_with_restarts = mutant(restarts, line, fault).solve_with_restarts
     return copy
 
 

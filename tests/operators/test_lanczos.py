@@ -8,13 +8,13 @@ from hypothesis import strategies as st
 from mutants import mutant
 
 from bilevel.operators import lanczos
-from bilevel.protocols import Point
+from bilevel.operators.linear_operator import LinearOperator
 
 seeds = st.integers(0, 2**32 - 1)
 
 
-def ends_of(backend, solver, problem, point):
-    return lanczos.spectrum(lambda v: point.params @ v, point.hparams, backend.space)
+def ends_of(backend, matrix, like):
+    return lanczos.spectrum(LinearOperator(backend.space(like), lambda v: matrix @ v))
 
 
 @given(
@@ -24,8 +24,8 @@ def ends_of(backend, solver, problem, point):
     seed=seeds,
 )
 def test_lanczos_brackets_the_spectrum(backend, eigenvalues, seed):
-    point = Point(backend.from_numpy(symmetric(eigenvalues, seed)), backend.from_numpy(np.zeros(len(eigenvalues))))
-    smallest, largest, _, error = (backend.to_host(end) for end in backend.execute(ends_of, None, None, point))
+    arrays = backend.from_numpy(symmetric(eigenvalues, seed)), backend.from_numpy(np.zeros(len(eigenvalues)))
+    smallest, largest, _, error = (backend.to_host(end) for end in backend.run(ends_of, *arrays))
     width = max(map(abs, eigenvalues)) + 1e-300
     assert min(eigenvalues) - 1e-9 * width <= smallest <= largest <= max(eigenvalues) + 1e-9 * width
     # An unlucky start can miss the very end, but a step size of 1/(largest + error) must stay below 2/λmax.
@@ -34,8 +34,8 @@ def test_lanczos_brackets_the_spectrum(backend, eigenvalues, seed):
 
 def test_lanczos_finds_the_ends_of_a_decaying_spectrum(backend):
     eigenvalues = np.concatenate([np.geomspace(1e-4, 10, 60), [-2.0]])
-    point = Point(backend.from_numpy(symmetric(eigenvalues)), backend.from_numpy(np.zeros(61)))
-    smallest, largest, _, error = (backend.to_host(end) for end in backend.execute(ends_of, None, None, point))
+    arrays = backend.from_numpy(symmetric(eigenvalues)), backend.from_numpy(np.zeros(61))
+    smallest, largest, _, error = (backend.to_host(end) for end in backend.run(ends_of, *arrays))
     assert largest == pytest.approx(10, rel=1e-3)
     assert smallest == pytest.approx(-2, rel=1e-2)
     assert largest + error >= 10 * (1 - 1e-6)
@@ -54,7 +54,7 @@ def excess(backend, spectrum=lanczos.spectrum):
         for seed in range(20):
             matrix = symmetric(eigenvalues, seed).astype(np.float32)
             A, like = (backend.from_numpy(a) for a in (matrix, np.zeros(40, np.float32)))
-            ends = spectrum(lambda v, A=A: A @ v, like, backend.space)
+            ends = spectrum(LinearOperator(backend.space(like), lambda v, A=A: A @ v))
             exact = np.linalg.eigvalsh(matrix.astype(np.float64))
             for estimate, error in zip(ends[:2], ends[2:], strict=True):
                 beyond = np.abs(exact - float(estimate)).min() - float(error)

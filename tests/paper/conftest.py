@@ -1,9 +1,18 @@
 """A small run of a system of the paper."""
 
+from pathlib import Path
+
 import pytest
 
 pytest.register_assert_rewrite("paper_systems")
 from paper_systems import paper  # noqa: E402
+
+
+def pytest_collection_modifyitems(items):
+    """Mark what runs a system; test_runs.py does not."""
+    for item in items:
+        if item.path.parent == Path(__file__).parent and item.path.stem != "test_runs":
+            item.add_marker("slow")
 
 
 @pytest.fixture(scope="module")

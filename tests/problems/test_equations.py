@@ -2,87 +2,32 @@
 
 import numpy as np
 import pytest
-from frameworks import DTYPES, framework, relative_error, tolerance
+from cases import KINDS, Affine, SquaredDistance, equation
+from frameworks import DTYPES, framework, namespace, relative_error, tolerance
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import linalg, optimize
 
 import bilevel as bl
 from bilevel import scipy_fit
-from bilevel.protocols import NonSymmetric
 from bilevel.testing import check_hypergradient, exact_hypergradient, finite_difference_hypergradient
-
-
-class Affine:
-    """Aw + Bλ + c."""
-
-    def __call__(self, w, h, A, B, c):
-        return A @ w + B @ h + c
-
-    def vjp_params(self, w, h, v, A, B, c):
-        return A.T @ v
-
-    def vjp_hparams(self, w, h, v, A, B, c):
-        return B.T @ v
-
-
-class Outer:
-    """F = ½‖w − t‖² + dᵀλ."""
-
-    def __call__(self, w, h, t, d):
-        return 0.5 * ((w - t) @ (w - t)) + d @ h
-
-    def grad(self, w, h, t, d):
-        return w - t, d
-
-
-KINDS = {"fixed point": bl.FixedPoint(Affine(), Outer()), "root": bl.Root(Affine(), Outer())}
-
-
-class Case:
-    """w = Aw + Bλ + c, or 0 = Aw + Bλ + c, with its solution and hypergradient in closed form."""
-
-    def __init__(self, backend, kind, seed=0, weights=5, hypers=3, dtype=np.float64):
-        rng = np.random.default_rng(seed)
-        A = rng.standard_normal((weights, weights))
-        A *= 0.6 / np.abs(np.linalg.eigvals(A)).max()
-        if kind == "root":
-            A += 2 * np.eye(weights)
-        residual_jacobian = np.eye(weights) - A if kind == "fixed point" else A
-        sign = -1.0 if kind == "fixed point" else 1.0  # of λ in the residual
-        B, c, t, d = (rng.standard_normal(shape) for shape in ((weights, hypers), weights, weights, hypers))
-        h = rng.standard_normal(hypers)
-        w = linalg.solve(residual_jacobian, -sign * (B @ h + c))
-        self.A, self.B, self.miss, self.d = A, B, w - t, d
-        self.condition = np.linalg.cond(residual_jacobian)
-        self.adjoint = linalg.solve(residual_jacobian.T, w - t)
-        self.expected = d - sign * B.T @ self.adjoint
-
-        def move(*arrays):
-            return tuple(backend.from_numpy(np.asarray(a, dtype)) for a in arrays)
-
-        self.problem, (self.params, self.hparams) = KINDS[kind], move(w, h)
-        self.args = {"inner_args": move(A, B, c), "outer_args": move(t, d)}
-
-    def hypergradient(self, **options):
-        return bl.hypergradient(self.problem, self.params, self.hparams, **self.args, **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_an_affine_equation_matches_its_closed_form(backend, kind, dtype, seed):
-    case = Case(backend, kind, seed, dtype=dtype)
+    case = equation(kind, backend, seed=seed, dtype=dtype)
     hg = case.hypergradient(solver="exact")
     assert hg.info.status is bl.Status.CONVERGED
     assert backend.to_numpy(hg.grad).dtype == dtype
-    scale = np.linalg.norm(case.d) + np.linalg.norm(case.B) * np.linalg.norm(case.adjoint)
+    scale = np.linalg.norm(case.direct) + np.linalg.norm(case.coupling) * np.linalg.norm(case.adjoint)
     for found, expected, size in (
         (hg.adjoint, case.adjoint, np.linalg.norm(case.adjoint)),
-        (hg.grad, case.expected, scale),
+        (hg.grad, case.grad, scale),
     ):
         error = np.linalg.norm(backend.to_numpy(found) - expected)
-        assert error <= tolerance(dtype, case.condition) * size
+        assert error <= tolerance(dtype, np.linalg.cond(case.matrix)) * size
 
 
 @pytest.mark.parametrize(
@@ -92,10 +37,10 @@ def test_an_affine_equation_matches_its_closed_form(backend, kind, dtype, seed):
 )
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_solver_for_such_systems_agrees(backend, kind, solver):
-    case = Case(backend, kind)
+    case = equation(kind, backend)
     if kind == "root" and isinstance(solver, bl.Neumann | bl.Unrolled):  # "auto" is a step of 1, of no use here
         solver = bl.get_solver(solver, step_size=0.3)
-    assert relative_error(case.hypergradient(solver=solver).grad, case.expected) <= 1e-9
+    assert relative_error(case.hypergradient(solver=solver).grad, case.grad) <= 1e-9
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -106,14 +51,16 @@ def test_products_have_the_dtype_of_what_they_are_taken_by(kind, solver):
     A, B, c, t = np.diag([2.0, 3.0, 4.0]), *(rng.standard_normal(shape) for shape in ((3, 2), 3, 3))
     w, h, d = np.ones(3), np.ones(2), np.zeros(2)
     narrow = bl.hypergradient(
-        type(KINDS[kind])(_Rounded(), Outer()),
+        KINDS[kind](_Rounded(), SquaredDistance()),
         w.astype(np.float32),
         h.astype(np.float32),
         inner_args=(A, B, c),
         outer_args=(t, d),
         solver=solver,
     )
-    wide = bl.hypergradient(KINDS[kind], w, h, inner_args=(A, B, c), outer_args=(t, d), solver=solver)
+    wide = bl.hypergradient(
+        KINDS[kind](Affine(), SquaredDistance()), w, h, inner_args=(A, B, c), outer_args=(t, d), solver=solver
+    )
     assert narrow.grad.dtype == narrow.adjoint.dtype == np.float32
     assert relative_error(narrow.grad, wide.grad) <= 1e-4
 
@@ -124,70 +71,78 @@ class _Rounded(Affine):
 
 
 def test_a_step_that_does_not_contract_is_said(backend):
-    case = Case(backend, "root")
+    case = equation("root", backend)
     with pytest.warns(bl.SolverWarning, match=r'Neumann: diverged.*does not contract at params.*solver="gmres"'):
         hg = case.hypergradient(solver=bl.Neumann(terms=50, step_size=3.0))
     assert hg.info.status is bl.Status.DIVERGED
 
 
 def test_preparing_and_batches(backend):
-    case = Case(backend, "fixed point")
+    case = equation("fixed point", backend)
     prepared = bl.prepare("neumann", case.problem, case.params, case.hparams, inner_args=case.args["inner_args"])
-    assert prepared.step_size == 1.0
+    assert prepared.state == 1.0
     case.args["inner_args"] = [case.args["inner_args"]] * 2
-    with pytest.raises(TypeError, match="a fixed point or a root is one of all the data: give one tuple"):
+    with pytest.raises(TypeError, match="a fixed point or a root needs all of the data: pass one tuple"):
         case.hypergradient(solver="neumann")
 
 
 def test_unrolling_forwards_is_refused(backend):
-    with pytest.raises(TypeError, match=r'forward.*has those with its transpose.*mode="reverse"'):
-        Case(backend, "fixed point").hypergradient(solver=bl.Unrolled(steps=2, step_size=1.0, mode="forward"))
+    with pytest.raises(TypeError, match=r'forward.*Only products with its transpose.*mode="reverse"'):
+        equation("fixed point", backend).hypergradient(solver=bl.Unrolled(steps=2, step_size=1.0, mode="forward"))
 
 
 def test_the_product_along_hparams_is_the_transpose(backend):
     if backend.name == "numpy":
         pytest.skip("objects need not bring it")
     for kind in KINDS:
-        case = Case(backend, kind)
-        found = case.problem.derivatives(backend, case.params, case.hparams, case.args["inner_args"])
+        case = equation(kind, backend)
+        found = case.problem.linearize(backend, case.params, case.hparams, case.args["inner_args"])
         sign = -1 if kind == "fixed point" else 1
-        assert relative_error(found.cross_jvp(case.hparams), sign * case.B @ backend.to_numpy(case.hparams)) <= 1e-14
+        assert (
+            relative_error(found.jvp_hparams(case.hparams), sign * case.coupling @ backend.to_numpy(case.hparams))
+            <= 1e-14
+        )
 
 
 def test_the_identity_takes_the_last_step_alone(backend):
     """Jacobian-free backpropagation: dF/dλ ≈ ∂F/∂λ + (∂step/∂λ)ᵀ ∂F/∂w."""
-    case = Case(backend, "fixed point")
-    assert relative_error(case.hypergradient(solver="identity").grad, case.d + case.B.T @ case.miss) <= 1e-14
+    case = equation("fixed point", backend)
+    assert (
+        relative_error(
+            case.hypergradient(solver="identity").grad, case.direct + case.coupling.T @ (case.minimum - case.target)
+        )
+        <= 1e-14
+    )
 
 
 def test_unrolling_a_fixed_point_goes_back_through_its_steps(backend):
-    case = Case(backend, "fixed point")
+    case = equation("fixed point", backend)
     hg = case.hypergradient(solver=bl.Unrolled(steps=4, step_size=1.0))
-    powers = sum(np.linalg.matrix_power(case.A.T, k) for k in range(4))
+    powers = sum(np.linalg.matrix_power(np.eye(5) - case.matrix.T, k) for k in range(4))
     assert relative_error(hg.params, case.params) <= 1e-13
-    assert relative_error(hg.grad, case.d + case.B.T @ powers @ case.miss) <= 1e-13
+    assert relative_error(hg.grad, case.direct + case.coupling.T @ powers @ (case.minimum - case.target)) <= 1e-13
 
 
 @pytest.mark.parametrize("solver", ["cg", "minres"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_solvers_that_rely_on_symmetry_say_what_to_use(backend, kind, solver):
     with pytest.raises(TypeError, match=rf'{solver.upper()} relies on a symmetric operator.*"gmres".*"exact"'):
-        Case(backend, kind).hypergradient(solver=solver)
+        equation(kind, backend).hypergradient(solver=solver)
 
 
 def test_a_linearization_by_hand_may_be_nonsymmetric(backend):
-    case = Case(backend, "root")
+    case = equation("root", backend)
     A, B, _ = case.args["inner_args"]
     lin = bl.Linearization(
         value=backend.from_numpy(np.array(0.0)),
-        grad_params=backend.from_numpy(case.miss),
+        grad_params=backend.from_numpy(case.minimum - case.target),
         grad_hparams=None,
-        hvp=NonSymmetric(lambda v: A.T @ v),
+        hvp=bl.NonSymmetric(lambda v: A.T @ v),
         cross_vjp=lambda v: B.T @ v,
     )
     with pytest.raises(TypeError, match="CG relies on a symmetric operator"):
         bl.hypergradient_from(lin)
-    assert relative_error(bl.hypergradient_from(lin, solver="exact").grad, case.expected - case.d) <= 1e-12
+    assert relative_error(bl.hypergradient_from(lin, solver="exact").grad, case.grad - case.direct) <= 1e-12
 
 
 class TestDeepEquilibrium:
@@ -239,7 +194,7 @@ class TestDeepEquilibrium:
     def test_it_matches_differences_of_the_solution_by_scipy(self, autodiff, arrays, kind):
         hparams, x, y, readout = arrays
         params, moved, data = self.move(autodiff, arrays)
-        hg = bl.hypergradient(self.problem(autodiff.space.xp, kind), params, moved, solver="exact", **data)
+        hg = bl.hypergradient(self.problem(namespace(autodiff), kind), params, moved, solver="exact", **data)
 
         def outer(h):
             return ((readout @ self.solve(h, x) - y) ** 2).sum() + 0.1 * (h["U"] ** 2).sum()
@@ -254,7 +209,7 @@ class TestDeepEquilibrium:
     @pytest.mark.parametrize("kind", KINDS)
     def test_the_references_hold_for_it(self, autodiff, arrays, kind):
         params, hparams, data = self.move(autodiff, arrays)
-        problem = self.problem(autodiff.space.xp, kind)
+        problem = self.problem(namespace(autodiff), kind)
         for reference in ("exact", "finite-differences"):
             check_hypergradient(problem, params, hparams, solver="exact", reference=reference, **data)
         exact = exact_hypergradient(problem, params, hparams, **data)
@@ -266,13 +221,13 @@ class TestDeepEquilibrium:
 
     def test_a_check_finds_a_truncated_solve(self, autodiff, arrays):
         params, hparams, data = self.move(autodiff, arrays)
-        problem = self.problem(autodiff.space.xp, "fixed point")
+        problem = self.problem(namespace(autodiff), "fixed point")
         with pytest.raises(AssertionError, match="Identity"):
             check_hypergradient(problem, params, hparams, solver="identity", **data)
 
     def test_a_fixed_point_off_its_solution_is_found_out_by_differences(self, autodiff, arrays):
         params, hparams, data = self.move(autodiff, arrays)
-        problem = self.problem(autodiff.space.xp, "fixed point")
+        problem = self.problem(namespace(autodiff), "fixed point")
         away = {"z": params["z"] + 0.3}
         with pytest.raises(AssertionError, match="params is not the minimizer"):
             check_hypergradient(problem, away, hparams, solver="exact", reference="finite-differences", **data)
@@ -283,8 +238,8 @@ def test_wrong_products_of_an_analytic_step_are_named():
         def vjp_params(self, w, h, v, A, B, c):
             return A @ v
 
-    case = Case(bl.get_backend("numpy"), "fixed point")
-    problem = bl.FixedPoint(Wrong(), Outer())
+    case = equation("fixed point", bl.get_backend("numpy"))
+    problem = bl.FixedPoint(Wrong(), SquaredDistance())
     with pytest.raises(AssertionError, match="inner hvp contradicts differences of inner grad"):
         check_hypergradient(
             problem, case.params, case.hparams, solver="exact", reference="finite-differences", **case.args
@@ -307,7 +262,7 @@ class TestStepsOfAnOptimizer:
     @pytest.mark.parametrize("name", ["torch", "jax"])
     def test_it_gives_the_hypergradient_of_the_minimum(self, name):
         backend = framework(name)
-        inner, outer = self.losses(backend.space.xp)
+        inner, outer = self.losses(namespace(backend))
         if name == "torch":
             import torch
 
@@ -397,18 +352,23 @@ class TestJax:
     @pytest.mark.parametrize("kind", KINDS)
     def test_jit_and_vmap_give_the_same_as_eager(self, kind):
         jax = pytest.importorskip("jax")
-        cases = [Case(bl.get_backend("jax"), kind, seed) for seed in range(2)]
+        cases = [equation(kind, bl.get_backend("jax"), seed=seed) for seed in range(2)]
 
         def call(w, h, inner_args, outer_args):
             return bl.hypergradient(
-                KINDS[kind], w, h, inner_args=inner_args, outer_args=outer_args, solver="exact"
+                KINDS[kind](Affine(), SquaredDistance()),
+                w,
+                h,
+                inner_args=inner_args,
+                outer_args=outer_args,
+                solver="exact",
             ).grad
 
         inputs = [(c.params, c.hparams, c.args["inner_args"], c.args["outer_args"]) for c in cases]
         mapped = jax.vmap(call)(*jax.tree.map(lambda *xs: jax.numpy.stack(xs), *inputs))
         for case, each, one in zip(cases, inputs, mapped, strict=True):
-            assert relative_error(jax.jit(call)(*each), case.expected) <= 1e-12
-            assert relative_error(one, case.expected) <= 1e-12
+            assert relative_error(jax.jit(call)(*each), case.grad) <= 1e-12
+            assert relative_error(one, case.grad) <= 1e-12
 
     def test_an_equal_problem_does_not_trace_again(self):
         pytest.importorskip("jax")
@@ -418,7 +378,7 @@ class TestJax:
             traces.append(1)
             return affine(*args)
 
-        outer, case = Outer(), Case(bl.get_backend("jax"), "fixed point")
+        outer, case = SquaredDistance(), equation("fixed point", bl.get_backend("jax"))
         counts = []
         for _ in range(3):
             bl.hypergradient(bl.FixedPoint(step, outer), case.params, case.hparams, solver="exact", **case.args)
@@ -444,7 +404,7 @@ class TestMistakes:
         with pytest.raises(
             TypeError, match=r"FixedPoint\.step: expected a function .* returns the next params, got int"
         ):
-            bl.FixedPoint(3, Outer())
+            bl.FixedPoint(3, SquaredDistance())
         with pytest.raises(TypeError, match=r"Root\.outer: expected a function .* returns a scalar, got str"):
             bl.Root(Affine(), "outer")
 
@@ -489,14 +449,14 @@ class TestMistakes:
             def __call__(self, w, h):
                 return 0.5 * w
 
-        case = Case(bl.get_backend("numpy"), "fixed point")
+        case = equation("fixed point", bl.get_backend("numpy"))
         with pytest.raises(TypeError, match=r"the step \(Half\) has no method 'vjp_params'.*torch and jax"):
-            bl.hypergradient(bl.FixedPoint(Half(), Outer()), case.params, case.hparams, **case.args)
+            bl.hypergradient(bl.FixedPoint(Half(), SquaredDistance()), case.params, case.hparams, **case.args)
 
     def test_a_backend_without_them(self):
-        from bilevel.protocols import Backend
+        from bilevel.backend import Backend
 
-        case, backend = Case(bl.get_backend("numpy"), "root"), bl.get_backend("numpy")
+        case, backend = equation("root", bl.get_backend("numpy")), bl.get_backend("numpy")
 
         class Bare(type(backend)):
             jacobian, gauss_newton = Backend.jacobian, Backend.gauss_newton
@@ -510,12 +470,12 @@ class TestMistakes:
 
     def test_scipy_fit_has_nothing_to_minimize(self):
         with pytest.raises(TypeError, match="scipy_fit minimizes an inner objective, which FixedPoint does not have"):
-            scipy_fit(KINDS["fixed point"])
+            scipy_fit(KINDS["fixed point"](Affine(), SquaredDistance()))
 
 
 def test_minimize_takes_a_fit_that_iterates(backend):
     """F = ½‖w*(λ) − t‖² with w* = (I − A)⁻¹(Bλ + c), λ as many as w: the minimum is zero."""
-    case = Case(backend, "fixed point", hypers=5)
+    case = equation("fixed point", backend, hypers=5)
     A, B, c = case.args["inner_args"]
 
     def fit(hparams, params):
@@ -525,6 +485,6 @@ def test_minimize_takes_a_fit_that_iterates(backend):
 
     t, _ = case.args["outer_args"]
     args = {**case.args, "outer_args": (t, 0 * t)}
-    start = 0.5 * case.miss @ case.miss
+    start = 0.5 * np.sum((case.minimum - case.target) ** 2)
     found = bl.minimize(case.problem, case.hparams, fit=fit, params0=case.params, solver="exact", **args)
     assert found.fun <= 1e-6 * start

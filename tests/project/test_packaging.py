@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[2]
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["version"]
 DIST_INFO = f"bilevel-{VERSION}.dist-info"
 PACKAGES = {"bilevel", "bilevel_numpy", "bilevel_torch", "bilevel_jax"}
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from zipfile import ZipFile
 import pytest
 
 THEIRS = Path(__file__).parents[1] / "thirdparty"
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

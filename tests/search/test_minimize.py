@@ -16,7 +16,7 @@ FEATURES = 5
 BOUNDS = (-6.0, 3.0)
 
 
-class Case:
+class PerFeature:
     """Ridge regression where only two of the features matter, moved to a framework."""
 
     def __init__(self, backend=None, n=20):
@@ -57,7 +57,7 @@ class Case:
 
 @cache
 def searched(backend):
-    return Case(backend).minimize()
+    return PerFeature(backend).minimize()
 
 
 class TestRidgeWithAPenaltyPerFeature:
@@ -66,7 +66,7 @@ class TestRidgeWithAPenaltyPerFeature:
         return searched(backend)
 
     def test_agrees_with_scipy_on_the_closed_form(self, found, backend):
-        case = Case()
+        case = PerFeature()
         expected = optimize.minimize(
             case.value, np.zeros(FEATURES), bounds=[BOUNDS] * FEATURES, options={"ftol": 1e-15, "gtol": 1e-10}
         )
@@ -76,7 +76,7 @@ class TestRidgeWithAPenaltyPerFeature:
         assert found.fun == pytest.approx(case.value(backend.to_numpy(found.x)), rel=1e-8)
 
     def test_beats_a_grid_over_one_shared_penalty(self, found):
-        case = Case()
+        case = PerFeature()
         assert found.fun < 0.99 * min(case.value(np.full(FEATURES, s)) for s in np.linspace(*BOUNDS, 200))
 
     def test_stays_within_bounds_and_uses_them(self, found, backend):
@@ -144,7 +144,7 @@ def test_the_scale_of_the_outer_objective_does_not_matter(scale):
 
 
 def test_the_callback_sees_each_iteration_at_its_minimum():
-    case, seen = Case(), []
+    case, seen = PerFeature(), []
     found = case.minimize(callback=seen.append)
     assert [result.nit for result in seen] == list(range(1, found.nit + 1))
     values = [result.fun for result in seen]
@@ -163,7 +163,7 @@ def test_the_callback_can_stop_the_search(method):
         if result.nit == 2:
             raise StopIteration
 
-    found = Case().minimize(callback=stop_at_two, method=method, bounds=None)
+    found = PerFeature().minimize(callback=stop_at_two, method=method, bounds=None)
     assert not found.success
     assert found.nit == 2
     np.testing.assert_array_equal(found.x, last["x"])
@@ -171,7 +171,7 @@ def test_the_callback_can_stop_the_search(method):
 
 
 def test_fits_start_from_the_last_accepted_solution():
-    case, starts, solutions = Case(), [], [None]
+    case, starts, solutions = PerFeature(), [], [None]
 
     def fit(hparams, params0):
         starts.append(params0)
@@ -188,7 +188,7 @@ class TestFitsThatTrainInPlace:
     """At every iteration, and at the end, params are those that hparams give."""
 
     def search(self, fit, backend, **options):
-        case, seen = Case(backend), []
+        case, seen = PerFeature(backend), []
         found = case.minimize(fit=fit, callback=seen.append, **options)
         assert len(seen) > 3
         for result in [*seen, found]:
@@ -199,7 +199,7 @@ class TestFitsThatTrainInPlace:
     @pytest.mark.parametrize("name", ["numpy", "torch"])  # JAX's arrays do not change
     def test_params0_itself(self, name):
         backend = framework(name)
-        fit = Case(backend).fit
+        fit = PerFeature(backend).fit
 
         def in_place(hparams, params0):
             params0[:] = fit(hparams, params0)
@@ -210,7 +210,7 @@ class TestFitsThatTrainInPlace:
     def test_a_module_that_pytorch_trains(self):
         torch = pytest.importorskip("torch")
         backend = framework("torch")
-        weight, fit = torch.zeros(FEATURES, dtype=torch.float64, requires_grad=True), Case(backend).fit
+        weight, fit = torch.zeros(FEATURES, dtype=torch.float64, requires_grad=True), PerFeature(backend).fit
 
         def train(hparams, params0):
             with torch.no_grad():
@@ -223,7 +223,7 @@ class TestFitsThatTrainInPlace:
 
 
 def test_a_float32_fit_of_float64_data():
-    case = Case()
+    case = PerFeature()
     found = case.minimize(fit=lambda h, _: case.params(h).astype(np.float32))
     assert found.params.dtype == np.float32
     assert found.fun == pytest.approx(searched(case.backend).fun, rel=1e-4)
@@ -231,10 +231,10 @@ def test_a_float32_fit_of_float64_data():
 
 @pytest.mark.parametrize("bounds", [(0.0, 0.0), [(0.0, 0.0)] * FEATURES], ids=["pair", "pairs"])
 def test_bounds_that_leave_nothing_to_search(bounds):
-    found = Case().minimize(bounds=bounds)
+    found = PerFeature().minimize(bounds=bounds)
     assert (found.nit, found.success, len(found.history)) == (0, True, 1)
     np.testing.assert_array_equal(found.x, np.zeros(FEATURES))
-    assert found.fun == pytest.approx(Case().value(np.zeros(FEATURES)))
+    assert found.fun == pytest.approx(PerFeature().value(np.zeros(FEATURES)))
 
 
 def test_the_linear_solves_tighten_even_without_progress():
@@ -258,7 +258,7 @@ class Growing:
 
 
 def test_warm_starts_save_steps():
-    case = Case()
+    case = PerFeature()
     cold = bl.hypergradient(
         RIDGE,
         case.params(np.zeros(5)),
@@ -274,9 +274,9 @@ def test_warm_starts_save_steps():
 
 @pytest.mark.parametrize("solver", ["exact", "neumann", bl.Unrolled(steps=100)], ids=["exact", "neumann", "unrolled"])
 def test_a_solver_without_tolerance_is_left_as_it_is(solver):
-    found = Case().minimize(solver=solver)
+    found = PerFeature().minimize(solver=solver)
     assert {evaluation.rtol for evaluation in found.history} == {None}
-    assert found.fun < Case().value(np.zeros(FEATURES))
+    assert found.fun < PerFeature().value(np.zeros(FEATURES))
 
 
 def test_trees_of_hyperparameters(backend):
@@ -286,7 +286,7 @@ def test_trees_of_hyperparameters(backend):
     found = bl.minimize(
         bl.Problem(TreeInner(), TreeOuter()),
         tree([[0.0, 0.0]], 0.0),
-        fit=lambda h, _: {"w": backend.space.axpy(0.0, h["a"], h["a"]), "v": 1.0 * h["b"][0]},
+        fit=lambda h, _: {"w": 1.0 * h["a"], "v": 1.0 * h["b"][0]},
     )
     np.testing.assert_allclose(backend.to_numpy(found.x["a"]), [[1.0, 1.0]], atol=1e-4)
     np.testing.assert_allclose(backend.to_numpy(found.x["b"][0]), -2.0, atol=1e-4)
@@ -326,7 +326,7 @@ def test_jax_does_not_trace_again_when_the_tolerance_changes():
         traces.append(1)
         return problem.inner(w, h, X, y)
 
-    case, counts, counted = Case(framework("jax")), [], bl.Problem(inner, problem.outer)
+    case, counts, counted = PerFeature(framework("jax")), [], bl.Problem(inner, problem.outer)
     found = bl.minimize(
         counted,
         case.hparams0,
@@ -346,44 +346,44 @@ def test_jax_does_not_trace_again_when_the_tolerance_changes():
 
 class TestMistakes:
     def test_an_unknown_method_gets_the_nearest_name(self):
-        with pytest.raises(ValueError, match=r"no 'L-BFGS' here\. Did you mean 'L-BFGS-B'"):
-            Case().minimize(method="L-BFGS")
+        with pytest.raises(ValueError, match=r"does not support 'L-BFGS'\. Did you mean 'L-BFGS-B'"):
+            PerFeature().minimize(method="L-BFGS")
 
     def test_a_method_without_gradients_is_refused(self):
-        with pytest.raises(ValueError, match="no 'Nelder-Mead' here"):
-            Case().minimize(method="Nelder-Mead")
+        with pytest.raises(ValueError, match="does not support 'Nelder-Mead'"):
+            PerFeature().minimize(method="Nelder-Mead")
 
     def test_bounds_with_a_method_that_takes_none(self):
-        with pytest.raises(ValueError, match='bounds: BFGS takes none; use method="L-BFGS-B"'):
-            Case().minimize(method="bfgs")
+        with pytest.raises(ValueError, match='bounds: BFGS does not accept bounds; use method="L-BFGS-B"'):
+            PerFeature().minimize(method="bfgs")
 
     @pytest.mark.parametrize(
         "bounds", [3.0, [], [(0, 1)] * 3, [0, 1, 2], {"low": 0, "high": 1}, (np.zeros(5), np.ones(5))], ids=str
     )
     def test_bounds_of_another_form(self, bounds):
         with pytest.raises(ValueError, match=r"bounds: expected \(low, high\), .* each of 5 entries, got"):
-            Case().minimize(bounds=bounds)
+            PerFeature().minimize(bounds=bounds)
 
     @pytest.mark.parametrize("maxiter", [0, -1, 2.5, True, None, "5"])  # SciPy's L-BFGS-B takes 0 for 1
     def test_maxiter_that_is_no_number_of_iterations(self, maxiter):
         with pytest.raises(ValueError, match=r"maxiter: expected an integer >= 1, got"):
-            Case().minimize(maxiter=maxiter)
+            PerFeature().minimize(maxiter=maxiter)
 
     def test_a_fit_that_returns_nothing(self):
-        with pytest.raises(ValueError, match=r"fit: expected the params .* got None\. Does it return them"):
-            Case().minimize(fit=lambda hparams, params0: None)
+        with pytest.raises(ValueError, match=r"fit: expected the new params, got None\. Does the function return them"):
+            PerFeature().minimize(fit=lambda hparams, params0: None)
 
     def test_an_unknown_solver(self):
         with pytest.raises(ValueError, match="Did you mean 'cg'"):
-            Case().minimize(solver="cgg")
+            PerFeature().minimize(solver="cgg")
 
     def test_integer_hyperparameters(self):
         with pytest.raises(TypeError, match="hparams: expected a floating-point leaf"):
-            Case().minimize(hparams0=np.zeros(FEATURES, int))
+            PerFeature().minimize(hparams0=np.zeros(FEATURES, int))
 
     def test_hyperparameters_of_no_framework(self):
         with pytest.raises(TypeError, match="expected trees of NumPy, torch or JAX arrays"):
-            Case().minimize(hparams0=[0.0, 0.0])
+            PerFeature().minimize(hparams0=[0.0, 0.0])
 
 
 class TestFailures:
@@ -401,24 +401,24 @@ class TestFailures:
 
     def test_failed_solves_warn_once_and_are_all_recorded(self):
         with pytest.warns(bl.SolverWarning, match="CG: stopped after 1 steps") as caught:
-            found = Case().minimize(solver=bl.CG(maxiter=1), maxiter=2)
+            found = PerFeature().minimize(solver=bl.CG(maxiter=1), maxiter=2)
         assert len(caught) == 1
         assert all(evaluation.status == Status.MAXITER for evaluation in found.history)
         assert len(found.history) > 1
 
     def test_failed_solves_raise_on_request(self):
         with pytest.raises(bl.SolverError, match="CG: stopped after 1 steps"):
-            Case().minimize(solver=bl.CG(maxiter=1), on_failure="raise")
+            PerFeature().minimize(solver=bl.CG(maxiter=1), on_failure="raise")
 
 
 class TestProgress:
     def test_a_bar_shows_iterations_and_value(self, capsys):
         pytest.importorskip("tqdm")
-        found = Case().minimize(progress=True, maxiter=3)
+        found = PerFeature().minimize(progress=True, maxiter=3)
         err = capsys.readouterr().err
         assert "3/3" in err
         assert f"value={found.fun:.5g}" in err
 
     def test_no_terminal_no_bar(self, capsys):
-        Case().minimize(maxiter=3)
+        PerFeature().minimize(maxiter=3)
         assert capsys.readouterr().err == ""

@@ -9,14 +9,14 @@ import pytest
 from frameworks import failures, framework
 
 import bilevel as bl
-from bilevel.protocols import InnerDerivatives
+from bilevel.linearization import LinearizedMap
 from bilevel.spaces.tree import tree_map
 from bilevel.testing import check_backend
 
 SEEDS = itertools.count()
 NUMPY = framework("numpy")
 CUT_OFF = {"inner_cut_off-numpy", "outer_cut_off-numpy"}  # of numpy's backend: objectives bring their derivatives
-Space, Backend = type(NUMPY.space), type(NUMPY)
+Space, Backend = type(NUMPY.space(np.zeros(1))), type(NUMPY)
 
 
 class SpaceFaults:
@@ -34,25 +34,25 @@ class SpaceFaults:
         def scale(self, alpha, x):
             return x if alpha == 1 else super().scale(-alpha, x)
 
-    class update(Space):
-        def update(self, flag, alpha, x, y, beta=None):
-            return super().update(flag, alpha, x, y)
+    class axpby_where(Space):
+        def axpby_where(self, flag, alpha, x, y, beta=1.0):
+            return super().axpby_where(flag, alpha, x, y)
 
-    class zeros_like(Space):
-        def zeros_like(self, x):
-            return self.scale(0.0, x)
+    class zeros(Space):
+        def zeros(self):
+            return self.scale(0.0, self.like)
 
     class map_entries(Space):
         def map(self, function, x, *rest):
             return super().map(function, x, *(x for _ in rest))
 
-    class select(Space):
-        def select(self, flag, x, y):
+    class where(Space):
+        def where(self, flag, x, y):
             return self.axpy(float(flag), x, self.scale(1 - float(flag), y))
 
-    class normal_like(Space):
-        def normal_like(self, x, seed):
-            return super().normal_like(x, next(SEEDS))
+    class normal_draws(Space):
+        def normal(self, seed, count=None):
+            return super().normal(next(SEEDS), count)
 
     class max_abs(Space):
         def max_abs(self, x):
@@ -63,28 +63,26 @@ class SpaceFaults:
             return np.bool_(not np.isnan(self.ravel(x)).any())
 
     class eps_and_size(Space):
-        def eps(self, x):
-            return 2.0**-52
+        eps = 2.0**-52
 
     class mixed_precision(Space):
-        def eps(self, x):
-            return float(min(np.finfo(leaf.dtype).eps for _, leaf in NUMPY.leaves(x)))
+        eps = property(lambda self: float(min(np.finfo(leaf.dtype).eps for leaf in self.leaves(self.like))))
 
     class ravel_unravel(Space):
-        def unravel(self, array, like):
-            return super().unravel(array[::-1], like)
+        def unravel(self, array):
+            return super().unravel(array[::-1])
 
-    class dense(Space):
-        def dense(self, operator, like):
-            return super().dense(operator, like).T
+    class materialise(Space):
+        def materialise(self, operator):
+            return super().materialise(operator).T
 
-    class on_host(Space):
-        def on_host(self, function, *arrays):
+    class numpy_callback(Space):
+        def numpy_callback(self, function, *arrays):
             return function(*arrays)
 
     class stacks(Space):
-        def take(self, stack, i):
-            return super().take(stack, max(i - 1, 0))
+        def get(self, stack, i):
+            return super().get(stack, max(i - 1, 0))
 
     class while_loop(Space):
         def while_loop(self, live, body, state, max_steps):
@@ -150,38 +148,39 @@ class BackendFaults:
     class closed_form(Backend):
         def inner(self, *args):
             found = super().inner(*args)
-            return found._replace(hvp=lambda v: 2 * found.hvp(v))
+            return found._replace(vjp_params=lambda v: 2 * found.vjp_params(v))
 
     class nested_trees(Backend):
         def inner(self, *args):
             found = super().inner(*args)
-            return found._replace(hvp=lambda v: tree_map(np.ravel, found.hvp(v)))
+            return found._replace(vjp_params=lambda v: tree_map(np.ravel, found.vjp_params(v)))
 
     class differences(Backend):
         def inner(self, objective, params, hparams, args):
             found = super().inner(objective, params, hparams, args)
             if isinstance(params, dict):  # right on vectors
-                return found._replace(cross_vjp=lambda v: NUMPY.space.scale(-1.0, found.cross_vjp(v)))
+                of_hparams = self.space(hparams)
+                return found._replace(vjp_hparams=lambda v: of_hparams.scale(-1.0, found.vjp_hparams(v)))
             return found
 
-    class aside(Backend):
+    class isolated(Backend):
         @contextmanager
-        def aside(self, point, double):
-            yield lambda params, hparams: point
+        def isolated(self, inputs, double):
+            yield lambda params, hparams: inputs
 
     class fixed_point(Backend):
-        def jacobian(self, *args, role):
-            found = super().jacobian(*args, role=role)
-            return found._replace(hvp=lambda v: found.hvp(2 * v))
+        def jacobian(self, *args, label):
+            found = super().jacobian(*args, label=label)
+            return found._replace(vjp_params=lambda v: found.vjp_params(2 * v))
 
     class gauss_newton(Backend):
         def gauss_newton(self, inner, params, hparams, args):
             X, y = args
-            return InnerDerivatives(X.T @ (X @ params - y), lambda v: X.T @ (X @ v), lambda v: params * v)
+            return LinearizedMap(X.T @ (X @ params - y), lambda v: X.T @ (X @ v), lambda v: params * v)
 
     class none_without_direct_term(Backend):
-        def outer(self, objective, params, hparams, args, role="outer"):
-            found = super().outer(objective, params, hparams, args, role)
+        def outer(self, objective, params, hparams, args, **options):
+            found = super().outer(objective, params, hparams, args, **options)
             return found._replace(grad_hparams=0 * hparams) if found.grad_hparams is None else found
 
     class hparams_without_influence(none_without_direct_term):
@@ -191,20 +190,20 @@ class BackendFaults:
         def inner(self, objective, params, hparams, args):
             found = super().inner(objective, params, hparams, args)
 
-            def cross_vjp(v):
-                product = found.cross_vjp(v)
+            def vjp_hparams(v):
+                product = found.vjp_hparams(v)
                 return 0 * hparams if product is None else product
 
-            return found._replace(cross_vjp=cross_vjp)
+            return found._replace(vjp_hparams=vjp_hparams)
 
     class products_are_linear_and_repeat(Backend):
         def inner(self, *args):
             found = super().inner(*args)
-            return found._replace(hvp=lambda v: found.hvp(v) * (1 + 1e-9 * next(SEEDS)))
+            return found._replace(vjp_params=lambda v: found.vjp_params(v) * (1 + 1e-9 * next(SEEDS)))
 
     class outer_not_scalar(Backend):
-        def outer(self, objective, params, hparams, args, role="outer"):
-            return super().outer(Summed(objective), params, hparams, args, role)
+        def outer(self, objective, params, hparams, args, **options):
+            return super().outer(Summed(objective), params, hparams, args, **options)
 
     class inputs_untouched(Backend):
         def inner(self, objective, params, hparams, args):
@@ -213,9 +212,9 @@ class BackendFaults:
             return found
 
     class hypergradient_cg(Backend):
-        def linearize(self, *args, **options):
-            found = super().linearize(*args, **options)
-            return found._replace(cross_vjp=lambda v: -found.cross_vjp(v))
+        def run(self, function, *args, **options):
+            found = super().run(function, *args, **options)
+            return found._replace(grad=-found.grad) if isinstance(found, bl.Hypergradient) else found
 
 
 class Summed:
@@ -235,7 +234,7 @@ def faults(*groups):
 def test_a_fault_of_a_backend_is_caught_by_the_check_that_names_it(name, fault):
     if issubclass(fault, Space):
         backend = copy(NUMPY)
-        backend.space = fault()
+        backend.space = fault
     else:
         backend = fault()
     said = failures(check_backend(backend))
@@ -264,9 +263,9 @@ def test_a_problem_of_ones_own_is_compared_with_differences():
 
 
 def test_mistakes_in_the_call_of_check_backend_are_refused():
-    with pytest.raises(ValueError, match="Did you mean 'normal_like'"):
+    with pytest.raises(ValueError, match="Did you mean 'normal_draws'"):
         check_backend(NUMPY, excused={"normal": ""})
-    with pytest.raises(TypeError, match="expected a name or a backend"):
+    with pytest.raises(TypeError, match="backend: expected a name or an object"):
         check_backend(3)
     with pytest.raises(ValueError, match="params is None"):
         check_backend(NUMPY, bl.problems.ridge())

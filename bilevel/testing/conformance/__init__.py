@@ -1,4 +1,4 @@
-"""Public conformance suites: what a solver or a backend of one's own must hold."""
+"""Public conformance suites of solvers and backends."""
 
 from bilevel.testing.conformance.backend_suite import check_backend
 from bilevel.testing.conformance.checks import Check

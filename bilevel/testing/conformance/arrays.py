@@ -1,4 +1,4 @@
-"""What a backend knows of its arrays and trees."""
+"""The laws of a backend's methods for arrays and trees."""
 
 import importlib.util
 from importlib.metadata import entry_points
@@ -18,16 +18,16 @@ class _Pair(NamedTuple):
 
 
 def name_of_framework(f: Framework) -> None:
-    """The backend has the name of its framework's top-level module, by which the core finds its arrays."""
+    """The backend has the name of its framework's top-level module, by which the core finds the backend of an array."""
     found = importlib.util.find_spec(f.backend.name) is not None
     f.require(found, f"find_spec({f.backend.name!r})", "a module", None)
-    if f.backend.name in entry_points(group="bilevel.backends").names:  # announced by an entry point
+    if f.backend.name in entry_points(group="bilevel.backends").names:
         x = f.array(np.ones(2))
         f.equal("the backend that bl.hypergradient finds by the arrays", find_backend(None, x, x).name, f.backend.name)
 
 
 def owns(f: Framework) -> None:
-    """It owns the arrays that it makes, and nothing of Python's or of another framework."""
+    """The backend owns the arrays that it makes, and no Python object or array of another framework."""
     for shape in ((), (0,), (2, 3)):
         f.equal(f"owns(an array of shape {shape})", bool(f.backend.owns(f.array(np.ones(shape)))), True)
     others = [1.0, 1, "a", None, [], object()]
@@ -38,7 +38,7 @@ def owns(f: Framework) -> None:
 
 
 def leaves_and_paths(f: Framework) -> None:
-    """Leaves come with their paths, dicts in the order of their keys, and None is a tree without leaves."""
+    """Leaves have paths, dicts are in the order of their keys, and None is a tree without leaves."""
     x, y, z = (f.array(np.full(2, float(i))) for i in range(3))
     trees = {
         "an array": (x, [("", x)]),
@@ -55,7 +55,7 @@ def leaves_and_paths(f: Framework) -> None:
 
 
 def shapes_and_dtypes(f: Framework) -> None:
-    """An array has a shape and a dtype that reads like NumPy's, perhaps with the framework's name before it."""
+    """An array has a shape, and a dtype with NumPy's name, perhaps after the framework's name."""
     for shape in ((), (0,), (2, 3)):
         array = f.array(np.ones(shape))
         f.equal("tuple(array.shape)", tuple(array.shape), shape)
@@ -63,7 +63,7 @@ def shapes_and_dtypes(f: Framework) -> None:
 
 
 def is_floating(f: Framework) -> None:
-    """Real floating-point arrays are told from integers and flags."""
+    """Only real floating-point arrays are floating, not integers or flags."""
     f.equal("is_floating of floats", bool(f.backend.is_floating(f.array(np.ones(2)))), True)
     for values in (np.ones(2, np.int32), np.ones(2, bool)):
         got = bool(f.backend.is_floating(f.backend.from_numpy(values)))
@@ -71,7 +71,7 @@ def is_floating(f: Framework) -> None:
 
 
 def devices(f: Framework) -> None:
-    """There is a device, and that of an array is a name or None."""
+    """There is a device, and the device of an array is a name or None."""
     names = f.backend.devices()
     f.require(names and all(isinstance(name, str) for name in names), "devices()", "names for people to read", names)
     where = f.backend.device(f.array(np.ones(2)))
@@ -79,14 +79,14 @@ def devices(f: Framework) -> None:
 
 
 def to_host(f: Framework) -> None:
-    """Scalars become Python numbers of their kind."""
+    """Scalars become Python numbers of the same kind."""
     for value in (0.5, 3, True):
         got = f.backend.to_host(f.backend.from_numpy(np.array(value)))
         f.equal(f"to_host({value!r})", (type(got), got), (type(value), value))
 
 
 def numpy_round_trip(f: Framework) -> None:
-    """Arrays go to NumPy and back without a change of values, shapes or dtype."""
+    """Conversion to NumPy and back keeps values, shapes and dtypes."""
     for shape in ((), (0,), (2, 3)):
         values = np.arange(np.prod(shape, dtype=int), dtype=f.dtype).reshape(shape)
         back = f.backend.to_numpy(f.backend.from_numpy(values))

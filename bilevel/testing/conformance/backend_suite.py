@@ -1,29 +1,30 @@
 """The conformance suite of backends."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
+from bilevel.backend import Backend
 from bilevel.config import get_backend
-from bilevel.problems.problem import Problem
-from bilevel.protocols import Point, Tree
+from bilevel.linearization import Inputs
+from bilevel.problems.protocols import BilevelProblem
+from bilevel.spaces.array import Args
 from bilevel.testing.conformance import arrays, control, derivatives, optional, vectors
 from bilevel.testing.conformance.checks import Applied, Check, Law, collect, known_backends
 from bilevel.testing.conformance.framework import Framework
 from bilevel.testing.conformance.subject import widest
-from bilevel.validation import check_point
+from bilevel.validation import check_inputs
 
 
 def check_backend(
-    backend: Any,
-    problem: Problem | None = None,
-    params: Tree = None,
-    hparams: Tree = None,
+    backend: Backend | str,
+    problem: BilevelProblem | None = None,
+    params: object | None = None,
+    hparams: object | None = None,
     *,
-    inner_args: tuple[Any, ...] = (),
-    outer_args: tuple[Any, ...] = (),
+    inner_args: Args = (),
+    outer_args: Args = (),
     excused: Mapping[str, str] | None = None,
 ) -> list[Check]:
-    """Return the laws of a backend as checks, to be called one by one.
+    """Return the laws of a backend as checks, which can be called one by one.
 
     In pytest::
 
@@ -31,24 +32,23 @@ def check_backend(
         def test_my_backend(check):
             check()
 
-    They concern its arrays and trees, its vectors and loops (`bilevel.protocols.VectorSpace`), its derivatives
-    (against closed forms and differences), and a whole hypergradient by the library's solvers. Their problems are
-    functions of arrays with ``@``, ``+``, ``-``, ``*``, ``/``, ``.T`` and ``.sum()``, and bring analytic derivatives,
-    for backends that need them.
+    The laws cover arrays and trees, vectors and loops (`bilevel.spaces.space.Space`), derivatives (against closed forms
+    and differences), and whole hypergradients by the library's solvers. The suite's problems use only ``@``, ``+``,
+    ``-``, ``*``, ``/``, ``.T`` and ``.sum()``, and have analytic derivatives for backends that need them.
 
     Args:
-        backend: a backend (`bilevel.protocols.Backend`), or its name.
-        problem, params, hparams, inner_args, outer_args: a problem at a point, as in `bl.hypergradient`, whose
-            derivatives are compared with differences; None: one of the suite's own.
-        excused: reasons, by the names of checks, as in ``{"inner_cut_off": "..."}``: such a check is skipped
-            with the reason where it fails, and an error where it does not.
+        backend: a backend (`bilevel.backend.Backend`), or its name.
+        problem, params, hparams, inner_args, outer_args: a problem at a point, as in `bl.hypergradient`. Its
+            derivatives are compared with differences. None: a problem of the suite.
+        excused: reasons by the names of checks, as in ``{"inner_cut_off": "..."}``. An excused check is skipped with
+            the reason if it fails, and raises an error if it passes.
 
     Returns:
-        A list of `Check`: each has a ``name`` and a ``law``, and raises an AssertionError that says what was
-        expected and what was got.
+        A list of `Check`, each with a ``name`` and a ``law``. A failed check raises an AssertionError with the expected
+        and the actual result.
 
     Raises:
-        TypeError, ValueError: for what is no backend, a point that does not fit, or unknown excused names.
+        TypeError, ValueError: for an invalid backend, an invalid point, or unknown excused names.
 
     >>> checks = {check.name: check for check in check_backend("numpy")}
     >>> checks["axpy-numpy-float32"].law
@@ -56,11 +56,11 @@ def check_backend(
     >>> checks["axpy-numpy-float32"]()
     """
     found = get_backend(backend)
-    point = None if problem is None else Point(params, hparams, inner_args, outer_args)
-    if point is not None:
-        check_point(found, point)
-    wide = Framework(found, widest(found), problem, point)
-    dtypes = {wide.dtype: wide, "float32": Framework(found, "float32", problem, point)}
+    inputs = None if problem is None else Inputs(params, hparams, inner_args, outer_args)
+    if inputs is not None:
+        check_inputs(found, *inputs)
+    wide = Framework(found, widest(found), problem, inputs)
+    dtypes = {wide.dtype: wide, "float32": Framework(found, "float32", problem, inputs)}
     groups = (arrays, vectors, control, derivatives, optional)
 
     def applied() -> Iterator[Applied]:
@@ -78,7 +78,7 @@ def check_backend(
 
 def _applies(law: Law, f: Framework) -> bool:
     if law is vectors.dot_of_half_precision:
-        return hasattr(f.backend.space.xp, "bfloat16")
+        return hasattr(f.backend.space(f.array(1.0)).xp, "bfloat16")
     if law is vectors.mixed_precision:
         return f.dtype == "float64"
     return law not in optional.LAWS or law in optional.derived_by(f.backend)

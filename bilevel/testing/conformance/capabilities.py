@@ -1,49 +1,50 @@
-"""The laws of what only some linear solvers have: options, warm starts, other operators, other dtypes."""
+"""The laws of features that only some linear solvers have: options, warm starts, other operators and dtypes."""
 
 import numpy as np
 
 from bilevel.hypergradient import hypergradient
+from bilevel.linear_solvers import STEADY, SYMMETRIC
+from bilevel.operators.linear_operator import LinearOperator
 from bilevel.prepare import prepare
 from bilevel.results import Status
-from bilevel.spaces.ravel import to_host
 from bilevel.testing.conformance import systems
 from bilevel.testing.conformance.checks import Law
 from bilevel.testing.conformance.judge import ROUNDING, expect, judge, relative_error
 from bilevel.testing.conformance.problems import QUADRATIC, quadratic_point
-from bilevel.testing.conformance.subject import Subject, run, run_nonsymmetric, run_stochastic
+from bilevel.testing.conformance.subject import Kind, Subject
 from bilevel.testing.conformance.systems import System
 
 
 def nonsymmetric(s: Subject) -> None:
-    """Systems that are not symmetric are solved, if that is promised; else the status does not claim it."""
-    system, known = systems.nonsymmetric(), getattr(s.solver, "nonsymmetric", False)
-    told = "an attribute nonsymmetric = True, by which bilevel knows what the solver can take"
-    expect(known or "nonsymmetric" not in s.solves, s, system, told, "none")
-    answer = s.solve(system, runner=run_nonsymmetric if known else run)
+    """Systems that are not symmetric are solved if solves= has their class; CONVERGED is never false."""
+    system, known = systems.nonsymmetric(), SYMMETRIC not in s.solver.requires
+    told = "an attribute requires without SYMMETRIC, by which bilevel knows the operators that the solver accepts"
+    expect(known or "nonsymmetric" not in s.solves, s, system, told, s.solver.requires)
+    answer = s.solve(system, kind=Kind(symmetric=not known))
     judge(s, system, answer, promised=s.promises("nonsymmetric", system.condition))
 
 
 def stochastic(s: Subject) -> None:
-    """Samples that are all the same give what the one operator gives."""
+    """An operator with equal samples gives the same result as the operator without samples."""
     system = systems.definite()
-    one, many = s.solve(system), s.solve(system, runner=run_stochastic)
+    one, many = s.solve(system), s.solve(system, kind=Kind(sampled=True))
     judge(s, system, many)
     close = relative_error(many.x, one.x) <= s.tolerance()
-    expect(close and many.info.status == one.info.status, s, system, f"from equal samples what one gives ({one})", many)
+    expect(close and many.info.status == one.info.status, s, system, f"from equal samples the result {one}", many)
 
 
 def prepared(s: Subject) -> None:
-    """What `bl.prepare` returns gives what the solver gives by itself."""
+    """The result of `bl.prepare` gives the same adjoint as the solver."""
     point = quadratic_point(s.backend, s.dtype, damping=s.damping)
     arguments = {**point.arguments, "backend": s.backend}
     ready = prepare(s.solver, QUADRATIC, **{k: v for k, v in arguments.items() if k != "outer_args"})
     found, alone = (
-        to_host(s.backend, hypergradient(QUADRATIC, **arguments, solver=solver, on_failure="ignore").adjoint)
+        s.backend.to_flat(hypergradient(QUADRATIC, **arguments, solver=solver, on_failure="ignore").adjoint)
         for solver in (ready, s.solver)
     )
     system = System("the quadratic problem", point.hessian, point.rhs, 4.0)
     close = relative_error(found, alone) <= s.tolerance()
-    expect(close, s, system, f"from {ready!r} the adjoint that it gives unprepared, {alone}", found)
+    expect(close, s, system, f"from {ready!r} the adjoint of the solver, {alone}", found)
 
 
 def warm_start_stays(s: Subject) -> None:
@@ -54,8 +55,8 @@ def warm_start_stays(s: Subject) -> None:
     judge(s, system, answer)
     stays = s.truncated or answer.info.status == Status.CONVERGED
     expect(stays, s, system, f"CONVERGED at once from the solution {exact}", answer)
-    allowed = ROUNDING * s.backend.space.eps(s.array(exact)) * system.condition
-    what = f"the solution {exact}, where it started, to a relative {allowed:.1g}"
+    allowed = ROUNDING * s.eps * system.condition
+    what = f"the solution {exact}, which is the start, to a relative {allowed:.1g}"
     expect(relative_error(answer.x, exact) <= allowed, s, system, what, answer)
 
 
@@ -72,15 +73,15 @@ def warm_start_used(s: Subject) -> None:
 
 
 def warm_start_ignored(s: Subject) -> None:
-    """A warm start changes nothing, since check_solver was told that the solver does not use it."""
+    """A warm start changes nothing, because check_solver got warm_start=False."""
     system = systems.definite()
     cold, warm = s.solve(system), s.solve(system, systems.normal(3, systems.SIZE))
     close = relative_error(warm.x, cold.x) <= s.tolerance()
-    expect(close, s, system, f"what a cold start gives ({cold})", warm)
+    expect(close, s, system, f"the result of a cold start ({cold})", warm)
 
 
 def maxiter(s: Subject) -> None:
-    """The option maxiter is respected, 0 included, and running out of it is said."""
+    """A solve takes at most maxiter steps, also for 0, and reports MAXITER if they are too few."""
     system, start = systems.ill_conditioned(), systems.normal(3, systems.SIZE)
     for most, x0 in ((0, start), (3, None)):
         limited = s.with_options(maxiter=most)
@@ -94,14 +95,14 @@ def maxiter(s: Subject) -> None:
 
 
 def damping(s: Subject) -> None:
-    """The option damping solves (A + damping I) v = b, and the residual is that of this system."""
+    """With the option damping, the solution and the residual belong to (A + damping I) v = b."""
     damped = s.with_options(damping=s.damping + 0.5)
     system = systems.definite()
     judge(damped, system, damped.solve(system), promised=s.promises("definite"))
 
 
 def bfloat16(s: Subject) -> None:
-    """In bfloat16 v stays bfloat16, is honest, and solves to a few per cent."""
+    """In bfloat16, v stays bfloat16 and is accurate to a few per cent, and the status is true."""
     s = s.with_dtype("bfloat16")
     if s.has_option("rtol"):
         s = s.with_options(rtol=max(0.05, s.solver.rtol))
@@ -122,11 +123,17 @@ def laws_of(s: Subject) -> list[Law]:
         warm_start_ignored: not s.warm_start,
         maxiter: s.has_option("maxiter"),
         damping: s.has_option("damping"),
-        bfloat16: hasattr(s.backend.space.xp, "bfloat16"),
-        stochastic: getattr(s.solver, "stochastic", False),
-        prepared: hasattr(s.solver, "prepare"),
+        bfloat16: hasattr(s.backend.space(s.array(1.0)).xp, "bfloat16"),
+        stochastic: STEADY not in s.solver.requires,
+        prepared: _has_state(s),
     }
     return [law for law, does in applies.items() if does]
+
+
+def _has_state(s: Subject) -> bool:
+    """Tell whether there is something to prepare."""
+    space = s.backend.space(s.array(np.ones(2)))
+    return s.solver.init(LinearOperator(space, lambda v: v)) is not None
 
 
 ALL: list[Law] = [

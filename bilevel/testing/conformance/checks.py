@@ -1,4 +1,4 @@
-"""A conformance check: a law with a name, which can be excused."""
+"""Conformance checks: laws with names, which can be excused."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -7,8 +7,8 @@ from importlib.metadata import entry_points
 from typing import Any, NamedTuple
 from unittest import SkipTest
 
+from bilevel.backend import Backend
 from bilevel.errors import suggest
-from bilevel.protocols import Backend
 
 Law = Callable[[Any], None]
 DTYPES = ("float64", "float32")
@@ -19,10 +19,11 @@ class Check:
     """One law, ready to be called without arguments.
 
     Attributes:
-        name: the law and what it is checked on, as in ``"definite-torch-float32"``; also what ``str`` returns.
-        law: what must hold, in a sentence.
-        run: does the work; raises where the law is broken.
-        excuse: why it need not hold; None: it must.
+        name: the name of the law with a backend and perhaps a dtype, as in ``"definite-torch-float32"``. ``str``
+            returns it.
+        law: the law as a sentence.
+        run: the function that raises if the law is broken.
+        excuse: the reason why the law may be broken; None: it may not.
     """
 
     name: str
@@ -37,9 +38,9 @@ class Check:
         """Check the law.
 
         Raises:
-            AssertionError: if it is broken, with the system, what was expected and what was got; or if it is
-                excused, but holds.
-            unittest.SkipTest: if it is excused, and broken indeed; pytest shows a skip, with the reason.
+            AssertionError: if the law is broken, with the system, the expected and the actual result; or if the law is
+                excused but holds.
+            unittest.SkipTest: if the law is excused and broken. Pytest shows a skip with the reason.
         """
         __tracebackhide__ = True  # pytest shows the caller's line
         try:
@@ -52,17 +53,17 @@ class Check:
             raise AssertionError(f"{self.name}: {self.law}\nRaised {type(error).__name__}: {error}") from error
         if self.excuse is not None:
             raise AssertionError(
-                f"{self.name} is excused ({self.excuse}), but holds: take it out of excused, or excuse only those "
+                f"{self.name} is excused ({self.excuse}), but holds. Remove it from excused, or excuse only the checks "
                 "that fail, by their full names."
             )
 
 
 class Applied(NamedTuple):
-    """A law and what it is checked on."""
+    """A law and the subject to check."""
 
     law: Law
     subject: Any
-    variant: tuple[str, ...]  # the backend, and the dtype where there are several
+    variant: tuple[str, ...]  # the backend, and the dtype if there are several
 
     @property
     def name(self) -> str:
@@ -81,13 +82,13 @@ def collect(
     """Return the checks, with their excuses.
 
     Args:
-        applied: what to check.
+        applied: laws with their subjects.
         excused: reasons, by the name of a law or of a single check.
-        laws: those that there are, also where they do not apply here: one excuse serves all machines.
-        backends: the names of those that there are, installed or not.
+        laws: all laws, also those that do not apply here, so that excuses are valid on all machines.
+        backends: the names of all backends, installed or not.
 
     Raises:
-        ValueError: if an excused name is that of no check, with the nearest one.
+        ValueError: if no check has an excused name, with the nearest name.
     """
     excused, names = dict(excused or {}), sorted(map(name_of, laws))
     on_backend = {f"{name}-{backend}" for name in names for backend in backends}
@@ -106,12 +107,12 @@ def collect(
     ]
 
 
-def require(holds: Any, where: str, expected: str, got: Any) -> None:
-    """Raise an AssertionError that says where, what was expected and what was got, unless it holds."""
+def require(holds: object, where: str, expected: str, got: object) -> None:
+    """Raise an AssertionError with the place, the expected and the actual result, unless ``holds`` is true."""
     if not holds:
         raise AssertionError(f"On {where}:\n  expected {expected}\n  got      {got}")
 
 
 def known_backends(found: Iterable[Backend]) -> set[str]:
-    """Return the names of these backends and of all that are announced, their frameworks installed or not."""
+    """Return the names of these backends and of all entry points, also without an installed framework."""
     return {backend.name for backend in found} | set(entry_points(group="bilevel.backends").names)

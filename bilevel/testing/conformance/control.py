@@ -1,23 +1,24 @@
-"""The laws of a `VectorSpace`'s loops, branches, and functions of scalars."""
+"""The laws of a `Space`'s loops, branches, and functions of scalars."""
 
 from typing import Any
 
 import numpy as np
 
+from bilevel.spaces.array import Array
 from bilevel.testing.conformance.checks import Law
 from bilevel.testing.conformance.framework import Framework
 
 
 def while_loop(f: Framework) -> None:
-    """A loop runs while its flag holds, at most max_steps times, and not at all if it does not hold at first."""
+    """A loop runs while its flag is true, at most max_steps times, and takes no step if the flag is false at first."""
     for bound, most, expected in ((5.0, 100, 5.0), (5.0, 3, 3.0), (5.0, 0, 0.0), (-1.0, 100, 0.0)):
 
-        def count(space: Any, zero: Any, bound: Any, most: int = most) -> Any:
-            def live(state: Any) -> Any:
+        def count(space: Any, zero: Array, bound: Array, most: int = most) -> Any:
+            def live(state: Any) -> Array:
                 return state[0] < bound
 
             def body(state: Any) -> Any:
-                return space.xp.where(live(state), state[0] + 1, state[0]), space.select(
+                return space.xp.where(live(state), state[0] + 1, state[0]), space.where(
                     live(state), space.axpy(2.0, state[1], state[1]), state[1]
                 )
 
@@ -30,7 +31,7 @@ def while_loop(f: Framework) -> None:
 
 
 def scan(f: Framework) -> None:
-    """A scan threads its state through xs in order, or in reverse, and collects what each step yields in that of xs."""
+    """A scan passes its state through xs, forward or in reverse, and collects the outputs in the order of xs."""
 
     def forth_and_back(space: Any, start: Any) -> Any:
         state, squares = space.scan(lambda s, x: (s + 1, {"y": s * s}), start, None, 4)
@@ -44,17 +45,17 @@ def scan(f: Framework) -> None:
     f.equal("state of a scan over nothing, 4 steps from 1", state, 5.0)
     f.equal("digits of 1, 4, 9, 16 read in reverse", end, 16 * 1000 + 9 * 100 + 4 * 10 + 1.0)
     # The reverse scan yields 0, 160, 1690, 16940 on its way from the last to the first.
-    f.equal("what it yielded, read forwards", read_back, 16940 * 1000 + 1690 * 100 + 160 * 10 + 0.0)
+    f.equal("its outputs, read forward", read_back, 16940 * 1000 + 1690 * 100 + 160 * 10 + 0.0)
 
 
 def scan_of_no_steps(f: Framework) -> None:
-    """A scan of length 0 leaves its state."""
+    """A scan of length 0 returns its state."""
     got = f.run(lambda space, x: space.scan(lambda s, _: (s + 1, None), x, None, 0)[0], f.array(1.0))
     f.equal("state after 0 steps", float(f.host(got)), 1.0)
 
 
 def cond(f: Framework) -> None:
-    """A branch is taken where the flag holds, and else the state stays; a nan in the branch does no harm."""
+    """A branch is taken if the flag is true; otherwise the state stays, also if the branch gives nan."""
     _, x_ = f.draw(1)
     got = f.run(lambda space, x: space.cond(space.dot(x, x) > 0, lambda x: space.scale(2.0, x), x), x_)
     f.equal("cond(True, double, x)", f.flat(got), 2 * f.flat(x_))
@@ -64,10 +65,10 @@ def cond(f: Framework) -> None:
 
 
 def sequence(f: Framework) -> None:
-    """A sequence of trees is read by a number counted in a loop, and starts over at its end."""
+    """A sequence of trees is indexed by a counter of a loop, and repeats after its end."""
     items = [{"x": f.array(np.full(2, float(i)))} for i in range(3)]
 
-    def digits(space: Any, zero: Any, *items: Any) -> Any:
+    def digits(space: Any, zero: Array, *items: Any) -> Array:
         at = space.sequence(items)
 
         def step(state: Any) -> Any:

@@ -1,17 +1,20 @@
-"""The laws of a backend's derivatives: closed forms, finite differences, and what it says of a missing dependence."""
+"""The laws of a backend's derivatives: closed forms, finite differences, and errors for missing dependence."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from bilevel.backend import Backend
 from bilevel.diagnosis.agreement import compare
-from bilevel.hypergradient import hypergradient, linearize
-from bilevel.linear_solvers import CG, GMRES, MINRES, BiCGStab, Exact, Neumann, Nystrom
-from bilevel.methods import Unrolled
+from bilevel.hypergradient import hypergradient
+from bilevel.linear_solvers import CG, GMRES, MINRES, BiCGStab, Exact, LinearSolver, Neumann, Nystrom
+from bilevel.linearization import Inputs, LinearizedMap, OuterDerivatives
+from bilevel.methods import Method, Unrolled
 from bilevel.problems.problem import Problem
-from bilevel.protocols import Point, Solver
 from bilevel.results import Status
+from bilevel.spaces.array import Array, H, P
 from bilevel.testing.conformance.checks import Law
 from bilevel.testing.conformance.framework import Framework
 from bilevel.testing.conformance.problems import (
@@ -24,8 +27,8 @@ from bilevel.testing.conformance.problems import (
 )
 from bilevel.testing.conformance.systems import SIZE, normal
 
-SHARP = 1e-12  # as far as the dtype goes
-SOLVERS: dict[str, Solver] = {
+SHARP = 1e-12  # solve to the precision of the dtype
+SOLVERS: dict[str, LinearSolver[Any] | Method] = {
     "cg": CG(rtol=SHARP),
     "minres": MINRES(rtol=SHARP),
     "gmres": GMRES(rtol=SHARP),
@@ -35,23 +38,23 @@ SOLVERS: dict[str, Solver] = {
     "exact": Exact(),
     "unrolled": Unrolled(steps=200),
 }
-DRIFT = 1000  # times eps, what a whole hypergradient may be off
+DRIFT = 1000  # times eps: the tolerance of a whole hypergradient
 
 
 def closed_form(f: Framework) -> None:
-    """The derivatives of a quadratic problem are those of the closed form, away from its minimum, too."""
+    """The derivatives of a quadratic problem equal the closed form, also away from its minimum."""
     q = quadratic_point(f.backend, f.dtype, at_minimum=False)
     v, u = normal(7, SIZE).astype(f.dtype).astype(np.float64), normal(8, q.hparams.size).astype(f.dtype)
-    point = Point(*q.arguments.values(), adjoint0=(f.array(v), f.array(u)))
-    got = f.backend.execute(_derive, None, QUADRATIC, point)
+    inputs = Inputs(*q.arguments.values())
+    got = f.backend.run(_derive, QUADRATIC, inputs, f.array(v), f.array(u))
     expected = {
         "value": np.asarray(q.value),
         "grad_params": q.rhs,
         "grad_hparams": q.direct,
-        "inner.grad": q.hessian @ q.params - q.coupling @ q.hparams - q.offset,
-        "hvp(v)": q.hessian @ v,
-        "cross_vjp(v)": -(q.coupling.T @ v),
-        "cross_jvp(u)": -(q.coupling @ u.astype(np.float64)),
+        "residual": q.hessian @ q.params - q.coupling @ q.hparams - q.offset,
+        "vjp_params(v)": q.hessian @ v,
+        "vjp_hparams(v)": -(q.coupling.T @ v),
+        "jvp_hparams(u)": -(q.coupling @ u.astype(np.float64)),
     }
     for name, array in got.items():
         f.close(f"quadratic problem: {name}", f.host(array), expected[name])
@@ -59,100 +62,98 @@ def closed_form(f: Framework) -> None:
 
 
 def differences(f: Framework) -> None:
-    """Each derivative agrees with differences of what it is derived from, on a problem that is not quadratic."""
-    if f.point is None:
+    """Each derivative agrees with finite differences, on a problem that is not quadratic."""
+    problem, inputs = f.problem, f.inputs
+    if problem is None or inputs is None:
         shapes = [f.tree(normal(seed, SIZE)) for seed in range(3)]
-        problem, point = CURVED, Point(shapes[0], shapes[1], (), (shapes[2],))
-    else:
-        problem, point = f.problem, f.point
-    found = compare(f.backend, problem, point)  # pyright: ignore[reportArgumentType]
+        problem, inputs = CURVED, Inputs(shapes[0], shapes[1], (), (shapes[2],))
+    found = compare(f.backend, problem, inputs)
     f.require(found.of, "derivatives that differences can be taken for", found.names, found.obstacle)
     for agreement in found.of:
-        f.require(not agreement.wrong, "derivatives", "those of the objectives", agreement.sentence())
+        f.require(not agreement.wrong, "derivatives", "the derivatives of the objectives", agreement.sentence())
 
 
-def aside(f: Framework) -> None:
-    """What `Backend.aside` yields moves a point to other values, and leaves the point itself where it was."""
+def isolated(f: Framework) -> None:
+    """The function that `Backend.isolated` yields returns moved inputs and does not change the inputs."""
     (w, w_), (h, h_), (v, v_), (u, u_) = (f.draw(seed) for seed in range(4))
-    point = Point(w_, h_, (f.array(np.ones(2)),))
+    inputs = Inputs(w_, h_, (f.array(np.ones(2)),))
     for double in (False, True):
-        with f.backend.aside(point, double) as at:
+        with f.backend.isolated(inputs, double) as at:
             moved = at(v_, u_)
             f.equal("params and hparams, moved", f.flat([moved.params, moved.hparams]), np.append(v, u))
     f.equal("params and hparams, afterwards", f.flat([w_, h_]), np.append(w, h))
 
 
 def products_are_linear_and_repeat(f: Framework) -> None:
-    """Products are linear in their vector, and the same for the same vector, however often."""
+    """Products are linear in their vector, and repeated products with a vector are equal."""
     q = quadratic_point(f.backend, f.dtype)
     (x, x_), (y, y_) = ((a, f.array(a)) for a in (normal(7, SIZE), normal(8, SIZE)))
-    point = Point(*q.arguments.values(), adjoint0=(x_, y_))
-    first, mixed, again, zero = f.backend.execute(_products, None, QUADRATIC, point)
-    f.close("hvp(2x - y)", f.host(mixed), q.hessian @ (2 * x - y))
-    f.equal("hvp(x), taken again", f.host(again), f.host(first))
-    f.equal("hvp(0)", f.host(zero), np.zeros(SIZE))
+    first, mixed, again, zero = f.backend.run(_products, QUADRATIC, Inputs(*q.arguments.values()), x_, y_)
+    f.close("vjp_params(2x - y)", f.host(mixed), q.hessian @ (2 * x - y))
+    f.equal("vjp_params(x), taken again", f.host(again), f.host(first))
+    f.equal("vjp_params(0)", f.host(zero), np.zeros(SIZE))
 
 
 def nested_trees(f: Framework) -> None:
-    """Derivatives have the structure, shapes and dtypes of what they belong to, empty and scalar leaves included."""
+    """Derivatives have the structure, shapes and dtypes of their variables, also for empty and scalar leaves."""
     w, h, k, t, v = (f.draw(seed) for seed in range(5))
-    point = Point(w[1], h[1], (k[1],), (t[1],), v[1])
-    grad, grad_params, hvp, cross = f.backend.execute(_derive_trees, None, TREES, point)
+    inputs = Inputs(w[1], h[1], (k[1],), (t[1],))
+    grad, grad_params, hvp, cross = f.backend.run(_derive_trees, TREES, inputs, v[1])
     for name, tree, expected in (
-        ("inner.grad", grad, k[0] * (w[0] - h[0])),
+        ("residual", grad, k[0] * (w[0] - h[0])),
         ("grad_params", grad_params, w[0] - t[0]),
-        ("hvp(v)", hvp, k[0] * v[0]),
-        ("cross_vjp(v)", cross, -k[0] * v[0]),
+        ("vjp_params(v)", hvp, k[0] * v[0]),
+        ("vjp_hparams(v)", cross, -k[0] * v[0]),
     ):
         f.keeps(f"trees: {name}", tree, w[1])
         f.close(f"trees: {name}", f.flat(tree), expected)
 
 
 def none_without_direct_term(f: Framework) -> None:
-    """grad_hparams is None where F does not depend on λ: None, not zeros, lets one place tell a λ without influence."""
+    """grad_hparams is None, not zeros, if F does not depend on λ, so that a λ without influence is detected."""
     q = quadratic_point(f.backend, f.dtype)
-    lin = linearize(f.backend, NO_DIRECT_TERM, Point(*q.arguments.values()))
-    f.require(lin.grad_hparams is None, "grad_hparams", None, lin.grad_hparams)
+    outer, _ = _at(f.backend, NO_DIRECT_TERM, Inputs(*q.arguments.values()))
+    f.require(outer.grad_hparams is None, "grad_hparams", None, outer.grad_hparams)
 
 
 def none_without_cross_term(f: Framework) -> None:
-    """cross_vjp(v) is None where ∂L/∂w does not depend on λ, though L does."""
+    """vjp_hparams(v) is None if ∂L/∂w does not depend on λ, even if L does."""
     q = quadratic_point(f.backend, f.dtype)
-    lin = linearize(f.backend, NO_CROSS_TERM, Point(*q.arguments.values()))
-    product = lin.cross_vjp(q.arguments["params"])
-    f.require(product is None, "cross_vjp(v)", None, product)
+    _, at = _at(f.backend, NO_CROSS_TERM, Inputs(*q.arguments.values()))
+    product = at.vjp_hparams(q.arguments["params"])
+    f.require(product is None, "vjp_hparams(v)", None, product)
 
 
 def hparams_without_influence(f: Framework) -> None:
-    """bl.hypergradient refuses hparams that neither F nor ∂L/∂w depends on, and names them."""
+    """If neither F nor ∂L/∂w depends on hparams, bl.hypergradient raises a ValueError that names hparams."""
     q = quadratic_point(f.backend, f.dtype)
     problem = Problem(NO_CROSS_TERM.inner, NO_DIRECT_TERM.outer)
     _refused(f, "depends on hparams", lambda: hypergradient(problem, **q.arguments, backend=f.backend))
 
 
 def inner_cut_off(f: Framework) -> None:
-    """An inner objective that does not depend on params is a ValueError that names params."""
+    """For an inner objective that does not depend on params, the backend raises a ValueError that names params."""
     q = quadratic_point(f.backend, f.dtype)
     problem = Problem(_Constant(), QUADRATIC.outer)
-    _refused(f, "params", lambda: linearize(f.backend, problem, Point(*q.arguments.values())))
+    _refused(f, "params", lambda: _at(f.backend, problem, Inputs(*q.arguments.values())))
 
 
 def outer_cut_off(f: Framework) -> None:
-    """An outer objective that depends neither on params nor on hparams is a ValueError that names them."""
+    """For an outer objective without params and hparams, the backend raises a ValueError that names them."""
     q = quadratic_point(f.backend, f.dtype)
     problem = Problem(QUADRATIC.inner, _Constant())
-    _refused(f, "params", lambda: linearize(f.backend, problem, Point(*q.arguments.values())))
+    _refused(f, "params", lambda: _at(f.backend, problem, Inputs(*q.arguments.values())))
 
 
 def outer_not_scalar(f: Framework) -> None:
-    """An outer objective that returns no scalar is a ValueError that names it."""
+    """For an outer objective that returns no scalar, the backend raises a ValueError that names it."""
     q = quadratic_point(f.backend, f.dtype)
     problem = Problem(QUADRATIC.inner, _PerEntry())
-    _refused(f, "outer", lambda: linearize(f.backend, problem, Point(*q.arguments.values())))
+    _refused(f, "outer", lambda: _at(f.backend, problem, Inputs(*q.arguments.values())))
 
 
 def inputs_untouched(f: Framework) -> None:
-    """Neither params nor hparams nor the data are written to, and a second call gives the same bits."""
+    """Params, hparams and data are not written to, and a second call gives the same bits."""
     q = quadratic_point(f.backend, f.dtype)
     arrays = [q.arguments["params"], q.arguments["hparams"], *q.arguments["inner_args"], *q.arguments["outer_args"]]
     before = [f.host(a).copy() for a in arrays]
@@ -165,22 +166,22 @@ def inputs_untouched(f: Framework) -> None:
 def _law_of_a_hypergradient(name: str) -> Law:
     def law(f: Framework) -> None:
         solver = SOLVERS[name]
-        q = quadratic_point(f.backend, f.dtype, damping=getattr(solver, "damping", 0.0))
+        q = quadratic_point(f.backend, f.dtype, damping=solver.damping)
         hg = hypergradient(QUADRATIC, **q.arguments, solver=solver, backend=f.backend, on_failure="ignore")
         f.equal(f"status by {solver}", hg.info.status, Status.CONVERGED)
         for field, expected in (("grad", q.grad), ("adjoint", q.adjoint), ("value", q.value)):
-            f.close(f"hg.{field} by {solver}", f.host(getattr(hg, field)), expected, DRIFT)
+            f.close(f"hg.{field} by {solver}", f.host(hg._asdict()[field]), expected, DRIFT)
         f.equal("dtype of hg.grad", f.shapes(hg.grad)[0][2], f.dtype)
 
     law.__name__ = f"hypergradient_{name}"
-    law.__doc__ = f"A whole bl.hypergradient, solved by {name}, is that of the closed form."
+    law.__doc__ = f"A whole bl.hypergradient, solved by {name}, equals the closed form."
     return law
 
 
 HYPERGRADIENTS = [_law_of_a_hypergradient(name) for name in SOLVERS]
 PER_DTYPE: list[Law] = [closed_form, differences, nested_trees]
 LAWS: list[Law] = [
-    aside,
+    isolated,
     products_are_linear_and_repeat,
     none_without_direct_term,
     none_without_cross_term,
@@ -193,56 +194,52 @@ LAWS: list[Law] = [
 ]
 
 
-def _derive(backend: Any, solver: None, problem: Problem, point: Point) -> dict[str, Any]:
-    v, u = point.adjoint0  # pyright: ignore[reportGeneralTypeIssues]
-    lin = linearize(backend, problem, point)
-    inner = backend.inner(problem.inner, point.params, point.hparams, point.inner_args)
-    derived = {
-        "value": lin.value,
-        "grad_params": lin.grad_params,
-        "grad_hparams": lin.grad_hparams,
-        "inner.grad": inner.grad,
-        "hvp(v)": lin.hvp(v),
-        "cross_vjp(v)": lin.cross_vjp(v),
-    }
-    return derived if inner.cross_jvp is None else {**derived, "cross_jvp(u)": inner.cross_jvp(u)}
+def _at(backend: Backend, problem: Problem, inputs: Inputs[P, H]) -> tuple[OuterDerivatives[P, H], LinearizedMap[P, H]]:
+    params, hparams, inner_args, outer_args = inputs
+    outer = backend.outer(problem.outer, params, hparams, outer_args)
+    return outer, problem.linearize(backend, params, hparams, inner_args)
 
 
-def _products(backend: Any, solver: None, problem: Problem, point: Point) -> list[Any]:
-    x, y = point.adjoint0  # pyright: ignore[reportGeneralTypeIssues]
-    space, hvp = backend.space, linearize(backend, problem, point).hvp
-    return [hvp(x), hvp(space.axpy(-1.0, y, space.scale(2.0, x))), hvp(x), hvp(space.zeros_like(x))]
+def _derive(backend: Backend, problem: Problem, inputs: Inputs[P, H], v: P, u: H) -> dict[str, Any]:
+    outer, at = _at(backend, problem, inputs)
+    derived = {**outer._asdict(), "residual": at.residual}
+    derived |= {"vjp_params(v)": at.vjp_params(v), "vjp_hparams(v)": at.vjp_hparams(v)}
+    return derived if at.jvp_hparams is None else {**derived, "jvp_hparams(u)": at.jvp_hparams(u)}
 
 
-def _derive_trees(backend: Any, solver: None, problem: Problem, point: Point) -> list[Any]:
-    inner = backend.inner(problem.inner, point.params, point.hparams, point.inner_args)
-    outer = backend.outer(problem.outer, point.params, point.hparams, point.outer_args)
-    return [inner.grad, outer.grad_params, inner.hvp(point.adjoint0), inner.cross_vjp(point.adjoint0)]
+def _products(backend: Backend, problem: Problem, inputs: Inputs[P, H], x: P, y: P) -> list[P]:
+    space, hvp = backend.space(x), _at(backend, problem, inputs)[1].vjp_params
+    return [hvp(x), hvp(space.subtract(space.scale(2.0, x), y)), hvp(x), hvp(space.zeros())]
 
 
-def _refused(f: Framework, name: str, call: Any) -> None:
+def _derive_trees(backend: Backend, problem: Problem, inputs: Inputs[P, H], v: P) -> list[Any]:
+    outer, at = _at(backend, problem, inputs)
+    return [at.residual, outer.grad_params, at.vjp_params(v), at.vjp_hparams(v)]
+
+
+def _refused(f: Framework, name: str, call: Callable[[], object]) -> None:
     try:
         call()
     except ValueError as error:
         f.require(name in str(error), "the error", f"a sentence with {name!r}", error)
     else:
-        f.require(False, "what is raised", "a ValueError", "no error")
+        f.require(False, "the raised error", "a ValueError", "no error")
 
 
 @dataclass(frozen=True)
 class _Constant:
     """An objective that reads neither params nor hparams."""
 
-    def __call__(self, w: Any, h: Any, *args: Any) -> Any:
+    def __call__(self, w: Array, h: Array, *args: Array) -> Array:
         return args[0].sum()
 
-    def grad(self, w: Any, h: Any, *args: Any) -> Any:
+    def grad(self, w: Array, h: Array, *args: Array) -> Any:
         return 0 * w if len(args) == 3 else (0 * w, None)
 
-    def hvp(self, w: Any, h: Any, v: Any, *args: Any) -> Any:
+    def hvp(self, w: Array, h: Array, v: Array, *args: Array) -> Array:
         return 0 * v
 
-    def cross_vjp(self, w: Any, h: Any, v: Any, *args: Any) -> None:
+    def cross_vjp(self, w: Array, h: Array, v: Array, *args: Array) -> None:
         return None
 
 
@@ -250,8 +247,8 @@ class _Constant:
 class _PerEntry:
     """½ (w − t)², entry by entry."""
 
-    def __call__(self, w: Any, h: Any, t: Any, d: Any) -> Any:
+    def __call__(self, w: Array, h: Array, t: Array, d: Array) -> Array:
         return 0.5 * (w - t) * (w - t)
 
-    def grad(self, w: Any, h: Any, t: Any, d: Any) -> tuple[Any, None]:
+    def grad(self, w: Array, h: Array, t: Array, d: Array) -> tuple[Array, None]:
         return w - t, None

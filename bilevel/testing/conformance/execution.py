@@ -1,55 +1,75 @@
-"""Laws that concern how a framework runs a solver: flags read late, host synchronisations, `jit` and `vmap`."""
+"""The laws of a solver's execution by a framework: late flags, host synchronisations, `jit` and `vmap`."""
 
-import dataclasses
 import sys
 from collections.abc import Callable
+from copy import copy
 from typing import Any
 
 import numpy as np
 
-from bilevel.protocols import Backend, Point
+from bilevel.backend import Backend
+from bilevel.spaces.array import Array
+from bilevel.spaces.space import Space
 from bilevel.testing.conformance import systems
 from bilevel.testing.conformance.checks import Law
 from bilevel.testing.conformance.judge import expect, relative_error, same
-from bilevel.testing.conformance.subject import Subject, run, with_space
+from bilevel.testing.conformance.subject import Kind, Subject, run
 
-READS = 12  # that a solve may take beside its steps: rounds, branches, the last flag
+READS = 12  # reads by the host that a solve may take besides one per 8 steps: rounds, branches, the last flag
 
 
-class Overrun:
-    """A vector space whose loops run some steps beyond the fall of their flag, as where it is read late."""
+class _Overrun:
+    """A vector space whose loops take ``extra`` steps after their flag is false, like loops that read it late."""
 
-    def __init__(self, space: Any, extra: int) -> None:
+    def __init__(self, space: Space[Any], extra: int) -> None:
         self._space, self._extra = space, extra
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._space, name)
 
-    def while_loop(self, live: Callable, body: Callable, state: Any, max_steps: int) -> Any:
+    def while_loop(self, live: Callable[[Any], Array], body: Callable[[Any], Any], state: Any, max_steps: int) -> Any:
         """Repeat body while live(state), and up to ``extra`` times more."""
 
-        def on(carry: Any) -> Any:
+        def on(carry: tuple[Any, Array]) -> Array:
             return live(carry[0]) | (carry[1] < self._extra)
 
-        def step(carry: Any) -> Any:
+        def step(carry: tuple[Any, Array]) -> tuple[Any, Array]:
             return body(carry[0]), carry[1] + self.xp.where(live(carry[0]), 0, 1)
 
         none = self.xp.where(live(state), 0, 0)
         return self._space.while_loop(on, step, (state, none), max_steps)[0]
 
 
+def late_backends(backend: Backend) -> list[Backend]:
+    """Return copies of a backend whose loops read their flag late, or take extra steps after it is false."""
+
+    def overrunning(extra: int) -> Backend:
+        other = copy(backend)
+        other.space = lambda tree: _Overrun(backend.space(tree), extra)  # pyright: ignore
+        return other
+
+    return [*map(overrunning, (1, 7)), *rarely_reading(backend)]
+
+
+def rarely_reading(backend: Backend) -> list[Backend]:
+    """Return copies of the torch backend that read a loop's flag every 2, 7 and 1000 steps; [] for other backends."""
+    others = [copy(backend) for _ in range(3)] if backend.name == "torch" else []
+    for other, every in zip(others, (2, 7, 1000), strict=False):
+        other.check_every = every  # pyright: ignore[reportAttributeAccessIssue]
+    return others
+
+
 def overrun(s: Subject) -> None:
-    """Steps that a loop takes after its flag has fallen change no bit: a body whose solve has stopped does nothing."""
-    spaces = [*(Overrun(s.backend.space, extra) for extra in (1, 7)), *late_spaces(s.backend)]
+    """Steps that a loop takes after its flag is false change no bit of the result."""
     for system in (systems.definite(), systems.clustered(), systems.indefinite(), systems.singular()):
         plain = s.solve(system)
-        for space in spaces:
-            late = s.solve(system, space=space)
+        for backend in late_backends(s.backend):
+            late = s.solve(system, backend=backend)
             expect(same(late, plain), s, system, f"the bits of a loop that stops at once ({plain})", late)
 
 
 def host_reads(s: Subject) -> None:
-    """A solve does not wait for the device at each step: the host reads no value but a loop's flag, when it is due."""
+    """A solve does not wait for the device at each step: the host reads only a loop's flag, every few steps."""
     torch = sys.modules["torch"]
 
     class CountReads(torch.utils._python_dispatch.TorchDispatchMode):
@@ -60,44 +80,38 @@ def host_reads(s: Subject) -> None:
             return function(*args, **(kwargs or {}))
 
     system = systems.long()
-    backend = with_space(s.backend, late_spaces(s.backend)[-1])
-    point = Point([s.array(system.matrix), s.array(0 * system.rhs)], s.array(system.rhs))  # pyright: ignore
+    arrays = (s.array(system.matrix), s.array(0 * system.rhs))
     with CountReads() as count:
-        x, info = run(backend, s.solver, None, point)
+        x, info = run(rarely_reading(s.backend)[-1], s.solver, Kind(), arrays, s.array(system.rhs), None)
     answer = s.answer(x, info)
     allowed = READS + answer.info.steps // 8
     expect(count.reads <= allowed, s, system, f"at most {allowed} reads by the host", f"{count.reads}; {answer}")
 
 
 def under_jit_and_vmap(s: Subject) -> None:
-    """A batch under the caller's own `jax.jit` and `jax.vmap` gives what each system gives alone."""
+    """A batch under the caller's `jax.jit` and `jax.vmap` gives the same results as each system alone."""
     jax, batch = sys.modules["jax"], [systems.definite(), systems.multiple(2.0), systems.ill_conditioned()]
-    space = s.backend.space
+    xp = s.backend.space(s.array(1.0)).xp
 
-    def solve(matrix: Any, rhs: Any) -> Any:
-        return run(s.backend, s.solver, None, Point([matrix, space.zeros_like(rhs)], rhs))  # pyright: ignore
+    def solve(matrix: Array, rhs: Array) -> Any:
+        return run(s.backend, s.solver, Kind(), (matrix, xp.zeros_like(rhs)), rhs, None)
 
     shift = s.damping * np.eye(systems.SIZE)
     arrays = [[s.array(system.matrix - shift), s.array(system.rhs)] for system in batch]
-    xs, infos = jax.jit(jax.vmap(solve))(*(space.xp.stack(parts) for parts in zip(*arrays, strict=True)))
+    xs, infos = jax.jit(jax.vmap(solve))(*(xp.stack(parts) for parts in zip(*arrays, strict=True)))
     for i, system in enumerate(batch):
         alone, answer = s.solve(system), s.answer(xs[i], [entry[i] for entry in infos])
         close = relative_error(answer.x, alone.x) <= s.tolerance() * system.condition
-        expect(close and answer.info.status == alone.info.status, s, system, f"what it gives alone ({alone})", answer)
+        expect(
+            close and answer.info.status == alone.info.status, s, system, f"the result without vmap ({alone})", answer
+        )
 
 
 def laws_on(backend: Backend) -> list[Law]:
     """Return the laws that apply to a backend."""
-    if backend.name == "jax":  # which never takes a step too many
+    if backend.name == "jax":  # its loops never take extra steps
         return [under_jit_and_vmap]
-    return [overrun, host_reads] if late_spaces(backend) else [overrun]
+    return [overrun, host_reads] if rarely_reading(backend) else [overrun]
 
 
 ALL: list[Law] = [overrun, host_reads, under_jit_and_vmap]
-
-
-def late_spaces(backend: Backend) -> list[Any]:
-    """Return vector spaces that read a loop's flag every 2, 7 and 1000 steps; of torch, which can."""
-    if backend.name != "torch" or not hasattr(backend.space, "check_every"):
-        return []
-    return [dataclasses.replace(backend.space, check_every=k) for k in (2, 7, 1000)]  # pyright: ignore

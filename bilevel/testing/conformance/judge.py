@@ -1,4 +1,4 @@
-"""What every answer of a linear solver is held to: solved where that was promised, and never a lie."""
+"""Checks of each answer of a linear solver: its status and its residual are true, and promised systems are solved."""
 
 import numpy as np
 from scipy import linalg
@@ -8,19 +8,19 @@ from bilevel.testing.conformance.checks import require
 from bilevel.testing.conformance.subject import Answer, Subject
 from bilevel.testing.conformance.systems import System
 
-ROUNDING = 100  # times eps, what a backward stable computation stays below
-PRODUCT = 5  # times eps norm(A) norm(v), what rounding may do to a residual
+ROUNDING = 100  # times eps: a bound of the error of a backward stable computation
+PRODUCT = 5  # times eps norm(A) norm(v): a bound of the rounding error of a residual
 
 
 def judge(s: Subject, system: System, answer: Answer, *, promised: bool = False) -> None:
-    """Raise an AssertionError unless an answer is honest and, if promised, a solution."""
+    """Raise an AssertionError unless the info of an answer is true and, if promised, the answer is a solution."""
     honest(s, system, answer)
     if promised:
         solved(s, system, answer)
 
 
 def solved(s: Subject, system: System, answer: Answer) -> None:
-    """Raise an AssertionError unless the status is CONVERGED and v the solution, to the accuracy promised."""
+    """Raise an AssertionError unless the status is CONVERGED and v is the solution to the promised accuracy."""
     tolerance = s.tolerance()
     matrix, rhs = s.rounded(system)
     expect(answer.info.status == Status.CONVERGED, s, system, "CONVERGED (a promise of check_solver's solves=)", answer)
@@ -36,7 +36,7 @@ def honest(s: Subject, system: System, answer: Answer) -> None:
     """Raise an AssertionError if the info or the dtype of an answer to a finite system is not true."""
     info = answer.info
     matrix, rhs = s.rounded(system)
-    eps = s.backend.space.eps(s.array(rhs))
+    eps = s.eps
     expect(all(dtype == s.dtype for _, _, dtype in answer.leaves), s, system, f"v in {s.dtype}", answer.leaves)
     expect(np.isfinite(answer.x).all(), s, system, "a finite v, since the system is finite", answer)
     expect(info.status != Status.NON_FINITE, s, system, "no NON_FINITE, since the system is finite", answer)
@@ -46,9 +46,9 @@ def honest(s: Subject, system: System, answer: Answer) -> None:
     left = float(np.linalg.norm(rhs - matrix @ answer.x))
     rounding = PRODUCT * eps * (np.linalg.norm(matrix, 2) * np.linalg.norm(answer.x) + size)
     if s.truncated:
-        # A bound or nan, and only while nothing went wrong: the status tells of all else.
+        # With CONVERGED, the residual norm is a bound or nan. With another status, it need not be a bound.
         if info.status == Status.CONVERGED and not np.isnan(info.residual_norm):
-            # Each term that is added rounds the sum; errors of either sign grow with the root of their number.
+            # Each added term rounds the sum. Errors of both signs grow with the root of their number.
             bound = 2 * info.residual_norm + rounding * max(info.steps, 1) ** 0.5
             expect(left <= bound, s, system, f"info.residual_norm to bound norm(b - A v) = {left:.3g}", answer)
         return
@@ -62,16 +62,16 @@ def honest(s: Subject, system: System, answer: Answer) -> None:
 
 
 def expect(holds: object, s: Subject, system: System, expected: str, got: object) -> None:
-    """Raise an AssertionError that names the system and the solver, unless it holds."""
+    """Raise an AssertionError that names the system and the solver, unless ``holds`` is true."""
     require(holds, f"{system.what}, by {s}", expected, got)
 
 
 def same(answer: Answer, other: Answer) -> bool:
-    """Tell whether two answers are the same to the bit; nan is equal to nan."""
+    """Return whether two answers are equal to the bit. nan equals nan."""
     numbers = [np.array([*answer.info, *answer.x]) for answer in (answer, other)]
     return np.array_equal(*numbers, equal_nan=True)
 
 
 def relative_error(x: np.ndarray, expected: np.ndarray) -> float:
-    """Return norm(x - expected) / norm(expected); the numerator where the denominator is zero."""
+    """Return norm(x - expected) / norm(expected), or norm(x) if expected is zero."""
     return float(np.linalg.norm(x - expected) / (np.linalg.norm(expected) or 1.0))

@@ -1,4 +1,4 @@
-"""The laws of linear solvers on any backend: objects with a method ``solve``."""
+"""The laws of all linear solvers."""
 
 import numpy as np
 
@@ -13,27 +13,27 @@ from bilevel.testing.conformance.systems import System
 
 
 def definite(s: Subject) -> None:
-    """Well-conditioned positive definite systems are solved, as SciPy solves them, if that is promised."""
+    """Well-conditioned positive definite systems are solved, in agreement with SciPy, if solves= has "definite"."""
     _judge_class(s, "definite")
 
 
 def ill_conditioned(s: Subject) -> None:
-    """Ill-conditioned positive definite systems are solved, if that is promised; else the status does not claim it."""
+    """Ill-conditioned definite systems are solved if solves= has their class; CONVERGED is never false."""
     _judge_class(s, "ill_conditioned")
 
 
 def indefinite(s: Subject) -> None:
-    """Indefinite systems are solved, if that is promised; else the status does not claim it."""
+    """Indefinite systems are solved if solves= has their class; CONVERGED is never false."""
     _judge_class(s, "indefinite")
 
 
 def singular(s: Subject) -> None:
-    """Singular systems that have solutions are solved, if that is promised; else the status does not claim it."""
+    """Singular systems with solutions are solved if solves= has their class; CONVERGED is never false."""
     _judge_class(s, "singular")
 
 
 def inconsistent(s: Subject) -> None:
-    """A singular system without a solution does not converge, and v stays finite."""
+    """For a singular system without a solution, the status is not CONVERGED, and v stays finite."""
     system = systems.inconsistent()
     answer = s.solve(system)
     judge(s, system, answer)
@@ -42,7 +42,7 @@ def inconsistent(s: Subject) -> None:
 
 
 def one_unknown(s: Subject) -> None:
-    """One equation is a system, too, of either sign."""
+    """A single equation is solved, with a positive or a negative coefficient."""
     for factor, kind in ((3.0, "definite"), (-3.0, "indefinite")):
         system = systems.one_unknown(factor)
         judge(s, system, s.solve(system), promised=s.promises(kind))
@@ -56,7 +56,7 @@ def multiples_of_identity(s: Subject) -> None:
 
 
 def zero_rhs(s: Subject) -> None:
-    """For b = 0, v = 0 with CONVERGED, whatever the warm start."""
+    """For b = 0, v = 0 with CONVERGED, for any warm start."""
     system = systems.definite()._replace(what="a definite system with b = 0", rhs=np.zeros(systems.SIZE))
     for x0 in (None, np.ones(systems.SIZE)):
         answer = s.solve(system, x0)
@@ -65,11 +65,11 @@ def zero_rhs(s: Subject) -> None:
 
 
 def non_finite_rhs(s: Subject) -> None:
-    """A nan or an infinity in b gives NON_FINITE, and a v that is not finite either: loud under jit, too."""
+    """A nan or an infinity in b gives NON_FINITE and a v that is not finite, so that the failure shows under jit."""
     for bad in (np.nan, np.inf):
         system = systems.definite()
         system = system._replace(what=f"a definite system with b[1] = {bad}", rhs=np.where(np.arange(6) == 1, bad, 1.0))
-        _loud(s, system, s.solve(system))
+        _require_non_finite(s, system, s.solve(system))
 
 
 def non_finite_operator(s: Subject) -> None:
@@ -79,20 +79,20 @@ def non_finite_operator(s: Subject) -> None:
     matrix = system.matrix.copy()
     matrix[1, 1] = np.inf
     system = system._replace(what="an operator with an infinite entry", matrix=matrix)
-    _loud(s, system, s.solve(system), sound)
+    _require_non_finite(s, system, s.solve(system), sound)
 
 
 def nan_product(s: Subject) -> None:
-    """A product that is nan, the first or a later one, gives NON_FINITE and a v that is not finite."""
+    """A first or later product that is nan gives NON_FINITE and a v that is not finite."""
     system = systems.chain()
     sound = s.solve(system)
     for k in (0, 2):
         what = f"{system.what} whose products are nan from number {k} on (counted from 0)"
-        _loud(s, system._replace(what=what), s.solve(system, trap=k), sound)
+        _require_non_finite(s, system._replace(what=what), s.solve(system, trap=k), sound)
 
 
 def extreme_scales(s: Subject) -> None:
-    """Scaling b by 1e-30 or 1e30 in float32 scales v and info.rhs_norm, and leaves the status."""
+    """Scaling b by 1e-30 or 1e30 in float32 scales v and info.rhs_norm, and keeps the status."""
     system = systems.definite()
     plain = s.solve(system)
     for exponent in (-100, -60, 60, 100):
@@ -106,31 +106,31 @@ def extreme_scales(s: Subject) -> None:
 
 
 def drift(s: Subject) -> None:
-    """After many steps in float32, where recurrences drift from the truth, the status and the residual are true."""
+    """After many steps in float32, where recurrences lose accuracy, the status and the residual are true."""
     s = s.with_options(maxiter=max(1000, s.solver.maxiter)) if s.has_option("maxiter") else s
     judge(s, systems.long(), s.solve(systems.long()))
 
 
 def nested_tree(s: Subject) -> None:
-    """A tree is solved like the flat vector of its entries, with leaves that are scalars or have no entry."""
+    """A tree gives the same result as the flat vector of its entries, also with scalar and empty leaves."""
     system = systems.definite()
     flat, answer = s.solve(system), s.solve(system, shape=nest)
     leaves = [(path, tuple(leaf.shape), s.dtype) for path, leaf in s.backend.leaves(nest(s.array(system.rhs)))]
     expect(answer.leaves == leaves, s, system, f"the leaves {leaves}", answer.leaves)
     close = relative_error(answer.x, flat.x) <= s.tolerance() * system.condition
-    expect(close, s, system, f"in a tree what a flat vector gives ({flat})", answer)
+    expect(close, s, system, f"in a tree the result of a flat vector ({flat})", answer)
     judge(s, system, answer, promised=s.promises("definite"))
 
 
 def deterministic(s: Subject) -> None:
-    """The same system gives the same bits again."""
+    """A second solve of a system gives the same bits."""
     for system in (systems.definite(), systems.indefinite()):
         first, second = s.solve(system), s.solve(system)
         expect(same(first, second), s, system, f"the same bits as before ({first})", second)
 
 
 def inputs_untouched(s: Subject) -> None:
-    """Neither b nor the warm start is written to."""
+    """b and the warm start are not written to."""
     system = systems.definite()
     _, rhs = s.rounded(system)
     arrays = []
@@ -146,7 +146,7 @@ def inputs_untouched(s: Subject) -> None:
 
 
 def in_a_hypergradient(s: Subject) -> None:
-    """`bl.hypergradient` takes the solver and gets the closed form of a quadratic problem from it."""
+    """`bl.hypergradient` with the solver gives the closed form of a quadratic problem."""
     point = quadratic_point(s.backend, s.dtype, damping=s.damping)
     hg = hypergradient(QUADRATIC, **point.arguments, solver=s.solver, backend=s.backend, on_failure="ignore")
     answer = s.answer(hg.adjoint, hg.info)
@@ -156,18 +156,11 @@ def in_a_hypergradient(s: Subject) -> None:
         expect(error <= 4 * s.tolerance(), s, system, f"the adjoint {point.adjoint}", answer)
     grad = np.asarray(s.backend.to_numpy(hg.grad), np.float64)
     combined = point.direct + point.coupling.T @ answer.x
-    allowed = ROUNDING * s.backend.space.eps(hg.grad) * np.linalg.norm(combined)
+    allowed = ROUNDING * s.backend.space(hg.grad).eps * np.linalg.norm(combined)
     expect(np.linalg.norm(grad - combined) <= allowed, s, system, f"dF/dλ = {combined}", grad)
 
 
-PER_DTYPE: list[Law] = [
-    definite,
-    ill_conditioned,
-    indefinite,
-    singular,
-    inconsistent,
-    multiples_of_identity,
-]
+PER_DTYPE: list[Law] = [definite, ill_conditioned, indefinite, singular, inconsistent, multiples_of_identity]
 LAWS: list[Law] = [
     one_unknown,
     zero_rhs,
@@ -184,11 +177,11 @@ LAWS: list[Law] = [
 IN_FLOAT32: list[Law] = [extreme_scales, drift]
 
 
-def _loud(s: Subject, system: System, answer: Answer, sound: Answer | None = None) -> None:
-    """Require NON_FINITE, unless the solver never came to what is not finite: then v is that of the sound system."""
+def _require_non_finite(s: Subject, system: System, answer: Answer, sound: Answer | None = None) -> None:
+    """Require NON_FINITE. A solver that never used a non-finite number may give the answer of the sound system."""
     if sound is None or not same(answer, sound):
-        loud = answer.info.status == Status.NON_FINITE and not np.isfinite(answer.x).all()
-        expect(loud, s, system, "NON_FINITE and a v that is not finite", answer)
+        right = answer.info.status == Status.NON_FINITE and not np.isfinite(answer.x).all()
+        expect(right, s, system, "NON_FINITE and a v that is not finite", answer)
 
 
 def _judge_class(s: Subject, kind: str) -> None:

@@ -1,17 +1,16 @@
-"""The laws of methods that turn a problem into a hypergradient by themselves, on quadratic problems."""
+"""The laws of methods that compute a hypergradient from a problem."""
 
 import sys
 from typing import Any
 
 import numpy as np
 
+from bilevel.backend import Backend
 from bilevel.hypergradient import hypergradient
 from bilevel.problems.problem import Problem
-from bilevel.protocols import Backend
 from bilevel.results import Hypergradient, Status
-from bilevel.spaces.ravel import to_host
 from bilevel.testing.conformance.checks import Law, require
-from bilevel.testing.conformance.execution import Overrun, late_spaces
+from bilevel.testing.conformance.execution import late_backends
 from bilevel.testing.conformance.judge import ROUNDING, relative_error
 from bilevel.testing.conformance.problems import (
     CURVED,
@@ -22,32 +21,32 @@ from bilevel.testing.conformance.problems import (
     QuadraticPoint,
     quadratic_point,
 )
-from bilevel.testing.conformance.subject import Subject, dtype_of, nest, with_space
+from bilevel.testing.conformance.subject import Subject, dtype_of, nest
 from bilevel.testing.conformance.systems import SIZE, normal
 
 INDEFINITE = np.array([-2.0, -1.0, 1.0, 2.0, 3.0, 4.0])
 
 
 def definite(s: Subject) -> None:
-    """At the minimum of a quadratic problem, dF/dλ and v are those of the closed form, if that is promised."""
+    """At the minimum of a quadratic problem, dF/dλ and v equal the closed form, if solves= has "definite"."""
     point = quadratic_point(s.backend, s.dtype)
     hg = _run(s, QUADRATIC, point.arguments)
     _judge(s, point, hg, "the minimum of a quadratic problem")
 
 
 def from_afar(s: Subject) -> None:
-    """Away from the minimum, F and dF/dλ are those at `hg.params`, where the method says it ended."""
+    """Away from the minimum, F and dF/dλ are the values at `hg.params`, the end of the method."""
     point = quadratic_point(s.backend, s.dtype, at_minimum=False)
     hg = _run(s, QUADRATIC, point.arguments)
     _judge(s, point, hg, "a quadratic problem away from its minimum")
 
 
 def curved(s: Subject) -> None:
-    """On a problem that is not quadratic, dF/dλ is that of the curvature at `hg.params`, if that is promised."""
+    """On a problem that is not quadratic, dF/dλ uses the curvature at `hg.params`, if solves= has "definite"."""
     lam, t = 0.5 * normal(1, SIZE), normal(2, SIZE)
     arrays = {"params": s.array(np.full(SIZE, 0.5)), "hparams": s.array(lam), "outer_args": (s.array(t),)}
     hg = _run(s, CURVED, arrays)
-    w, grad = to_host(s.backend, hg.params), to_host(s.backend, hg.grad)
+    w, grad = s.backend.to_flat(hg.params), s.backend.to_flat(hg.grad)
     v = (1 + lam) * (w - t) / (1 + lam**2 + 3 * w**2)
     closed = (w - t) ** 2 / 2 - 2 * lam * w * v
     right = relative_error(grad, closed) <= 4 * s.tolerance() or not s.promises("definite")
@@ -55,34 +54,34 @@ def curved(s: Subject) -> None:
 
 
 def indefinite(s: Subject) -> None:
-    """Where the Hessian is indefinite, CONVERGED is no lie: dF/dλ is that of the closed form, if it says so."""
+    """If the Hessian is indefinite and the status is CONVERGED, dF/dλ equals the closed form."""
     point = quadratic_point(s.backend, s.dtype, eigenvalues=INDEFINITE)
     hg = _run(s, QUADRATIC, point.arguments)
-    _judge(s, point, hg, "the saddle of an indefinite quadratic", promised="indefinite")
+    _judge(s, point, hg, "the saddle point of an indefinite quadratic", promised="indefinite")
 
 
 def one_unknown(s: Subject) -> None:
-    """One weight is a problem, too."""
+    """A problem with one weight is solved."""
     point = quadratic_point(s.backend, s.dtype, eigenvalues=np.array([3.0]))
     _judge(s, point, _run(s, QUADRATIC, point.arguments), "a quadratic problem with one weight")
 
 
 def without_direct_term(s: Subject) -> None:
-    """Where F does not depend on λ, dF/dλ has the indirect term alone."""
+    """If F does not depend on λ, dF/dλ has only the indirect term."""
     point = quadratic_point(s.backend, s.dtype)._replace(direct=np.zeros(3))
     _judge(s, point, _run(s, NO_DIRECT_TERM, point.arguments), "a quadratic problem whose F has no λ")
 
 
 def without_cross_term(s: Subject) -> None:
-    """Where ∂L/∂w does not depend on λ, dF/dλ = ∂F/∂λ."""
+    """If ∂L/∂w does not depend on λ, dF/dλ = ∂F/∂λ."""
     point = quadratic_point(s.backend, s.dtype, at_minimum=False)
-    grad = to_host(s.backend, _run(s, NO_CROSS_TERM, point.arguments).grad)
+    grad = s.backend.to_flat(_run(s, NO_CROSS_TERM, point.arguments).grad)
     where = f"a quadratic problem without a mixed derivative, by {s}"
     require(np.array_equal(grad, point.direct), where, f"dF/dλ = ∂F/∂λ = {point.direct}", grad)
 
 
 def nested_tree(s: Subject) -> None:
-    """Trees come back in their structure, shapes and dtypes with the closed form in them, empty leaves included."""
+    """Trees keep their structure, shapes and dtypes, also empty leaves, and contain the closed form."""
     flat = [normal(1, SIZE), normal(1, SIZE), normal(2, SIZE), np.linspace(1.0, 4.0, SIZE)]  # w = λ: the minimum
     params, lam, target, curvature = (nest(s.array(a)) for a in flat)
     arguments = {"params": params, "hparams": lam, "inner_args": (curvature,), "outer_args": (target,)}
@@ -91,31 +90,31 @@ def nested_tree(s: Subject) -> None:
     for name, tree in (("grad", hg.grad), ("adjoint", hg.adjoint), ("params", hg.params)):
         require(_shapes(s, tree) == wanted, where, f"hg.{name} with the leaves {wanted}", _shapes(s, tree))
     if s.promises("definite"):
-        grad, w, t = (to_host(s.backend, tree) for tree in (hg.grad, hg.params, target))
+        grad, w, t = (s.backend.to_flat(tree) for tree in (hg.grad, hg.params, target))
         require(relative_error(grad, w - t) <= 4 * s.tolerance(), where, f"dF/dλ = {w - t}", grad)
 
 
 def nan_hessian(s: Subject) -> None:
-    """A nan in the Hessian gives NON_FINITE, and a dF/dλ that is not finite either: loud under jit, too."""
+    """A nan in the Hessian gives NON_FINITE and a dF/dλ that is not finite, so that the failure shows under jit."""
     point = quadratic_point(s.backend, s.dtype)
     hessian = point.hessian.copy()
     hessian[1, 1] = np.nan
     hg = _run(s, QUADRATIC, point.arguments, inner_args=(s.array(hessian), *point.arguments["inner_args"][1:]))
-    grad = to_host(s.backend, hg.grad)
+    grad = s.backend.to_flat(hg.grad)
     loud = hg.info.status == Status.NON_FINITE and not np.isfinite(grad).all()
     got = f"{hg.info.status.name} and {grad}"
     require(loud, f"a Hessian with a nan, by {s}", "NON_FINITE and a dF/dλ that is not finite", got)
 
 
 def deterministic(s: Subject) -> None:
-    """The same problem gives the same bits again."""
+    """A second call with the same problem gives the same bits."""
     point = quadratic_point(s.backend, s.dtype)
-    first, second = (to_host(s.backend, _run(s, QUADRATIC, point.arguments)[:4]) for _ in range(2))
-    require(np.array_equal(first, second), f"a quadratic problem, by {s}", f"the bits of before, {first}", second)
+    first, second = (s.backend.to_flat(_run(s, QUADRATIC, point.arguments)[:4]) for _ in range(2))
+    require(np.array_equal(first, second), f"a quadratic problem, by {s}", f"the same bits as before, {first}", second)
 
 
 def inputs_untouched(s: Subject) -> None:
-    """Neither params nor hparams nor the data are written to."""
+    """Params, hparams and data are not written to."""
     point = quadratic_point(s.backend, s.dtype)
     before = [a.tobytes() for a in map(s.backend.to_numpy, _arrays(point))]
     _run(s, QUADRATIC, point.arguments)
@@ -126,28 +125,30 @@ def inputs_untouched(s: Subject) -> None:
 
 
 def overrun(s: Subject) -> None:
-    """Steps that a loop takes after its flag has fallen change no bit."""
+    """Steps that a loop takes after its flag is false change no bit of the result."""
     point = quadratic_point(s.backend, s.dtype)
-    plain = to_host(s.backend, _run(s, QUADRATIC, point.arguments)[:4])
-    for space in (Overrun(s.backend.space, 7), *late_spaces(s.backend)):
-        late = to_host(s.backend, _run(s, QUADRATIC, point.arguments, backend=with_space(s.backend, space))[:4])
+    plain = s.backend.to_flat(_run(s, QUADRATIC, point.arguments)[:4])
+    for backend in late_backends(s.backend):
+        late = s.backend.to_flat(_run(s, QUADRATIC, point.arguments, backend=backend)[:4])
         require(np.array_equal(late, plain), f"a quadratic problem, by {s}", f"in any case {plain}", late)
 
 
 def under_jit_and_vmap(s: Subject) -> None:
-    """A batch of problems under the caller's own `jax.jit` and `jax.vmap` gives what each gives alone."""
+    """A batch of problems under the caller's `jax.jit` and `jax.vmap` gives the same results as each problem alone."""
     jax, points = sys.modules["jax"], [quadratic_point(s.backend, s.dtype, seed=seed) for seed in range(2)]
-    stacked = jax.tree.map(lambda *parts: s.backend.space.xp.stack(parts), *(point.arguments for point in points))
+    stacked = jax.tree.map(
+        lambda *parts: s.backend.space(parts[0]).xp.stack(parts), *(point.arguments for point in points)
+    )
     hgs = jax.jit(jax.vmap(lambda arguments: _run(s, QUADRATIC, arguments)))(stacked)
     for i, point in enumerate(points):
         alone, hg = _run(s, QUADRATIC, point.arguments), jax.tree.map(lambda leaf, i=i: leaf[i], hgs)
-        grad, expected = to_host(s.backend, hg.grad), to_host(s.backend, alone.grad)
+        grad, expected = s.backend.to_flat(hg.grad), s.backend.to_flat(alone.grad)
         close = relative_error(grad, expected) <= s.tolerance() and int(hg.info.status) == alone.info.status
-        require(close, f"a quadratic problem, by {s}", f"what it gives alone, {expected}", grad)
+        require(close, f"a quadratic problem, by {s}", f"the result without vmap, {expected}", grad)
 
 
 def laws_on(backend: Backend) -> list[Law]:
-    """Return the laws that concern how a framework runs loops."""
+    """Return the laws of a framework's loops."""
     return [under_jit_and_vmap] if backend.name == "jax" else [overrun]
 
 
@@ -172,12 +173,12 @@ def _run(s: Subject, problem: Problem, arguments: dict[str, Any], **changed: Any
 
 
 def _judge(s: Subject, point: QuadraticPoint, hg: Hypergradient, what: str, promised: str = "definite") -> None:
-    """Raise an AssertionError unless all fields are true at hg.params and, if promised, the closed form's."""
+    """Raise an AssertionError unless all fields are true at hg.params and, if promised, equal the closed form."""
     backend, where, info = s.backend, f"{what}, by {s}", hg.info
-    eps = backend.space.eps(point.arguments["params"])
+    eps = backend.space(point.arguments["params"]).eps
     for name, leaf in (("grad", hg.grad), ("value", hg.value), ("adjoint", hg.adjoint), ("params", hg.params)):
         require(dtype_of(leaf) == s.dtype, where, f"hg.{name} in {s.dtype}", leaf.dtype)
-    grad, adjoint, w = (to_host(backend, tree) for tree in (hg.grad, hg.adjoint, hg.params))
+    grad, adjoint, w = (backend.to_flat(tree) for tree in (hg.grad, hg.adjoint, hg.params))
     value, expected = float(backend.to_host(hg.value)), point.value_at(w)
     got = f"{info.status.name} after {info.steps} steps, dF/dλ = {grad}"
     scale = abs(expected) + np.sum((w - point.target) ** 2)
@@ -195,7 +196,7 @@ def _judge(s: Subject, point: QuadraticPoint, hg: Hypergradient, what: str, prom
     require(relative_error(adjoint, v) <= 4 * s.tolerance(), where, f"hg.adjoint = {v}", adjoint)
 
 
-def _shapes(s: Subject, tree: Any) -> list[tuple[str, tuple[int, ...], str]]:
+def _shapes(s: Subject, tree: object) -> list[tuple[str, tuple[int, ...], str]]:
     return [(path, tuple(leaf.shape), dtype_of(leaf)) for path, leaf in s.backend.leaves(tree)]
 
 

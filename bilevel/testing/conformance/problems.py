@@ -1,4 +1,4 @@
-"""Quadratic problems whose data are arguments, so that JAX compiles them once; with analytic derivatives for all."""
+"""Problems with analytic derivatives, whose data are arguments so that JAX compiles them once."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import linalg
 
+from bilevel.backend import Backend
 from bilevel.problems.problem import Problem
-from bilevel.protocols import Backend
-from bilevel.spaces.ravel import to_host
+from bilevel.spaces.array import Array
 from bilevel.spaces.tree import leaves_with_paths, tree_map
 from bilevel.testing.conformance.subject import make_array
 from bilevel.testing.conformance.systems import SIZE, normal, symmetric
@@ -20,36 +20,36 @@ HYPERS = 3
 class _Inner:
     """L = ½ wᵀHw − wᵀ(Bλ + c)."""
 
-    def __call__(self, w: Any, h: Any, H: Any, B: Any, c: Any) -> Any:
+    def __call__(self, w: Array, h: Array, H: Array, B: Array, c: Array) -> Array:
         return w @ (0.5 * (H @ w) - B @ h - c)
 
-    def grad(self, w: Any, h: Any, H: Any, B: Any, c: Any) -> Any:
+    def grad(self, w: Array, h: Array, H: Array, B: Array, c: Array) -> Array:
         return H @ w - B @ h - c
 
-    def hvp(self, w: Any, h: Any, v: Any, H: Any, B: Any, c: Any) -> Any:
+    def hvp(self, w: Array, h: Array, v: Array, H: Array, B: Array, c: Array) -> Array:
         return H @ v
 
-    def cross_vjp(self, w: Any, h: Any, v: Any, H: Any, B: Any, c: Any) -> Any:
+    def cross_vjp(self, w: Array, h: Array, v: Array, H: Array, B: Array, c: Array) -> Array:
         return -(B.T @ v)
 
-    def cross_jvp(self, w: Any, h: Any, u: Any, H: Any, B: Any, c: Any) -> Any:
+    def cross_jvp(self, w: Array, h: Array, u: Array, H: Array, B: Array, c: Array) -> Array:
         return -(B @ u)
 
 
 @dataclass(frozen=True)
 class _InnerAlone:
-    """L = ½ wᵀHw − wᵀc + λᵀλ: no influence of λ on ∂L/∂w."""
+    """L = ½ wᵀHw − wᵀc + λᵀλ. ∂L/∂w does not depend on λ."""
 
-    def __call__(self, w: Any, h: Any, H: Any, B: Any, c: Any) -> Any:
+    def __call__(self, w: Array, h: Array, H: Array, B: Array, c: Array) -> Array:
         return w @ (0.5 * (H @ w) - c) + (h * h).sum()
 
-    def grad(self, w: Any, h: Any, H: Any, B: Any, c: Any) -> Any:
+    def grad(self, w: Array, h: Array, H: Array, B: Array, c: Array) -> Array:
         return H @ w - c
 
-    def hvp(self, w: Any, h: Any, v: Any, H: Any, B: Any, c: Any) -> Any:
+    def hvp(self, w: Array, h: Array, v: Array, H: Array, B: Array, c: Array) -> Array:
         return H @ v
 
-    def cross_vjp(self, w: Any, h: Any, v: Any, H: Any, B: Any, c: Any) -> None:
+    def cross_vjp(self, w: Array, h: Array, v: Array, H: Array, B: Array, c: Array) -> None:
         return None
 
 
@@ -57,21 +57,21 @@ class _InnerAlone:
 class _Outer:
     """F = ½‖w − t‖² + dᵀλ."""
 
-    def __call__(self, w: Any, h: Any, t: Any, d: Any) -> Any:
+    def __call__(self, w: Array, h: Array, t: Array, d: Array) -> Array:
         return 0.5 * ((w - t) @ (w - t)) + d @ h
 
-    def grad(self, w: Any, h: Any, t: Any, d: Any) -> tuple[Any, Any]:
+    def grad(self, w: Array, h: Array, t: Array, d: Array) -> tuple[Array, Array]:
         return w - t, d
 
 
 @dataclass(frozen=True)
 class _OuterAlone:
-    """F = ½‖w − t‖²: no λ in it."""
+    """F = ½‖w − t‖², without λ."""
 
-    def __call__(self, w: Any, h: Any, t: Any, d: Any) -> Any:
+    def __call__(self, w: Array, h: Array, t: Array, d: Array) -> Array:
         return 0.5 * ((w - t) @ (w - t))
 
-    def grad(self, w: Any, h: Any, t: Any, d: Any) -> tuple[Any, None]:
+    def grad(self, w: Array, h: Array, t: Array, d: Array) -> tuple[Array, None]:
         return w - t, None
 
 
@@ -79,21 +79,19 @@ class _OuterAlone:
 class _TreeInner:
     """L = Σ k (½w² − wλ), for trees k, w and λ of one structure."""
 
-    def __call__(self, w: Any, h: Any, k: Any) -> Any:
-        return sum(
-            leaf.sum() for _, leaf in leaves_with_paths(tree_map(lambda w, h, k: k * (w * w / 2 - w * h), w, h, k))
-        )
+    def __call__(self, w: Array, h: Array, k: Array) -> Array:
+        return _total(tree_map(lambda w, h, k: (k * (w * w / 2 - w * h)).sum(), w, h, k))
 
-    def grad(self, w: Any, h: Any, k: Any) -> Any:
+    def grad(self, w: Array, h: Array, k: Array) -> Array:
         return tree_map(lambda w, h, k: k * (w - h), w, h, k)
 
-    def hvp(self, w: Any, h: Any, v: Any, k: Any) -> Any:
+    def hvp(self, w: Array, h: Array, v: Array, k: Array) -> Array:
         return tree_map(lambda k, v: k * v, k, v)
 
-    def cross_vjp(self, w: Any, h: Any, v: Any, k: Any) -> Any:
+    def cross_vjp(self, w: Array, h: Array, v: Array, k: Array) -> Array:
         return tree_map(lambda k, v: -k * v, k, v)
 
-    def cross_jvp(self, w: Any, h: Any, u: Any, k: Any) -> Any:
+    def cross_jvp(self, w: Array, h: Array, u: Array, k: Array) -> Array:
         return tree_map(lambda k, u: -k * u, k, u)
 
 
@@ -101,10 +99,10 @@ class _TreeInner:
 class _TreeOuter:
     """F = ½ Σ (w − t)²."""
 
-    def __call__(self, w: Any, h: Any, t: Any) -> Any:
-        return sum(_leaves(tree_map(lambda w, t: ((w - t) * (w - t)).sum() / 2, w, t)))
+    def __call__(self, w: Array, h: Array, t: Array) -> Array:
+        return _total(tree_map(lambda w, t: ((w - t) * (w - t)).sum() / 2, w, t))
 
-    def grad(self, w: Any, h: Any, t: Any) -> tuple[Any, None]:
+    def grad(self, w: Array, h: Array, t: Array) -> tuple[Array, None]:
         return tree_map(lambda w, t: w - t, w, t), None
 
 
@@ -112,19 +110,19 @@ class _TreeOuter:
 class _CurvedInner:
     """L = Σ ½ (1 + λ²) w² + ¼ w⁴ − w, for trees w and λ of one structure."""
 
-    def __call__(self, w: Any, h: Any) -> Any:
-        return sum(_leaves(tree_map(lambda w, h: ((1 + h * h) * w * w / 2 + w * w * w * w / 4 - w).sum(), w, h)))
+    def __call__(self, w: Array, h: Array) -> Array:
+        return _total(tree_map(lambda w, h: ((1 + h * h) * w * w / 2 + w * w * w * w / 4 - w).sum(), w, h))
 
-    def grad(self, w: Any, h: Any) -> Any:
+    def grad(self, w: Array, h: Array) -> Array:
         return tree_map(lambda w, h: (1 + h * h) * w + w * w * w - 1, w, h)
 
-    def hvp(self, w: Any, h: Any, v: Any) -> Any:
+    def hvp(self, w: Array, h: Array, v: Array) -> Array:
         return tree_map(lambda w, h, v: (1 + h * h + 3 * w * w) * v, w, h, v)
 
-    def cross_vjp(self, w: Any, h: Any, v: Any) -> Any:
+    def cross_vjp(self, w: Array, h: Array, v: Array) -> Array:
         return tree_map(lambda w, h, v: 2 * h * w * v, w, h, v)
 
-    def cross_jvp(self, w: Any, h: Any, u: Any) -> Any:
+    def cross_jvp(self, w: Array, h: Array, u: Array) -> Array:
         return tree_map(lambda w, h, u: 2 * h * w * u, w, h, u)
 
 
@@ -132,10 +130,10 @@ class _CurvedInner:
 class _CurvedOuter:
     """F = ½ Σ (1 + λ) (w − t)²."""
 
-    def __call__(self, w: Any, h: Any, t: Any) -> Any:
-        return sum(_leaves(tree_map(lambda w, h, t: ((1 + h) * (w - t) * (w - t)).sum() / 2, w, h, t)))
+    def __call__(self, w: Array, h: Array, t: Array) -> Array:
+        return _total(tree_map(lambda w, h, t: ((1 + h) * (w - t) * (w - t)).sum() / 2, w, h, t))
 
-    def grad(self, w: Any, h: Any, t: Any) -> tuple[Any, Any]:
+    def grad(self, w: Array, h: Array, t: Array) -> tuple[Array, Array]:
         in_w = tree_map(lambda w, h, t: (1 + h) * (w - t), w, h, t)
         return in_w, tree_map(lambda w, t: (w - t) * (w - t) / 2, w, t)
 
@@ -148,7 +146,7 @@ CURVED = Problem(_CurvedInner(), _CurvedOuter())
 
 
 class QuadraticPoint(NamedTuple):
-    """A point of `QUADRATIC` and its kin, and what is true there; the truth is in NumPy's float64.
+    """A point of `QUADRATIC`, `NO_DIRECT_TERM` or `NO_CROSS_TERM`, with the closed form there in NumPy's float64.
 
     Attributes:
         arguments: params, hparams, inner_args and outer_args in a framework.
@@ -207,12 +205,12 @@ def quadratic_point(
     """Return a point of the quadratic problem.
 
     Args:
-        backend: where its arrays are to be.
-        dtype: theirs.
-        eigenvalues: of H + damping · I; by default from 1 to 4.
-        damping: of the solver.
+        backend: the backend of its arrays.
+        dtype: the dtype of its arrays.
+        eigenvalues: the eigenvalues of H + damping · I; default: from 1 to 4.
+        damping: the damping of the solver.
         at_minimum: whether params minimize L.
-        seed: of all that is drawn.
+        seed: the seed of the random numbers.
     """
     eigenvalues = np.linspace(1.0, 4.0, SIZE) if eigenvalues is None else np.asarray(eigenvalues)
     n = eigenvalues.size
@@ -223,11 +221,11 @@ def quadratic_point(
     arrays = [make_array(backend, a, dtype) for a in (w, lam, H, B, c, t, d)]
     w_, lam_, H_, B_, c_, t_, d_ = arrays
     truth = [
-        to_host(backend, array).reshape(np.shape(a)) for array, a in zip(arrays, (w, lam, H, B, c, t, d), strict=True)
+        backend.to_flat(array).reshape(np.shape(a)) for array, a in zip(arrays, (w, lam, H, B, c, t, d), strict=True)
     ]
     arguments = {"params": w_, "hparams": lam_, "inner_args": (H_, B_, c_), "outer_args": (t_, d_)}
     return QuadraticPoint(arguments, *truth, damping=damping)
 
 
-def _leaves(tree: Any) -> list[Any]:
-    return [leaf for _, leaf in leaves_with_paths(tree)]
+def _total(tree: Any) -> Any:
+    return sum(leaf for _, leaf in leaves_with_paths(tree))

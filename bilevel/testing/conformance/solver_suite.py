@@ -1,11 +1,12 @@
 """The conformance suite of solvers."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
 
+from bilevel.backend import Backend
 from bilevel.config import get_backend, get_solver, list_backends
 from bilevel.errors import suggest
-from bilevel.protocols import HypergradientMethod
+from bilevel.hypergradient import SolverSpec
+from bilevel.methods import Method
 from bilevel.testing.conformance import capabilities, execution, linear, methods, rounding
 from bilevel.testing.conformance.checks import Applied, Check, collect, known_backends
 from bilevel.testing.conformance.subject import Subject, widest
@@ -13,16 +14,16 @@ from bilevel.testing.conformance.systems import CLASSES
 
 
 def check_solver(
-    solver: Any,
+    solver: SolverSpec,
     *,
     solves: Iterable[str] = ("definite",),
     rtol: float | None = None,
     truncated: bool = False,
     warm_start: bool = True,
-    backends: Any = None,
+    backends: Backend | str | Iterable[Backend | str] | None = None,
     excused: Mapping[str, str] | None = None,
 ) -> list[Check]:
-    """Return the laws of a solver as checks, to be called one by one.
+    """Return the laws of a solver as checks, which can be called one by one.
 
     In pytest::
 
@@ -30,32 +31,32 @@ def check_solver(
         def test_my_solver(check):
             check()
 
-    Each is run on small systems with known spectra, the largest eigenvalue 4 (with the solver's damping), on every
-    installed backend, and compiled where the framework compiles. What is not promised may fail, but must say so.
+    The checks solve small systems with known spectra. The largest eigenvalue is 4 (with the solver's damping). They run
+    on every installed backend, compiled if the framework compiles. On systems outside of ``solves``, the solver may
+    fail, but its status must report the failure.
 
     Args:
-        solver: an object with ``solve`` (`bilevel.protocols.IHVPSolver`), or with ``hypergradient``
-            (`bilevel.protocols.HypergradientMethod`), or what `bl.get_solver` takes. To vary its options, the
-            suite takes those of a frozen dataclass: ``maxiter``, ``damping`` and ``rtol`` if there are such.
-        solves: the classes of systems on which it promises to converge: "definite" (eigenvalues from 1 to 4),
-            "ill_conditioned" (from 4e-4 to 4), "indefinite", "singular" (with a solution) and "nonsymmetric". On the
-            others, it must not claim CONVERGED with a wrong answer. Of a method with ``hypergradient``, the first and
-            the third.
-        rtol: what CONVERGED promises of ``norm(b - A v) / norm(b)``, to a factor of 10 and what the dtype can.
-            Default: the solver's own ``rtol``, or √eps if it has none or 0.
-        truncated: whether CONVERGED claims no such thing on systems that are not promised, as of a method with a fixed
-            number of terms: then ``residual_norm`` is held to be a bound, or nan.
-        warm_start: whether it uses a warm start; a direct method need not.
-        backends: a backend, by name or object, or several; None: all that are installed.
-        excused: reasons, by the names of checks, as in ``{"overrun": "..."}`` or ``{"overrun-torch": "..."}``: such
-            a check is skipped with the reason where it fails, and an error where it does not.
+        solver: a `bl.LinearSolver`, a `bilevel.methods.Method`, or an argument of `bl.get_solver`. If it is a frozen
+            dataclass, the suite varies its options ``maxiter``, ``damping`` and ``rtol``.
+        solves: the classes of systems on which the solver converges: "definite" (eigenvalues from 1 to 4),
+            "ill_conditioned" (from 4e-4 to 4), "indefinite", "singular" (with a solution) and "nonsymmetric". On other
+            systems, the solver must not return CONVERGED with a wrong answer. A `Method` has only "definite" and
+            "indefinite".
+        rtol: the bound of ``norm(b - A v) / norm(b)`` for CONVERGED, up to a factor of 10 and the precision of the
+            dtype. Default: the solver's ``rtol``, or √eps if it has none or 0.
+        truncated: whether CONVERGED implies no such bound on systems outside of ``solves``, as for a method with a
+            fixed number of terms. Then ``residual_norm`` must be a bound or nan.
+        warm_start: whether the solver uses a warm start. A direct solver need not use it.
+        backends: a backend, by name or object, or several; None: all installed backends.
+        excused: reasons by the names of checks, as in ``{"overrun": "..."}`` or ``{"overrun-torch": "..."}``. An
+            excused check is skipped with the reason if it fails, and raises an error if it passes.
 
     Returns:
-        A list of `Check`: each has a ``name`` and a ``law``, and raises an AssertionError that says on what
-        system what was expected and what was got.
+        A list of `Check`, each with a ``name`` and a ``law``. A failed check raises an AssertionError with the system,
+        the expected and the actual result.
 
     Raises:
-        TypeError, ValueError: for what is no solver, and for unknown classes, backends and excused names.
+        TypeError, ValueError: for an invalid solver, and for unknown classes, backends and excused names.
 
     >>> import bilevel as bl
     >>> checks = check_solver(bl.CG(), solves=["definite", "ill_conditioned"], backends="numpy")
@@ -73,10 +74,10 @@ def check_solver(
         raise ValueError(f"rtol: expected a number >= 0, got {rtol!r}.")
     if backends is None:
         backends = list_backends()
-    elif isinstance(backends, str) or hasattr(backends, "linearize"):
+    elif isinstance(backends, str | Backend):
         backends = [backends]
     found = [get_backend(backend) for backend in backends]
-    is_method = isinstance(solver, HypergradientMethod)
+    is_method = isinstance(solver, Method)
 
     def applied() -> Iterator[Applied]:
         for backend in found:

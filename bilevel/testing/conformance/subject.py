@@ -1,68 +1,68 @@
-"""A solver under test: what it promises, and how it is run on a dense system."""
+"""A solver under test, with its promises and a method that runs it on a dense system."""
 
 import dataclasses
 from collections.abc import Callable
-from copy import copy
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from bilevel.backend import Backend
 from bilevel.config import solver_options
-from bilevel.protocols import Backend, NonSymmetric, Operator, Point, Stochastic, Tree
+from bilevel.linear_solvers import LinearSolver
+from bilevel.operators.linear_operator import LinearOperator
 from bilevel.results import SolverInfo, Status
-from bilevel.spaces.ravel import to_host
+from bilevel.spaces.array import Array, V
 from bilevel.testing.conformance.checks import require
 from bilevel.testing.conformance.systems import System
 
 
 class Answer(NamedTuple):
-    """What a solver returned, on the host."""
+    """The result of a solver, on the host."""
 
     x: np.ndarray  # float64, of shape (n,)
     info: SolverInfo
     leaves: list[tuple[str, tuple[int, ...], str]]  # path, shape and dtype
 
     def __str__(self) -> str:
-        steps, residual_norm, rhs_norm, status = self.info
+        steps, residual_norm, rhs_norm, status, _ = self.info
         return (
             f"{status.name} after {steps} steps, residual_norm {residual_norm:.3g} of {rhs_norm:.3g}, "
             f"v = {np.array2string(self.x, precision=4, threshold=8)}"
         )
 
 
-def run(backend: Backend, solver: Any, problem: None, point: Point) -> Any:
-    """Call the solver on the operator that a point's arrays make up; what `Backend.execute` runs."""
-    return solver.solve(product_of(backend, point), point.hparams, point.adjoint0, backend.space)
+class Kind(NamedTuple):
+    """Properties of the operator that the solver receives.
+
+    Attributes:
+        symmetric: whether the operator is symmetric.
+        sampled: whether each step has a sample. All samples are equal.
+    """
+
+    symmetric: bool = True
+    sampled: bool = False
 
 
-def run_nonsymmetric(backend: Backend, solver: Any, problem: None, point: Point) -> Any:
-    """Call the solver on an operator that is said not to be symmetric."""
-    return solver.solve(NonSymmetric(product_of(backend, point)), point.hparams, point.adjoint0, backend.space)
+def run(
+    backend: Backend, solver: LinearSolver[Any], kind: Kind, arrays: tuple[Array, Array], rhs: V, x0: V | None
+) -> tuple[V, SolverInfo]:
+    """Call the solver on the operator v -> A v. The product is nan if v·unit is not zero."""
+    (matrix, unit), space = arrays, backend.space(rhs)
 
-
-def run_stochastic(backend: Backend, solver: Any, problem: None, point: Point) -> Any:
-    """Call the solver on an operator whose samples are all the same."""
-    product = product_of(backend, point)
-    return solver.solve(Stochastic(product, lambda i: product), point.hparams, point.adjoint0, backend.space)
-
-
-def product_of(backend: Backend, point: Point) -> Operator:
-    """Return v -> A v, and nan where v has a part along the unit vector of the point."""
-    (matrix, unit), like, space = point.params, point.hparams, backend.space
-
-    def product(v: Tree) -> Tree:
+    def product(v: V) -> V:
         flat = space.ravel(v)
-        trapped = space.xp.where(space.dot(unit, flat) != 0, float("nan"), 1.0)
-        return space.scale(trapped, space.unravel(matrix @ flat, like))
+        trapped = space.xp.where(backend.space(flat).dot(unit, flat) != 0, float("nan"), 1.0)
+        return space.scale(trapped, space.unravel(matrix @ flat))
 
-    return product
+    A = LinearOperator(space, product, kind.symmetric, (lambda i: product) if kind.sampled else None)
+    return solver.solve(solver.init(A), A, rhs, x0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """A solver on a backend, with the promises that `check_solver` explains."""
+    """A solver on a backend, with the arguments of `check_solver`."""
 
-    solver: Any
+    solver: Any  # a LinearSolver or a Method
     backend: Backend
     dtype: str  # float64, float32 or bfloat16
     solves: frozenset[str] = frozenset({"definite"})
@@ -75,22 +75,26 @@ class Subject:
 
     @property
     def damping(self) -> float:
-        """Return what the solver adds to the operator."""
-        return float(getattr(self.solver, "damping", 0.0))
+        """Return the solver's damping."""
+        return float(self.solver.damping)
+
+    @property
+    def eps(self) -> float:
+        """Return the machine epsilon of the dtype."""
+        return self.backend.space(self.array(np.zeros(1))).eps
 
     def tolerance(self) -> float:
-        """Return what is promised of norm(b - A v) / norm(b), with room for rounding."""
-        eps = self.backend.space.eps(self.array(np.zeros(1)))
-        rtol = (getattr(self.solver, "rtol", 0.0) or eps**0.5) if self.rtol is None else self.rtol
+        """Return the promised bound of norm(b - A v) / norm(b), with a margin for rounding."""
+        eps = self.eps
+        rtol = (self.solver.rtol or eps**0.5) if self.rtol is None else self.rtol
         return 10 * max(float(rtol), eps)
 
     def promises(self, kind: str, condition: float = 1.0) -> bool:
-        """Tell whether systems of a class must be solved, as far as the dtype allows."""
-        eps = self.backend.space.eps(self.array(np.zeros(1)))
-        return kind in self.solves and eps * condition**2 <= self.tolerance() / 10
+        """Return whether systems of a class must be solved, given the precision of the dtype."""
+        return kind in self.solves and self.eps * condition**2 <= self.tolerance() / 10
 
     def has_option(self, name: str) -> bool:
-        """Tell whether the solver is a dataclass with this option."""
+        """Return whether the solver is a dataclass with this option."""
         return name in solver_options(type(self.solver))
 
     def with_dtype(self, dtype: str) -> "Subject":
@@ -101,83 +105,76 @@ class Subject:
         """Return the subject with other options of the solver."""
         return dataclasses.replace(self, solver=dataclasses.replace(self.solver, **options))
 
-    def array(self, values: Any, dtype: str | None = None) -> Any:
+    def array(self, values: np.ndarray | float | list[float], dtype: str | None = None) -> Any:
         """Return an array of the framework."""
         return make_array(self.backend, values, dtype or self.dtype)
 
     def rounded(self, system: System) -> tuple[np.ndarray, np.ndarray]:
-        """Return A and b as the solver sees them, rounded to the dtype, in float64; A with the damping."""
+        """Return A (with the damping) and b, rounded to the dtype, in float64."""
         shift = self.damping * np.eye(system.rhs.size)
-        matrix, rhs = (to_host(self.backend, self.array(a)) for a in (system.matrix - shift, system.rhs))
+        matrix, rhs = (self.backend.to_flat(self.array(a)) for a in (system.matrix - shift, system.rhs))
         return matrix.reshape(shift.shape) + shift, rhs
 
     def solve(
         self,
         system: System,
-        x0: Any = None,
+        x0: np.ndarray | None = None,
         *,
         trap: int | None = None,
-        shape: Callable[[Any], Tree] = lambda flat: flat,
-        space: Any = None,
-        runner: Callable[..., Any] = run,
+        shape: Callable[[Any], Any] = lambda flat: flat,
+        backend: Backend | None = None,
+        kind: Kind = Kind(),  # noqa: B008 (immutable)
     ) -> Answer:
-        """Run the solver on a dense system, compiled where the framework compiles.
+        """Run the solver on a dense system, compiled if the framework compiles.
 
         Args:
-            system: A x = b; the operator is A - damping · I, so that the damped one has the spectrum of A.
+            system: A x = b. The operator is A - damping · I, so the damped operator has the spectrum of A.
             x0: a warm start, of shape (n,).
-            trap: products with a vector whose entry ``trap`` is not zero are nan.
-            shape: from an array of shape (n,) to the tree that the solver gets.
-            space: instead of the backend's.
-            runner: `run`, or for another kind of operator.
+            trap: an index: products with a vector whose entry ``trap`` is not zero are nan.
+            shape: a function from an array of shape (n,) to the tree that the solver receives.
+            backend: a variant of the backend; None: the backend itself.
+            kind: properties of the operator.
         """
         n = system.rhs.size
         unit = np.zeros(n) if trap is None else np.eye(n)[trap]
-        arrays = [self.array(a) for a in (system.matrix - self.damping * np.eye(n), unit)]
-        rhs = shape(self.array(system.rhs))
+        arrays = (self.array(system.matrix - self.damping * np.eye(n)), self.array(unit))
         start = None if x0 is None else shape(self.array(x0))
-        backend = self.backend if space is None else with_space(self.backend, space)
-        with np.errstate(all="ignore"):  # NumPy would warn of the nan that some laws put in
-            x, info = backend.execute(runner, self.solver, None, Point(arrays, rhs, adjoint0=start))  # pyright: ignore
+        backend = self.backend if backend is None else backend
+        with np.errstate(all="ignore"):  # some laws pass nan
+            x, info = backend.run(run, self.solver, kind, arrays, shape(self.array(system.rhs)), start)
         return self.answer(x, info)
 
-    def answer(self, x: Any, info: Any) -> Answer:
-        """Bring a result to the host."""
+    def answer(self, x: object, info: Any) -> Answer:
+        """Convert a result to NumPy."""
         numbers = (x if isinstance(x, int | float) else self.backend.to_host(x) for x in info)
-        steps, residual_norm, rhs_norm, status = numbers
+        steps, residual_norm, rhs_norm, status, *_ = numbers
         where = str(self)
         require(float(steps).is_integer() and steps >= 0, where, "info.steps to count", steps)
         require(status in list(Status), where, "info.status to be a bl.Status", status)
         info = SolverInfo(int(steps), float(residual_norm), float(rhs_norm), Status(int(status)))
         leaves = [(path, tuple(leaf.shape), dtype_of(leaf)) for path, leaf in self.backend.leaves(x)]
-        return Answer(to_host(self.backend, x), info, leaves)
+        return Answer(self.backend.to_flat(x), info, leaves)
 
 
-def nest(flat: Any) -> Tree:
-    """Give an array of shape (6,) a nested structure, in the order of its entries, with empty and scalar leaves."""
+def nest(flat: Any) -> dict[str, Any]:
+    """Return the entries of an array of shape (6,), in order, as a tree with empty and scalar leaves."""
     return {"b": [flat[2:5].reshape(3, 1), (flat[5],)], "none": flat[:0], "a": flat[:2]}
 
 
-def make_array(backend: Backend, values: Any, dtype: str) -> Any:
-    """Return an array of the framework, of a dtype that NumPy may not have."""
+def make_array(backend: Backend, values: np.ndarray | float | list[float], dtype: str) -> Any:
+    """Return an array of the framework. NumPy need not have the dtype."""
     if dtype in ("float64", "float32"):
         return backend.from_numpy(np.asarray(values, dtype))
-    xp = backend.space.xp
-    return xp.asarray(backend.from_numpy(np.asarray(values, np.float32)), dtype=getattr(xp, dtype))
+    single = backend.from_numpy(np.asarray(values, np.float32))
+    xp = backend.space(single).xp
+    return xp.asarray(single, dtype=getattr(xp, dtype))
 
 
 def widest(backend: Backend) -> str:
-    """Return "float64", or "float32" where the framework has no other (JAX without x64)."""
+    """Return "float64", or "float32" if the framework has no float64 (JAX without x64)."""
     return dtype_of(backend.from_numpy(np.zeros(1)))
 
 
 def dtype_of(leaf: Any) -> str:
-    """Return the name of an array's dtype, without the framework's."""
+    """Return the name of an array's dtype, without the framework's name."""
     return str(leaf.dtype).rpartition(".")[2]
-
-
-def with_space(backend: Backend, space: Any) -> Backend:
-    """Return a copy of a backend with another vector space."""
-    other = copy(backend)
-    other.space = space
-    return other

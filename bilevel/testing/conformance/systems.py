@@ -1,21 +1,21 @@
-"""Dense systems with known spectra, by recipe: the classes of matrices that a solver may promise to solve."""
+"""Dense systems with known spectra, and the classes of systems that a solver can promise to solve."""
 
 from typing import NamedTuple
 
 import numpy as np
 
-SIZE = 6  # one for nearly all, since JAX compiles for each
-MANY = 40  # enough for rounding errors to add up
+SIZE = 6  # the same for nearly all systems, because JAX compiles for each size
+MANY = 40  # enough for rounding errors to accumulate
 
 
 class System(NamedTuple):
     """A x = b, in float64.
 
     Attributes:
-        what: in words.
+        what: a description.
         matrix: A, of shape (n, n).
         rhs: b, of shape (n,).
-        condition: the largest over the smallest singular value that is not zero.
+        condition: the ratio of the largest to the smallest nonzero singular value.
     """
 
     what: str
@@ -25,7 +25,7 @@ class System(NamedTuple):
 
 
 def normal(seed: int, *shape: int) -> np.ndarray:
-    """Draw standard normal entries, the same for the same seed."""
+    """Draw standard normal entries, equal for equal seeds."""
     return np.random.default_rng(seed).standard_normal(shape)
 
 
@@ -43,7 +43,7 @@ def definite(size: int = SIZE) -> System:
 
 
 def clustered() -> System:
-    """Return a system of which a few steps solve all but rounding, so that a solve stops early."""
+    """Return a system that a few steps solve to rounding, so that a solve stops early."""
     matrix = symmetric(np.linspace(2.0, 2.01, SIZE))
     return System("a positive definite system (eigenvalues from 2 to 2.01)", matrix, normal(1, SIZE), 1.005)
 
@@ -55,7 +55,7 @@ def ill_conditioned(size: int = SIZE) -> System:
 
 
 def indefinite(size: int = SIZE) -> System:
-    """Return a system with eigenvalues of either sign, a third of them negative."""
+    """Return a system with positive and negative eigenvalues, a third of them negative."""
     matrix = symmetric(np.concatenate([np.linspace(-2.0, -1.0, size // 3), np.linspace(1.0, 4.0, size - size // 3)]))
     return System("an indefinite system (eigenvalues from -2 to -1 and from 1 to 4)", matrix, normal(1, size), 4.0)
 
@@ -68,7 +68,7 @@ def singular(size: int = SIZE, seed: int = 0) -> System:
 
 
 def nonsymmetric(size: int = SIZE) -> System:
-    """Return a system whose symmetric part is positive definite, but which is not symmetric."""
+    """Return a nonsymmetric system whose symmetric part is positive definite."""
     skew = normal(2, size, size) * np.sqrt(SIZE / size) / 4
     matrix = definite(size).matrix + skew - skew.T
     what = "a system that is not symmetric (its symmetric part has eigenvalues from 1 to 4)"
@@ -91,7 +91,7 @@ def inconsistent(size: int = SIZE, seed: int = 0) -> System:
 
 
 def nearly_singular(seed: int) -> System:
-    """Return a system that is not symmetric, with a condition number of 1e6, which float32 cannot resolve."""
+    """Return a nonsymmetric system with a condition number of 1e6, too large for float32."""
     left, _, right = np.linalg.svd(normal(seed, SIZE, SIZE))
     matrix = (left * np.geomspace(4.0, 4e-6, SIZE)) @ right
     what = f"a system that is not symmetric (singular values from 4e-6 to 4, draw {seed})"
@@ -115,6 +115,6 @@ def chain() -> System:
 
 
 def long() -> System:
-    """Return a system that takes many steps, in which residuals by recurrence drift from the truth."""
+    """Return a system that takes many steps, in which residuals by recurrence lose accuracy."""
     matrix = symmetric(np.geomspace(4e-4, 4.0, 100))
     return System("100 unknowns (eigenvalues from 4e-4 to 4)", matrix, normal(1, 100), 1e4)

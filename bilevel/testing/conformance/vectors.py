@@ -1,4 +1,4 @@
-"""The laws of a `VectorSpace`: trees of arrays as vectors, against NumPy."""
+"""The laws of a `Space`: trees of arrays as vectors, against NumPy."""
 
 import numpy as np
 
@@ -11,7 +11,7 @@ NAN, INF = float("nan"), float("inf")
 
 
 def dot(f: Framework) -> None:
-    """The dot of two trees is a scalar, the sum over all leaves of products, and takes complex conjugates of none."""
+    """The dot product of two trees is a scalar: the sum of the products of all entries, without conjugates."""
     (x, x_), (y, y_) = f.draw(1), f.draw(2)
     got = f.run(lambda space, x, y: space.dot(x, y), x_, y_)
     f.equal("dot(x, y).shape", tuple(got.shape), ())
@@ -20,7 +20,7 @@ def dot(f: Framework) -> None:
 
 
 def dot_of_half_precision(f: Framework) -> None:
-    """Dots accumulate in at least float32: in bfloat16 a sum of ones would stop at 256."""
+    """Dot products accumulate in at least float32: in bfloat16, a sum of ones would stop at 256."""
     ones = f.array(np.ones(1000), "bfloat16")
     got = f.run(lambda space, x: space.dot(x, x), ones)
     f.require(dtype_of(got) in ("float32", "float64"), "dtype of a dot of bfloat16", "float32 or more", dtype_of(got))
@@ -49,27 +49,27 @@ def scale(f: Framework) -> None:
     f.close("scale(x·x, x)", f.flat(by_scalar), (x @ x) * x)
 
 
-def update(f: Framework) -> None:
-    """alpha x + beta y takes the place of y where the flag holds; else y stays, and a nan in x does no harm."""
+def axpby_where(f: Framework) -> None:
+    """alpha x + beta y replaces y if the flag is true; otherwise y stays, also if x has a nan."""
     (x, x_), (y, y_) = f.draw(1), f.draw(2)
     bad = f.tree(np.full(SIZE, NAN))
 
     def updates(space, x, y, bad):
         alpha, flag = space.dot(x, x), space.dot(x, x) > 0
 
-        def new():  # it is used up
+        def new():  # axpby_where may overwrite its y
             return space.scale(1.0, y)
 
         return [
-            space.update(flag, alpha, x, new()),
-            space.update(flag, 1, x, new(), alpha),
-            space.update(~flag, alpha, bad, new(), alpha),
+            space.axpby_where(flag, alpha, x, new()),
+            space.axpby_where(flag, 1, x, new(), alpha),
+            space.axpby_where(~flag, alpha, bad, new(), alpha),
         ]
 
     expected = {
-        "update(True, x·x, x, y)": (x @ x) * x + y,
-        "update(True, 1, x, y, x·x)": x + (x @ x) * y,
-        "update(False, x·x, nan, y, x·x)": y,
+        "axpby_where(True, x·x, x, y)": (x @ x) * x + y,
+        "axpby_where(True, 1, x, y, x·x)": x + (x @ x) * y,
+        "axpby_where(False, x·x, nan, y, x·x)": y,
     }
     for (what, value), got in zip(expected.items(), f.run(updates, x_, y_, bad), strict=True):
         f.keeps(what, got, x_)
@@ -77,13 +77,13 @@ def update(f: Framework) -> None:
 
 
 def mixed_precision(f: Framework) -> None:
-    """In a tree of several dtypes each leaf keeps its own, and eps is that of the coarsest."""
+    """In a tree of several dtypes, each leaf keeps its dtype, and eps belongs to the coarsest."""
     x_ = {"single": f.array(normal(1, 2), "float32"), "double": f.array(normal(2, 2), "float64")}
     results = f.run(
         lambda space, x, y: {
             "axpy": space.axpy(space.dot(x, x), x, x),
             "scale": space.scale(space.dot(x, x), x),
-            "unravel(ravel)": space.unravel(space.ravel(x), x),
+            "unravel(ravel)": space.unravel(space.ravel(x)),
             "map": space.map(lambda a, b: a / b, x, y),
         },
         x_,
@@ -91,48 +91,48 @@ def mixed_precision(f: Framework) -> None:
     )
     for what, result in results.items():
         f.keeps(what, result, x_)
-    f.equal("eps of float32 and float64", f.backend.space.eps(x_), float(np.finfo(np.float32).eps))
+    f.equal("eps of float32 and float64", f.backend.space(x_).eps, float(np.finfo(np.float32).eps))
 
 
-def zeros_like(f: Framework) -> None:
-    """Zeros have the structure, shapes and dtypes, and are zero even in the place of nan."""
+def zeros(f: Framework) -> None:
+    """Zeros have the structure, shapes and dtypes of the tree, and are zero also where the tree is nan."""
     x_ = f.tree(np.full(SIZE, NAN))
-    got = f.run(lambda space, x: space.zeros_like(x), x_)
-    f.keeps("zeros_like(x)", got, x_)
-    f.equal("zeros_like(nan)", f.flat(got), np.zeros(SIZE))
+    got = f.run(lambda space, x: space.zeros(), x_)
+    f.keeps("zeros()", got, x_)
+    f.equal("zeros() where like is nan", f.flat(got), np.zeros(SIZE))
 
 
 def map_entries(f: Framework) -> None:
-    """An entrywise function of trees is applied leaf by leaf, and keeps the dtypes of the first."""
+    """An entrywise function of trees is applied leaf by leaf, and keeps the dtypes of the first tree."""
     (x, x_), (y, y_) = f.draw(1), f.draw(2)
     got = f.run(lambda space, x, y: space.map(lambda a, b: a * b + a, x, y), x_, y_)
     f.keeps("map(function, x, y)", got, x_)
     f.close("map(a b + a, x, y)", f.flat(got), x * y + x)
 
 
-def select(f: Framework) -> None:
-    """The flag selects one tree, and a nan in the other does no harm."""
+def where(f: Framework) -> None:
+    """The flag selects one tree, also if the other tree has a nan."""
     x, x_ = f.draw(1)
     bad = f.tree(np.full(SIZE, NAN))
     for what, order in (
-        ("select(True, x, nan)", lambda s, x, bad: s.select(s.dot(x, x) > 0, x, bad)),
-        ("select(False, nan, x)", lambda s, x, bad: s.select(s.dot(x, x) < 0, bad, x)),
+        ("where(True, x, nan)", lambda s, x, bad: s.where(s.dot(x, x) > 0, x, bad)),
+        ("where(False, nan, x)", lambda s, x, bad: s.where(s.dot(x, x) < 0, bad, x)),
     ):
         got = f.run(order, x_, bad)
         f.keeps(what, got, x_)
         f.equal(what, f.flat(got), x)
 
 
-def normal_like(f: Framework) -> None:
+def normal_draws(f: Framework) -> None:
     """Normal draws repeat for a seed, differ between seeds and between leaves, and keep shapes and dtypes."""
     x_ = {"a": f.array(np.zeros(500)), "b": f.array(np.zeros(500))}
 
     def draw(space, x):
-        return space.normal_like(x, 0), space.normal_like(x, 1)
+        return space.normal(0), space.normal(1)
 
     (first, other), (again, _) = f.run(draw, x_), f.run(draw, x_)
-    f.keeps("normal_like(x, 0)", first, x_)
-    f.equal("normal_like(x, 0), drawn again", f.flat(again), f.flat(first))
+    f.keeps("normal(0)", first, x_)
+    f.equal("normal(0), drawn again", f.flat(again), f.flat(first))
     a, b, c = f.flat(first)[:500], f.flat(first)[500:], f.flat(other)[:500]
     for what, y in (("two leaves", b), ("two seeds", c)):
         correlation = float(np.corrcoef(a, y)[0, 1])
@@ -141,7 +141,7 @@ def normal_like(f: Framework) -> None:
 
 
 def max_abs(f: Framework) -> None:
-    """The largest absolute entry is a scalar; nan if there is one, 0 if there is no entry."""
+    """The largest absolute entry is a scalar: nan if an entry is nan, 0 if there is no entry."""
     x, x_ = f.draw(1)
     one_nan = f.tree(np.where(np.arange(SIZE) == 3, NAN, x))
     for what, tree, expected in (("x", x_, np.abs(x).max()), ("no entry", f.array([]), 0.0), ("a nan", one_nan, NAN)):
@@ -152,7 +152,7 @@ def max_abs(f: Framework) -> None:
 
 
 def isfinite(f: Framework) -> None:
-    """A tree is finite unless some entry is nan or infinite; one without entries is."""
+    """A tree is finite unless an entry is nan or infinite. A tree without entries is finite."""
     x, x_ = f.draw(1)
     cases = [(x_, True), (f.array([]), True)]
     cases += [(f.tree(np.where(np.arange(SIZE) == 3, bad, x)), False) for bad in (NAN, INF, -INF)]
@@ -162,32 +162,32 @@ def isfinite(f: Framework) -> None:
 
 
 def eps_and_size(f: Framework) -> None:
-    """eps and size are Python numbers: the precision of the dtype, and the number of entries."""
+    """eps and size are Python numbers: the machine epsilon of the dtype, and the number of entries."""
     _, x_ = f.draw(1)
-    f.equal("eps(x)", (type(f.backend.space.eps(x_)), f.backend.space.eps(x_)), (float, f.eps))
-    f.equal("size(x)", (type(f.backend.space.size(x_)), f.backend.space.size(x_)), (int, SIZE))
+    f.equal("eps", (type(f.backend.space(x_).eps), f.backend.space(x_).eps), (float, f.eps))
+    f.equal("size", (type(f.backend.space(x_).size), f.backend.space(x_).size), (int, SIZE))
 
 
 def ravel_unravel(f: Framework) -> None:
-    """ravel gives one array of shape (n,), leaf after leaf, and unravel gives it the structure again."""
+    """ravel gives one array of shape (n,), leaf after leaf, and unravel restores the structure."""
     _, x_ = f.draw(1)
-    flat, back = f.run(lambda space, x: (space.ravel(x), space.unravel(2 * space.ravel(x), x)), x_)
+    flat, back = f.run(lambda space, x: (space.ravel(x), space.unravel(2 * space.ravel(x))), x_)
     f.equal("ravel(x).shape", tuple(flat.shape), (SIZE,))
     f.equal("ravel(x) and the leaves in order", vector(f, x_), f.flat(x_))
-    f.keeps("unravel(2 ravel(x), x)", back, x_)
-    f.equal("unravel(2 ravel(x), x)", f.flat(back), 2 * f.flat(x_))
+    f.keeps("unravel(2 ravel(x))", back, x_)
+    f.equal("unravel(2 ravel(x))", f.flat(back), 2 * f.flat(x_))
 
 
-def dense(f: Framework) -> None:
-    """The matrix of an operator has the images of the unit vectors as its columns."""
+def materialise(f: Framework) -> None:
+    """The columns of an operator's matrix are the images of the unit vectors."""
     matrix = normal(3, SIZE, SIZE).astype(f.dtype)
     _, x_ = f.draw(1)
-    got = f.run(lambda space, x, m: space.dense(lambda v: space.unravel(m @ space.ravel(v), x), x), x_, f.array(matrix))
-    f.close("dense(v -> M v)", f.host(got), matrix)
+    got = f.run(lambda space, x, m: space.materialise(lambda v: space.unravel(m @ space.ravel(v))), x_, f.array(matrix))
+    f.close("materialise(v -> M v)", f.host(got), matrix)
 
 
-def on_host(f: Framework) -> None:
-    """A function on the host gets float64 NumPy arrays, and its result is like the last argument."""
+def numpy_callback(f: Framework) -> None:
+    """A function on the host gets float64 NumPy arrays. The dtype and shape of its result are the last argument's."""
     matrix, x = normal(3, SIZE, SIZE).astype(f.dtype), f.draw(1)[0]
     kinds = []
 
@@ -196,34 +196,34 @@ def on_host(f: Framework) -> None:
         return m @ v
 
     arrays = f.array(matrix), f.array(x)
-    got = f.run(lambda space, m, v: space.on_host(function, m, v), *arrays)
-    f.keeps("on_host(function, m, v)", got, arrays[1])
-    f.close("on_host(m @ v)", f.host(got), matrix.astype(np.float64) @ x)
+    got = f.run(lambda space, m, v: space.numpy_callback(function, m, v), *arrays)
+    f.keeps("numpy_callback(function, m, v)", got, arrays[1])
+    f.close("numpy_callback(m @ v)", f.host(got), matrix.astype(np.float64) @ x)
     f.equal("types and dtypes on the host", kinds[-1], (np.ndarray, np.float64) * 2)
 
 
 def stacks(f: Framework) -> None:
-    """A stack starts with zeros, gives back what was put in, and is a matrix to project and combine; also a tree."""
+    """A stack starts with zeros, returns the vectors set in it, and acts as a matrix in products and combinations."""
     (x, x_), (y, y_) = f.draw(1), f.draw(2)
 
     def fill(space, x, y):
         first = space.xp.zeros_like(space.dot(x, x), dtype=space.xp.int32)
-        stack = space.put(space.put(space.stack_like(x, 3), first, x), first + 2, y)
-        taken = [space.take(stack, first + i) for i in range(3)]
-        dots = space.project(stack, y)
-        sums = space.combine(dots, stack)
+        stack = space.set(space.set(space.stack(3), first, x), first + 2, y)
+        taken = [space.get(stack, first + i) for i in range(3)]
+        dots = space.stack_dot(stack, y)
+        sums = space.linear_combination(dots, stack)
         # A preconditioner draws a stack of signs.
-        signs = space.map(lambda z: space.xp.where(z < 0, -1.0, 1.0), space.normal_like(space.stack_like(x, 3), 0))
-        return taken, dots, sums, [space.take(signs, first + i) for i in range(3)]
+        signs = space.map(lambda z: space.xp.where(z < 0, -1.0, 1.0), space.normal(0, 3))
+        return taken, dots, sums, [space.get(signs, first + i) for i in range(3)]
 
     taken, dots, sums, signs = f.run(fill, x_, y_)
     rows = np.stack([x, 0 * x, y])
     for i in range(3):
-        f.keeps(f"take(stack, {i})", taken[i], x_)
-        f.equal(f"take(stack, {i})", f.flat(taken[i]), f.flat(f.tree(rows[i])))
-    f.close("project(stack, y)", f.host(dots), rows @ y)
-    f.keeps("combine(coefficients, stack)", sums, x_)
-    f.close("combine(coefficients, stack)", f.flat(sums), rows.T @ (rows @ y))
+        f.keeps(f"get(stack, {i})", taken[i], x_)
+        f.equal(f"get(stack, {i})", f.flat(taken[i]), f.flat(f.tree(rows[i])))
+    f.close("stack_dot(stack, y)", f.host(dots), rows @ y)
+    f.keeps("linear_combination(coefficients, stack)", sums, x_)
+    f.close("linear_combination(coefficients, stack)", f.flat(sums), rows.T @ (rows @ y))
     flat = np.stack([f.flat(vector) for vector in signs])
     f.equal("sizes of the signs of a stack of normal draws", np.abs(flat), np.ones((3, SIZE)))
     f.require(len(np.unique(flat, axis=0)) > 1, "signs of a stack of normal draws", "different vectors", flat)
@@ -233,17 +233,17 @@ PER_DTYPE: list[Law] = [
     dot,
     axpy,
     scale,
-    update,
-    zeros_like,
+    axpby_where,
+    zeros,
     map_entries,
-    select,
-    normal_like,
+    where,
+    normal_draws,
     max_abs,
     isfinite,
     eps_and_size,
     ravel_unravel,
-    dense,
-    on_host,
+    materialise,
+    numpy_callback,
     stacks,
 ]
 LAWS: list[Law] = [mixed_precision, dot_of_half_precision]

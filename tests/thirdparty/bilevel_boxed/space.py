@@ -1,107 +1,31 @@
-"""Trees of boxed arrays as vectors. NumPy's functions take boxed arrays, so that they are the namespace."""
+"""Trees of boxed arrays as vectors. NumPy's functions take boxed arrays, so that NumPy is the namespace."""
 
-from functools import reduce
 from typing import Any
 
 import boxed
 import numpy as np
 
-from bilevel.spaces import loops
-from bilevel.spaces.tree import leaves_with_paths, tree_map
+from bilevel.spaces.space import Space
 
 
-def leaves(tree: Any) -> list[Any]:
-    return [leaf for _, leaf in leaves_with_paths(tree)]
-
-
-def wide(*arrays: Any) -> Any:
-    return np.result_type(np.float32, *(a.dtype for a in arrays))
-
-
-def cast(a: Any, dtype: Any) -> Any:
-    return boxed.Array(np.asarray(boxed.unbox(a), dtype))
-
-
-class BoxedSpace:
-    xp = np
+class BoxedSpace(Space[Any]):
+    def cast(self, value: Any, like: Any) -> Any:
+        return boxed.Array(np.asarray(boxed.unbox(value), like.dtype))
 
     def dot(self, x: Any, y: Any) -> Any:
-        return sum(np.sum(cast(a, wide(a, b)) * b) for a, b in zip(leaves(x), leaves(y), strict=True))
+        return sum(np.vdot(a, b) for a, b in zip(self.leaves(x), self.leaves(y), strict=True))
 
-    def axpy(self, alpha: Any, x: Any, y: Any) -> Any:
-        return tree_map(lambda a, b: a * cast(alpha, b.dtype) + b, x, y)
-
-    def scale(self, alpha: Any, x: Any) -> Any:
-        return tree_map(lambda a: a * cast(alpha, a.dtype), x)
-
-    def update(self, flag: Any, alpha: Any, x: Any, y: Any, beta: Any = None) -> Any:
-        return self.select(flag, self.axpy(alpha, x, y if beta is None else self.scale(beta, y)), y)
-
-    def zeros_like(self, x: Any) -> Any:
-        return tree_map(np.zeros_like, x)
-
-    def map(self, function: Any, x: Any, *rest: Any) -> Any:
-        return tree_map(lambda a, *others: cast(function(a, *others), a.dtype), x, *rest)
-
-    def select(self, flag: Any, x: Any, y: Any) -> Any:
-        return tree_map(lambda a, b: np.where(flag, a, b), x, y)
-
-    def normal_like(self, x: Any, seed: int) -> Any:
+    def normal(self, seed: int, count: int | None = None) -> Any:
         rng = np.random.default_rng(seed)
-        return tree_map(lambda a: cast(rng.standard_normal(a.shape), a.dtype), x)
-
-    def max_abs(self, x: Any) -> Any:
-        return reduce(np.maximum, [cast(np.max(np.abs(a), initial=0.0), wide(a)) for a in leaves(x)])
-
-    def isfinite(self, x: Any) -> Any:
-        return reduce(np.logical_and, [np.all(np.isfinite(a)) for a in leaves(x)])
-
-    def eps(self, x: Any) -> float:
-        return max(float(np.finfo(a.dtype).eps) for a in leaves(x))
-
-    def size(self, x: Any) -> int:
-        return sum(a.size for a in leaves(x))
-
-    def stack_like(self, x: Any, count: int) -> Any:
-        return [self.zeros_like(x) for _ in range(count)]
-
-    def put(self, stack: Any, i: Any, x: Any) -> Any:
-        return [x if k == i.item() else old for k, old in enumerate(stack)]
-
-    def take(self, stack: Any, i: Any) -> Any:
-        return stack[i.item()]
-
-    def project(self, stack: Any, x: Any) -> Any:
-        return np.stack([self.dot(y, x) for y in stack])
-
-    def combine(self, coefficients: Any, stack: Any) -> Any:
-        total = self.zeros_like(stack[0])
-        for k, x in enumerate(stack):
-            total = self.axpy(coefficients[k], x, total)
-        return total
-
-    def sequence(self, items: Any) -> Any:
-        return lambda i: items[(i.item() if hasattr(i, "item") else i) % len(items)]
-
-    def while_loop(self, live: Any, body: Any, state: Any, max_steps: int) -> Any:
-        return loops.while_loop(live, body, state, max_steps)
-
-    def scan(self, body: Any, state: Any, xs: Any, length: int, reverse: bool = False) -> Any:
-        return loops.scan(body, state, xs, length, reverse)
-
-    def cond(self, flag: Any, body: Any, state: Any) -> Any:
-        return body(state) if flag else state
+        vectors = [self.map(lambda a: rng.standard_normal(a.shape), self.like) for _ in range(count or 1)]
+        return vectors[0] if count is None else vectors
 
     def ravel(self, x: Any) -> Any:
-        return np.concatenate([np.ravel(a) for a in leaves(x)])
+        return np.concatenate([np.ravel(a) for a in self.leaves(x)])
 
-    def unravel(self, array: Any, like: Any) -> Any:
-        parts = iter(np.split(boxed.unbox(array), np.cumsum([a.size for a in leaves(like)])[:-1]))
-        return tree_map(lambda a: cast(next(parts).reshape(a.shape), a.dtype), like)
+    def unravel(self, array: Any) -> Any:
+        parts = iter(np.split(array, np.cumsum([a.size for a in self.leaves(self.like)])[:-1]))
+        return self.map(lambda a: np.reshape(next(parts), a.shape), self.like)
 
-    def dense(self, operator: Any, like: Any) -> Any:
-        units = np.eye(self.size(like), dtype=self.ravel(like).dtype)
-        return np.stack([self.ravel(operator(self.unravel(boxed.Array(e), like))) for e in units], axis=1)
-
-    def on_host(self, function: Any, *arrays: Any) -> Any:
-        return cast(function(*(np.asarray(a.data, np.float64) for a in arrays)), arrays[-1].dtype)
+    def numpy_callback(self, function: Any, *arrays: Any) -> Any:
+        return self.cast(function(*(np.asarray(a.data, np.float64) for a in arrays)), arrays[-1])

@@ -30,6 +30,9 @@ class Array(NDArrayOperatorsMixin):
     def __bool__(self) -> bool:
         return bool(self.data)
 
+    def __int__(self) -> int:
+        return int(self.data)
+
     def __repr__(self) -> str:
         return f"boxed.Array({self.data!r})"
 

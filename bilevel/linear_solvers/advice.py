@@ -1,0 +1,98 @@
+"""Messages about failed solves. A text without numbers stays the same, so Python shows its warning once per place."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from bilevel.operators.lanczos import Spectrum
+from bilevel.results import SolverInfo, Status
+
+if TYPE_CHECKING:
+    from bilevel.linear_solvers.linear_solver import LinearSolver
+
+
+def explain(solver: LinearSolver[Any], info: SolverInfo, symmetric: bool, curvature: Spectrum[float] | None) -> str:
+    """Return the failure and its remedy; see `LinearSolver.explain`."""
+    if info.status == Status.NON_FINITE:
+        return NON_FINITE
+    if info.status == Status.MAXITER:
+        return _maxiter(solver, info)
+    if not symmetric:
+        return NO_CONTRACTION
+    damping = float(solver.damping)
+    if info.status == Status.NEGATIVE_CURVATURE:
+        return _negative_curvature(damping, curvature)
+    return diverged(damping, curvature)
+
+
+NON_FINITE = (
+    "nan or inf in the losses, their gradients or a Hessian-vector product; no hypergradient is returned. Check for "
+    "overflow in the inner problem, very large hyperparameters (a penalty exp(λ) with a large λ), or an inner "
+    'training that diverged. on_failure="ignore" returns the nan.'
+)
+NO_CONTRACTION = (
+    "diverged. The step of the fixed point, or w − step_size·residual of the root, does not contract at params, so "
+    'the series has no sum. Use solver="gmres", add damping, or check whether params is the solution.'
+)
+
+
+def _maxiter(solver: LinearSolver[Any], info: SolverInfo) -> str:
+    if solver.most_steps is None:
+        return f"did not solve the system to its tolerance. {solver.remedy}"
+    if info.steps < solver.most_steps:
+        return (
+            "stagnated above its tolerance: the Hessian is singular or ill-conditioned, or the dtype is not precise "
+            f"enough. {solver.stagnation_remedy}"
+        )
+    return f"stopped after {info.steps} steps above its tolerance. {solver.remedy}"
+
+
+def _negative_curvature(damping: float, curvature: Spectrum[float] | None) -> str:
+    smallest, largest = _ends(curvature)
+    if curvature is None:
+        spectrum, needed = "", damping
+    elif smallest < -1e-6 * largest:
+        spectrum, needed = f" (eigenvalues from about {smallest:.2g} to {largest:.2g})", -smallest
+    elif largest > 0:  # a few products do not resolve the negative eigenvalue
+        spectrum = f" (the largest eigenvalue is about {largest:.2g}, the smallest is zero or slightly negative)"
+        needed = 1e-3 * largest
+    else:
+        spectrum, needed = "", 0.0
+    # The estimate is too close to zero. The present damping was too small.
+    needed = max(needed, damping)
+    advice = f"damping above {needed:.2g}" if needed else "damping"
+    return (
+        f"met non-positive curvature. The Hessian is not positive definite{spectrum}: "
+        f"{'raise' if damping else 'add'} {advice}, train the inner problem further, use "
+        'solver="minres", which accepts eigenvalues of either sign, or use the Gauss-Newton matrix instead of the '
+        "Hessian (bl.Problem.from_model)."
+    )
+
+
+def diverged(damping: float, curvature: Spectrum[float] | None) -> str:
+    """Return the remedy for a series that diverges with a symmetric operator."""
+    smallest, largest = _ends(curvature)
+    if curvature is None:
+        return (
+            "diverged. Its step_size must stay below 2 over the largest eigenvalue of the Hessian, and no eigenvalue "
+            'may be negative: use step_size="auto", add damping, or train the inner problem further.'
+        )
+    if smallest + damping < -1e-6 * abs(largest):
+        return (
+            f"diverged. The Hessian has a negative eigenvalue (about {smallest:.2g}), so no step size converges: add "
+            f"damping above {-smallest:.2g}, or train the inner problem further."
+        )
+    top = largest + damping
+    return (
+        f"diverged. The largest eigenvalue of the Hessian{' with its damping' if damping else ''} is about {top:.3g}: "
+        f'use step_size={1 / top:.2g} (it must stay below {2 / top:.2g}), or step_size="auto".'
+    )
+
+
+def _ends(curvature: Spectrum[float] | None) -> tuple[float, float]:
+    """Return bounds of the spectrum, or 0 and 0 if it is unknown."""
+    if curvature is None:
+        return 0.0, 0.0
+    smallest, largest, below, above = curvature
+    # Estimates lie inside the spectrum: a negative estimate proves a negative eigenvalue, an error bound does not.
+    return smallest - below if smallest < 0 else smallest, largest + above

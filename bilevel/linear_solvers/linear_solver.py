@@ -1,0 +1,106 @@
+"""The base class of solvers of linear systems."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import is_dataclass, replace
+from typing import ClassVar, Generic, Self, TypeVar
+
+from bilevel.linear_solvers import advice
+from bilevel.operators.lanczos import Spectrum
+from bilevel.operators.linear_operator import LinearOperator
+from bilevel.options import summary
+from bilevel.results import SolverInfo
+from bilevel.spaces.array import V
+
+SYMMETRIC = "symmetric"
+"""The operator is its own transpose."""
+STEADY = "steady"
+"""All products use the same operator."""
+S = TypeVar("S")  # the state that several solves share
+
+
+class LinearSolver(Generic[S]):
+    """A solver of A v = b by products with A. With a Hessian A, v is an inverse-Hessian-vector product.
+
+    Write a subclass as a frozen dataclass whose fields are the options. Only `solve` must be defined. The other
+    attributes have defaults. A field of the dataclass may replace ``rtol`` or ``damping``.
+
+    Attributes:
+        requires: required properties of the operator: ``SYMMETRIC``, ``STEADY``.
+        stateful: whether the object changes with each solve. JAX cannot compile such a solver.
+        rtol: largest relative residual with the status ``CONVERGED``; 0: no bound.
+        damping: added to the diagonal of A.
+        remedy: advice for a solve that stops too early.
+        stagnation_remedy: advice for a solve that makes no more progress.
+    """
+
+    requires: ClassVar[frozenset[str]] = frozenset({SYMMETRIC, STEADY})
+    stateful: ClassVar[bool] = False
+    remedy: ClassVar[str] = "Add damping."
+    stagnation_remedy: ClassVar[str] = "Loosen rtol, add damping, or use float64."
+    rtol: float = 0.0
+    damping: float = 0.0
+
+    def init(self, A: LinearOperator[V]) -> S:
+        """Return the state that several solves can share, such as a step size or a sketch. None: there is no state.
+
+        The state is any tree of arrays. It stays valid as long as A does not change much.
+        """
+        return None  # pyright: ignore[reportReturnType]
+
+    @abstractmethod
+    def solve(self, state: S, A: LinearOperator[V], b: V, x0: V | None) -> tuple[V, SolverInfo]:
+        """Return v and information about the solve.
+
+        Args:
+            state: the result of `init`.
+            A: the operator, without the damping.
+            b: the right-hand side.
+            x0: a warm start, which a direct method may ignore. None: zero.
+        """
+        raise NotImplementedError
+
+    @property
+    def name(self) -> str:
+        """The name in messages."""
+        return type(self).__name__
+
+    @property
+    def summary(self) -> str:
+        """The solver with only the options that differ from their defaults."""
+        return summary(self)
+
+    @property
+    def most_steps(self) -> int | None:
+        """The maximum number of steps of a solve. None: no option limits it."""
+        return None
+
+    def with_rtol(self, rtol: float) -> Self:
+        """Return the solver with another relative tolerance. A solver without a tolerance returns itself."""
+        return replace(self, rtol=rtol) if self.rtol and is_dataclass(self) else self  # pyright: ignore
+
+    def explain(self, info: SolverInfo, symmetric: bool, curvature: Spectrum[float] | None) -> str:
+        """Return the cause of a failed solve, and a remedy.
+
+        ``info`` and ``curvature``, the spectrum of A, are in Python numbers. ``curvature`` is None if it is unknown.
+        """
+        return advice.explain(self, info, symmetric, curvature)
+
+    def record(self, info: SolverInfo) -> None:
+        """Record the information about a solve, in Python numbers."""
+
+
+def check_requirements(solver: LinearSolver[S], A: LinearOperator[V]) -> None:
+    """Raise a TypeError if an operator lacks a property that a solver requires."""
+    if STEADY in solver.requires and A.sample is not None:
+        raise TypeError(
+            f"inner_args is a list, one batch per product, but {solver.name} needs the same Hessian in all products. "
+            'Use solver="neumann" or "unrolled", or pass one tuple: inner_args=(x, y).'
+        )
+    if SYMMETRIC in solver.requires and not A.symmetric:
+        raise TypeError(
+            f"{solver.name} relies on a symmetric operator. The operator of a fixed point or a root is not symmetric. "
+            'Use solver="gmres" or "bicgstab", {"name": "neumann", "step_size": 1.0} where the step contracts, '
+            '"exact" where params is small, or "identity".'
+        )

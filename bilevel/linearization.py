@@ -1,0 +1,83 @@
+"""A bilevel problem at one point, with the values and products for implicit differentiation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, NamedTuple
+
+from bilevel.spaces.array import Args, Array, H, P, V
+
+
+class Linearization(NamedTuple, Generic[P, H]):
+    """A bilevel problem at one point (w, λ), filled by the user, for `bl.hypergradient_from`.
+
+    Attributes:
+        value: F(w, λ), a scalar.
+        grad_params: ∂F/∂w, with the structure of params: the right-hand side of the linear system.
+        grad_hparams: ∂F/∂λ, with the structure of hparams; ``None`` if F does not depend on λ.
+        hvp: v -> (∂²L/∂w²) v, from and to trees like params. For an equation r(w, λ) = 0 that is not a gradient,
+            v -> (∂r/∂w)ᵀ v, wrapped in `NonSymmetric`.
+        cross_vjp: v -> (∂²L/∂λ∂w)ᵀ v, or (∂r/∂λ)ᵀ v, from trees like params to trees like hparams. It returns ``None``
+            if ∂L/∂w, or r, does not depend on λ.
+    """
+
+    value: Array | float
+    grad_params: P
+    grad_hparams: H | None
+    hvp: Callable[[P], P]
+    cross_vjp: Callable[[P], H | None]
+
+
+@dataclass(frozen=True)
+class NonSymmetric(Generic[V]):
+    """Mark the ``hvp`` of a `Linearization` as the transposed Jacobian of an equation, which need not be symmetric.
+
+    >>> import numpy as np, bilevel as bl
+    >>> lin = bl.Linearization(
+    ...     value=0.5, grad_params=np.array([1.0, 0.0]), grad_hparams=None,
+    ...     hvp=bl.NonSymmetric(lambda v: np.array([[1.0, 0.0], [1.0, 1.0]]) @ v), cross_vjp=lambda v: v,
+    ... )
+    >>> bl.hypergradient_from(lin, solver="gmres").grad
+    array([-1.,  1.])
+    """
+
+    product: Callable[[V], V]
+
+    def __call__(self, v: V) -> V:
+        return self.product(v)
+
+
+class LinearizedMap(NamedTuple, Generic[P, H]):
+    """A map r(w, λ) at one point, and products with its Jacobians. r = 0 defines w*.
+
+    For an inner objective L, r is its gradient ∂L/∂w.
+
+    Attributes:
+        residual: r, with the structure of params.
+        vjp_params: v -> (∂r/∂w)ᵀ v. For an inner objective, it is a Hessian-vector product.
+        vjp_hparams: v -> (∂r/∂λ)ᵀ v. It returns None if r does not depend on λ.
+        jvp_hparams: u -> (∂r/∂λ) u, from trees like hparams to trees like params. None if the backend does not have it.
+    """
+
+    residual: P
+    vjp_params: Callable[[P], P]
+    vjp_hparams: Callable[[P], H | None]
+    jvp_hparams: Callable[[H], P] | None = None
+
+
+class OuterDerivatives(NamedTuple, Generic[P, H]):
+    """An objective and its gradients at one point. ``grad_hparams`` is ``None`` if it does not depend on λ."""
+
+    value: Array
+    grad_params: P
+    grad_hparams: H | None
+
+
+class Inputs(NamedTuple, Generic[P, H]):
+    """The inputs of a bilevel problem: w, λ and the further arguments of its two objectives."""
+
+    params: P
+    hparams: H
+    inner_args: Args = ()
+    outer_args: Args = ()

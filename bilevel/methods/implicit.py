@@ -1,0 +1,92 @@
+"""Differentiation by the implicit function theorem."""
+# pyright: reportAssignmentType=false, reportIncompatibleMethodOverride=false
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+from typing_extensions import override
+
+from bilevel.backend import Backend
+from bilevel.linear_solvers.linear_solver import LinearSolver, check_requirements
+from bilevel.linear_solvers.prepared import Prepared
+from bilevel.linearization import LinearizedMap
+from bilevel.methods.method import Level, Method, Pullback, Solution
+from bilevel.operators.lanczos import Spectrum
+from bilevel.operators.linear_operator import LinearOperator
+from bilevel.results import SolverInfo
+from bilevel.spaces.array import H, P
+from bilevel.spaces.space import Layout
+
+
+@dataclass(frozen=True)
+class Implicit(Method):
+    """(dw*/dλ)ᵀ c = −(∂r/∂λ)ᵀ v with (∂r/∂w)ᵀ v = c, by a linear solver.
+
+    Lorraine, Vicol & Duvenaud (AISTATS 2020), theorem 1.
+    """
+
+    solver: LinearSolver[Any]
+    differentiates_steps = False
+    stateful = property(lambda self: self.solver.stateful)
+    damping = property(lambda self: self.solver.damping)
+    rtol = property(lambda self: self.solver.rtol)
+    name = property(lambda self: self.solver.name)
+    summary = property(lambda self: self.solver.summary)
+
+    @override
+    def solve(self, level: Level[P, H], adjoint0: P | None) -> Solution[P, H]:
+        def pullback(cotangent: P) -> Pullback[P, H]:
+            at = level.linearize()
+            return pull_back(level.backend, self.solver, level.operator(at), at, cotangent, adjoint0)
+
+        return Solution(level.params, pullback)
+
+    @override
+    def init(self, level: Level[P, H]) -> object:
+        A = level.operator(level.linearize())
+        check_requirements(self.solver, A)
+        return self.solver.init(A)
+
+    @override
+    def with_state(self, state: object, layout: Layout) -> Self:
+        return self if state is None else replace(self, solver=Prepared(self.solver, state, layout))
+
+    @override
+    def with_rtol(self, rtol: float) -> Self:
+        return replace(self, solver=self.solver.with_rtol(rtol))
+
+    @override
+    def explain(self, info: SolverInfo, symmetric: bool, curvature: Spectrum[float] | None) -> str:
+        return self.solver.explain(info, symmetric, curvature)
+
+    @override
+    def record(self, info: SolverInfo) -> None:
+        self.solver.record(info)
+
+
+def as_method(solver: LinearSolver[Any] | Method) -> Method:
+    """Return a method as it is, or implicit differentiation by a linear solver."""
+    return Implicit(solver) if isinstance(solver, LinearSolver) else solver
+
+
+def pull_back(
+    backend: Backend,
+    solver: LinearSolver[Any],
+    A: LinearOperator[P],
+    at: LinearizedMap[P, H],
+    cotangent: P,
+    adjoint0: P | None,
+) -> Pullback[P, H]:
+    """Solve A v = cotangent, where A is v -> (∂r/∂w)ᵀ v. Return −(∂r/∂λ)ᵀ v, and v.
+
+    ``at`` is the linearized map. Its residual may be None. ``adjoint0`` is a warm start. Raise a TypeError if A lacks a
+    property that the solver requires.
+    """
+    check_requirements(solver, A)
+    adjoint, info = solver.solve(solver.init(A), A, cotangent, adjoint0)
+    if at.residual is not None:
+        info = info._replace(inner_grad_norm=A.space.norm(at.residual))
+    product = at.vjp_hparams(adjoint)
+    return Pullback(None if product is None else backend.space(product).scale(-1.0, product), adjoint, info)

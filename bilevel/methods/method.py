@@ -1,0 +1,136 @@
+"""The base class of methods, and the inner level that a method differentiates."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Generic, NamedTuple, Self
+
+from bilevel.backend import Backend
+from bilevel.linearization import LinearizedMap
+from bilevel.operators.lanczos import Spectrum
+from bilevel.operators.linear_operator import LinearOperator
+from bilevel.options import summary
+from bilevel.problems.protocols import BilevelProblem
+from bilevel.results import SolverInfo
+from bilevel.spaces.array import Args, H, P
+from bilevel.spaces.space import Layout, Space
+
+
+@dataclass(frozen=True)
+class Level(Generic[P, H]):
+    """The inner level of a problem at a point: the map r( · , λ, data) that defines w*.
+
+    Attributes:
+        backend: the framework.
+        problem: the problem.
+        params: w.
+        hparams: λ.
+        batches: the further arguments of the inner objective. With several, each product or step takes the next.
+    """
+
+    backend: Backend
+    problem: BilevelProblem
+    params: P
+    hparams: H
+    batches: list[Args]
+
+    @property
+    def space(self) -> Space[P]:
+        """The space of vectors like params."""
+        return self.backend.space(self.params)
+
+    def linearize(self, args: Args | None = None, params: P | None = None) -> LinearizedMap[P, H]:
+        """Linearize the map, by default on the first batch and at the params of the level."""
+        params = self.params if params is None else params
+        return self.problem.linearize(self.backend, params, self.hparams, self.batches[0] if args is None else args)
+
+    def operator(self, at: LinearizedMap[P, H]) -> LinearOperator[P]:
+        """Return v -> (∂r/∂w)ᵀ v with its properties. Raise a TypeError if an equation has several batches."""
+        symmetric = self.problem.kind != "equation"
+        if len(self.batches) == 1:
+            return LinearOperator(self.space, at.vjp_params, symmetric)
+        if not symmetric:
+            raise TypeError("inner_args is a list, but a fixed point or a root needs all of the data: pass one tuple.")
+        args = self.space.sequence(self.batches)
+        return LinearOperator(self.space, at.vjp_params, sample=lambda i: self.linearize(args(i + 1)).vjp_params)
+
+
+class Pullback(NamedTuple, Generic[P, H]):
+    """A cotangent of w*, pulled back to λ.
+
+    Attributes:
+        hparams: (dw*/dλ)ᵀ times the cotangent; None if w* does not depend on λ.
+        adjoint: v.
+        info: information about the solve for v.
+    """
+
+    hparams: H | None
+    adjoint: P
+    info: SolverInfo
+
+
+class Solution(NamedTuple, Generic[P, H]):
+    """w*, or an approximation of it, with its derivative.
+
+    Attributes:
+        params: w*, where the outer objective is evaluated.
+        pullback: a function from a cotangent of w*, such as ∂F/∂w, to its `Pullback`.
+    """
+
+    params: P
+    pullback: Callable[[P], Pullback[P, H]]
+
+
+class Method:
+    """A method that differentiates the solution map w*(λ). A hypergradient is the pullback of ∂F/∂w, plus ∂F/∂λ.
+
+    Write a subclass as a frozen dataclass whose fields are the options.
+
+    Attributes:
+        stateful: whether the object changes with each call.
+        differentiates_steps: whether the method runs and differentiates inner steps, which needs no minimum.
+        damping: added to the diagonal of the Hessian.
+        rtol: largest relative residual with the status ``CONVERGED``; 0: no bound.
+    """
+
+    stateful: ClassVar[bool] = False
+    differentiates_steps: ClassVar[bool] = True
+    damping: float = 0.0
+    rtol: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """The name in messages."""
+        return type(self).__name__
+
+    @property
+    def summary(self) -> str:
+        """The solver with only the options that differ from their defaults."""
+        return summary(self)
+
+    @abstractmethod
+    def solve(self, level: Level[P, H], adjoint0: P | None) -> Solution[P, H]:
+        """Return w* and its pullback. ``adjoint0`` is a warm start for v."""
+        raise NotImplementedError
+
+    def init(self, level: Level[P, H]) -> object:
+        """Return the state that several calls can share, a tree of arrays. None: there is no state."""
+        return None
+
+    def with_state(self, state: object, layout: Layout) -> Method:
+        """Return the method with a fixed result of `init`. ``layout`` is the layout of the params."""
+        return self
+
+    def with_rtol(self, rtol: float) -> Self:
+        """Return the method with another relative tolerance. A method without a tolerance returns itself."""
+        return self
+
+    @abstractmethod
+    def explain(self, info: SolverInfo, symmetric: bool, curvature: Spectrum[float] | None) -> str:
+        """Return the cause of a failure, and a remedy; see `bilevel.linear_solvers.LinearSolver.explain`."""
+        raise NotImplementedError
+
+    def record(self, info: SolverInfo) -> None:
+        """Record the information about a call, in Python numbers."""

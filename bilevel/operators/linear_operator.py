@@ -1,0 +1,54 @@
+"""A linear operator with its space and its properties."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Generic
+
+from bilevel.options import is_python_value
+from bilevel.spaces.array import Array, Number, V
+from bilevel.spaces.space import Space
+
+
+@dataclass(frozen=True)
+class LinearOperator(Generic[V]):
+    """v -> A v, from a space to itself.
+
+    Attributes:
+        space: the vectors.
+        mv: v -> A v.
+        symmetric: whether A is its own transpose. The operators of fixed points and roots are not.
+        sample: i -> the product of step i, if each step uses another sample of A, such as the Hessian on a batch of
+            data. Then ``mv`` is the product of the first sample. None: all products use the same A.
+    """
+
+    space: Space[V]
+    mv: Callable[[V], V]
+    symmetric: bool = True
+    sample: Callable[[Array | int], Callable[[V], V]] | None = None
+
+    def __call__(self, v: V) -> V:
+        return self.mv(v)
+
+    @property
+    def steady(self) -> bool:
+        """Whether A is symmetric and all products use the same A."""
+        return self.symmetric and self.sample is None
+
+    def at(self, i: Array | int) -> Callable[[V], V]:
+        """Return the product of step i."""
+        return self.mv if self.sample is None else self.sample(i)
+
+    def damped(self, damping: Number) -> "LinearOperator[V]":
+        """Return A + damping I, with the same properties."""
+        if is_python_value(damping) and damping == 0:
+            return self
+        space, sample = self.space, self.sample
+
+        def shift(product: Callable[[V], V]) -> Callable[[V], V]:
+            return lambda v: space.axpy(damping, v, product(v))
+
+        return replace(self, mv=shift(self.mv), sample=None if sample is None else lambda i: shift(sample(i)))
+
+    def residual(self, b: V, x: V) -> V:
+        """Return b - A x, by one product."""
+        return self.space.axpy(-1.0, self.mv(x), b)

@@ -1,0 +1,29 @@
+"""Scale a linear system against under- and overflow."""
+
+from collections.abc import Callable
+
+from bilevel.results import SolverInfo
+from bilevel.spaces.array import Array, V
+from bilevel.spaces.space import Space
+
+
+def scale_free(
+    solve: Callable[[V, V | None, Array], tuple[V, SolverInfo]], rhs: V, x0: V | None, space: Space[V]
+) -> tuple[V, SolverInfo]:
+    """Call solve(rhs / scale, x0 / scale, scale) and undo the scale, so that squares neither under- nor overflow.
+
+    The scale is a power of two, so scaling is exact. It is 1 unless the largest entry is outside 2^±30.
+    """
+    xp = space.xp
+    largest = space.max_abs(rhs)
+    exponent = xp.floor(xp.log2(xp.where(largest > 0, largest, 1.0)))
+    extreme = (xp.abs(exponent) > 30) & xp.isfinite(exponent)
+    most = 120.0 if xp.finfo(exponent.dtype).bits == 32 else 1000.0  # so that 1 / scale is finite
+    scale = xp.exp2(xp.clip(xp.where(extreme, exponent, 0.0), -most, most))
+
+    def scaled(factor: Array, v: V) -> V:
+        return space.cond(extreme, lambda v: space.scale(factor, v), v)  # no copy if the scale is 1
+
+    x, info = solve(scaled(1 / scale, rhs), x0 if x0 is None else scaled(1 / scale, x0), scale)
+    info = info._replace(residual_norm=scale * info.residual_norm, rhs_norm=scale * info.rhs_norm)
+    return scaled(scale, x), info

@@ -1,0 +1,32 @@
+"""The protocol of preconditioners."""
+
+from typing import Generic, Protocol, TypeVar, runtime_checkable
+
+from bilevel.operators.linear_operator import LinearOperator
+from bilevel.spaces.array import Number, V
+from bilevel.spaces.space import Space
+
+S = TypeVar("S")
+
+
+@runtime_checkable
+class Preconditioner(Protocol, Generic[S]):
+    """A symmetric positive definite approximation of (A + damping I)⁻¹, up to a factor, as a frozen dataclass."""
+
+    def init(self, A: LinearOperator[V]) -> S:
+        """Return the state that needs products with A, such as a sketch or a diagonal. A is without the damping."""
+        ...
+
+    def apply(self, state: S, vector: V, damping: Number, space: Space[V]) -> V:
+        """Return the approximation times a vector. ``state`` is the result of `init`."""
+        ...
+
+
+def check_preconditioner(value: object, solver: str) -> None:
+    """Raise a TypeError unless a value is None or an object with the methods of `Preconditioner`."""
+    if value is not None and (isinstance(value, type) or not isinstance(value, Preconditioner)):
+        raise TypeError(
+            f"{solver}.preconditioner: expected an object with methods init() and apply(), such as "
+            f"bl.DiagonalPreconditioner() or bl.NystromPreconditioner(), got {value!r}. Names are for bl.get_solver: "
+            f'{{"name": "{solver.lower()}", "preconditioner": "nystrom"}}.'
+        )

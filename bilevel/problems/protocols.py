@@ -1,0 +1,63 @@
+"""Protocols of bilevel problems and of their objectives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Generic, Literal, Protocol, runtime_checkable
+
+from bilevel.linearization import LinearizedMap
+from bilevel.spaces.array import Args, Array, H, P
+
+if TYPE_CHECKING:
+    from bilevel.backend import Backend
+
+Kind = Literal["hessian", "gauss-newton", "finite-differences", "equation"]
+"""The kind of (∂r/∂w)ᵀ: the Hessian of L, an approximation of it, or the transposed Jacobian of an equation."""
+
+
+@runtime_checkable
+class BilevelProblem(Protocol):
+    """An outer objective F and a map r(w, λ) whose zero is w*: `bl.Problem`, `bl.FixedPoint`, `bl.Root`.
+
+    A problem is hashable and equals other problems of the same functions, so JAX compiles once for all of them.
+    """
+
+    @property
+    def outer(self) -> Callable[..., object]: ...
+    @property
+    def kind(self) -> Kind:
+        """The kind of (∂r/∂w)ᵀ."""
+        ...
+
+    def linearize(self, backend: Backend, params: P, hparams: H, args: Args) -> LinearizedMap[P, H]:
+        """Differentiate r at a point. ``args`` are the ``inner_args``."""
+        ...
+
+    def value_and_residual(self, backend: Backend, params: P, hparams: object, args: Args) -> tuple[Array | None, P]:
+        """Return L and r = ∂L/∂w. For an equation, return None and r."""
+        ...
+
+
+class InnerProblem(Protocol, Generic[P, H]):
+    """An inner objective with analytic derivatives, for the numpy backend.
+
+    ``vector`` and the results of ``grad`` and ``hvp`` have the structure of ``params``. The result of ``cross_vjp`` has
+    the structure of ``hparams``. Forward mode of ``unrolled`` also needs a method
+    ``cross_jvp(params, hparams, vector, *args)``, where the vector is like ``hparams`` and the result like ``params``.
+    ``curvature="finite-differences"`` needs only ``grad`` (∂L/∂w) and ``grad_hparams`` (∂L/∂λ).
+    """
+
+    def __call__(self, params: P, hparams: H, *args: object) -> object: ...
+    def grad(self, params: P, hparams: H, *args: object) -> P: ...
+    def hvp(self, params: P, hparams: H, vector: P, *args: object) -> P: ...
+    def cross_vjp(self, params: P, hparams: H, vector: P, *args: object) -> H: ...
+
+
+class OuterObjective(Protocol, Generic[P, H]):
+    """An outer objective with an analytic gradient, for the numpy backend.
+
+    ``grad`` returns the pair (∂F/∂w, ∂F/∂λ). The second may be ``None`` for zero.
+    """
+
+    def __call__(self, params: P, hparams: H, *args: object) -> object: ...
+    def grad(self, params: P, hparams: H, *args: object) -> tuple[P, H | None]: ...
