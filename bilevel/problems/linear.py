@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-from scipy import special
+import scipy  # scipy.special loads at its first use
 
 from bilevel.problems.namespace import namespace
 from bilevel.problems.problem import Problem
@@ -169,7 +169,7 @@ def _scores(X: Array, w: Array) -> Array:
 def _probabilities(logits: Any) -> Array:
     """Return the softmax of logits of shape (n, k), or the probability of the second class of logits of shape (n,)."""
     if logits.ndim == 1:
-        return special.expit(logits)
+        return scipy.special.expit(logits)
     p = np.exp(logits - logits.max(1, keepdims=True))
     return p / p.sum(1, keepdims=True)
 

@@ -1,16 +1,18 @@
 """Solve the inner problem with SciPy."""
 
+from __future__ import annotations
+
 import warnings
 from collections.abc import Callable, Mapping
 
 import numpy as np
-from scipy import optimize
+import scipy  # scipy.optimize loads at its first use
 
 from bilevel.backend import Backend
 from bilevel.errors import SolverWarning
 from bilevel.problems.gradients import in_params
 from bilevel.problems.problem import Problem
-from bilevel.spaces.array import Args, Array, H, P
+from bilevel.spaces.array import Args, Array, P
 from bilevel.validation import check_inputs, find_backend
 
 
@@ -72,7 +74,7 @@ def scipy_fit(
             value, grad = backend_.run(_value_and_grad, problem, flat, params0, hparams, inner_args)
             return float(backend_.to_host(value)), backend_.to_numpy(grad).astype(np.float64)
 
-        found = optimize.minimize(
+        found = scipy.optimize.minimize(
             value_and_grad,
             backend_.to_flat(params0),
             jac=True,
@@ -101,13 +103,13 @@ def _value_and_grad(
     return value, space.ravel(grad)
 
 
-def _left(found: optimize.OptimizeResult) -> float:
+def _left(found: scipy.optimize.OptimizeResult) -> float:
     """Estimate the distance of the loss from its minimum, ½ gᵀH⁻¹g, with H from the method, or else the identity."""
     newton_step = found.hess_inv @ found.jac if "hess_inv" in found else found.jac
     return 0.5 * float(found.jac @ newton_step)
 
 
-def _warn(found: optimize.OptimizeResult, slope: float, gtol: float) -> None:
+def _warn(found: scipy.optimize.OptimizeResult, slope: float, gtol: float) -> None:
     message = (
         f"scipy_fit stopped after {found.nit} iterations with a gradient entry of {slope:.2g} (gtol: {gtol:.2g}; "
         f"SciPy: {str(found.message).rstrip(': ')}). A hypergradient needs an accurate minimum: raise maxiter or gtol, "

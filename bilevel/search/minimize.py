@@ -1,5 +1,7 @@
 """Hyperparameter search with SciPy."""
 
+from __future__ import annotations
+
 import dataclasses
 import sys
 import warnings
@@ -9,7 +11,7 @@ from numbers import Integral
 from typing import Any, Generic, NamedTuple
 
 import numpy as np
-from scipy import optimize
+import scipy  # scipy.optimize loads at its first use
 
 from bilevel.backend import Backend
 from bilevel.config import get_solver
@@ -48,14 +50,14 @@ def minimize(
     outer_args: Args = (),
     solver: SolverSpec = "cg",
     method: str = "L-BFGS-B",
-    bounds: optimize.Bounds | Sequence[object] | None = None,
+    bounds: scipy.optimize.Bounds | Sequence[object] | None = None,
     maxiter: int = 50,
-    callback: Callable[[optimize.OptimizeResult], object] | None = None,
+    callback: Callable[[scipy.optimize.OptimizeResult], object] | None = None,
     options: Mapping[str, object] | None = None,
     backend: Backend | str | None = None,
     on_failure: OnFailure = "warn",
     progress: bool | None = None,
-) -> optimize.OptimizeResult:
+) -> scipy.optimize.OptimizeResult:
     """Minimize F(w*(λ), λ) over λ with `scipy.optimize.minimize`.
 
     At each λ, ``fit`` and the linear solve start from the solution and the adjoint at the last accepted λ. So all
@@ -103,16 +105,16 @@ def minimize(
     search = _Search(problem, fit, params0, as_method(get_solver(solver)), backend, hparams0, box, call)
     nit = 0
 
-    def after_iteration(intermediate_result: optimize.OptimizeResult) -> None:
+    def after_iteration(intermediate_result: scipy.optimize.OptimizeResult) -> None:
         nonlocal nit
         nit += 1
         here = search.accept(intermediate_result.x)
         advance(here["fun"])
         if callback is not None:
-            callback(optimize.OptimizeResult(nit=nit, **here))
+            callback(scipy.optimize.OptimizeResult(nit=nit, **here))
 
     with _progress_bar(maxiter, progress) as advance:
-        found = optimize.minimize(
+        found = scipy.optimize.minimize(
             search,
             x0,
             jac=True,
@@ -123,7 +125,7 @@ def minimize(
         )
     # If the bounds fix all entries, SciPy returns no nit and status.
     ended = {key: found.get(key, 0) for key in ("nit", "success", "status", "message")}
-    return optimize.OptimizeResult(**search.accept(found.x), **ended, history=search.history)
+    return scipy.optimize.OptimizeResult(**search.accept(found.x), **ended, history=search.history)
 
 
 class _Point(NamedTuple, Generic[P, H]):
@@ -144,7 +146,7 @@ class _Search(Generic[P, H]):
     method: Method
     backend: Backend
     hparams0: H
-    box: optimize.Bounds
+    box: scipy.optimize.Bounds
     call: dict[str, Any]  # further arguments of each hypergradient
     history: list[Evaluation] = dataclasses.field(default_factory=list)
     accepted: _Point[P, H] | None = None
@@ -218,11 +220,11 @@ def _check_method(method: str, bounds: object) -> str:
     return method
 
 
-def _box(bounds: Any, size: int) -> optimize.Bounds:
+def _box(bounds: Any, size: int) -> scipy.optimize.Bounds:
     if bounds is None:
         bounds = (-np.inf, np.inf)
     try:
-        if isinstance(bounds, optimize.Bounds):
+        if isinstance(bounds, scipy.optimize.Bounds):
             low, high = bounds.lb, bounds.ub
         elif len(bounds) == 2 and np.ndim(bounds[0]) == 0:
             low, high = bounds
@@ -233,7 +235,7 @@ def _box(bounds: Any, size: int) -> optimize.Bounds:
         raise ValueError(
             f"bounds: expected (low, high), scipy.optimize.Bounds or a pair for each of {size} entries, got {bounds!r}."
         ) from error
-    return optimize.Bounds(*limits)
+    return scipy.optimize.Bounds(*limits)
 
 
 @contextmanager

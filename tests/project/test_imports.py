@@ -11,8 +11,8 @@ ROOT = Path(__file__).parents[2]
 
 
 def loaded_by(module):
-    """The top-level modules that a fresh interpreter has loaded after `import module`."""
-    code = f"import sys, {module}; print(*{{name.partition('.')[0] for name in sys.modules}})"
+    """The modules that a fresh interpreter has loaded after `import module`."""
+    code = f"import sys, {module}; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     return set(done.stdout.split())
 
@@ -20,6 +20,10 @@ def loaded_by(module):
 @pytest.mark.parametrize("module", ["bilevel", "bilevel_numpy"])
 def test_importing_the_core_loads_no_extra(module):
     assert loaded_by(module).isdisjoint(EXTRAS)
+
+
+def test_the_slow_parts_of_scipy_load_at_their_first_use():
+    assert loaded_by("bilevel").isdisjoint({"scipy.optimize", "scipy.special", "scipy.linalg"})
 
 
 @pytest.mark.parametrize(("framework", "other"), [("torch", "jax"), ("jax", "torch")])
