@@ -79,4 +79,4 @@ def extrapolate(adjoint: P, previous: P | None, *, backend: Backend | str | None
     backend = find_backend(backend, adjoint, previous, ("adjoint", "previous"))
     check_like(backend, "previous", previous, "adjoint", adjoint)
     space = backend.space(adjoint)
-    return space.axpy(-1.0, previous, space.scale(2.0, adjoint))
+    return space.subtract(space.scale(2.0, adjoint), previous)

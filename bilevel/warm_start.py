@@ -8,7 +8,7 @@ from typing_extensions import override
 
 from bilevel.config import get_linear_solver
 from bilevel.linear_solvers.linear_solver import LinearSolver
-from bilevel.linear_solvers.wrapper import Wrapper
+from bilevel.linear_solvers.wrapper import LinearSolverWrapper
 from bilevel.operators.linear_operator import LinearOperator
 from bilevel.options import check_int, is_python_value
 from bilevel.results import SolverInfo, Status
@@ -19,7 +19,7 @@ from bilevel.spaces.space import Space
 FORMAT = 2
 
 
-class WarmStart(Wrapper[object]):
+class WarmStart(LinearSolverWrapper[object]):
     """A linear solver that starts each solve from the last solution, and reuses its preliminary work.
 
     Pass the same object as ``solver=`` to every call of a loop. It has state. Save the state in your checkpoint
@@ -88,7 +88,7 @@ class WarmStart(Wrapper[object]):
         space, last = A.space, self._stored(self.adjoint, A.space)
         if x0 is None and last is not None:
             previous = self._stored(self.previous, space) if self.extrapolate else None
-            x0 = last if previous is None else space.axpy(-1.0, previous, space.scale(2.0, last))
+            x0 = last if previous is None else space.subtract(space.scale(2.0, last), previous)
         adjoint, info = self.solver.solve(state, A, b, x0)
         # Do not store the result of a failed solve that moved away from the solution, as with an indefinite Hessian.
         # Otherwise the next solves would start further and further away.

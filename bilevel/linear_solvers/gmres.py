@@ -80,7 +80,7 @@ class GMRES(LinearSolver[None]):
                 column = xp.zeros_like(unit[0])
                 for _ in range(2):  # one pass is inaccurate for nearly dependent vectors
                     overlap = space.stack_dot(s.basis, w)
-                    w = space.axpy(-1.0, space.linear_combination(overlap, s.basis), w)
+                    w = space.subtract(w, space.linear_combination(overlap, s.basis))
                     column = column + overlap
                 left = space.norm(w)
                 exhausted = left <= 10 * eps * length  # the Krylov space is invariant

@@ -6,10 +6,12 @@ from abc import abstractmethod
 from dataclasses import is_dataclass, replace
 from typing import ClassVar, Generic, Self, TypeVar
 
+from typing_extensions import override
+
 from bilevel.linear_solvers import advice
+from bilevel.linear_solvers.solver import Solver
 from bilevel.operators.lanczos import Spectrum
 from bilevel.operators.linear_operator import LinearOperator
-from bilevel.options import summary
 from bilevel.results import SolverInfo
 from bilevel.spaces.array import V
 
@@ -20,7 +22,7 @@ STEADY = "steady"
 S = TypeVar("S")  # the state that several solves share
 
 
-class LinearSolver(Generic[S]):
+class LinearSolver(Solver, Generic[S]):
     """A solver of A v = b by products with A. With a Hessian A, v is an inverse-Hessian-vector product.
 
     Write a subclass as a frozen dataclass whose fields are the options. Only `solve` must be defined. The other
@@ -28,19 +30,13 @@ class LinearSolver(Generic[S]):
 
     Attributes:
         requires: required properties of the operator: ``SYMMETRIC``, ``STEADY``.
-        stateful: whether the object changes with each solve. JAX cannot compile such a solver.
-        rtol: largest relative residual with the status ``CONVERGED``; 0: no bound.
-        damping: added to the diagonal of A.
         remedy: advice for a solve that stops too early.
         stagnation_remedy: advice for a solve that makes no more progress.
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({SYMMETRIC, STEADY})
-    stateful: ClassVar[bool] = False
     remedy: ClassVar[str] = "Add damping."
     stagnation_remedy: ClassVar[str] = "Loosen rtol, add damping, or use float64."
-    rtol: float = 0.0
-    damping: float = 0.0
 
     def init(self, A: LinearOperator[V]) -> S:
         """Return the state that several solves can share, such as a step size or a sketch. None: there is no state.
@@ -62,33 +58,17 @@ class LinearSolver(Generic[S]):
         raise NotImplementedError
 
     @property
-    def name(self) -> str:
-        """The name in messages."""
-        return type(self).__name__
-
-    @property
-    def summary(self) -> str:
-        """The solver with only the options that differ from their defaults."""
-        return summary(self)
-
-    @property
     def most_steps(self) -> int | None:
         """The maximum number of steps of a solve. None: no option limits it."""
         return None
 
+    @override
     def with_rtol(self, rtol: float) -> Self:
-        """Return the solver with another relative tolerance. A solver without a tolerance returns itself."""
         return replace(self, rtol=rtol) if self.rtol and is_dataclass(self) else self  # pyright: ignore
 
+    @override
     def explain(self, info: SolverInfo, symmetric: bool, curvature: Spectrum[float] | None) -> str:
-        """Return the cause of a failed solve, and a remedy.
-
-        ``info`` and ``curvature``, the spectrum of A, are in Python numbers. ``curvature`` is None if it is unknown.
-        """
         return advice.explain(self, info, symmetric, curvature)
-
-    def record(self, info: SolverInfo) -> None:
-        """Record the information about a solve, in Python numbers."""
 
 
 def check_requirements(solver: LinearSolver[S], A: LinearOperator[V]) -> None:

@@ -62,7 +62,7 @@ class Nystrom(LinearSolver[Sketch]):
             within, rest = space.stack_dot(known.vectors, b), b
             for _ in range(2):  # after one pass, the division by the damping would magnify the rounding errors
                 overlap = space.stack_dot(known.vectors, rest)
-                rest = space.axpy(-1.0, space.linear_combination(overlap, known.vectors), rest)
+                rest = space.subtract(rest, space.linear_combination(overlap, known.vectors))
             x = space.linear_combination(within / (known.eigenvalues + self.damping), known.vectors)
             x = space.axpy(1.0 / self.damping, rest, x)
             rhs_norm, left = space.norm(b), space.norm(A.residual(b, x))

@@ -6,7 +6,7 @@ from typing import Self
 from typing_extensions import override
 
 from bilevel.linear_solvers.linear_solver import LinearSolver, S
-from bilevel.linear_solvers.wrapper import Wrapper
+from bilevel.linear_solvers.wrapper import LinearSolverWrapper
 from bilevel.operators.linear_operator import LinearOperator
 from bilevel.results import SolverInfo
 from bilevel.spaces.array import V
@@ -15,7 +15,7 @@ from bilevel.spaces.space import Layout
 
 
 @dataclass(frozen=True)
-class Prepared(Wrapper[S]):
+class Prepared(LinearSolverWrapper[S]):
     """A solver with a fixed state for several calls, as returned by `bl.prepare`.
 
     Args:

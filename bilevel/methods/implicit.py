@@ -1,5 +1,5 @@
 """Differentiation by the implicit function theorem."""
-# pyright: reportAssignmentType=false, reportIncompatibleMethodOverride=false
+# pyright: reportAssignmentType=false, reportIncompatibleMethodOverride=false, reportIncompatibleVariableOverride=false
 
 from __future__ import annotations
 
@@ -11,17 +11,16 @@ from typing_extensions import override
 from bilevel.backend import Backend
 from bilevel.linear_solvers.linear_solver import LinearSolver, check_requirements
 from bilevel.linear_solvers.prepared import Prepared
+from bilevel.linear_solvers.wrapper import Wrapper
 from bilevel.linearization import LinearizedMap
 from bilevel.methods.method import Level, Method, Pullback, Solution
-from bilevel.operators.lanczos import Spectrum
 from bilevel.operators.linear_operator import LinearOperator
-from bilevel.results import SolverInfo
 from bilevel.spaces.array import H, P
 from bilevel.spaces.space import Layout
 
 
 @dataclass(frozen=True)
-class Implicit(Method):
+class Implicit(Wrapper, Method):
     """(dw*/dλ)ᵀ c = −(∂r/∂λ)ᵀ v with (∂r/∂w)ᵀ v = c, by a linear solver.
 
     Lorraine, Vicol & Duvenaud (AISTATS 2020), theorem 1.
@@ -30,10 +29,6 @@ class Implicit(Method):
     solver: LinearSolver[Any]
     differentiates_steps = False
     stateful = property(lambda self: self.solver.stateful)
-    damping = property(lambda self: self.solver.damping)
-    rtol = property(lambda self: self.solver.rtol)
-    name = property(lambda self: self.solver.name)
-    summary = property(lambda self: self.solver.summary)
 
     @override
     def solve(self, level: Level[P, H], adjoint0: P | None) -> Solution[P, H]:
@@ -56,14 +51,6 @@ class Implicit(Method):
     @override
     def with_rtol(self, rtol: float) -> Self:
         return replace(self, solver=self.solver.with_rtol(rtol))
-
-    @override
-    def explain(self, info: SolverInfo, symmetric: bool, curvature: Spectrum[float] | None) -> str:
-        return self.solver.explain(info, symmetric, curvature)
-
-    @override
-    def record(self, info: SolverInfo) -> None:
-        self.solver.record(info)
 
 
 def as_method(solver: LinearSolver[Any] | Method) -> Method:

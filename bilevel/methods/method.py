@@ -5,13 +5,12 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Generic, NamedTuple, Self
+from typing import ClassVar, Generic, NamedTuple
 
 from bilevel.backend import Backend
+from bilevel.linear_solvers.solver import Solver
 from bilevel.linearization import LinearizedMap
-from bilevel.operators.lanczos import Spectrum
 from bilevel.operators.linear_operator import LinearOperator
-from bilevel.options import summary
 from bilevel.problems.protocols import BilevelProblem
 from bilevel.results import SolverInfo
 from bilevel.spaces.array import Args, H, P
@@ -83,32 +82,16 @@ class Solution(NamedTuple, Generic[P, H]):
     pullback: Callable[[P], Pullback[P, H]]
 
 
-class Method:
+class Method(Solver):
     """A method that differentiates the solution map w*(λ). A hypergradient is the pullback of ∂F/∂w, plus ∂F/∂λ.
 
     Write a subclass as a frozen dataclass whose fields are the options.
 
     Attributes:
-        stateful: whether the object changes with each call.
         differentiates_steps: whether the method runs and differentiates inner steps, which needs no minimum.
-        damping: added to the diagonal of the Hessian.
-        rtol: largest relative residual with the status ``CONVERGED``; 0: no bound.
     """
 
-    stateful: ClassVar[bool] = False
     differentiates_steps: ClassVar[bool] = True
-    damping: float = 0.0
-    rtol: float = 0.0
-
-    @property
-    def name(self) -> str:
-        """The name in messages."""
-        return type(self).__name__
-
-    @property
-    def summary(self) -> str:
-        """The solver with only the options that differ from their defaults."""
-        return summary(self)
 
     @abstractmethod
     def solve(self, level: Level[P, H], adjoint0: P | None) -> Solution[P, H]:
@@ -122,15 +105,3 @@ class Method:
     def with_state(self, state: object, layout: Layout) -> Method:
         """Return the method with a fixed result of `init`. ``layout`` is the layout of the params."""
         return self
-
-    def with_rtol(self, rtol: float) -> Self:
-        """Return the method with another relative tolerance. A method without a tolerance returns itself."""
-        return self
-
-    @abstractmethod
-    def explain(self, info: SolverInfo, symmetric: bool, curvature: Spectrum[float] | None) -> str:
-        """Return the cause of a failure, and a remedy; see `bilevel.linear_solvers.LinearSolver.explain`."""
-        raise NotImplementedError
-
-    def record(self, info: SolverInfo) -> None:
-        """Record the information about a call, in Python numbers."""

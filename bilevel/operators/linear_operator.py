@@ -51,4 +51,4 @@ class LinearOperator(Generic[V]):
 
     def residual(self, b: V, x: V) -> V:
         """Return b - A x, by one product."""
-        return self.space.axpy(-1.0, self.mv(x), b)
+        return self.space.subtract(b, self.mv(x))

@@ -60,7 +60,7 @@ def sketch(A: LinearOperator[V], rank: int, seed: int) -> Sketch:
             x = space.get(vectors, i)
             length = space.norm(x)
             for _ in range(2):
-                x = space.axpy(-1.0, space.linear_combination(space.stack_dot(basis, x), basis), x)
+                x = space.subtract(x, space.linear_combination(space.stack_dot(basis, x), basis))
             left = space.norm(x)
             new = left > 10 * eps * length
             return space.scale(xp.where(new, 1.0 / xp.where(new, left, 1.0), 0.0), x)

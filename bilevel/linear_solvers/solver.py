@@ -1,0 +1,50 @@
+"""The base class of linear solvers and methods."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import ClassVar, Self
+
+from bilevel.operators.lanczos import Spectrum
+from bilevel.options import summary
+from bilevel.results import SolverInfo
+
+
+class Solver:
+    """A solver that a user can choose: a linear solver or a method. Its options are the fields of a frozen dataclass.
+
+    Attributes:
+        stateful: whether the object changes with each call. JAX cannot compile such a solver.
+        damping: added to the diagonal of the operator.
+        rtol: largest relative residual with the status ``CONVERGED``; 0: no bound.
+    """
+
+    stateful: ClassVar[bool] = False
+    damping: float = 0.0
+    rtol: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """The name in messages."""
+        return type(self).__name__
+
+    @property
+    def summary(self) -> str:
+        """The solver with only the options that differ from their defaults."""
+        return summary(self)
+
+    def with_rtol(self, rtol: float) -> Self:
+        """Return the solver with another relative tolerance. A solver without a tolerance returns itself."""
+        return self
+
+    @abstractmethod
+    def explain(self, info: SolverInfo, symmetric: bool, curvature: Spectrum[float] | None) -> str:
+        """Return the cause of a failed solve, and a remedy.
+
+        ``info`` and ``curvature``, the spectrum of the undamped operator, are in Python numbers. ``curvature`` is None
+        if it is unknown.
+        """
+        raise NotImplementedError
+
+    def record(self, info: SolverInfo) -> None:
+        """Record the information about a solve, in Python numbers."""
