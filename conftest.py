@@ -38,7 +38,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     No backend imports another framework: tests/project/test_imports.py checks that. So a test of JAX gives the same
     with and without torch. The core can give something else, because it looks for installed frameworks. So the tests of
-    the core, the command, the errors, the documentation and NumPy stay, and those of the hidden framework, as skips.
+    the core, the command, the errors, the documentation and NumPy stay. The tests of the hidden framework stay too, and
+    appear as skipped.
     """
     if hidden:
         others = {"torch", "jax"} - hidden

@@ -34,7 +34,7 @@ collect_ignore = [
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item):
-    """Draw fewer examples where JAX compiles for each: the arithmetic is that of NumPy, which is tested with all."""
+    """Draw fewer examples for JAX, which compiles each. NumPy runs the same arithmetic with all examples."""
     test = getattr(item, "obj", None)
     test = getattr(test, "__func__", test)
     drawn = getattr(test, "_hypothesis_internal_use_settings", None)

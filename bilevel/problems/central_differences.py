@@ -45,7 +45,7 @@ def finite_differences(backend: Backend, inner: Any, params: P, hparams: H, args
     _check_precision(backend, params, hparams)
     eps = max(of_params.eps, of_hparams.eps)
     w = of_params.copy(params)  # new arrays, to test whether L uses the arrays that are passed
-    here = in_params(backend, inner, w, hparams, args, beside=params)
+    here = in_params(backend, inner, w, hparams, args, unused=params)
     if here.grad_hparams is not None:
         raise ValueError(
             "inner computes with the arrays of params, not with the arrays that are passed, so its finite differences "

@@ -42,13 +42,13 @@ class _AtHparams:
 
 
 def in_params(
-    backend: Backend, inner: Any, params: P, hparams: object, args: Args, beside: object = ()
+    backend: Backend, inner: Any, params: P, hparams: object, args: Args, unused: object = ()
 ) -> OuterDerivatives[P, Any]:
     """Return L and ∂L/∂w.
 
-    ``grad_hparams`` is the derivative by ``beside``, arrays that L should not use. It is None if L does not use them.
+    ``grad_hparams`` is the derivative by ``unused``, arrays that L should not use. It is None if L does not use them.
     """
-    return backend.outer(_AtHparams(inner, hparams), params, beside, args, label="inner", data="inner")
+    return backend.outer(_AtHparams(inner, hparams), params, unused, args, label="inner", data="inner")
 
 
 def in_hparams(backend: Backend, inner: Any, params: object, hparams: H, args: Args) -> H | None:

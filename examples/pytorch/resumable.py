@@ -54,7 +54,7 @@ class Run:
 
     @property
     def parts(self) -> dict[str, Any]:
-        """Everything that the next step depends on, beside its number."""
+        """Return all that the next step depends on, except its number."""
         names = ("net", "decays", "optimizer", "scheduler", "outer_optimizer", "solver")
         return {name: getattr(self, name) for name in names} | {"random": RandomState()}
 
@@ -98,13 +98,13 @@ class Run:
 
 
 def save(state: dict[str, Any], path: Path) -> None:
-    """Write a file that is there as a whole or not at all, whenever the process is killed."""
-    beside = path.with_name(path.name + ".tmp")
-    with beside.open("wb") as file:
+    """Write a file. If the process is killed during the write, the old file stays."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
         torch.save(state, file)
         file.flush()
         os.fsync(file.fileno())
-    beside.replace(path)
+    temporary.replace(path)
 
 
 def main(argv: list[str] | None = None) -> str:

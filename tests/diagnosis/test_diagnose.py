@@ -276,9 +276,9 @@ def suggested(report):
     text = words(report)
     solver = ast.literal_eval(re.search(r"Suggestion: solver=({.*?})", text)[1])
     damping = re.search(r"meets negative curvature, damping=([\d.e-]+\d) helps", text)
-    step, beside = re.search(r"step_size=([\d.e-]+\d)(?: with damping=([\d.e-]+\d))?", text).groups()
+    step, series_damping = re.search(r"step_size=([\d.e-]+\d)(?: with damping=([\d.e-]+\d))?", text).groups()
     other = {**solver, "damping": float(damping[1])} if damping else solver
-    return solver, other, bl.Neumann(5, float(step), float(beside or 0.0))
+    return solver, other, bl.Neumann(5, float(step), float(series_damping or 0.0))
 
 
 SPECTRA = {

@@ -20,7 +20,7 @@ PROBLEM = bl.Problem(inner, outer)
 
 
 def point(seed: int = 0) -> tuple[Any, Any, Any, Any]:
-    """Return params, hparams, the data of the inner objective and those of the outer one, all drawn."""
+    """Return random params, hparams, inner data and outer data."""
     keys = jax.random.split(jax.random.key(seed), 6)
     X, X_val = (jax.random.normal(k, (12, 4)) for k in keys[:2])
     y, y_val = (jax.random.normal(k, (12,)) for k in keys[2:4])

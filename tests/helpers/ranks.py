@@ -1,4 +1,4 @@
-"""What each process of test_data_parallel.py computes: `python ranks.py RANK WORLD FOLDER`."""
+"""The program of each process in test_data_parallel.py: `python ranks.py RANK WORLD FOLDER`."""
 
 import os
 import sys

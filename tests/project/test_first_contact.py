@@ -1,4 +1,4 @@
-"""What a new user tries first: the version, the command as a module, and a backend without its framework."""
+"""The first steps of a new user: the version, the command as a module, and a backend without its framework."""
 
 import os
 import subprocess

@@ -15,7 +15,7 @@ from bilevel.testing.conformance.checks import Law
 from bilevel.testing.conformance.judge import expect, relative_error, same
 from bilevel.testing.conformance.subject import Kind, Subject, run
 
-READS = 12  # reads by the host that a solve may take besides one per 8 steps: rounds, branches, the last flag
+READS = 12  # reads by the host in a solve, in addition to one per 8 steps: rounds, branches, the last flag
 
 
 class _Overrun:
