@@ -1,4 +1,4 @@
-"""The error and the warning of failed solves, and suggestions for mistyped names."""
+"""Errors and warnings, and suggestions for mistyped names."""
 
 import difflib
 from collections.abc import Iterable
@@ -10,6 +10,13 @@ class SolverError(RuntimeError):
 
 class SolverWarning(UserWarning):
     """A solve failed with ``on_failure="warn"`` (the default)."""
+
+
+class DependenceWarning(UserWarning):
+    """An objective does not depend on an argument, or depends on a trainable array that is no argument.
+
+    If it is meant, ignore the category: ``warnings.simplefilter("ignore", bl.DependenceWarning)``.
+    """
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
