@@ -38,11 +38,10 @@ def report(
 
     ``curvature`` is a function that estimates the spectrum of the undamped operator. ``hint`` ends the message.
     """
-    numbers = [backend.to_host(x) if hasattr(x, "dtype") else x for x in info]
-    if numbers[3] is None:
+    numbers = SolverInfo(*[backend.to_host(x) if hasattr(x, "dtype") else x for x in info])
+    if numbers.status is None:
         return info
-    steps, residual_norm, rhs_norm, status, inner_grad_norm = numbers
-    info = SolverInfo(int(steps), residual_norm, rhs_norm, Status(int(status)), inner_grad_norm)
+    info = numbers._replace(steps=int(numbers.steps), status=Status(int(numbers.status)))
     method.record(info)
     if on_failure == "ignore" or info.status == Status.CONVERGED:
         return info
@@ -60,8 +59,11 @@ def report(
 
 
 def callers_level() -> int:
-    """Return the stacklevel of the line that called the library or a backend, for a warning in the calling function."""
+    """Return the stacklevel of the user's line: the innermost line outside of the library and the frameworks.
+
+    The frameworks call the library when they trace or differentiate.
+    """
     level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("bilevel"):
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("bilevel", "jax.", "torch.")):
         level, frame = level + 1, frame.f_back
     return level

@@ -7,6 +7,7 @@ from typing import Any
 from bilevel.backend import Backend
 from bilevel.config import get_linear_solver, get_solver
 from bilevel.convergence import OnFailure, check_on_failure, report
+from bilevel.dependence import warn_if_unused
 from bilevel.linear_solvers.linear_solver import LinearSolver
 from bilevel.linearization import Linearization, LinearizedMap, NonSymmetric
 from bilevel.methods.implicit import Implicit, as_method, pull_back
@@ -195,8 +196,10 @@ def _hypergradient(
     adjoint0: P | None,
 ) -> Hypergradient[P | None, H]:
     solution = method.solve(Level(backend, problem, params, hparams, batches), adjoint0)
-    value, cotangent, direct = backend.outer(problem.outer, solution.params, hparams, outer_args)
-    hg = combine(backend, value, direct, solution.pullback(cotangent), hparams)
+    value, cotangent, direct, dependence = backend.outer(problem.outer, solution.params, hparams, outer_args)
+    pulled = solution.pullback(cotangent)
+    hg = combine(backend, value, direct, pulled, hparams)
+    warn_if_unused(backend, params, hparams, dependence, pulled.dependence)
     return hg if solution.params is params else hg._replace(params=solution.params)
 
 

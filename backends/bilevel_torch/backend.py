@@ -7,15 +7,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.autograd.graph import Node
 from typing_extensions import override
 
 from bilevel.backend import Backend, Data, R
-from bilevel.linearization import Inputs, LinearizedMap, OuterDerivatives
+from bilevel.dependence import warn
+from bilevel.linearization import Dependence, Inputs, LinearizedMap, OuterDerivatives
 from bilevel.problems.model_loss import ModelLoss
 from bilevel.spaces.array import Args, H, P, V
 from bilevel.spaces.tree import leaves
 from bilevel.validation import check_dtypes, check_like, depends_on_nothing, leaf_names
 from bilevel_torch.autograd import (
+    LEAF,
     as_graph_leaves,
     check_recorded,
     evaluate,
@@ -87,6 +90,7 @@ class TorchBackend(Backend):
         loss = scalar(label, value)
         nodes = list(nodes_of([loss]))
         check_recorded(label, nodes, params)
+        _warn_of_others(label, nodes, params, hparams)
         with weight_norm_right(nodes):
             grads = grad([loss], leaves(params), None, create_graph=True)
         self._check_influence(label, any(g is not None for g in grads), params)
@@ -155,6 +159,7 @@ class TorchBackend(Backend):
             value=loss.detach(),
             grad_params=zeros_for_none(grads[: len(weights)], params),
             grad_hparams=None if all(g is None for g in direct) else zeros_for_none(direct, hparams),
+            dependence=Dependence(_found(grads[: len(weights)]), _found(direct)),
         )
 
     @override
@@ -189,6 +194,23 @@ def check_supported(path: str, tensor: torch.Tensor) -> None:
         )
 
 
+def _warn_of_others(label: str, nodes: Sequence[Node], params: object, hparams: object) -> None:
+    """Warn if an inner objective depends on trainable tensors that are no arguments, most often forgotten params."""
+    known = [*leaves(params), *leaves(hparams)]
+    ids = {id(t) for t in known}
+    others = [node for node in nodes if node.name() == LEAF and id(node.variable) not in ids]  # pyright: ignore
+    if others and (computed := [t for t in known if not t.is_leaf]):
+        sources = set(nodes_of(computed))
+        others = [node for node in others if node not in sources]
+    if others:
+        shapes = [str(tuple(node.variable.shape)) for node in others]  # pyright: ignore[reportAttributeAccessIssue]
+        warn(
+            f"{label} depends on {len(others)} trainable tensors that are neither in params nor in hparams, of shapes "
+            f"{', '.join(shapes[:5])}{' and others' if len(shapes) > 5 else ''}. They count as constants. Add them to "
+            "params if the inner training changes them. Otherwise freeze them by requires_grad_(False)."
+        )
+
+
 def _products(outputs: Sequence[torch.Tensor | None], params: P, hparams: H) -> LinearizedMap[P, H]:
     """Return a map with products of its Jacobians. The outputs are like the leaves of params; None stands for zero."""
     # Where ∇L is constant, there is no second derivative, and autograd would raise an error.
@@ -201,9 +223,17 @@ def _products(outputs: Sequence[torch.Tensor | None], params: P, hparams: H) -> 
     def vjp_params(v: P) -> P:
         return zeros_for_none(pull(v, leaves(params)), params)
 
+    influences: list[bool] = []  # every product tells, and it costs nothing then
+
     def vjp_hparams(v: P) -> H | None:
         products = pull(v, leaves(hparams))
-        return None if all(p is None for p in products) else zeros_for_none(products, hparams)
+        influences[:] = _found(products)
+        return zeros_for_none(products, hparams) if any(influences) else None
+
+    def dependence() -> Dependence:
+        if not influences:
+            vjp_hparams(value)
+        return Dependence([i in varying for i in range(len(outputs))], influences)
 
     @cache
     def transposable() -> tuple[list[torch.Tensor], Sequence[torch.Tensor | None]]:
@@ -220,4 +250,8 @@ def _products(outputs: Sequence[torch.Tensor | None], params: P, hparams: H) -> 
         return zeros_for_none([products.get(i) for i in range(len(outputs))], params)
 
     value = zeros_for_none([r if r is None else r.detach() for r in outputs], params)
-    return LinearizedMap(value, vjp_params, vjp_hparams, jvp_hparams)
+    return LinearizedMap(value, vjp_params, vjp_hparams, jvp_hparams, dependence)
+
+
+def _found(grads: Sequence[torch.Tensor | None]) -> list[bool]:
+    return [g is not None for g in grads]

@@ -8,6 +8,7 @@ import torch
 
 from bilevel.config import get_linear_solver
 from bilevel.convergence import OnFailure, check_on_failure, report
+from bilevel.dependence import warn_if_unused
 from bilevel.hypergradient import SolverSpec, combine
 from bilevel.linearization import LinearizedMap, OuterDerivatives
 from bilevel.methods.implicit import Implicit, pull_back
@@ -22,6 +23,8 @@ from bilevel_torch.autograd import check_computed, check_distinct, no_grad_no_au
 from bilevel_torch.backend import TorchBackend, check_supported
 from bilevel_torch.data_parallel import this_process
 from bilevel_torch.trees import TensorTree, tree_of
+
+LABELS = "inner_loss", "outer_loss"
 
 
 def backward(
@@ -127,9 +130,11 @@ def hypergradient(
     check_trees(backend, {"params": w, "hparams": h, "adjoint0": v}, {"adjoint0": "params"})
     _check_recorded(backend, {"inner_loss": inner_loss, "outer_loss": outer_loss}, w, h)
     with no_grad_no_autocast(w):
-        (value, cotangent, direct), at = _linearize(backend, inner_loss, outer_loss, w, h, loss_scale)
+        (value, cotangent, direct, used), at = _linearize(backend, inner_loss, outer_loss, w, h, loss_scale)
         A = LinearOperator(backend.space(w), at.vjp_params)
-        hg = combine(backend, value, direct, pull_back(backend, linear_solver, A, at, cotangent, v), h)
+        pulled = pull_back(backend, linear_solver, A, at, cotangent, v)
+        hg = combine(backend, value, direct, pulled, h)
+        warn_if_unused(backend, w, h, used, pulled.dependence, LABELS)
         method = Implicit(linear_solver)
         info = report(backend, hg.info, method, on_failure, curvature=lambda: spectrum(A))
     return hg._replace(params=w, info=info)
@@ -170,8 +175,8 @@ def _linearize(
         with torch.enable_grad():
             inner, outer = inner_loss * loss_scale, outer_loss * loss_scale
     # The losses may share part of their graphs.
-    of_outer = backend.outer_of(outer, params, hparams, "outer_loss", retain_graph=True)
-    of_inner = backend.inner_of(inner, params, hparams, "inner_loss")
+    of_outer = backend.outer_of(outer, params, hparams, LABELS[1], retain_graph=True)
+    of_inner = backend.inner_of(inner, params, hparams, LABELS[0])
     if loss_scale != 1.0:
         of_outer, of_inner = _unscaled(backend, of_outer, of_inner, loss_scale)
 
@@ -206,10 +211,10 @@ def _unscaled(
         return of
 
     direct = outer.grad_hparams
-    return OuterDerivatives(
-        outer.value / scale,
-        space.scale(1 / scale, outer.grad_params),
-        None if direct is None else backend.space(direct).scale(1 / scale, direct),
+    return outer._replace(
+        value=outer.value / scale,
+        grad_params=space.scale(1 / scale, outer.grad_params),
+        grad_hparams=None if direct is None else backend.space(direct).scale(1 / scale, direct),
     ), inner._replace(
         residual=space.scale(1 / scale, inner.residual),
         vjp_params=at_unit_size(inner.vjp_params),

@@ -9,8 +9,10 @@ import torch
 
 from bilevel.config import get_linear_solver
 from bilevel.convergence import OnFailure, check_on_failure, report
+from bilevel.dependence import warn_if_unused
 from bilevel.hypergradient import SolverSpec, combine
 from bilevel.linear_solvers import LinearSolver
+from bilevel.linearization import Dependence
 from bilevel.methods.implicit import Implicit, pull_back
 from bilevel.operators.lanczos import spectrum
 from bilevel.operators.linear_operator import LinearOperator
@@ -109,7 +111,9 @@ class _Call:
             at = backend.inner_of(evaluate(self.inner, w, *_replace(given, varied)), w, varied)
             A = LinearOperator(backend.space(w), at.vjp_params)
             value: Any = torch.zeros(())  # F is unknown here
-            hg = combine(backend, value, None, pull_back(backend, self.solver, A, at, grads, None), varied)
+            pulled = pull_back(backend, self.solver, A, at, grads, None)
+            hg = combine(backend, value, None, pulled, varied)
+            warn_if_unused(backend, w, given[0], None, _of_hparams(pulled.dependence, given[0]))
             report(backend, hg.info, Implicit(self.solver), self.on_failure, curvature=lambda: spectrum(A))
             return hg.grad
 
@@ -142,3 +146,14 @@ def _replace(tree: V, tensors: Iterable[torch.Tensor]) -> V:
     """Return a tree with its tensors that require a gradient replaced by these tensors, in order."""
     it = iter(tensors)
     return tree_map(lambda t: next(it) if _is_varied(t) else t, tree)
+
+
+def _of_hparams(used: Dependence | None, hparams: object) -> Dependence | None:
+    """Return the dependence on the leaves of hparams, from the dependence on all varied tensors.
+
+    A leaf that requires no gradient counts as used.
+    """
+    if used is None:
+        return None
+    varied = iter(used.hparams)
+    return used._replace(hparams=[next(varied) if _is_varied(t) else True for t in leaves(hparams)])
