@@ -49,13 +49,17 @@ class NonSymmetric(Generic[V]):
 
 
 class Dependence(NamedTuple):
-    """Whether a function depends on each leaf of its arguments, in the order of `Backend.leaves`.
+    """The arrays that a function depends on. It follows from the computation, so a derivative of zero counts.
 
-    It follows from the computation, not from numbers. So a derivative that happens to be zero counts.
+    Attributes:
+        params: whether it depends on each leaf of params, in the order of `Backend.leaves`.
+        hparams: the same for hparams.
+        others: shapes of trainable arrays that it depends on and that are no arguments, where the framework has them.
     """
 
     params: Sequence[bool]
     hparams: Sequence[bool]
+    others: Sequence[tuple[int, ...]] = ()
 
 
 class LinearizedMap(NamedTuple, Generic[P, H]):

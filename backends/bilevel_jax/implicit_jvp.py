@@ -15,7 +15,7 @@ from jax.dtypes import float0
 
 from bilevel.backend import R
 from bilevel.convergence import OnFailure, report
-from bilevel.dependence import warn_if_unused
+from bilevel.dependence import warn_of_dependence
 from bilevel.linear_solvers.linear_solver import LinearSolver, check_requirements
 from bilevel.methods.implicit import Implicit
 from bilevel.operators.linear_operator import LinearOperator
@@ -187,7 +187,7 @@ def _check(backend: JaxBackend, inner: Callable[..., object], params: object, hp
             f"∂inner/∂params does not depend on {leaf_names(backend, 'hparams', hparams)}, so these have no influence "
             "on the minimum. Use the hparams argument inside inner: the training's use of it does not count."
         )
-    warn_if_unused(backend, params, hparams, None, used)
+    warn_of_dependence(backend, params, hparams, None, used)
 
 
 def _solve(

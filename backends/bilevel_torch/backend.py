@@ -11,7 +11,6 @@ from torch.autograd.graph import Node
 from typing_extensions import override
 
 from bilevel.backend import Backend, Data, R
-from bilevel.dependence import warn
 from bilevel.linearization import Dependence, Inputs, LinearizedMap, OuterDerivatives
 from bilevel.problems.model_loss import ModelLoss
 from bilevel.spaces.array import Args, H, P, V
@@ -83,18 +82,29 @@ class TorchBackend(Backend):
     @override
     def inner(self, objective: Callable[..., object], params: P, hparams: H, args: Args) -> LinearizedMap[P, H]:
         params, hparams = as_graph_leaves(params, hparams)
-        return self.inner_of(evaluate(objective, params, hparams, *args), params, hparams)
+        value = evaluate(objective, params, hparams, *args)
+        # A function may make tensors that require gradients, such as the inputs of a physics-informed loss.
+        return self.inner_of(value, params, hparams, trainable=torch.nn.Parameter)
 
-    def inner_of(self, value: object, params: P, hparams: H, label: str = "inner") -> LinearizedMap[P, H]:
-        """Differentiate the value of an inner objective in the variables params and hparams."""
+    def inner_of(
+        self,
+        value: object,
+        params: P,
+        hparams: H,
+        label: str = "inner",
+        trainable: type[torch.Tensor] = torch.Tensor,
+    ) -> LinearizedMap[P, H]:
+        """Differentiate the value of an inner objective in the variables params and hparams.
+
+        Its dependence has other leaves of the type ``trainable``.
+        """
         loss = scalar(label, value)
         nodes = list(nodes_of([loss]))
         check_recorded(label, nodes, params)
-        _warn_of_others(label, nodes, params, hparams)
         with weight_norm_right(nodes):
             grads = grad([loss], leaves(params), None, create_graph=True)
         self._check_influence(label, any(g is not None for g in grads), params)
-        return _products(grads, params, hparams)
+        return _products(grads, params, hparams, _others(nodes, params, hparams, trainable))
 
     @override
     def gauss_newton(self, inner: ModelLoss, params: P, hparams: H, args: Args) -> LinearizedMap[P, H]:
@@ -194,24 +204,23 @@ def check_supported(path: str, tensor: torch.Tensor) -> None:
         )
 
 
-def _warn_of_others(label: str, nodes: Sequence[Node], params: object, hparams: object) -> None:
-    """Warn if an inner objective depends on trainable tensors that are no arguments, most often forgotten params."""
-    known = [*leaves(params), *leaves(hparams)]
+def _others(
+    nodes: Sequence[Node], params: object, hparams: object, trainable: type[torch.Tensor]
+) -> list[tuple[int, ...]]:
+    """Return the shapes of leaves of a graph that require gradients, have a type, and are no arguments."""
+    known: list[torch.Tensor] = [*leaves(params), *leaves(hparams)]
     ids = {id(t) for t in known}
-    others = [node for node in nodes if node.name() == LEAF and id(node.variable) not in ids]  # pyright: ignore
-    if others and (computed := [t for t in known if not t.is_leaf]):
-        sources = set(nodes_of(computed))
+    leaf_nodes: list[Any] = [node for node in nodes if node.name() == LEAF]
+    others = [n for n in leaf_nodes if id(n.variable) not in ids and isinstance(n.variable, trainable)]
+    if others:  # arguments may be computed from other tensors
+        sources = set(nodes_of(t for t in known if not t.is_leaf))
         others = [node for node in others if node not in sources]
-    if others:
-        shapes = [str(tuple(node.variable.shape)) for node in others]  # pyright: ignore[reportAttributeAccessIssue]
-        warn(
-            f"{label} depends on {len(others)} trainable tensors that are neither in params nor in hparams, of shapes "
-            f"{', '.join(shapes[:5])}{' and others' if len(shapes) > 5 else ''}. They count as constants. Add them to "
-            "params if the inner training changes them. Otherwise freeze them by requires_grad_(False)."
-        )
+    return [tuple(node.variable.shape) for node in others]
 
 
-def _products(outputs: Sequence[torch.Tensor | None], params: P, hparams: H) -> LinearizedMap[P, H]:
+def _products(
+    outputs: Sequence[torch.Tensor | None], params: P, hparams: H, others: Sequence[tuple[int, ...]] = ()
+) -> LinearizedMap[P, H]:
     """Return a map with products of its Jacobians. The outputs are like the leaves of params; None stands for zero."""
     # Where ∇L is constant, there is no second derivative, and autograd would raise an error.
     varying = {i: r for i, r in enumerate(outputs) if r is not None and r.requires_grad}
@@ -233,7 +242,7 @@ def _products(outputs: Sequence[torch.Tensor | None], params: P, hparams: H) -> 
     def dependence() -> Dependence:
         if not influences:
             vjp_hparams(value)
-        return Dependence([i in varying for i in range(len(outputs))], influences)
+        return Dependence([i in varying for i in range(len(outputs))], influences, others)
 
     @cache
     def transposable() -> tuple[list[torch.Tensor], Sequence[torch.Tensor | None]]:

@@ -8,7 +8,7 @@ import torch
 
 from bilevel.config import get_linear_solver
 from bilevel.convergence import OnFailure, check_on_failure, report
-from bilevel.dependence import warn_if_unused
+from bilevel.dependence import warn_of_dependence
 from bilevel.hypergradient import SolverSpec, combine
 from bilevel.linearization import LinearizedMap, OuterDerivatives
 from bilevel.methods.implicit import Implicit, pull_back
@@ -24,7 +24,7 @@ from bilevel_torch.backend import TorchBackend, check_supported
 from bilevel_torch.data_parallel import this_process
 from bilevel_torch.trees import TensorTree, tree_of
 
-LABELS = "inner_loss", "outer_loss"
+LABELS = "inner_loss", "the gradient of inner_loss by params", "outer_loss"
 
 
 def backward(
@@ -134,7 +134,7 @@ def hypergradient(
         A = LinearOperator(backend.space(w), at.vjp_params)
         pulled = pull_back(backend, linear_solver, A, at, cotangent, v)
         hg = combine(backend, value, direct, pulled, h)
-        warn_if_unused(backend, w, h, used, pulled.dependence, LABELS)
+        warn_of_dependence(backend, w, h, used, pulled.dependence, LABELS)
         method = Implicit(linear_solver)
         info = report(backend, hg.info, method, on_failure, curvature=lambda: spectrum(A))
     return hg._replace(params=w, info=info)
@@ -175,7 +175,7 @@ def _linearize(
         with torch.enable_grad():
             inner, outer = inner_loss * loss_scale, outer_loss * loss_scale
     # The losses may share part of their graphs.
-    of_outer = backend.outer_of(outer, params, hparams, LABELS[1], retain_graph=True)
+    of_outer = backend.outer_of(outer, params, hparams, LABELS[2], retain_graph=True)
     of_inner = backend.inner_of(inner, params, hparams, LABELS[0])
     if loss_scale != 1.0:
         of_outer, of_inner = _unscaled(backend, of_outer, of_inner, loss_scale)

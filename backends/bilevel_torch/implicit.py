@@ -9,7 +9,7 @@ import torch
 
 from bilevel.config import get_linear_solver
 from bilevel.convergence import OnFailure, check_on_failure, report
-from bilevel.dependence import warn_if_unused
+from bilevel.dependence import warn_of_dependence
 from bilevel.hypergradient import SolverSpec, combine
 from bilevel.linear_solvers import LinearSolver
 from bilevel.linearization import Dependence
@@ -113,7 +113,7 @@ class _Call:
             value: Any = torch.zeros(())  # F is unknown here
             pulled = pull_back(backend, self.solver, A, at, grads, None)
             hg = combine(backend, value, None, pulled, varied)
-            warn_if_unused(backend, w, given[0], None, _of_hparams(pulled.dependence, given[0]))
+            warn_of_dependence(backend, w, given[0], None, _of_hparams(pulled.dependence, given[0]))
             report(backend, hg.info, Implicit(self.solver), self.on_failure, curvature=lambda: spectrum(A))
             return hg.grad
 

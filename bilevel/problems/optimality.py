@@ -87,9 +87,7 @@ class FixedPoint(_Equation):
             vjp_params=lambda v: of_params.subtract(v, pull(v)),
             vjp_hparams=vjp_hparams,
             jvp_hparams=None if cross_push is None else lambda u: of_params.scale(-1.0, cross_push(u)),
-            dependence=None
-            if used is None
-            else lambda: Dependence([True] * len(backend.leaves(params)), used().hparams),
+            dependence=_of_hparams(used),
         )
 
 
@@ -120,4 +118,10 @@ class Root(_Equation):
 
     def linearize(self, backend: Backend, params: P, hparams: H, args: Args) -> LinearizedMap[P, H]:
         """Differentiate the residual at a point."""
-        return backend.jacobian(self.residual, params, hparams, args, label="residual")
+        at = backend.jacobian(self.residual, params, hparams, args, label="residual")
+        return at._replace(dependence=_of_hparams(at.dependence))
+
+
+def _of_hparams(used: Callable[[], Dependence] | None) -> Callable[[], Dependence] | None:
+    """Return the dependence on hparams only. A step need not depend on params, and a residual may be linear."""
+    return None if used is None else lambda: (found := used())._replace(params=[True] * len(found.params))
