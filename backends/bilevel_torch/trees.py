@@ -1,9 +1,12 @@
 """Convert params and hparams of PyTorch users to trees."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+
+from bilevel.spaces.array import V
+from bilevel.spaces.tree import tree_map
 
 TensorTree = torch.Tensor | torch.nn.ParameterDict | Mapping[str, Any] | Iterable[Any]
 """A tensor, or a list, dict or iterable of tensors, which may be nested."""
@@ -32,3 +35,14 @@ def tree_of(name: str, given: object) -> Any:
         raise ValueError(f"{name}: the iterator is empty. One such as module.parameters() serves only one call.")
     pairs = [isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str) for item in items]
     return dict(items) if items and all(pairs) else items
+
+
+def prune(tree: object, frozen: Sequence[bool]) -> Any:
+    """Return a tree with None for the leaves with a flag. The paths of the other leaves stay."""
+    flags = iter(frozen)
+    return tree_map(lambda leaf: None if next(flags) else leaf, tree) if any(frozen) else tree
+
+
+def fill(tree: V, pruned: Any) -> V:
+    """Return a pruned tree with the leaves of a whole tree in place of None."""
+    return tree_map(lambda leaf, other: leaf if other is None else other, tree, pruned)
