@@ -22,6 +22,7 @@ from bilevel_torch.autograd import check_computed, check_distinct, check_recorde
 from bilevel_torch.backend import TorchBackend, check_supported
 from bilevel_torch.data_parallel import this_process
 from bilevel_torch.graph import nodes_of
+from bilevel_torch.placement import add_to_grad
 from bilevel_torch.trees import TensorTree, fill, prune, tree_of
 
 
@@ -36,12 +37,16 @@ def backward(
     on_failure: OnFailure = "warn",
     loss_scale: float = 1.0,
     backend: TorchBackend | None = None,
+    accumulate: bool = True,
 ) -> Hypergradient:
     """Add the hypergradient to the ``.grad`` of hparams, as ``loss.backward()`` adds a gradient.
 
     If hparams are computed from other tensors, these receive the gradient. Hooks on hparams fire. The ``.grad`` of
     params does not change, and the ``.grad`` of hparams changes only if no error is raised. The two losses keep their
     graphs, as after ``backward(retain_graph=True)``, so a step of the inner optimizer can still use them.
+
+    λ is in the graph of L. So ``inner_loss.backward()`` in a training step also adds ∂L/∂λ to the ``.grad`` of hparams.
+    With ``accumulate=False``, the hypergradient replaces the content of ``.grad``. With True, zero it before the call.
 
     See `hypergradient` for arguments, the result (with the loss, the adjoint and the solve's status) and errors.
 
@@ -63,7 +68,7 @@ def backward(
         loss_scale=loss_scale,
         backend=backend,
     )
-    torch.autograd.backward(leaves(hparams), leaves(hg.grad), retain_graph=True)
+    add_to_grad(hparams, hg.grad, accumulate)
     return hg
 
 
