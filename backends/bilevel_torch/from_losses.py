@@ -169,7 +169,8 @@ def _check_recorded(backend: TorchBackend, losses: dict[str, object], params: ob
         if not loss.requires_grad:
             raise ValueError(
                 f"{name} has no graph. Compute it from params and hparams while they require gradients, outside of "
-                "torch.no_grad(), and do not detach it."
+                "torch.no_grad(), and do not detach it. An accuracy has no derivative, because argmax, comparisons and "
+                "rounding have none: use a smooth loss, such as cross_entropy."
             )
     check_computed(params, hparams, list(tensors.values()))
     if any(constant := [not leaf.requires_grad for leaf in leaves(params)]):
