@@ -32,6 +32,18 @@ def as_graph_leaves(params: P, hparams: H) -> tuple[P, H]:
     return tree_map(variable, params), tree_map(variable, hparams)
 
 
+def check_untransformed() -> None:
+    """Raise a RuntimeError inside of a transform of torch.func, where no tensor can become a variable."""
+    try:
+        torch.empty(0).requires_grad_()
+    except RuntimeError as error:
+        raise RuntimeError(
+            "A hypergradient cannot be computed inside of a transform of torch.func (grad, jacrev, vmap, jvp). Loop "
+            "over entries instead of vmap. Or make the training differentiable by bilevel_torch.implicit_minimizer, "
+            "which works inside of transforms."
+        ) from error
+
+
 def check_distinct(params: object, hparams: object) -> None:
     """Raise a ValueError if a tensor occurs twice."""
     seen: dict[int, str] = {}

@@ -18,6 +18,7 @@ from bilevel.validation import check_dtypes, check_like, depends_on_nothing, lea
 from bilevel_torch.autograd import (
     as_graph_leaves,
     check_recorded,
+    check_untransformed,
     evaluate,
     grad,
     no_grad_no_autocast,
@@ -159,6 +160,7 @@ class TorchBackend(Backend):
 
     @override
     def run(self, function: Callable[..., R], *args: Any, **options: Any) -> R:
+        check_untransformed()
         with no_grad_no_autocast(args):
             return function(self, *args, **options)
 

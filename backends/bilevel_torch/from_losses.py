@@ -18,7 +18,13 @@ from bilevel.spaces.array import H, P
 from bilevel.spaces.space import X
 from bilevel.spaces.tree import leaves, tree_map
 from bilevel.validation import check_trees, leaf_names
-from bilevel_torch.autograd import check_computed, check_distinct, check_recorded, no_grad_no_autocast
+from bilevel_torch.autograd import (
+    check_computed,
+    check_distinct,
+    check_recorded,
+    check_untransformed,
+    no_grad_no_autocast,
+)
 from bilevel_torch.backend import TorchBackend, check_supported
 from bilevel_torch.data_parallel import this_process
 from bilevel_torch.graph import nodes_of
@@ -126,6 +132,7 @@ def hypergradient(
     """
     if not (isinstance(loss_scale, Real) and 0 < loss_scale < float("inf")):
         raise ValueError(f"loss_scale: expected a finite number > 0, got {loss_scale!r}.")
+    check_untransformed()
     backend = this_process() if backend is None else backend
     check_on_failure(on_failure)
     linear_solver = get_linear_solver(solver, "hypergradient from losses")

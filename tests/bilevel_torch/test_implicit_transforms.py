@@ -136,6 +136,23 @@ def test_without_influence_forward_mode_raises_too():
         torch.func.grad(lambda h: lost(h).sum())(H[0])
 
 
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.vmap, torch.func.jacfwd])
+@pytest.mark.parametrize("form", ["functions", "losses"])
+def test_a_hypergradient_inside_of_a_transform_names_what_works(transform, form):
+    w = torch.ones(4, requires_grad=True)
+    problem = bl.Problem(lambda w, h: ((w - h) ** 2).sum(), lambda w, h: (w**2).sum())
+
+    def call(h):
+        if form == "functions":
+            return bl.hypergradient(problem, w.detach(), h).grad.sum()
+        return bilevel_torch.hypergradient(problem.inner(w, h), problem.outer(w, h), w, h).grad.sum()
+
+    with pytest.raises(
+        RuntimeError, match=r"^A hypergradient cannot be computed inside of a transform.*Loop over.*imp"
+    ):
+        transform(call)(H)
+
+
 def test_a_result_is_freed_with_its_last_reference():
     h = H[0].clone().requires_grad_()
     gc.disable()  # a cycle of references would keep it until the next collection
