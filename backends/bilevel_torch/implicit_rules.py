@@ -92,7 +92,7 @@ class Training:
         copies = [t.detach().requires_grad_() if moves else t for t, moves in zip(tensors, varied, strict=True)]
         given = self._arguments(copies)
         moving = [t for t, moves in zip(copies, varied, strict=True) if moves]
-        whole = with_leaves(self.found, params)
+        whole = with_leaves(self.found, [p.detach() for p in params])
         w, _ = as_graph_leaves(prune(whole, self.frozen), ())
         loss = partial(self.inner, **given.shared)
         with tuples_noted(training_name(self.train), whole):

@@ -166,6 +166,7 @@ def test_frozen_parameters_of_a_module_are_constants():
     Z = net[:2](X)
 
     def loss(w, decay):
+        assert not w["0.weight"].requires_grad
         out = torch.func.functional_call(net, w, (X,))[:, 0]
         return ((out - y) ** 2).mean() + decay.exp() * sum((p**2).sum() for p in w.values())
 
