@@ -49,7 +49,7 @@ class Training:
     def __call__(self) -> tuple[Any, Any]:
         """Run the training. Return params, which PyTorch can differentiate, and the auxiliary result."""
         out = _Minimum.apply(self, *filter(_is_tensor, leaves(self.given)))
-        return with_leaves(self.found, out), self.aux[0]
+        return with_leaves(self.found, out), self.aux.pop()
 
     def run(self, tensors: Tensors) -> Tensors:
         """Run the training on detached tensors. Return the leaves of params."""
