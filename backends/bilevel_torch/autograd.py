@@ -11,7 +11,8 @@ from bilevel.backend import R
 from bilevel.spaces.array import H, P, V
 from bilevel.spaces.tree import leaves, leaves_with_paths, tree_map, with_leaves
 from bilevel.validation import check_scalar
-from bilevel_torch.graph import INSTEAD, functions_recorded, nodes_of
+from bilevel_torch.advice import FOREIGN, NOT_REENTRANT, advice
+from bilevel_torch.graph import functions_recorded, nodes_of
 from bilevel_torch.isolation import buffers_isolated
 
 
@@ -31,6 +32,18 @@ def as_graph_leaves(params: P, hparams: H) -> tuple[P, H]:
     return tree_map(variable, params), tree_map(variable, hparams)
 
 
+def check_untransformed() -> None:
+    """Raise a RuntimeError inside of a transform of torch.func, where no tensor can become a variable."""
+    try:
+        torch.empty(0).requires_grad_()
+    except RuntimeError as error:
+        raise RuntimeError(
+            "A hypergradient cannot be computed inside of a transform of torch.func (grad, jacrev, vmap, jvp). Loop "
+            "over entries instead of vmap. Or make the training differentiable by bilevel_torch.implicit_minimizer, "
+            "which works inside of transforms."
+        ) from error
+
+
 def check_distinct(params: object, hparams: object) -> None:
     """Raise a ValueError if a tensor occurs twice."""
     seen: dict[int, str] = {}
@@ -47,34 +60,13 @@ def check_distinct(params: object, hparams: object) -> None:
 def scalar(label: str, value: object) -> torch.Tensor:
     """Return the value of an objective. Raise a TypeError or ValueError unless it is a scalar tensor."""
     if not isinstance(value, torch.Tensor):
-        hint = ": do not call .item() on it" if isinstance(value, float) else ""
-        raise TypeError(f"{label}: expected a scalar tensor, got {type(value).__name__}{hint}.")
+        if isinstance(value, float):
+            way_out = "Do not call .item() on it."
+        else:
+            way_out = "Call it, and use its value." if callable(value) else "Use only the tensor of the loss."
+        raise TypeError(f"{label}: expected a scalar tensor, got {type(value).__name__}. {way_out}")
     check_scalar(label, value)
     return value
-
-
-WAYS_OUT = {
-    ("double backward", "is not implemented", "create_graph=False", "no autograd formula"): (
-        "A Hessian-vector product differentiates twice, and this operation does not support that. Run the module "
-        "uncompiled (within torch.compiler.set_stance('force_eager'); a compiled module keeps it as _orig_mod, and "
-        "Fabric's wrapper as module). Run attention within torch.nn.attention.sdpa_kernel(SDPBackend.MATH), and "
-        f"recurrent layers on CUDA within torch.backends.cudnn.flags(enabled=False); {INSTEAD}"
-    ),
-    ("modified by an inplace operation",): (
-        "A tensor changed in place between the losses and this call, most often the params by optimizer.step(). Take "
-        "the step before both losses are computed, or after this call."
-    ),
-    ("backward through the graph a second time",): (
-        "An earlier backward() has freed the graph of a loss. Compute the hypergradient first, call "
-        "backward(retain_graph=True) there, or compute the loss again."
-    ),
-    ("call `fabric.backward(loss)`",): (
-        "Fabric requires that for the training step. Compute the two losses of a hypergradient with the unwrapped "
-        "modules, which Fabric's wrappers keep as module, within fabric.autocast()."
-    ),
-    ("use_reentrant=True",): "Use torch.utils.checkpoint.checkpoint(..., use_reentrant=False).",
-}
-"""Advice by the phrases that identify PyTorch's errors."""
 
 
 def grad(
@@ -89,7 +81,7 @@ def grad(
     checkpoint runs a module again.
 
     Raises:
-        RuntimeError: from PyTorch, with advice.
+        RuntimeError: from PyTorch, with advice. Errors of other types come from hooks, and get a note.
         TypeError: if a gradient is sparse.
     """
     grads: list[torch.Tensor | None] = [None] * len(inputs)
@@ -102,9 +94,11 @@ def grad(
         with _hooks_aside(wanted), buffers_isolated(), again:
             found = torch.autograd.grad(outputs, wanted, grad_outputs, allow_unused=True, **options)
     except RuntimeError as error:
-        for signs, way_out in WAYS_OUT.items():
-            if any(sign in str(error) for sign in signs):
-                raise RuntimeError(f"{error}\n{way_out}") from error
+        if (way_out := advice(str(error))) is None:
+            raise
+        raise RuntimeError(f"{way_out}\nPyTorch: {error}") from error
+    except Exception as error:
+        error.add_note(FOREIGN)
         raise
     for i, g in zip(places, found, strict=True):
         if g is not None and g.is_sparse:
@@ -194,7 +188,7 @@ def check_recorded(label: str, nodes: Iterable[Any], params: object) -> None:
         if name == "CheckpointFunctionBackward":
             raise RuntimeError(
                 f"{label} hides parameters from autograd.grad by a reentrant checkpoint, so their derivatives would "
-                f"be zero without an error. {WAYS_OUT['use_reentrant=True',]}"
+                f"be zero without an error. {NOT_REENTRANT}"
             )
         if name != LEAF:
             continue

@@ -20,6 +20,7 @@ from bilevel_torch.autograd import (
     LEAF,
     as_graph_leaves,
     check_recorded,
+    check_untransformed,
     evaluate,
     grad,
     no_grad_no_autocast,
@@ -174,6 +175,7 @@ class TorchBackend(Backend):
 
     @override
     def run(self, function: Callable[..., R], *args: Any, **options: Any) -> R:
+        check_untransformed()
         with no_grad_no_autocast(args):
             return function(self, *args, **options)
 

@@ -17,12 +17,20 @@ from bilevel.operators.linear_operator import LinearOperator
 from bilevel.results import Hypergradient
 from bilevel.spaces.array import H, P
 from bilevel.spaces.space import X
-from bilevel.spaces.tree import leaves
+from bilevel.spaces.tree import leaves, tree_map
 from bilevel.validation import check_trees, leaf_names
-from bilevel_torch.autograd import check_computed, check_distinct, no_grad_no_autocast
+from bilevel_torch.autograd import (
+    check_computed,
+    check_distinct,
+    check_recorded,
+    check_untransformed,
+    no_grad_no_autocast,
+)
 from bilevel_torch.backend import TorchBackend, check_supported
 from bilevel_torch.data_parallel import this_process
-from bilevel_torch.trees import TensorTree, tree_of
+from bilevel_torch.graph import nodes_of
+from bilevel_torch.placement import add_to_grad
+from bilevel_torch.trees import TensorTree, fill, prune, tree_of
 
 LABELS = "inner_loss", "the gradient of inner_loss by params", "outer_loss"
 
@@ -38,12 +46,16 @@ def backward(
     on_failure: OnFailure = "warn",
     loss_scale: float = 1.0,
     backend: TorchBackend | None = None,
+    accumulate: bool = True,
 ) -> Hypergradient:
     """Add the hypergradient to the ``.grad`` of hparams, as ``loss.backward()`` adds a gradient.
 
     If hparams are computed from other tensors, these receive the gradient. Hooks on hparams fire. The ``.grad`` of
     params does not change, and the ``.grad`` of hparams changes only if no error is raised. The two losses keep their
     graphs, as after ``backward(retain_graph=True)``, so a step of the inner optimizer can still use them.
+
+    λ is in the graph of L. So ``inner_loss.backward()`` in a training step also adds ∂L/∂λ to the ``.grad`` of hparams.
+    With ``accumulate=False``, the hypergradient replaces the content of ``.grad``. With True, zero it before the call.
 
     See `hypergradient` for arguments, the result (with the loss, the adjoint and the solve's status) and errors.
 
@@ -65,7 +77,7 @@ def backward(
         loss_scale=loss_scale,
         backend=backend,
     )
-    torch.autograd.backward(leaves(hparams), leaves(hg.grad), retain_graph=True)
+    add_to_grad(hparams, hg.grad, accumulate)
     return hg
 
 
@@ -92,7 +104,7 @@ def hypergradient(
         outer_loss: F, a scalar with its graph, computed from the same tensors, with no optimizer step in between.
         params: w, the tensors that the inner optimizer trains: a tensor, a list, a dict, or an iterable such as
             ``module.parameters()`` or ``module.named_parameters()``, whose names appear in errors. Pass each tensor
-            once. A tensor that requires no gradient (a frozen layer) counts as a constant; its adjoint is zero. The
+            once. A tensor that requires no gradient (a frozen layer) is a constant: no vector has entries for it. The
             derivative of a loss by a tensor that it does not use is zero.
         hparams: λ, floating-point tensors that require gradients, in the same forms as params. They may be computed
             from other tensors (``log_decay.exp()``), and may be anything in the graph of a loss: weights of losses or
@@ -108,7 +120,8 @@ def hypergradient(
         backend: a `TorchBackend`, for example `DataParallel` if ranks have different batches. None: only this process.
 
     Returns:
-        A `bilevel.Hypergradient`. ``grad`` has the structure of hparams, ``adjoint`` has the structure of params.
+        A `bilevel.Hypergradient`. ``grad`` has the structure of hparams, ``adjoint`` has the structure of params. The
+        adjoint of a constant is a zero that takes no memory.
 
     Raises:
         TypeError, ValueError: for invalid input, naming the leaf; if a loss does not depend on params, or neither loss
@@ -122,6 +135,7 @@ def hypergradient(
     """
     if not (isinstance(loss_scale, Real) and 0 < loss_scale < float("inf")):
         raise ValueError(f"loss_scale: expected a finite number > 0, got {loss_scale!r}.")
+    check_untransformed()
     backend = this_process() if backend is None else backend
     check_on_failure(on_failure)
     linear_solver = get_linear_solver(solver, "hypergradient from losses")
@@ -129,15 +143,20 @@ def hypergradient(
     v = None if adjoint0 is None else tree_of("adjoint0", adjoint0)
     check_trees(backend, {"params": w, "hparams": h, "adjoint0": v}, {"adjoint0": "params"})
     _check_recorded(backend, {"inner_loss": inner_loss, "outer_loss": outer_loss}, w, h)
+    # No vector has entries for frozen parameters: with a large frozen model, they would be most of the memory.
+    frozen = [not t.requires_grad for t in leaves(w)]
+    trained = prune(w, frozen)
     with no_grad_no_autocast(w):
-        (value, cotangent, direct, used), at = _linearize(backend, inner_loss, outer_loss, w, h, loss_scale)
-        A = LinearOperator(backend.space(w), at.vjp_params)
+        (value, cotangent, direct, used), at = _linearize(backend, inner_loss, outer_loss, trained, h, loss_scale)
+        A = LinearOperator(backend.space(trained), at.vjp_params)
+        v = None if v is None else prune(v, frozen)
         pulled = pull_back(backend, linear_solver, A, at, cotangent, v)
         hg = combine(backend, value, direct, pulled, h)
-        warn_of_dependence(backend, w, h, used, pulled.dependence, LABELS)
+        warn_of_dependence(backend, trained, h, used, pulled.dependence, LABELS)
         method = Implicit(linear_solver)
         info = report(backend, hg.info, method, on_failure, curvature=lambda: spectrum(A))
-    return hg._replace(params=w, info=info)
+        zeros = tree_map(lambda t: t.new_zeros(()).expand_as(t), w)  # views of one entry each
+    return hg._replace(adjoint=fill(zeros, hg.adjoint), params=w, info=info)
 
 
 def _check_recorded(backend: TorchBackend, losses: dict[str, object], params: object, hparams: object) -> None:
@@ -162,9 +181,14 @@ def _check_recorded(backend: TorchBackend, losses: dict[str, object], params: ob
         if not loss.requires_grad:
             raise ValueError(
                 f"{name} has no graph. Compute it from params and hparams while they require gradients, outside of "
-                "torch.no_grad(), and do not detach it."
+                "torch.no_grad(), and do not detach it. An accuracy has no derivative, because argmax, comparisons and "
+                "rounding have none: use a smooth loss, such as cross_entropy."
             )
     check_computed(params, hparams, list(tensors.values()))
+    if any(constant := [not leaf.requires_grad for leaf in leaves(params)]):
+        copies = prune(params, [not flag for flag in constant])
+        for name, loss in tensors.items():
+            check_recorded(name, nodes_of([loss]), copies)
 
 
 def _linearize(

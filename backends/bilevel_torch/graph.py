@@ -11,7 +11,7 @@ from torch.autograd.function import BackwardCFunction, once_differentiable
 from torch.autograd.graph import Node
 from torch.utils.hooks import RemovableHandle
 
-INSTEAD = 'or differentiate once, by bl.Problem(inner, outer, curvature="finite-differences").'
+from bilevel_torch.advice import DIFFERENCES
 
 
 def nodes_of(outputs: Iterable[torch.Tensor]) -> Iterator[Node]:
@@ -58,7 +58,7 @@ def functions_recorded(nodes: Iterable[Node]) -> Iterator[None]:
         raise RuntimeError(
             f"The backward() of {', '.join(sorted(hiding))} has no derivative, so Hessian-vector products would omit "
             "it without an error. Compute it by differentiable operations on ctx.saved_tensors, without "
-            f"once_differentiable, {INSTEAD}"
+            f"once_differentiable, or {DIFFERENCES}"
         )
 
 
@@ -77,7 +77,7 @@ def weight_norm_right(nodes: Iterable[Node]) -> Iterator[None]:
     if passed:
         raise RuntimeError(
             "The second derivative of torch.nn.utils.parametrizations.weight_norm is wrong in this version of PyTorch. "
-            f"Write it out, as a parametrization that returns g * v / v.norm(dim=1, keepdim=True), {INSTEAD}"
+            f"Write it out, as a parametrization that returns g * v / v.norm(dim=1, keepdim=True), or {DIFFERENCES}"
         )
 
 

@@ -1,33 +1,29 @@
 """The inner training as a differentiable function of its hyperparameters."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import wraps
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
 from bilevel.config import get_linear_solver
-from bilevel.convergence import OnFailure, check_on_failure, report
-from bilevel.dependence import warn_of_dependence
-from bilevel.hypergradient import SolverSpec, combine
-from bilevel.linear_solvers import LinearSolver
-from bilevel.linearization import Dependence
-from bilevel.methods.implicit import Implicit, pull_back
-from bilevel.operators.lanczos import spectrum
-from bilevel.operators.linear_operator import LinearOperator
-from bilevel.spaces.array import Args, V
-from bilevel.spaces.tree import leaves, leaves_with_paths, tree_map, with_leaves
-from bilevel.validation import check_trees
-from bilevel_torch.autograd import as_graph_leaves, evaluate, no_grad_no_autocast
-from bilevel_torch.backend import TorchBackend, check_supported
+from bilevel.convergence import OnFailure, check_on_failure
+from bilevel.hypergradient import SolverSpec
+from bilevel.spaces.tree import leaves_with_paths
+from bilevel.trainings import bind_arguments, check_inner, check_training
+from bilevel_torch.backend import check_supported
+from bilevel_torch.implicit_rules import Training
 from bilevel_torch.trees import tree_of
 
 Train = Callable[..., Any]
 
 
 def implicit_minimizer(
-    inner: Callable[..., torch.Tensor], solver: SolverSpec = "cg", *, on_failure: OnFailure = "warn"
+    inner: Callable[..., torch.Tensor],
+    solver: SolverSpec = "cg",
+    *,
+    on_failure: OnFailure = "warn",
+    has_aux: bool = False,
 ) -> Callable[[Train], Train]:
     """Return a decorator that makes a training function differentiable, by the implicit function theorem.
 
@@ -39,29 +35,36 @@ def implicit_minimizer(
 
         dF/dλ = −(∂²L/∂λ∂w)ᵀ v       where   [∂²L/∂w²] v = dF/dw
 
-    (Lorraine, Vicol & Duvenaud, AISTATS 2020, theorem 1), for hparams and for every tensor in ``args`` that requires a
-    gradient. The error grows with the distance from the minimum: see `bl.diagnose`.
+    (Lorraine, Vicol & Duvenaud, AISTATS 2020, theorem 1), for hparams and for every tensor among the arguments that
+    requires a gradient. The error grows with the distance from the minimum: see `bl.diagnose`.
 
-    The derivative is of first order and uses only the data of this process. For ``create_graph=True``, use
-    `bilevel_jax.implicit_minimizer`. For several ranks, use `hypergradient` with `DataParallel`.
+    It also works under `torch.func` (``grad``, ``jacrev``, ``vmap``, and forward mode by ``jvp`` and ``jacfwd``). Each
+    entry of a batch takes one training or one solve. The derivative is of first order and uses only the data of this
+    process. For higher derivatives, use `bilevel_jax.implicit_minimizer`. For several ranks, use `hypergradient` with
+    `DataParallel`.
 
     Args:
         inner: L, (params, hparams, *args) -> scalar, which ``train`` minimizes over params, with the same ``args``. It
-            must compute with the params that are passed (`torch.func.functional_call`). Each backward pass evaluates it
-            once: in train mode, this updates the statistics of BatchNorm and draws dropout masks.
+            receives keyword arguments and defaults of ``train`` under the same names, if it has parameters of these
+            names. The others, such as a number of steps, do not change the minimum. It must compute with the params
+            that are passed (`torch.func.functional_call`). Each backward pass evaluates it once: in train mode, this
+            updates the statistics of BatchNorm and draws dropout masks.
         solver: a linear solver, as in `hypergradient`. `bilevel.WarmStart` starts each solve from the last solution.
         on_failure: as in `hypergradient`. Errors and warnings come in the backward pass.
+        has_aux: ``train`` returns (params, aux), and so does the result of the decorator. Tensors in aux are detached.
+            Under ``vmap``, aux is a list with the aux of each training.
 
     Returns:
         The decorator. ``hparams`` is a tree of tensors. ``args`` are any objects, in dicts, lists and tuples. (Pass a
         module's parameters as a dict to give them a derivative.) The result has the structure of the tree of
-        floating-point tensors that ``train`` returns. Compute the outer loss with the result, not with the trained
-        module. Do not change the result in place before the backward pass. So a returned parameter of a module must not
-        be trained further before it.
+        floating-point tensors that ``train`` returns. Frozen parameters of a module count as constants, if others are
+        not frozen. Compute the outer loss with the result, not with the trained module. Do not change the result in
+        place before the backward pass. So a returned parameter of a module must not be trained further before it.
 
     Raises:
-        TypeError, ValueError: if the solver is not linear (``unrolled``), or ``train`` does not return such a tree. In
-            the backward pass, if L does not depend on params or hparams.
+        TypeError, ValueError: if the solver is not linear (``unrolled``), the arguments do not fit ``train`` or
+            ``inner``, or ``train`` does not return such a tree. In the backward pass, if L does not depend on params or
+            hparams.
 
     >>> import torch, bilevel_torch
     >>> solve = bilevel_torch.implicit_minimizer(lambda w, h: ((w - h) ** 2).sum())(lambda h: h.clone())
@@ -70,90 +73,24 @@ def implicit_minimizer(
     >>> h.grad
     tensor([6.])
     """
-    method = get_linear_solver(solver, "implicit_minimizer")
+    check_inner(inner)
+    linear_solver = get_linear_solver(solver, "implicit_minimizer")
     check_on_failure(on_failure)
 
-    def decorate(train: Train) -> Train:
+    def decorate(*given: Train, **named: object) -> Train:
+        check_training(inner, *given, **named)
+        train = given[0]
+
         @wraps(train)
-        def solve(hparams: object, *args: object) -> Any:
-            for path, leaf in leaves_with_paths({"hparams": hparams, "args": args}):
+        def solve(*args: object, **named: object) -> Any:
+            arguments = bind_arguments(train, inner, args, named)
+            arguments = arguments._replace(hparams=tree_of("hparams", arguments.hparams))
+            for path, leaf in leaves_with_paths(arguments._asdict()):
                 if isinstance(leaf, torch.Tensor):
                     check_supported(path, leaf)
-            return _Call(inner, method, on_failure)(train, tree_of("hparams", hparams), args)
+            params, aux = Training(train, inner, linear_solver, on_failure, has_aux, arguments)()
+            return (params, aux) if has_aux else params
 
         return solve
 
     return decorate
-
-
-@dataclass(frozen=True)
-class _Call:
-    """The arguments of `implicit_minimizer`, which all calls share."""
-
-    inner: Callable[..., torch.Tensor]
-    solver: LinearSolver[Any]
-    on_failure: OnFailure
-    backend: ClassVar[TorchBackend] = TorchBackend()
-
-    def __call__(self, train: Train, hparams: object, args: Args) -> Any:
-        given = [hparams, *args]
-        varied = [t for t in leaves(given) if _is_varied(t)]
-        with torch.enable_grad():
-            found = train(*_replace(given, [t.detach() for t in varied]))
-        check_trees(self.backend, {"the result of the training": found}, {})
-        return with_leaves(found, _Minimum.apply(self, found, given, *varied))
-
-    def pull(self, params: V, given: list[object], varied: list[torch.Tensor], grads: V) -> list[torch.Tensor]:
-        """Return the derivatives of F by the varied tensors, from the derivatives by params."""
-        varied, backend = [t.detach().requires_grad_() for t in varied], self.backend
-        with no_grad_no_autocast(params):
-            w, _ = as_graph_leaves(params, ())
-            at = backend.inner_of(evaluate(self.inner, w, *_replace(given, varied)), w, varied)
-            A = LinearOperator(backend.space(w), at.vjp_params)
-            value: Any = torch.zeros(())  # F is unknown here
-            pulled = pull_back(backend, self.solver, A, at, grads, None)
-            hg = combine(backend, value, None, pulled, varied)
-            warn_of_dependence(backend, w, given[0], None, _of_hparams(pulled.dependence, given[0]))
-            report(backend, hg.info, Implicit(self.solver), self.on_failure, curvature=lambda: spectrum(A))
-            return hg.grad
-
-
-class _Minimum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, call: _Call, found: object, given: list[object], *varied: torch.Tensor) -> Any:
-        out = tuple(t.detach() for t in leaves(found))
-        ctx.call, ctx.given, ctx.structure = call, given, tree_map(lambda _: 0, found)
-        ctx.save_for_backward(*out, *varied)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        if torch.is_grad_enabled():  # with PyTorch's once_differentiable, some callers would get a zero
-            raise RuntimeError(
-                "implicit_minimizer has only a first derivative. Do not differentiate it with create_graph=True or use "
-                "it in an inner loss. bilevel_jax.implicit_minimizer has higher derivatives."
-            )
-        count = len(grad_outputs)
-        params, grads = (with_leaves(ctx.structure, new) for new in (ctx.saved_tensors[:count], grad_outputs))
-        return None, None, None, *ctx.call.pull(params, ctx.given, list(ctx.saved_tensors[count:]), grads)
-
-
-def _is_varied(leaf: object) -> bool:
-    return isinstance(leaf, torch.Tensor) and leaf.requires_grad
-
-
-def _replace(tree: V, tensors: Iterable[torch.Tensor]) -> V:
-    """Return a tree with its tensors that require a gradient replaced by these tensors, in order."""
-    it = iter(tensors)
-    return tree_map(lambda t: next(it) if _is_varied(t) else t, tree)
-
-
-def _of_hparams(used: Dependence | None, hparams: object) -> Dependence | None:
-    """Return the dependence on the leaves of hparams, from the dependence on all varied tensors.
-
-    A leaf that requires no gradient counts as used.
-    """
-    if used is None:
-        return None
-    varied = iter(used.hparams)
-    return used._replace(hparams=[next(varied) if _is_varied(t) else True for t in leaves(hparams)])

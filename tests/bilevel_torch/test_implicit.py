@@ -4,6 +4,7 @@ import pytest
 from frameworks import relative_error
 
 import bilevel as bl
+from bilevel.spaces.tree import leaves
 
 torch = pytest.importorskip("torch")
 bilevel_torch = pytest.importorskip("bilevel_torch")
@@ -104,6 +105,88 @@ def test_a_warm_start_serves_one_backward_pass_after_the_other():
     assert relative_error(second, first) <= 1e-5
 
 
+class TestArguments:
+    def test_keywords_are_differentiated_too(self):
+        h, closed = hparams(), hparams()
+        expected = torch.autograd.grad(outer({"a": minimum(closed, X, y)}), closed["penalty"])[0]
+
+        @bilevel_torch.implicit_minimizer(inner, solver=SOLVER)
+        def keyword_train(h, X, *, y, steps=3, start=None):
+            return train(h, X, y)
+
+        start = torch.zeros(4, requires_grad=True)
+        for w in (keyword_train(h, X=X, y=y, start=start), keyword_train(h, X, y=y), keyword_train(X=X, h=h, y=y)):
+            found = torch.autograd.grad(outer(w), h["penalty"])[0]
+            assert relative_error(found, expected) <= 1e-9
+        A, A_closed = (X.clone().requires_grad_() for _ in range(2))
+        outer(keyword_train(h, X=A, y=y, start=start)).backward()
+        outer({"a": minimum(closed, A_closed, y)}).backward()
+        assert relative_error(A.grad, A_closed.grad) <= 1e-9
+        assert not start.grad.any()  # the start does not change the minimum
+
+    def test_so_are_defaults(self):
+        scale = torch.tensor(2.0, requires_grad=True)
+        solve = bilevel_torch.implicit_minimizer(lambda w, h, by: ((w - h * by) ** 2).sum())(lambda h, by=scale: h * by)
+        solve(torch.ones(3)).sum().backward()
+        assert scale.grad == 3.0
+
+    def test_arguments_that_do_not_fit_raise_before_the_training(self):
+        calls = []
+        solve = bilevel_torch.implicit_minimizer(inner)(lambda h, X: calls.append(1))
+        with pytest.raises(TypeError, match=r"inner\(w, h, X, y\): missing a required argument: 'y'\. The inner loss"):
+            solve(hparams(), X)
+        with pytest.raises(TypeError, match=r"the training\(h, X\): got an unexpected keyword argument 'x'"):
+            solve(hparams(), X, x=X)
+        assert not calls
+
+    def test_an_auxiliary_result_comes_back_without_its_graph(self):
+        @bilevel_torch.implicit_minimizer(inner, solver=SOLVER, has_aux=True)
+        def with_history(h, X, y):
+            w = train(h, X, y)
+            return w, {"loss": inner(w, h, X, y), "epochs": [1, 2], "optimizer": torch.optim.SGD(w.values(), 0.1)}
+
+        h = hparams()
+        w, aux = with_history(h, X, y)
+        assert aux["epochs"] == [1, 2]
+        assert not aux["loss"].requires_grad
+        outer(w).backward()
+        assert relative_error(h["penalty"].grad, gradient()) <= 1e-9
+
+
+def gradient():
+    closed = hparams()
+    return torch.autograd.grad(outer({"a": minimum(closed, X, y)}), closed["penalty"])[0]
+
+
+def test_frozen_parameters_of_a_module_are_constants():
+    """The first layer stays as it is. The derivative of the second one has a closed form."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Tanh(), torch.nn.Linear(3, 1, bias=False)).double()
+    net[0].requires_grad_(False)
+    Z = net[:2](X)
+
+    def loss(w, decay):
+        assert not w["0.weight"].requires_grad
+        out = torch.func.functional_call(net, w, (X,))[:, 0]
+        return ((out - y) ** 2).mean() + decay.exp() * sum((p**2).sum() for p in w.values())
+
+    def ridge(decay):
+        return torch.linalg.solve(Z.T @ Z / len(y) + decay.exp() * torch.eye(3).double(), Z.T @ y / len(y))
+
+    def fit(decay):
+        with torch.no_grad():
+            net[2].weight.copy_(ridge(decay)[None])
+        return dict(net.named_parameters())
+
+    warm = bl.WarmStart(SOLVER)
+    decay, closed = (torch.tensor(-1.0, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    w = bilevel_torch.implicit_minimizer(loss, solver=warm)(fit)(decay)
+    ((w["2.weight"] ** 3).sum() + w["0.weight"].sum()).backward()
+    (ridge(closed) ** 3).sum().backward()
+    assert relative_error(decay.grad, closed.grad) <= 1e-9
+    assert [t.shape for t in leaves(warm.adjoint)] == [(1, 3)]
+
+
 class TestErrors:
     def test_unrolled_is_no_linear_solver(self):
         with pytest.raises(TypeError, match="Unrolled runs inner steps"):
@@ -124,10 +207,45 @@ class TestErrors:
         with pytest.raises(ValueError, match=r"Neither F nor ∂L/∂w depends on .*closed over"):
             outer(solve(h, X, y)).backward()
 
-    def test_a_training_that_returns_something_else(self):
-        solve = bilevel_torch.implicit_minimizer(inner)(lambda h, *_: {"a": torch.ones(4), "epochs": 3})
-        with pytest.raises(TypeError, match=r"the result of the training\['epochs'\]: expected an array of torch"):
-            solve(hparams(), X, y)
+    @pytest.mark.parametrize(
+        ("result", "text"),
+        [
+            (
+                lambda w: {**w, "epochs": 3},
+                r"my_training returned a dict, where \['epochs'\] is an int\. Return only the",
+            ),
+            (lambda w: (w, 0.5), r"my_training returned a tuple of 2, where \[1\] is a float\. .*has_aux=True"),
+            (lambda w: None, r"my_training returned None\. Return the trained params"),
+            (lambda w: torch.nn.Linear(4, 1), r"returned a Linear\. Return the trained params.*named_parameters"),
+        ],
+        ids=["dict", "tuple", "none", "module"],
+    )
+    def test_a_training_that_returns_something_else(self, result, text):
+        @bilevel_torch.implicit_minimizer(inner)
+        def my_training(h, X, y):
+            return result({"a": torch.ones(4)})
+
+        with pytest.raises(TypeError, match=text):
+            my_training(hparams(), X, y)
+
+    def test_a_training_that_returns_its_loss_too(self):
+        @bilevel_torch.implicit_minimizer(inner)
+        def my_training(h, X, y):
+            return {"a": torch.ones(4, dtype=torch.float64)}, torch.zeros(())
+
+        w, _ = my_training(hparams(), X, y)
+        with pytest.raises(TypeError) as caught:
+            outer(w).backward()
+        assert "my_training returned a tuple of 2, and inner received it as params" in caught.value.__notes__[0]
+
+    def test_the_decorator_in_the_wrong_place(self):
+        direct = bilevel_torch.implicit_minimizer(train)
+        with pytest.raises(
+            TypeError, match=r"implicit_minimizer\(train\) expects a training function, got a dict, a Tensor"
+        ):
+            direct(hparams(), X, y)
+        with pytest.raises(TypeError, match=r"got a str\. Write implicit_minimizer\(inner, solver=\"cg\"\)"):
+            bilevel_torch.implicit_minimizer("cg")
 
     def test_a_module_trained_on_before_the_backward_pass(self):
         net = torch.nn.Linear(1, 1)
@@ -153,8 +271,10 @@ class TestErrors:
     def test_second_derivatives_are_refused(self):
         solve = bilevel_torch.implicit_minimizer(inner, solver=SOLVER)(train)
         h = hparams()
+        (first,) = torch.autograd.grad(outer(solve(h, X, y)), h["penalty"], create_graph=True)
+        assert relative_error(first.detach(), gradient()) <= 1e-9
         with pytest.raises(RuntimeError, match=r"only a first derivative.*create_graph=True.*bilevel_jax"):
-            torch.autograd.grad(outer(solve(h, X, y)), h["penalty"], create_graph=True)
+            first.sum().backward()
 
     def test_it_is_no_part_of_an_inner_loss(self):
         solve = bilevel_torch.implicit_minimizer(lambda w, h: ((w - h) ** 2).sum())(lambda h: h.clone())
