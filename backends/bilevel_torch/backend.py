@@ -39,6 +39,7 @@ class TorchBackend(Backend):
     """
 
     name = "torch"
+    differentiates_arrays = True
     can_store_graphs = True
 
     def __init__(self, check_every: int | None = None) -> None:

@@ -1,0 +1,103 @@
+"""Find hyperparameters that have no influence, and params that the inner loss does not determine.
+
+A product with a random vector shows rows of zeros: an entry that is exactly zero belongs to a row of zeros.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from bilevel.diagnosis.entries import Arrays, Entries, Share, listed, shares
+from bilevel.diagnosis.finding import Finding
+
+
+class Influence(NamedTuple):
+    """What the inner problem does not depend on.
+
+    Attributes:
+        unused: the leaves of hparams that neither F nor ∂L/∂w depends on.
+        direct: the leaves of hparams that only F depends on.
+        all_hparams: whether these are all leaves of hparams.
+        absent: the entries of params that the inner loss does not depend on, but F does.
+        straight: the other entries of params without curvature, with a gradient of L or F that is not zero.
+    """
+
+    unused: tuple[str, ...] = ()
+    direct: tuple[str, ...] = ()
+    all_hparams: bool = False
+    absent: tuple[Share, ...] = ()
+    straight: tuple[Share, ...] = ()
+
+    @property
+    def doubtful(self) -> bool:
+        """Whether anything is zero, so that another point should confirm it."""
+        return bool(self.unused or self.direct or self.absent)
+
+    @property
+    def flat(self) -> tuple[Share, ...]:
+        """The entries of params without curvature that no solver can find."""
+        return self.absent + self.straight
+
+
+def influence(here: Entries, there: Entries | None = None) -> Influence:
+    """Return what is exactly zero at one point, and, if given, at another point too."""
+    points = [here] if there is None else [here, there]
+
+    def idle(trees: list[Arrays]) -> set[str]:
+        return {path for path, x in trees[0].items() if x.size and not any(tree[path].any() for tree in trees)}
+
+    no_cross, no_direct = idle([p.cross for p in points]), idle([p.outer_hparams for p in points])
+    absent = {path: here.grad[path] == 0 for path in here.grad}
+    for point in points:
+        for path in absent:
+            absent[path] = absent[path] & (point.grad[path] == 0) & (point.product[path] == 0)
+
+    def no_curvature(product: np.ndarray, grad: np.ndarray, outer: np.ndarray, missing: np.ndarray) -> np.ndarray:
+        return (product == 0) & ((grad != 0) | (outer != 0)) & ~missing
+
+    return Influence(
+        unused=tuple(path for path in here.cross if path in no_cross & no_direct),
+        direct=tuple(path for path in here.cross if path in no_cross - no_direct),
+        all_hparams=len(no_cross) == len(here.cross),
+        absent=shares(lambda missing, outer: missing & (outer != 0), absent, here.outer_params),
+        straight=shares(no_curvature, here.product, here.grad, here.outer_params, absent),
+    )
+
+
+def without_influence(found: Influence, equation: bool) -> list[Finding]:
+    """Return a finding for hyperparameters without influence on the inner problem."""
+    residual = "The residual" if equation else "∂L/∂w"
+    use = (
+        "Use the hparams argument inside inner. Values that are closed over, detached or converted to numbers have no "
+        "derivative. If it is meant, leave them out of hparams"
+    )
+    sentences, way_out = [], f"{use}."
+    if found.direct:
+        every = found.all_hparams and not found.unused
+        which, there = ("any of hparams", "") if every else (listed(found.direct), "there, ")
+        sentences.append(f"{residual} does not depend on {which}: {there}the hypergradient is ∂F/∂λ only.")
+        way_out = f"{use}, and use the gradient of F."
+    if found.unused:
+        nor = "the residual" if equation else residual
+        sentences.append(f"Neither F nor {nor} depends on {listed(found.unused)}: there, the hypergradient is zero.")
+    return [Finding("no influence", " ".join(sentences), way_out)] if sentences else []
+
+
+def without_curvature(found: Influence, equation: bool, damped: bool) -> list[Finding]:
+    """Return a finding for params that the inner problem does not determine."""
+    if not found.flat:
+        return []
+    inner, matrix = ("The residual", "Jacobian") if equation else ("The inner loss", "Hessian")
+    sentences = []
+    if found.absent:
+        sentences.append(f"{inner} does not depend on {listed(found.absent)}, but the outer loss does.")
+    if found.straight:
+        what = "has a derivative of zero by" if equation else "has no curvature in"
+        sentences.append(f"{inner} {what} {listed(found.straight)}.")
+    if damped:
+        sentences.append(f"Rows of the {matrix} are zero, so only the damping determines the solution there.")
+    else:
+        sentences.append(f"Rows of the {matrix} are zero, so the linear system has no solution.")
+    instead = "" if damped else " Damping also helps; another solver does not."
+    way_out = f"Leave these entries out of params, or add a penalty on them to the inner loss.{instead}"
+    return [Finding("no curvature", " ".join(sentences), way_out)]
