@@ -138,7 +138,7 @@ def _look_elsewhere(
         m = replace(m, influence=influence(here, None if there is None else entries(backend, there)))
     if m.is_away and problem.kind != "equation":
         decrease, _ = in_best_precision(backend, inputs, lambda at: descent(backend, problem, inputs, at))
-        m = replace(m, held=held(point, here.grad, decrease))
+        m = replace(m, held=held(point, here.grad, here.product, decrease))
     return m
 
 

@@ -126,6 +126,8 @@ def _not_repeatable(m: Measured) -> Finding:
 def _causes(m: Measured, a: Agreement, wrong: list[Agreement]) -> str:
     if not m.repeatable:
         return "Make the losses repeatable, then run bl.diagnose again."
+    if m.written:
+        return f"The writing to {listed(m.written)} may be the only cause."
     if a.name == "inner hvp" and wrong[0].name == "inner grad":
         return "The wrong gradient may be the only cause."
     return CAUSES.get(a.name, OUTER_CAUSES)

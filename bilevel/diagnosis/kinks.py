@@ -57,7 +57,8 @@ class Held(NamedTuple):
                     f"More training does not help. {WAY_OUT}",
                 )
             ]
-        if self.shares:
+        # A leaf that is zero as a whole was probably never trained, as in LoRA.
+        if self.shares and all(share.number < share.size for share in self.shares):
             return [
                 Finding(
                     "kink",
@@ -70,13 +71,13 @@ class Held(NamedTuple):
         return []
 
 
-def held(point: Arrays, grad: Arrays, decrease: float | None) -> Held:
-    """Return the evidence from the values of params, ∂L/∂w, and the result of `descent`."""
+def held(point: Arrays, grad: Arrays, product: Arrays, decrease: float | None) -> Held:
+    """Return the evidence from the values of params, ∂L/∂w, a Hessian-vector product, and the result of `descent`."""
     found = Held() if decrease is None else Held(decrease)
     at_bound = {path: _common(point[path]) for path in grad}
     inside = sum(float((np.where(at_bound[path], 0, g.astype(float)) ** 2).sum()) for path, g in grad.items())
     whole = sum(float((g.astype(float) ** 2).sum()) for g in grad.values())
-    free = sum(int((~mask).sum()) for mask in at_bound.values())
+    free = sum(int((~mask & (product[path] != 0)).sum()) for path, mask in at_bound.items())
     if not free or inside > REST**2 * whole:
         return found
     values = {float(v) + 0.0 for path, g in grad.items() for v in point[path][at_bound[path] & (g != 0)]}
