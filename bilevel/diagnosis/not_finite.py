@@ -63,9 +63,9 @@ def not_finite(
 def _quantities(
     backend: Backend, problem: BilevelProblem, inputs: Inputs[P, H], value: float, found: Entries
 ) -> Iterator[NotFinite]:
+    inner = backend.run(_inner, problem, inputs)  # first, because on several ranks all must take part
     for name, tree in inputs._asdict().items():
         yield from _in("", _floating(backend, tree, name), {"params": PARAMS, "hparams": HPARAMS}.get(name, DATA))
-    inner = backend.run(_inner, problem, inputs)
     if inner is not None and not np.isfinite(float(backend.to_host(inner))):
         yield NotFinite("The inner loss is", (), VALUE)
     if problem.kind == "equation":
