@@ -45,15 +45,17 @@ def diagnose(
     The report checks whether the inner problem is solved and whether the losses are repeatable. It estimates the
     curvature and the symmetry of the Hessian-vector products. It compares each derivative with differences, and
     computes the true residual of the solver. So it finds errors without a symptom: ``detach()`` in a forward pass,
-    custom functions with a wrong second derivative, active dropout, or a mistake in a formula.
+    custom functions with a wrong second derivative, active dropout, or a mistake in a formula. It names the leaves that
+    are nan, that have no influence on the inner problem, or that a kink or a bound holds.
 
     Differences are in float64, on copies of all arrays and modules, if the objectives support it. Otherwise they are in
     the dtype of the inputs, and may be too noisy. The report has the dtype. A small batch of the data is enough. The
     report takes about 30 Hessian-vector products (20 of them for the curvature), the solve, and 15 gradients if all is
-    well, at most 50. In JAX, its seven functions compile once per problem.
+    well, at most 50. In JAX, its seven functions compile once per problem, and up to three more if there are findings.
 
     The call changes neither params, ``.grad``, modules and their buffers, nor the random states of the framework, NumPy
-    and Python. Losses may change other states, such as a ``torch.Generator``.
+    and Python. If a loss writes to params or hparams, they get their values back. Losses may change other states, such
+    as a ``torch.Generator``. For losses without arguments, as in a PyTorch loop, use `bilevel_torch.diagnose`.
 
     Args:
         problem, params, hparams, inner_args, outer_args, solver, backend: as in `bl.hypergradient`. With a list of
@@ -137,7 +139,7 @@ def _look_elsewhere(
         there, _ = in_best_precision(backend, inputs, lambda at: elsewhere(backend, problem, inputs, at))
         m = replace(m, influence=influence(here, None if there is None else entries(backend, there)))
     if m.is_away and problem.kind != "equation":
-        decrease, _ = in_best_precision(backend, inputs, lambda at: descent(backend, problem, inputs, at))
+        decrease, _ = in_best_precision(backend, inputs, lambda at: descent(backend, problem, inputs, at, m.step))
         m = replace(m, held=held(point, here.grad, here.product, decrease))
     return m
 

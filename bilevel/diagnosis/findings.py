@@ -77,7 +77,7 @@ def findings(m: Measured) -> Iterator[Finding]:
 
 def how_far(m: Measured) -> str:
     """Describe the distance from a solution of the inner problem."""
-    away = f"{percent(m.distance)} of ‖params‖ away" if m.params_norm else f"{m.step:.2g} away, and params is zero"
+    away = f"{percent(m.distance)} of ‖params‖ away" if m.params_norm else f"{m.step:.2g} away (params is zero)"
     if m.curvature == "equation":
         return f"residual has norm {m.grad_norm:.2g}, and the solution is about {away}"
     if isfinite(m.step):

@@ -15,7 +15,8 @@ from bilevel.spaces.array import Array, H, P
 
 REST = 0.01  # the largest share of the gradient in entries that nothing holds
 FLAT = 0.1  # the largest share of the expected decrease at a kink
-STEPS = 4
+LONGEST = 0.01  # the longest step relative to params. A kink has no influence below the error of a training
+STEPS = 10.0 ** np.array([-1.0, -1.5, -2.0])  # relative to the longest step, or to the minimum along −∂L/∂w
 WAY_OUT = (
     'Write the training step that respects it as bl.FixedPoint(step, outer), with solver="gmres": "Kinks, bounds and '
     'constraints" in docs/problems.md has a proximal step for |w|, and a projected step for a bound.'
@@ -95,18 +96,26 @@ def _common(w: np.ndarray) -> np.ndarray:
 
 
 def descent(
-    backend: Backend, problem: BilevelProblem, inputs: Inputs[P, H], at: Callable[[P, H], Inputs[P, H]]
+    backend: Backend,
+    problem: BilevelProblem,
+    inputs: Inputs[P, H],
+    at: Callable[[P, H], Inputs[P, H]],
+    to_minimum: float,
 ) -> float:
-    """Return `Held.descent`. Steps that rounding hides do not count."""
-    space = backend.space(at(inputs.params, inputs.hparams).params)
+    """Return `Held.descent`. Steps that rounding hides do not count.
+
+    ``to_minimum`` is the distance of the minimum along −∂L/∂w by the curvature, which may be infinite. Along a tenth of
+    it, a smooth L decreases by 0.95 of the prediction.
+    """
     start = at(inputs.params, inputs.hparams)
+    space = backend.space(start.params)
     params, hparams = space.copy(start.params), backend.space(start.hparams).copy(start.hparams)
     host = backend.to_host
     value, grad = backend.run(_value, problem, start)
     value, slope = float(host(value)), float(host(space.norm(grad)))
     typical = float(host(space.norm(params))) or space.size**0.5
     best = float("nan")
-    for step in typical * 10.0 ** -np.arange(3, 3 + STEPS):
+    for step in min(LONGEST * typical, to_minimum) * STEPS:
         if not slope * step > 100 * space.eps * abs(value):
             break
         moved = float(host(backend.run(_value, problem, at(space.axpy(-step / slope, grad, params), hparams))[0]))
