@@ -89,16 +89,19 @@ class _Look(Generic[P, H]):
             # At a minimum the gradient vanishes: compare at a distance.
             slope = self._run(_inner, AWAY, 0.0).along_d
             yield self._slope("inner grad", "inner", slope, lambda t: self._run(_inner, AWAY + t, 0.0).value)
-        if self.problem.kind == "equation":
+        if self.problem.kind == "equation" and "inner hvp" in names:
             yield self._slope("inner hvp", "inner grad", transposed, lambda t: self._run(_inner, t, 0.0).along_u)
         elif "inner hvp" in names:
             d, dot = self.directions.d, self.of_params.dot
             grads = self._sweep(product, lambda t: self._run(_inner, t, 0.0).grad)
             yield grads.result("inner hvp", "inner grad", dot(d, product), lambda grad: dot(d, grad))
-        yield self._slope("inner cross_vjp", "inner grad", cross, lambda t: self._run(_inner, 0.0, t).along_d)
+        if "inner cross_vjp" in names:
+            yield self._slope("inner cross_vjp", "inner grad", cross, lambda t: self._run(_inner, 0.0, t).along_d)
         _, in_w, in_lam = self._run(_outer, 0.0, 0.0)
-        yield self._slope("outer grad_params", "outer", in_w, lambda t: self._run(_outer, t, 0.0)[0])
-        yield self._slope("outer grad_hparams", "outer", in_lam, lambda t: self._run(_outer, 0.0, t)[0])
+        if "outer grad_params" in names:
+            yield self._slope("outer grad_params", "outer", in_w, lambda t: self._run(_outer, t, 0.0)[0])
+        if "outer grad_hparams" in names:
+            yield self._slope("outer grad_hparams", "outer", in_lam, lambda t: self._run(_outer, 0.0, t)[0])
 
     def derivatives(self) -> Derivatives[P, H]:
         """Return the derivatives away from the point."""
