@@ -14,7 +14,7 @@ from bilevel.config import get_solver
 from bilevel.diagnosis.agreement import compare, elsewhere, nothing
 from bilevel.diagnosis.best_precision import in_best_precision
 from bilevel.diagnosis.entries import Arrays, Entries, copied, entries
-from bilevel.diagnosis.influence import Influence, influence
+from bilevel.diagnosis.influence import Influence, has_zeros, influence
 from bilevel.diagnosis.kinks import Held, descent, held
 from bilevel.diagnosis.look import look, look_again
 from bilevel.diagnosis.measurements import Repetition
@@ -134,8 +134,8 @@ def _look_elsewhere(
     m: Diagnosis, backend: Backend, problem: BilevelProblem, inputs: Inputs[P, H], point: Arrays, here: Entries
 ) -> Diagnosis:
     """Add the measurements at other points."""
-    m = replace(m, derivatives=compare(backend, problem, inputs), influence=influence(here))
-    if m.influence.doubtful:
+    m = replace(m, derivatives=compare(backend, problem, inputs))
+    if has_zeros(here):
         there, _ = in_best_precision(backend, inputs, lambda at: elsewhere(backend, problem, inputs, at))
         m = replace(m, influence=influence(here, None if there is None else entries(backend, there)))
     if m.is_away and problem.kind != "equation":

@@ -12,7 +12,7 @@ from bilevel.diagnosis.finding import Finding
 
 
 class Influence(NamedTuple):
-    """What the inner problem does not depend on.
+    """The parts of hparams and params that the inner problem does not depend on.
 
     Attributes:
         unused: the leaves of hparams that neither F nor ∂L/∂w depends on.
@@ -29,37 +29,42 @@ class Influence(NamedTuple):
     straight: tuple[Share, ...] = ()
 
     @property
-    def doubtful(self) -> bool:
-        """Whether anything is zero, so that another point should confirm it."""
-        return bool(self.unused or self.direct or self.absent)
-
-    @property
     def flat(self) -> tuple[Share, ...]:
         """The entries of params without curvature that no solver can find."""
         return self.absent + self.straight
 
 
-def influence(here: Entries, there: Entries | None = None) -> Influence:
-    """Return what is exactly zero at one point, and, if given, at another point too."""
-    points = [here] if there is None else [here, there]
+def has_zeros(here: Entries) -> bool:
+    """Tell whether a product has zeros that another point should confirm."""
+    return any((x == 0).any() for x in here.product.values()) or any(not x.any() for x in here.cross.values())
 
-    def idle(trees: list[Arrays]) -> set[str]:
+
+def influence(here: Entries, there: Entries | None) -> Influence:
+    """Return what is exactly zero at two points. Without the second, only the curvature at the first is certain."""
+
+    def idle(*trees: Arrays) -> set[str]:
         return {path for path, x in trees[0].items() if x.size and not any(tree[path].any() for tree in trees)}
 
-    no_cross, no_direct = idle([p.cross for p in points]), idle([p.outer_hparams for p in points])
-    absent = {path: here.grad[path] == 0 for path in here.grad}
-    for point in points:
-        for path in absent:
-            absent[path] = absent[path] & (point.grad[path] == 0) & (point.product[path] == 0)
+    def missing(grad: np.ndarray, product: np.ndarray, other_grad: np.ndarray, other: np.ndarray) -> np.ndarray:
+        return (grad == 0) & (product == 0) & (other_grad == 0) & (other == 0)
 
-    def no_curvature(product: np.ndarray, grad: np.ndarray, outer: np.ndarray, missing: np.ndarray) -> np.ndarray:
-        return (product == 0) & ((grad != 0) | (outer != 0)) & ~missing
+    def no_curvature(product: np.ndarray, grad: np.ndarray, outer: np.ndarray, absent: np.ndarray) -> np.ndarray:
+        return (product == 0) & ((grad != 0) | (outer != 0)) & ~absent
 
+    if there is None:
+        never = {path: np.zeros(x.shape, dtype=bool) for path, x in here.grad.items()}
+        return Influence(straight=shares(no_curvature, here.product, here.grad, here.outer_params, never))
+    no_cross = idle(here.cross, there.cross)
+    nothing = no_cross & idle(here.outer_hparams, there.outer_hparams)
+    absent = {
+        path: missing(grad, here.product[path], there.grad[path], there.product[path])
+        for path, grad in here.grad.items()
+    }
     return Influence(
-        unused=tuple(path for path in here.cross if path in no_cross & no_direct),
-        direct=tuple(path for path in here.cross if path in no_cross - no_direct),
+        unused=tuple(path for path in here.cross if path in nothing),
+        direct=tuple(path for path in here.cross if path in no_cross - nothing),
         all_hparams=len(no_cross) == len(here.cross),
-        absent=shares(lambda missing, outer: missing & (outer != 0), absent, here.outer_params),
+        absent=shares(lambda absent, outer: absent & (outer != 0), absent, here.outer_params),
         straight=shares(no_curvature, here.product, here.grad, here.outer_params, absent),
     )
 

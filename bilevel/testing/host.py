@@ -55,7 +55,7 @@ class HostProblem(Generic[P, H]):
     The points are new arrays, so the objectives must compute with the arrays that are passed.
 
     With damping δ, the inner objective is L(w, λ) − g·(w − w₀) + δ/2 ‖w − w₀‖², where g = ∂L/∂w at the caller's w₀ and
-    λ₀. Its minimum at λ₀ is w₀, its Hessian is H + δI, and its mixed derivative is that of L. So its hypergradient is
+    λ₀. Its minimum at λ₀ is w₀, its Hessian is H + δI, and it has the mixed derivative of L. So its hypergradient is
     the damped one. For an equation, r has the same terms: r(w, λ) − r(w₀, λ₀) + δ (w − w₀).
 
     Raises:
