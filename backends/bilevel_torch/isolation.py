@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
-from typing_extensions import override
+from typing_extensions import TypeIs, override
 
 from bilevel.linearization import Inputs
 from bilevel.spaces.array import Args, H, P
@@ -37,7 +37,7 @@ def isolated(inputs: Inputs[P, H], double: bool) -> Iterator[Callable[[P, H], In
 
     hook = register_module_forward_pre_hook(stand_ins.enter)
     try:
-        with _kept(leaves(inputs[:2])), _Widened() if double else nullcontext():
+        with _kept(leaves(inputs[:2])), _float64() if double else nullcontext():
             try:
                 yield at
             finally:
@@ -75,9 +75,7 @@ class _StandIns:
 
     def convert(self, leaf: object) -> Any:
         """Return a floating-point tensor in the dtype of the computation. Return any other value unchanged."""
-        if self.double and isinstance(leaf, torch.Tensor) and leaf.is_floating_point():
-            return leaf.double()
-        return leaf
+        return leaf.double() if self.double and _is_floating(leaf) else leaf
 
     def move(self, own: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Return a variable with this value: the user's tensor with other contents, or else a replacement for it."""
@@ -151,20 +149,33 @@ class _Widened(TorchFunctionMode):
     @override
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        dtypes = {leaf.dtype for leaf in _tensors((args, kwargs)) if leaf.is_floating_point()}
-        name = getattr(func, "__name__", "")
-        in_place = name.endswith("_") and not name.endswith("__")
-        if torch.float64 in dtypes and len(dtypes) > 1 and not in_place:
-            args, kwargs = tree_map(_widen, args), tree_map(_widen, kwargs)
+        dtypes = {leaf.dtype for leaf in leaves([args, kwargs]) if _is_floating(leaf)}
+        if torch.float64 in dtypes and len(dtypes) > 1 and not _writes(func, kwargs):
+            args, kwargs = (tree_map(lambda x: x.double() if _is_floating(x) else x, tree) for tree in (args, kwargs))
         return func(*args, **kwargs)
 
 
-def _tensors(tree: Any) -> Iterator[torch.Tensor]:
-    return (leaf for leaf in leaves(tree) if isinstance(leaf, torch.Tensor))
+def _is_floating(leaf: object) -> TypeIs[torch.Tensor]:
+    return isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
 
 
-def _widen(leaf: Any) -> Any:
-    return leaf.double() if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf
+def _writes(func: object, kwargs: dict[str, object]) -> bool:
+    """Tell whether a function writes to an argument, which must be the user's tensor, not a converted copy."""
+    name = getattr(func, "__name__", "")
+    in_place = name.endswith("_") and not name.endswith("__")
+    return in_place or name.startswith(("__i", "__set")) or "out" in kwargs
+
+
+@contextmanager
+def _float64() -> Iterator[None]:
+    """Make new tensors in float64, and let them meet tensors of other dtypes."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with _Widened():
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _exchange(a: torch.Tensor, b: torch.Tensor) -> None:

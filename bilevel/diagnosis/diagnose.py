@@ -27,7 +27,7 @@ from bilevel.methods.method import Method
 from bilevel.operators.lanczos import Spectrum
 from bilevel.problems.protocols import BilevelProblem
 from bilevel.spaces.array import Args, Array, H, P
-from bilevel.validation import check_inputs, find_backend
+from bilevel.validation import check_inputs, check_problem, find_backend
 
 
 def diagnose(
@@ -76,6 +76,7 @@ def diagnose(
     >>> [finding.name for finding in far.findings]
     ['not solved']
     """
+    check_problem(problem)
     method = as_method(copy(get_solver(solver)))  # a WarmStart must not change
     found = find_backend(backend, params, hparams)
     batches = check_inputs(found, params, hparams, inner_args, outer_args)

@@ -64,9 +64,14 @@ def _quantities(
     backend: Backend, problem: BilevelProblem, inputs: Inputs[P, H], value: float, found: Entries
 ) -> Iterator[NotFinite]:
     inner = backend.run(_inner, problem, inputs)  # first, because on several ranks all must take part
+    bad_loss = inner is not None and not np.isfinite(float(backend.to_host(inner)))
     for name, tree in inputs._asdict().items():
-        yield from _in("", _floating(backend, tree, name), {"params": PARAMS, "hparams": HPARAMS}.get(name, DATA))
-    if inner is not None and not np.isfinite(float(backend.to_host(inner))):
+        arrays, way_out = _floating(backend, tree, name), {"params": PARAMS, "hparams": HPARAMS}.get(name, DATA)
+        if not (name.endswith("args") and np.isfinite(value) and not bad_loss):
+            yield from _in("", arrays, way_out)
+        elif where := shares(np.isnan, arrays):  # an infinity in data may be intended, as in a mask of attention
+            yield NotFinite("", where, way_out)
+    if bad_loss:
         yield NotFinite("The inner loss is", (), VALUE)
     if problem.kind == "equation":
         yield from _in("The residual is", found.grad, VALUE)

@@ -275,6 +275,20 @@ def test_nan_in_an_argument_is_located(backend, which):
     assert cause in text(report, "not finite")[1]
 
 
+def test_an_infinity_in_a_mask_is_not_the_cause_of_a_missing_derivative():
+    backend = framework("torch")
+    xp = namespace(backend)
+    mask, w, h = moved(backend, (np.array([0.0, -np.inf]), np.zeros(2), np.ones(2)))
+    inner = lambda w, h, mask: ((w - h) ** 2).sum() + (abs(w) ** 1.5).sum() + xp.exp(mask + 0 * w).sum()  # noqa: E731
+    report = bl.diagnose(bl.Problem(inner, lambda w, h: (w**2).sum()), w, h, inner_args=(mask,))
+    assert "products with the derivative of ∂L/∂w" in text(report, "not finite")[0]
+
+
+def test_losses_in_place_of_a_problem_are_refused():
+    with pytest.raises(TypeError, match=r"problem: expected bl.Problem\(inner, outer\), .* got function"):
+        bl.diagnose(lambda w, h: w, np.ones(2), np.ones(2))
+
+
 def regression():
     """Correlated features, with a sparse truth: X, y, X_val, y_val."""
     rng = np.random.default_rng(0)

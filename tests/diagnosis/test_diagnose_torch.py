@@ -381,6 +381,23 @@ def test_float32_data_in_a_closure_do_not_keep_the_differences_from_float64():
     assert not report.unchecked
 
 
+def test_float32_that_a_loss_makes_or_writes_to_does_no_harm():
+    x, w = torch.linspace(0, 1, 4), torch.full((4,), 0.5)
+
+    def inner(p, h):
+        out, scale = torch.zeros(4), x.clone()
+        out[:2] = (p * x).sin()[:2]
+        out[2:] += p[2:] ** 2
+        scale.mul_(h)
+        return ((out - scale) ** 2).sum() + (torch.tensor(0.5) * p**2).sum()
+
+    dtype = torch.get_default_dtype()
+    report = bl.diagnose(bl.Problem(inner, lambda p, h: (p * x).sum()), w, torch.tensor(1.0), solver=bl.CG(damping=1.0))
+    assert not blamed(report)
+    assert torch.get_default_dtype() == dtype
+    assert torch.equal(x, torch.linspace(0, 1, 4))
+
+
 class TestOnlyFloat32:
     """A loss that accepts float32 only."""
 
