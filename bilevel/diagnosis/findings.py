@@ -61,12 +61,14 @@ def findings(m: Measured) -> Iterator[Finding]:
     products_wrong = any(a.name == "inner hvp" for a in wrong)
     flat = [] if products_wrong else without_curvature(m.unsolvable, equation, bool(m.method.damping))
     yield from flat
-    if m.is_away:
-        trusted = not any(a.name == "inner grad" for a in wrong)
-        yield from (m.held.findings(m.grad_norm) if trusted else []) or [_not_solved(m)]
+    kinks = m.held.findings(m.grad_norm) if m.is_away and not any(a.name == "inner grad" for a in wrong) else []
+    yield from kinks
+    if m.is_away and not kinks:
+        yield _not_solved(m)
     if m.info.status != Status.CONVERGED:
-        singular = f"{m.method.name} ended with {m.info.status.name}, because rows of zeros make the system singular."
-        yield Finding("solve failed", singular if flat else _failure(m), "")
+        reason = "rows of zeros make the system singular" if flat else "the Hessian has no meaning there"
+        known = f"{m.method.name} ended with {m.info.status.name}, because {reason}. Another solver does not help."
+        yield Finding("solve failed", known if flat or kinks else _failure(m), "")
     elif m.repeatable and not m.solved and not flat:
         yield Finding(
             "residual",

@@ -103,6 +103,6 @@ def without_curvature(found: Influence, equation: bool, damped: bool) -> list[Fi
         sentences.append(f"Rows of the {matrix} are zero, so only the damping determines the solution there.")
     else:
         sentences.append(f"Rows of the {matrix} are zero, so the linear system has no solution.")
-    instead = "" if damped else " Damping also helps; another solver does not."
+    instead = "" if damped else " Damping also helps."
     way_out = f"Leave these entries out of params, or add a penalty on them to the inner loss.{instead}"
     return [Finding("no curvature", " ".join(sentences), way_out)]

@@ -357,6 +357,22 @@ class TestKinksAndBounds:
         case, args = self.at(backend, np.zeros(6), -4.0)  # never trained
         assert names(bl.diagnose(*case, **args)) == ["not solved"]
 
+    @autodiff
+    def test_a_kink_with_a_singular_hessian_asks_for_no_other_solver(self, name):
+        """Fewer examples than features."""
+        backend = framework(name)
+        case, args = self.at(backend, solved_lasso(-1.2), -1.2)
+        few = {key: (X[:2], y[:2]) for key, (X, y) in args.items()}
+        X, y = (backend.to_numpy(x) for x in few["inner_args"])
+        step, w = 2 / np.linalg.norm(X, 2) ** 2, np.zeros(6)
+        for _ in range(20_000):
+            u = w - step * X.T @ (X @ w - y) / 2
+            w = np.sign(u) * np.maximum(np.abs(u) - step * np.exp(-1.2), 0)
+        report = bl.diagnose(case[0], backend.from_numpy(w + 0.0), case[2], **few)
+        assert names(report) == ["kink", "solve failed"]
+        assert "minres" not in str(report)
+        assert "Another solver does not help" in text(report, "solve failed")[0]
+
     def test_a_kink_elsewhere_than_at_zero(self, backend):
         w = np.array([0.7])
 
