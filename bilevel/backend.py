@@ -32,6 +32,8 @@ class Backend:
         name: the name of the backend and of the framework's top-level module.
         compiles: whether `run` compiles. Then no object can keep a state between calls.
         requires_all_ranks: whether all processes must take part in each product.
+        differentiates_arrays: whether derivatives are by array objects, so that an objective may read its arguments
+            from elsewhere and still depend on them.
         can_store_graphs: whether a scan can collect `LinearizedMap` objects, and storing them is cheaper than computing
             them again.
     """
@@ -39,6 +41,7 @@ class Backend:
     name: str
     compiles: ClassVar[bool] = False
     requires_all_ranks: ClassVar[bool] = False
+    differentiates_arrays: ClassVar[bool] = False
     can_store_graphs: ClassVar[bool] = False
 
     @abstractmethod
@@ -133,12 +136,13 @@ class Backend:
 
     @contextmanager
     def isolated(self, inputs: Inputs[P, H], double: bool) -> Iterator[Callable[[P, H], Inputs[P, H]]]:
-        """Undo the side effects of objectives on exit, such as changes of random states and buffers of modules.
+        """Undo the side effects of objectives on exit: changes of random states, buffers of modules, and inputs.
 
         The context yields ``at(params, hparams)``, which returns the inputs moved to other values. It also moves the
         arrays that objectives use in place of their arguments, as far as possible. Each call of ``at`` restores the
-        random states and buffers of the start. With ``double``, the moved inputs and the arrays of the objectives are
-        in float64, as far as possible. This default only moves the inputs.
+        random states and buffers of the start. It may overwrite the arrays that the last call returned. With
+        ``double``, the moved inputs and the arrays of the objectives are in float64, as far as possible. This default
+        only moves the inputs.
         """
         del double
         yield lambda params, hparams: inputs._replace(params=params, hparams=hparams)

@@ -30,7 +30,7 @@ def warn_of_dependence(
     """
     of_inner, of_map, of_outer = labels
     if outer is not None and not any(outer.params):
-        _warn(
+        warn(
             f"{of_outer} does not depend on params, so the hypergradient is only its derivative by hparams. Are params "
             "and hparams in the right order?"
         )
@@ -45,30 +45,30 @@ def warn_of_dependence(
     )
     if inner.others:
         shapes = ", ".join(map(str, inner.others[:5])) + (" and others" if len(inner.others) > 5 else "")
-        _warn(
+        warn(
             f"{of_inner} depends on {len(inner.others)} trainable tensors that are neither in params nor in hparams, "
             f"of shapes {shapes}. They count as constants. Add them to params if the inner training changes them. "
             "Otherwise freeze them by requires_grad_(False)."
         )
     if any(direct):
         rest = "its derivative is zero" if outer is None else f"its hypergradient comes only from {of_outer}"
-        _warn(
+        warn(
             f"{_names(backend, 'hparams', hparams, direct)} has no influence on the minimum, because {of_map} "
             f"does not depend on it: {rest}. {way_out}"
         )
     if any(nowhere):
         names = _names(backend, "hparams", hparams, nowhere)
-        _warn(f"Neither {of_outer} nor {of_map} depends on {names}: its hypergradient is zero. {way_out}")
+        warn(f"Neither {of_outer} nor {of_map} depends on {names}: its hypergradient is zero. {way_out}")
     felt = [True] * len(inner.params) if outer is None else outer.params
     flat = [not i and o for i, o in zip(inner.params, felt, strict=True)]
     if any(flat):
-        _warn(
+        warn(
             f"{of_inner} does not depend on {_names(backend, 'params', params, flat)}, or is linear in it. So it has "
             "no minimum there, and the Hessian is singular. Leave it out of params, or add a penalty on it."
         )
 
 
-def _warn(text: str) -> None:
+def warn(text: str) -> None:
     """Warn at the user's line, with the way to say that it is intended."""
     warnings.warn(DependenceWarning(f"{text} {INTENDED}"), stacklevel=callers_level())
 

@@ -17,7 +17,15 @@ from bilevel.operators.linear_operator import LinearOperator
 from bilevel.problems.protocols import BilevelProblem
 from bilevel.results import Hypergradient, Status
 from bilevel.spaces.array import Args, Array, H, P
-from bilevel.validation import check_inputs, check_like, check_stateless, check_trees, find_backend, leaf_names
+from bilevel.validation import (
+    check_inputs,
+    check_like,
+    check_problem,
+    check_stateless,
+    check_trees,
+    find_backend,
+    leaf_names,
+)
 
 SolverSpec = str | Path | Mapping[str, object] | LinearSolver[Any] | Method
 """A name, a TOML file, a mapping with ``name`` and options, or a solver object."""
@@ -77,10 +85,7 @@ def hypergradient(
     array([-1., -1.])
     """
     check_on_failure(on_failure)
-    if not isinstance(problem, BilevelProblem):
-        raise TypeError(
-            f"problem: expected bl.Problem(inner, outer), bl.FixedPoint or bl.Root, got {type(problem).__name__}."
-        )
+    check_problem(problem)
     found = get_solver(solver)
     method = as_method(found)
     backend = find_backend(backend, params, hparams)

@@ -6,6 +6,7 @@ from bilevel.backend import Backend
 from bilevel.config import get_backend, imported_backends
 from bilevel.linear_solvers.linear_solver import LinearSolver
 from bilevel.methods.method import Method
+from bilevel.problems.protocols import BilevelProblem
 from bilevel.spaces.array import Args
 
 TREES = (
@@ -13,6 +14,14 @@ TREES = (
     "torch, nnx.state(module, nnx.Param) in Flax, eqx.filter(module, eqx.is_inexact_array) in Equinox. Convert a "
     "number by np.array, torch.tensor or jnp.asarray."
 )
+
+
+def check_problem(problem: object) -> None:
+    """Raise a TypeError unless this is a bilevel problem."""
+    if not isinstance(problem, BilevelProblem):
+        raise TypeError(
+            f"problem: expected bl.Problem(inner, outer), bl.FixedPoint or bl.Root, got {type(problem).__name__}."
+        )
 
 
 def find_backend(

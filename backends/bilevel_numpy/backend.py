@@ -10,7 +10,7 @@ from typing_extensions import override
 from bilevel.backend import Backend, Data, R
 from bilevel.linearization import Inputs, LinearizedMap, OuterDerivatives
 from bilevel.spaces.array import Args, H, P, V
-from bilevel.spaces.tree import tree_map
+from bilevel.spaces.tree import leaves, tree_map
 from bilevel.validation import check_dtypes, check_like, check_scalar
 from bilevel_numpy.space import NumpySpace
 
@@ -123,7 +123,14 @@ class NumpyBackend(Backend):
         def convert(leaf: Any) -> object:
             return np.asarray(leaf, np.float64) if double and self.owns(leaf) and self.is_floating(leaf) else leaf
 
-        yield lambda params, hparams: tree_map(convert, inputs._replace(params=params, hparams=hparams))
+        own = [leaf for leaf in leaves(inputs[:2]) if isinstance(leaf, np.ndarray)]
+        before = [leaf.copy() for leaf in own]
+        try:
+            yield lambda params, hparams: tree_map(convert, inputs._replace(params=params, hparams=hparams))
+        finally:
+            for leaf, values in zip(own, before, strict=True):
+                if leaf.tobytes() != values.tobytes():
+                    leaf[...] = values
 
 
 def _require(function: object, label: str, method: str) -> None:

@@ -9,6 +9,7 @@ if find_spec("torch") is None:
 
 from bilevel_torch.backend import TorchBackend
 from bilevel_torch.data_parallel import DataParallel
+from bilevel_torch.diagnose import diagnose
 from bilevel_torch.from_losses import backward, hypergradient
 from bilevel_torch.implicit import implicit_minimizer
 from bilevel_torch.placement import place_grad
@@ -22,6 +23,7 @@ __all__ = [
     "TorchSpace",
     "backend",
     "backward",
+    "diagnose",
     "hypergradient",
     "implicit_minimizer",
     "place_grad",

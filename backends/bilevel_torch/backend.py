@@ -11,6 +11,7 @@ from torch.autograd.graph import Node
 from typing_extensions import override
 
 from bilevel.backend import Backend, Data, R
+from bilevel.dependence import warn
 from bilevel.linearization import Dependence, Inputs, LinearizedMap, OuterDerivatives
 from bilevel.problems.model_loss import ModelLoss
 from bilevel.spaces.array import Args, H, P, V
@@ -42,6 +43,7 @@ class TorchBackend(Backend):
     """
 
     name = "torch"
+    differentiates_arrays = True
     can_store_graphs = True
 
     def __init__(self, check_every: int | None = None) -> None:
@@ -83,6 +85,7 @@ class TorchBackend(Backend):
     @override
     def inner(self, objective: Callable[..., object], params: P, hparams: H, args: Args) -> LinearizedMap[P, H]:
         params, hparams = as_graph_leaves(params, hparams)
+        _warn_of_frozen(self, params)
         value = evaluate(objective, params, hparams, *args)
         # A function may make tensors that require gradients, such as the inputs of a physics-informed loss.
         return self.inner_of(value, params, hparams, trainable=torch.nn.Parameter)
@@ -203,6 +206,17 @@ def check_supported(path: str, tensor: torch.Tensor) -> None:
             f"{path} is a DTensor, but solvers take whole tensors. Gather them for the losses and the call "
             "(fully_shard gives modules unshard(); docs/distributed.md has a recipe). Or replicate them, as "
             "DistributedDataParallel does, and use bilevel_torch.DataParallel."
+        )
+
+
+def _warn_of_frozen(backend: TorchBackend, params: object) -> None:
+    """Warn about frozen parameters of a module, which are unknowns of the inner problem here."""
+    frozen = [path for path, t in backend.leaves(params) if isinstance(t, torch.nn.Parameter) and not t.requires_grad]
+    if frozen and any(t.requires_grad for t in leaves(params)):
+        warn(
+            f"params{frozen[0]} and {len(frozen) - 1} other leaves of params are frozen parameters, next to trainable "
+            "ones. Every leaf of params counts as an unknown that the inner training solves for. Leave them out: "
+            "{name: p for name, p in module.named_parameters() if p.requires_grad}."
         )
 
 

@@ -1,24 +1,27 @@
-"""Evaluate objectives without side effects: random states and the tensors of modules are restored."""
+"""Evaluate objectives without side effects: random states, inputs and the tensors of modules are restored."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
+from typing_extensions import TypeIs, override
 
 from bilevel.linearization import Inputs
 from bilevel.spaces.array import Args, H, P
-from bilevel.spaces.tree import tree_map
+from bilevel.spaces.tree import leaves, tree_map
 
 
 @contextmanager
 def isolated(inputs: Inputs[P, H], double: bool) -> Iterator[Callable[[P, H], Inputs[P, H]]]:
     """See `bilevel.backend.Backend.isolated`.
 
-    A loss that runs a module uses the module's tensors, not its arguments. So in this block, a hook replaces the
-    tensors of every called module: a parameter by the moved parameter, a buffer by a copy. The user's tensors are never
-    written to. For example, a parameter whose dtype changes once loses the hooks of DDP.
+    A loss may use the user's tensors, not its arguments, for example if it runs a module. So ``at`` exchanges the
+    contents of the leaf tensors that require gradients for moved copies. A hook also replaces the other tensors of each
+    called module: a parameter by a converted copy, a buffer by a copy. The user's memory is never written to, and
+    gradient hooks stay. (A parameter whose dtype changes once by ``.data`` loses the hooks of DDP.)
     """
     stand_ins, states = _StandIns(double), _random_states()
 
@@ -34,10 +37,13 @@ def isolated(inputs: Inputs[P, H], double: bool) -> Iterator[Callable[[P, H], In
 
     hook = register_module_forward_pre_hook(stand_ins.enter)
     try:
-        yield at
+        with _kept(leaves(inputs[:2])), _float64() if double else nullcontext():
+            try:
+                yield at
+            finally:
+                stand_ins.give_back()
     finally:
         hook.remove()
-        stand_ins.give_back()
         _restore(states)
 
 
@@ -59,22 +65,29 @@ def buffers_isolated() -> Iterator[None]:
 
 
 class _StandIns:
-    """Replacements for the tensors of modules, each in place from the module's first call until `give_back`."""
+    """Replacements for the contents of tensors, and for the tensors of called modules, until `give_back`."""
 
     def __init__(self, double: bool) -> None:
         self.double = double
         self.known: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by the id of the original and of the stand-in
         self.held: list[tuple[torch.nn.Module, str, torch.Tensor, torch.Tensor]] = []
+        self.exchanged: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def convert(self, leaf: object) -> Any:
         """Return a floating-point tensor in the dtype of the computation. Return any other value unchanged."""
-        if self.double and isinstance(leaf, torch.Tensor) and leaf.is_floating_point():
-            return leaf.double()
-        return leaf
+        return leaf.double() if self.double and _is_floating(leaf) else leaf
 
     def move(self, own: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """Return a value as a variable that replaces the user's tensor."""
-        return self._remember(own, torch.nn.Parameter(self.convert(value.detach()).clone()))
+        """Return a variable with this value: the user's tensor with other contents, or else a replacement for it."""
+        moved = torch.nn.Parameter(self.convert(value.detach()).clone())
+        if own.is_leaf and own.requires_grad:
+            try:
+                _exchange(own, moved)
+            except RuntimeError:  # another library has a weak reference to the contents
+                return self._remember(own, moved)
+            self.exchanged.append((own, moved))
+            return self._remember(own, own)
+        return self._remember(own, moved)
 
     def enter(self, module: torch.nn.Module, args: Args) -> Any:
         """Replace the tensors of a module before it runs, and convert its arguments."""
@@ -98,11 +111,13 @@ class _StandIns:
                     self.held.append((part, name, own, stand_in))
 
     def give_back(self) -> None:
-        """Restore the tensors of the modules, except where other code has replaced them since."""
+        """Restore the tensors of the modules, except where other code has replaced them since, and all contents."""
         while self.held:
             module, name, own, stand_in = self.held.pop()
             if getattr(module, name) is stand_in:
                 setattr(module, name, own)
+        while self.exchanged:
+            _exchange(*self.exchanged.pop())
         self.known.clear()
 
     def _parameter(self, own: torch.Tensor) -> torch.Tensor:
@@ -123,6 +138,65 @@ class _StandIns:
         self.known[id(own)] = (own, stand_in)
         self.known[id(stand_in)] = (stand_in, stand_in)
         return stand_in
+
+
+class _Widened(TorchFunctionMode):
+    """Convert the other floating-point arguments of a function to float64 if it receives a float64 tensor.
+
+    So a loss may close over float32 data. PyTorch converts the operands of some functions only.
+    """
+
+    @override
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        dtypes = {leaf.dtype for leaf in leaves([args, kwargs]) if _is_floating(leaf)}
+        if torch.float64 in dtypes and len(dtypes) > 1 and not _writes(func, kwargs):
+            args, kwargs = (tree_map(lambda x: x.double() if _is_floating(x) else x, tree) for tree in (args, kwargs))
+        return func(*args, **kwargs)
+
+
+def _is_floating(leaf: object) -> TypeIs[torch.Tensor]:
+    return isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
+
+
+def _writes(func: object, kwargs: dict[str, object]) -> bool:
+    """Tell whether a function writes to an argument, which must be the user's tensor, not a converted copy."""
+    name = getattr(func, "__name__", "")
+    in_place = name.endswith("_") and not name.endswith("__")
+    return in_place or name.startswith(("__i", "__set")) or "out" in kwargs
+
+
+@contextmanager
+def _float64() -> Iterator[None]:
+    """Make new tensors in float64, and let them meet tensors of other dtypes."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with _Widened():
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _exchange(a: torch.Tensor, b: torch.Tensor) -> None:
+    """Exchange the contents of two tensors: memory, dtype, version, gradient accumulator.
+
+    `torch.utils.swap_tensors` would also disable the gradient accumulators, to which DDP's hooks belong.
+    """
+    torch._C._swap_tensor_impl(a, b)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@contextmanager
+def _kept(tensors: Iterable[torch.Tensor]) -> Iterator[None]:
+    """Restore the values of tensors that an objective has written to, for example by ``clamp_``."""
+    before = [(t, t.detach().clone()) for t in tensors]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for t, values in before:
+                if not bool(((t == values) | ((t != t) & (values != values))).all()):
+                    t.detach().copy_(values)
 
 
 def _random_states() -> list[tuple[Callable[[Any], None], Any]]:

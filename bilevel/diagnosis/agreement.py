@@ -6,12 +6,14 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import numpy as np
 
 from bilevel.backend import Backend
+from bilevel.diagnosis.best_precision import in_best_precision
+from bilevel.diagnosis.derivatives import DERIVATIVES, Derivatives, derivatives
+from bilevel.diagnosis.following import changes
 from bilevel.diagnosis.sweep import Agreement, Sweep
 from bilevel.linearization import Inputs
 from bilevel.problems.protocols import BilevelProblem
 from bilevel.spaces.array import Array, H, P, V
 
-DERIVATIVES = ("inner grad", "inner hvp", "inner cross_vjp", "outer grad_params", "outer grad_hparams")
 STEPS = 5
 SEED = 1
 R = TypeVar("R")
@@ -25,6 +27,7 @@ class Agreements(NamedTuple):
     of: tuple[Agreement, ...]
     eps: float  # of the dtype; nan without a comparison
     obstacle: str  # the error of the objectives in float64, or at other values than the given ones; "" if none
+    changed: tuple[str, ...] = ()  # the derivatives that other arrays than params and hparams determine
 
 
 def nothing(problem: BilevelProblem, obstacle: str) -> Agreements:
@@ -41,37 +44,26 @@ def compare(backend: Backend, problem: BilevelProblem, inputs: Inputs[P, H]) -> 
     take a linearization with one product of each kind. They also take some 9 gradients of L and 7 gradients of F if all
     derivatives agree immediately, else at most 33 and 23.
     """
-    if not _follows(backend, problem, inputs):
-        return nothing(problem, "copies of params and hparams change the gradients")
-    obstacle = ""
-    for double in (True, False):
-        try:
-            with backend.isolated(inputs, double) as at:
-                look = _Look(backend, problem, inputs, at)
-                names = nothing(problem, "").names
-                return Agreements(names, tuple(look.agreements(names)), look.eps, obstacle)
-        except Exception as error:  # any error of the objectives for other arrays
-            obstacle = obstacle or f"{type(error).__name__}: {error}"
-    return nothing(problem, obstacle)
+    empty = nothing(problem, "copies of params and hparams change derivatives")
+    changed = changes(backend, problem, inputs)
+    names = [name for name in empty.names if name not in changed]
+    if "inner grad" in changed or not names:  # the others depend on it
+        return empty._replace(changed=changed)
+
+    def look(at: Callable[[P, H], Inputs[P, H]]) -> tuple[tuple[Agreement, ...], float]:
+        found = _Look(backend, problem, inputs, at)
+        return tuple(found.agreements(names)), found.eps
+
+    found, obstacle = in_best_precision(backend, inputs, look)
+    of, eps = found or ((), float("nan"))
+    return Agreements(empty.names, of, eps, obstacle, changed)
 
 
-def _follows(backend: Backend, problem: BilevelProblem, inputs: Inputs[P, H]) -> bool:
-    """Tell whether the objectives compute with their arguments, so that copies have the same gradients."""
-    with backend.isolated(inputs, False) as at:
-        copied = at(inputs.params, inputs.hparams)
-        leaves = zip(backend.leaves(inputs.params), backend.leaves(copied.params), strict=True)
-        if all(own is copy for (_, own), (_, copy) in leaves):
-            return True
-        try:
-            found = backend.run(_gradients, problem, copied)
-        except ValueError:  # the objectives do not depend on the copies
-            return False
-    with backend.isolated(inputs, False):
-        expected = backend.run(_gradients, problem, inputs)
-    space = backend.space(expected)
-    sizes = (backend.to_host(space.norm(tree)) for tree in (space.subtract(found, expected), expected))
-    change, size = (float(x) for x in sizes)
-    return change <= backend.space(inputs.params).eps ** 0.5 * size
+def elsewhere(
+    backend: Backend, problem: BilevelProblem, inputs: Inputs[P, H], at: Callable[[P, H], Inputs[P, H]]
+) -> Derivatives[P, H]:
+    """Return the derivatives at another point."""
+    return _Look(backend, problem, inputs, at).derivatives()
 
 
 class _Look(Generic[P, H]):
@@ -81,12 +73,14 @@ class _Look(Generic[P, H]):
         self, backend: Backend, problem: BilevelProblem, inputs: Inputs[P, H], at: Callable[[P, H], Inputs[P, H]]
     ) -> None:
         self.backend, self.problem, self.at = backend, problem, at
-        self.start = at(inputs.params, inputs.hparams)
-        self.of_params, self.of_hparams = backend.space(self.start.params), backend.space(self.start.hparams)
+        params, hparams, *_ = at(inputs.params, inputs.hparams)
+        self.of_params, self.of_hparams = backend.space(params), backend.space(hparams)
+        # Copies, because the next call of ``at`` may overwrite its last result.
+        self.params, self.hparams = self.of_params.copy(params), self.of_hparams.copy(hparams)
         self.eps = max(self.of_params.eps, self.of_hparams.eps)
         self.tolerance = self.eps**0.25
         self.steps = [float(step) for step in self.eps ** np.linspace(0.25, 0.6, STEPS)]
-        self.directions = _Directions(*backend.run(_directions, self.start.params, self.start.hparams))
+        self.directions = _Directions(*backend.run(_directions, self.params, self.hparams))
 
     def agreements(self, names: Sequence[str]) -> Iterator[Agreement]:
         """Yield the agreement of each of these derivatives."""
@@ -95,16 +89,23 @@ class _Look(Generic[P, H]):
             # At a minimum the gradient vanishes: compare at a distance.
             slope = self._run(_inner, AWAY, 0.0).along_d
             yield self._slope("inner grad", "inner", slope, lambda t: self._run(_inner, AWAY + t, 0.0).value)
-        if self.problem.kind == "equation":
+        if self.problem.kind == "equation" and "inner hvp" in names:
             yield self._slope("inner hvp", "inner grad", transposed, lambda t: self._run(_inner, t, 0.0).along_u)
         elif "inner hvp" in names:
             d, dot = self.directions.d, self.of_params.dot
             grads = self._sweep(product, lambda t: self._run(_inner, t, 0.0).grad)
             yield grads.result("inner hvp", "inner grad", dot(d, product), lambda grad: dot(d, grad))
-        yield self._slope("inner cross_vjp", "inner grad", cross, lambda t: self._run(_inner, 0.0, t).along_d)
+        if "inner cross_vjp" in names:
+            yield self._slope("inner cross_vjp", "inner grad", cross, lambda t: self._run(_inner, 0.0, t).along_d)
         _, in_w, in_lam = self._run(_outer, 0.0, 0.0)
-        yield self._slope("outer grad_params", "outer", in_w, lambda t: self._run(_outer, t, 0.0)[0])
-        yield self._slope("outer grad_hparams", "outer", in_lam, lambda t: self._run(_outer, 0.0, t)[0])
+        if "outer grad_params" in names:
+            yield self._slope("outer grad_params", "outer", in_w, lambda t: self._run(_outer, t, 0.0)[0])
+        if "outer grad_hparams" in names:
+            yield self._slope("outer grad_hparams", "outer", in_lam, lambda t: self._run(_outer, 0.0, t)[0])
+
+    def derivatives(self) -> Derivatives[P, H]:
+        """Return the derivatives away from the point."""
+        return self._run(_derivatives, AWAY, AWAY)
 
     def _slope(self, name: str, source: str, claimed: Array, function: Callable[[float], Any]) -> Agreement:
         """Compare a number with the slope of a function at zero."""
@@ -112,17 +113,17 @@ class _Look(Generic[P, H]):
 
     def _sweep(self, claimed: V, function: Callable[[float], V]) -> Sweep[V]:
         """Compare a tree with central differences of a function at zero, until they agree."""
-        sweep, space = Sweep(self.backend, claimed, self.tolerance), self.backend.space(claimed)
+        sweep = Sweep(self.backend, claimed, self.tolerance)
         for t in self.steps:
             if not sweep.agrees:
-                sweep.add(space.scale(0.5 / t, space.subtract(function(t), function(-t))))
+                sweep.add(function(t), function(-t), t)
         return sweep
 
     def _run(self, function: Callable[..., R], in_w: float, in_lam: float) -> R:
         """Call function(backend, problem, inputs, directions), with the inputs moved along d and e."""
         d, e, _ = self.directions
-        params = self.of_params.axpy(in_w, d, self.start.params)
-        moved = self.at(params, self.of_hparams.axpy(in_lam, e, self.start.hparams))
+        params = self.of_params.axpy(in_w, d, self.params)
+        moved = self.at(params, self.of_hparams.axpy(in_lam, e, self.hparams))
         return self.backend.run(function, self.problem, moved, self.directions)
 
 
@@ -144,23 +145,20 @@ class _Inner(NamedTuple, Generic[P]):
 
 
 def _directions(backend: Backend, params: P, hparams: H) -> tuple[P, H, P]:
-    """Return random d, e and u. The scale of an entry is its absolute value plus the typical absolute value."""
+    """Return random d, e and u. The scale of an entry is its absolute value plus the typical absolute value.
 
-    def along(x: V, seed: int) -> V:
+    Hyperparameters that are zero up to rounding, such as a log penalty 0.1 + 0.2 - 0.3, have a typical value of one:
+    steps in proportion to their values would be lost in rounding.
+    """
+
+    def along(x: V, seed: int, tiny: float) -> V:
         space = backend.space(x)
         xp, typical = space.xp, space.norm(x) / space.size**0.5
-        typical = xp.where(typical > 0, typical, 1.0)
+        typical = xp.where(typical > tiny, typical, 1.0)
         return space.map(lambda z, entry: z * (xp.abs(entry) + typical), space.normal(seed), x)
 
-    return along(params, SEED), along(hparams, SEED + 1), along(params, SEED + 2)
-
-
-def _gradients(backend: Backend, problem: BilevelProblem, inputs: Inputs[P, H]) -> tuple[P, P, H]:
-    """Return ∂L/∂w, ∂F/∂w and ∂F/∂λ."""
-    params, hparams, inner_args, outer_args = inputs
-    _, in_w, in_lam, _ = backend.outer(problem.outer, params, hparams, outer_args)
-    _, grad = problem.value_and_residual(backend, params, hparams, inner_args)
-    return grad, in_w, backend.space(hparams).zeros() if in_lam is None else in_lam
+    tiny = backend.space(hparams).eps ** 0.5
+    return along(params, SEED, 0.0), along(hparams, SEED + 1, tiny), along(params, SEED + 2, 0.0)
 
 
 def _claims(
@@ -171,6 +169,12 @@ def _claims(
     at = problem.linearize(backend, inputs.params, inputs.hparams, inputs.inner_args)
     transposed = backend.space(d).dot(d, at.vjp_params(u))
     return at.vjp_params(d), transposed, _dot_or_zero(backend, at.vjp_hparams(d), e)
+
+
+def _derivatives(
+    backend: Backend, problem: BilevelProblem, inputs: Inputs[P, H], directions: _Directions[P, H]
+) -> Derivatives[P, H]:
+    return derivatives(backend, problem, inputs, directions.u)[1]
 
 
 def _inner(backend: Backend, problem: BilevelProblem, inputs: Inputs[P, H], directions: _Directions[P, H]) -> _Inner[P]:

@@ -4,26 +4,30 @@ import random
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from copy import copy
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from bilevel.backend import Backend
 from bilevel.config import get_solver
-from bilevel.diagnosis.agreement import compare, nothing
-from bilevel.diagnosis.measurements import PRODUCTS, Repetition
+from bilevel.diagnosis.agreement import compare, elsewhere, nothing
+from bilevel.diagnosis.best_precision import in_best_precision
+from bilevel.diagnosis.entries import Arrays, Entries, copied, entries
+from bilevel.diagnosis.influence import Influence, has_zeros, influence
+from bilevel.diagnosis.kinks import Held, descent, held
+from bilevel.diagnosis.look import look, look_again
+from bilevel.diagnosis.measurements import Repetition
+from bilevel.diagnosis.not_finite import not_finite
 from bilevel.diagnosis.report import Diagnosis
 from bilevel.hypergradient import SolverSpec, hypergradient
 from bilevel.linearization import Inputs
 from bilevel.methods.implicit import as_method
-from bilevel.methods.method import Level, Method
-from bilevel.operators.lanczos import Spectrum, spectrum
+from bilevel.methods.method import Method
+from bilevel.operators.lanczos import Spectrum
 from bilevel.problems.protocols import BilevelProblem
-from bilevel.spaces.array import Args, Array, H, P, V
-from bilevel.spaces.space import Space
-from bilevel.validation import check_inputs, find_backend
-
-SEED = 3
+from bilevel.spaces.array import Args, Array, H, P
+from bilevel.validation import check_inputs, check_problem, find_backend
 
 
 def diagnose(
@@ -41,15 +45,17 @@ def diagnose(
     The report checks whether the inner problem is solved and whether the losses are repeatable. It estimates the
     curvature and the symmetry of the Hessian-vector products. It compares each derivative with differences, and
     computes the true residual of the solver. So it finds errors without a symptom: ``detach()`` in a forward pass,
-    custom functions with a wrong second derivative, active dropout, or a mistake in a formula.
+    custom functions with a wrong second derivative, active dropout, or a mistake in a formula. It names the leaves that
+    are nan, that have no influence on the inner problem, or that a kink or a bound holds.
 
     Differences are in float64, on copies of all arrays and modules, if the objectives support it. Otherwise they are in
     the dtype of the inputs, and may be too noisy. The report has the dtype. A small batch of the data is enough. The
     report takes about 30 Hessian-vector products (20 of them for the curvature), the solve, and 15 gradients if all is
-    well, at most 50. In JAX, its seven functions compile once per problem.
+    well, at most 50. In JAX, its seven functions compile once per problem, and up to three more if there are findings.
 
     The call changes neither params, ``.grad``, modules and their buffers, nor the random states of the framework, NumPy
-    and Python. Losses may change other states, such as a ``torch.Generator``.
+    and Python. If a loss writes to params or hparams, they get their values back. Losses may change other states, such
+    as a ``torch.Generator``. For losses without arguments, as in a PyTorch loop, use `bilevel_torch.diagnose`.
 
     Args:
         problem, params, hparams, inner_args, outer_args, solver, backend: as in `bl.hypergradient`. With a list of
@@ -70,6 +76,7 @@ def diagnose(
     >>> [finding.name for finding in far.findings]
     ['not solved']
     """
+    check_problem(problem)
     method = as_method(copy(get_solver(solver)))  # a WarmStart must not change
     found = find_backend(backend, params, hparams)
     batches = check_inputs(found, params, hparams, inner_args, outer_args)
@@ -86,17 +93,20 @@ def _diagnose(
         return [float(backend.to_host(x)) for x in scalars]
 
     params, hparams, inner_args, outer_args = inputs
+    before = _arrays(backend, inputs)
     with backend.isolated(inputs, False):
-        first, numbers = backend.run(_look, problem, params, hparams, inner_args)
-        grad_norm, distance, asymmetry, *ends = host(numbers)
+        first, numbers = backend.run(look, problem, inputs)
+        grad_norm, grad_curvature, params_norm, asymmetry, *ends = host(numbers)
         data: dict[str, Any] = {"inner_args": batches if len(batches) > 1 else inner_args, "outer_args": outer_args}
         hg = hypergradient(problem, params, hparams, **data, solver=method, backend=backend, on_failure="ignore")
-        again = backend.run(_look_again, problem, inputs, hg.adjoint, first, method.damping)
+        again = backend.run(look_again, problem, inputs, hg.adjoint, first, method.damping)
         value, change, left, undamped, *changes = host(again)
+        here = entries(backend, first)
+        wrong = not_finite(backend, problem, inputs, value, here)
+        after = _arrays(backend, inputs)
     if method.differentiates_steps or len(batches) > 1:
         change = left = undamped = float("nan")
-    finite = np.isfinite([grad_norm, value, *(ends if problem.kind != "equation" else ())]).all()
-    return Diagnosis(
+    measured = Diagnosis(
         curvature=problem.kind,
         method=method,
         info=hg.info,
@@ -105,72 +115,38 @@ def _diagnose(
         value=value,
         change=change,
         grad_norm=grad_norm,
-        distance=distance,
+        grad_curvature=grad_curvature,
+        params_norm=params_norm,
+        params_size=backend.space(params).size,
         eigenvalues=Spectrum(*ends),
         asymmetry=asymmetry,
         repetition=Repetition(*changes),
-        derivatives=compare(backend, problem, inputs) if finite else nothing(problem, "nan or inf"),
+        derivatives=nothing(problem, "nan or inf"),
+        not_finite=wrong,
+        influence=Influence(),
+        held=Held(),
+        written=tuple(path for path, x in before.items() if x.tobytes() != after[path].tobytes()),
         eps=max(backend.space(params).eps, backend.space(hparams).eps),
     )
+    return measured if wrong else _look_elsewhere(measured, backend, problem, inputs, before, here)
 
 
-def _look(
-    backend: Backend, problem: BilevelProblem, params: P, hparams: H, args: Args
-) -> tuple[tuple[P, P, H | None], tuple[Array, ...]]:
-    """Return (Hu, ∂L/∂w, cross product), and the numbers from one linearization."""
-    level = Level(backend, problem, params, hparams, [args])
-    at = level.linearize()
-    A, grad = level.operator(at), at.residual
-    space, xp, dot = A.space, A.space.xp, A.space.dot
-    u, v = space.normal(SEED), space.normal(SEED + 1)
-    Hu = A(u)
-    grad_norm, params_norm = space.norm(grad), space.norm(params)
-    unit = space.scale(_ratio(xp.ones_like(grad_norm), grad_norm, space), grad)
-    curvature = dot(unit, A(unit))
-    if A.symmetric:
-        size = space.norm(Hu) * space.norm(v) / space.size**0.5
-        asymmetry = _ratio(xp.abs(dot(u, A(v)) - dot(v, Hu)), size, space)
-        ends = spectrum(A, PRODUCTS)
-    else:
-        asymmetry = xp.full_like(grad_norm, float("nan"))
-        curvature, ends = xp.abs(curvature), [asymmetry] * 4
-    step = xp.where(curvature > 0, _ratio(grad_norm, curvature, space), float("inf"))
-    distance = xp.where(grad_norm > 0, _ratio(step, params_norm, space), 0.0)
-    return (Hu, grad, at.vjp_hparams(u)), (grad_norm, distance, asymmetry, *ends)
+def _look_elsewhere(
+    m: Diagnosis, backend: Backend, problem: BilevelProblem, inputs: Inputs[P, H], point: Arrays, here: Entries
+) -> Diagnosis:
+    """Add the measurements at other points."""
+    m = replace(m, derivatives=compare(backend, problem, inputs))
+    if has_zeros(here):
+        there, _ = in_best_precision(backend, inputs, lambda at: elsewhere(backend, problem, inputs, at))
+        m = replace(m, influence=influence(here, None if there is None else entries(backend, there)))
+    if m.is_away and problem.kind != "equation":
+        decrease, _ = in_best_precision(backend, inputs, lambda at: descent(backend, problem, inputs, at, m.step))
+        m = replace(m, held=held(point, here.grad, here.product, decrease))
+    return m
 
 
-def _look_again(
-    backend: Backend, problem: BilevelProblem, inputs: Inputs[P, H], v: P, first: tuple[P, P, H | None], damping: float
-) -> tuple[Array, ...]:
-    """Return F, its change, both residuals, and the changes within this linearization and since the first look."""
-    params, hparams, inner_args, outer_args = inputs
-    value, rhs, *_ = backend.outer(problem.outer, params, hparams, outer_args)
-    at = problem.linearize(backend, params, hparams, inner_args)
-    space, hvp = backend.space(params), at.vjp_params
-    u = space.normal(SEED)
-    Hu = hvp(u)
-    undamped = space.subtract(rhs, hvp(v))
-    left = space.axpy(-damping, v, undamped)
-    residuals = (_ratio(space.norm(r), space.norm(rhs), space) for r in (left, undamped))
-    pairs = ((Hu, hvp(u)), (first[0], Hu), (first[1], at.residual), (first[2], at.vjp_hparams(u)))
-    changes = (_change(old, new, backend) for old, new in pairs)
-    return value, -space.dot(v, at.residual), *residuals, *changes
-
-
-def _change(old: V | None, new: V | None, backend: Backend) -> Array:
-    """Return the norm of the change, relative to the larger norm. None counts as zero."""
-    if old is None or new is None:
-        like = backend.space(new if old is None else old)
-        return like.xp.zeros(()) + float(old is not new)
-    space = backend.space(old)
-    size = space.xp.maximum(space.norm(old), space.norm(new))
-    return _ratio(space.norm(space.subtract(new, old)), size, space)
-
-
-def _ratio(a: Array, b: Array, space: Space[V]) -> Array:
-    """Return a / b, but 0 for 0 / 0, and infinity if only b is zero."""
-    xp = space.xp
-    return xp.where(b == 0, xp.where(a == 0, 0.0, float("inf")), a / xp.where(b == 0, 1.0, b))
+def _arrays(backend: Backend, inputs: Inputs[P, H]) -> Arrays:
+    return {**copied(backend, inputs.params, "params"), **copied(backend, inputs.hparams, "hparams")}
 
 
 @contextmanager

@@ -2,20 +2,21 @@
 
 from collections.abc import Iterator
 from math import isfinite
-from typing import NamedTuple
 
 from bilevel.diagnosis.agreement import Agreement
+from bilevel.diagnosis.entries import listed
+from bilevel.diagnosis.finding import Finding
 from bilevel.diagnosis.formatting import percent
+from bilevel.diagnosis.influence import without_curvature, without_influence
 from bilevel.diagnosis.measurements import Measured
 from bilevel.results import Status
-
-AWAY = 0.01  # relative distance from the minimum with hypergradient errors of ten per cent and more in experiments
 
 GRAD_CAUSES = (
     "The gradient is not the derivative of the objective. Check whether the graph from params to the loss is cut "
     "(detach(), .data, stop_gradient, a conversion to numbers, torch.autograd.grad without create_graph=True, "
     "checkpoint(use_reentrant=False) under functional_call), whether the formula of grad is wrong, and whether a state "
-    "outside the arguments changes with each evaluation (spectral_norm in train mode: call eval())."
+    "outside the arguments changes with each evaluation (spectral_norm in train mode: call eval(); SpectralNorm of "
+    "Flax: update_stats=False)."
 )
 HVP_CAUSES = (
     "An operation has a correct first and a wrong second derivative. In PyTorch: torch.autograd.grad without "
@@ -23,7 +24,7 @@ HVP_CAUSES = (
     "outputs by save_for_backward, and compute backward by differentiable operations); "
     "checkpoint(use_reentrant=False) under functional_call (pass the weights to it as arguments); detach(); "
     "spectral_norm in train mode (call eval()). In JAX: a custom_vjp whose backward pass hides a dependency; "
-    "stop_gradient; a loss that is not pure. In NumPy: the formula of hvp."
+    "stop_gradient; SpectralNorm of Flax (update_stats=False); a loss that is not pure. In NumPy: the formula of hvp."
 )
 CROSS_CAUSES = (
     "The graph from hparams to ∂L/∂w is cut (detach(), .data, stop_gradient, a conversion to numbers), or the formula "
@@ -33,43 +34,42 @@ OUTER_CAUSES = "The graph of the outer loss is cut (detach(), .data, stop_gradie
 CAUSES = {"inner grad": GRAD_CAUSES, "inner hvp": HVP_CAUSES, "inner cross_vjp": CROSS_CAUSES}
 
 
-class Finding(NamedTuple):
-    """An error of a hypergradient.
-
-    Attributes:
-        name: "not finite", "not repeatable", "wrong derivative", "not symmetric", "not solved", "solve failed" or
-            "residual".
-        what: a description of the error.
-        way_out: a remedy; "" if ``what`` contains it.
-    """
-
-    name: str
-    what: str
-    way_out: str
-
-
 def findings(m: Measured) -> Iterator[Finding]:
     """Yield the findings, the most serious first."""
-    numbers = (m.grad_norm, m.value, 0.0 if m.curvature == "equation" else m.eigenvalues.largest)
-    if m.info.status == Status.NON_FINITE or not all(map(isfinite, numbers)):
-        yield Finding("not finite", _failure(m, Status.NON_FINITE), "")
+    equation = m.curvature == "equation"
+    if m.not_finite:
+        yield m.not_finite.finding
         return
+    if m.info.status == Status.NON_FINITE:
+        yield Finding("not finite", _failure(m), "")
+        return
+    if m.written:
+        yield _writes(m)
     if not m.repeatable:
         yield _not_repeatable(m)
+    elif m.derivatives.changed:
+        yield _other_arrays(m)
     wrong = [a for a in m.derivatives.of if a.wrong]
     yield from (Finding("wrong derivative", a.sentence(), _causes(m, a, wrong)) for a in wrong)
+    yield from without_influence(m.influence, equation)
     if m.asymmetry > _rounding(m) and not any(a.name == "inner hvp" and not a.unclear for a in m.derivatives.of):
         yield Finding(
             "not symmetric",
             f"Hessian-vector products are not symmetric: u·Hv and v·Hu are {percent(m.asymmetry)} apart.",
             "Autocast, half precision or a wrong derivative may be the cause." if m.repeatable else "",
         )
-    # The gradient of a random loss does not vanish, and a method that differentiates steps needs no minimum.
-    if m.repeatable and not m.method.differentiates_steps and (m.distance > AWAY or abs(m.gain) > AWAY):
+    products_wrong = any(a.name == "inner hvp" for a in wrong)
+    flat = [] if products_wrong else without_curvature(m.unsolvable, equation, bool(m.method.damping))
+    yield from flat
+    kinks = m.held.findings(m.grad_norm) if m.is_away and not any(a.name == "inner grad" for a in wrong) else []
+    yield from kinks
+    if m.is_away and not kinks:
         yield _not_solved(m)
     if m.info.status != Status.CONVERGED:
-        yield Finding("solve failed", _failure(m, m.info.status), "")
-    elif m.repeatable and not m.solved:
+        reason = "rows of zeros make the system singular" if flat else "the Hessian has no meaning there"
+        known = f"{m.method.name} ended with {m.info.status.name}, because {reason}. Another solver does not help."
+        yield Finding("solve failed", known if flat or kinks else _failure(m), "")
+    elif m.repeatable and not m.solved and not flat:
         yield Finding(
             "residual",
             f"The linear solve has a relative residual of {percent(m.residual)}: {m.method.summary} stops too early.",
@@ -79,10 +79,36 @@ def findings(m: Measured) -> Iterator[Finding]:
 
 def how_far(m: Measured) -> str:
     """Describe the distance from a solution of the inner problem."""
+    away = f"{percent(m.distance)} of ‖params‖ away" if m.params_norm else f"{m.step:.2g} away (params is zero)"
     if m.curvature == "equation":
-        return f"residual has norm {m.grad_norm:.2g}, and the solution is about {percent(m.distance)} of ‖params‖ away"
-    away = f"the minimum is at least {percent(m.distance)} of ‖params‖ away"
-    return f"gradient has norm {m.grad_norm:.2g}, and {away if isfinite(m.distance) else 'along it L curves down'}"
+        return f"residual has norm {m.grad_norm:.2g}, and the solution is about {away}"
+    if isfinite(m.step):
+        return f"gradient has norm {m.grad_norm:.2g}, and the minimum is at least {away}"
+    if m.not_finite:
+        return f"gradient has norm {m.grad_norm:.2g}"
+    curves = "curves down" if m.grad_curvature < 0 else "does not curve"
+    return f"gradient has norm {m.grad_norm:.2g}, and along it L {curves}"
+
+
+def _writes(m: Measured) -> Finding:
+    return Finding(
+        "writes",
+        f"A loss writes to {listed(m.written)}. So its derivatives belong to other values than the given ones, and "
+        "autograd does not see the change. bl.diagnose has restored the values.",
+        "Common causes are clamp_ in a forward pass, torch.nn.Embedding(max_norm=...), and NumPy functions with out=. "
+        "Compute new values instead (clamp without the underscore), or change the weights after the optimizer's step.",
+    )
+
+
+def _other_arrays(m: Measured) -> Finding:
+    return Finding(
+        "other arrays",
+        f"{listed(m.derivatives.changed)} {'changes' if len(m.derivatives.changed) == 1 else 'change'} if params and "
+        "hparams are replaced by copies: a loss computes with other arrays than its arguments, for example with values "
+        "that were computed from them before the call.",
+        "Compute everything from the arguments, inside the losses. In PyTorch, run modules with params by "
+        "torch.func.functional_call.",
+    )
 
 
 def _not_repeatable(m: Measured) -> Finding:
@@ -102,6 +128,8 @@ def _not_repeatable(m: Measured) -> Finding:
 def _causes(m: Measured, a: Agreement, wrong: list[Agreement]) -> str:
     if not m.repeatable:
         return "Make the losses repeatable, then run bl.diagnose again."
+    if m.written:
+        return f"The writing to {listed(m.written)} may be the only cause."
     if a.name == "inner hvp" and wrong[0].name == "inner grad":
         return "The wrong gradient may be the only cause."
     return CAUSES.get(a.name, OUTER_CAUSES)
@@ -117,14 +145,14 @@ def _not_solved(m: Measured) -> Finding:
         "not solved",
         f"params does not {fails}: its {how_far(m)}{gain}. The formula of a hypergradient holds at a {there}. At this "
         "distance, its error can be tens of per cent.",
-        f'{way_out}, or use solver="unrolled", which needs no {there}.',
+        f'{way_out}, or use solver="unrolled", which needs no {there}. (If a bound or a constraint holds params, use '
+        "bl.FixedPoint: docs/problems.md.)",
     )
 
 
-def _failure(m: Measured, status: Status) -> str:
+def _failure(m: Measured) -> str:
     ends = None if m.curvature == "equation" else m.eigenvalues
-    info = m.info._replace(status=status)
-    return f"{m.method.name}: {m.method.explain(info, m.curvature != 'equation', ends)}"
+    return f"{m.method.name}: {m.method.explain(m.info, m.curvature != 'equation', ends)}"
 
 
 def _rounding(m: Measured) -> float:

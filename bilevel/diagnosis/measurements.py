@@ -4,6 +4,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from bilevel.diagnosis.agreement import Agreements
+from bilevel.diagnosis.influence import Influence
+from bilevel.diagnosis.kinks import Held
+from bilevel.diagnosis.not_finite import NotFinite
 from bilevel.linear_solvers.linear_solver import LinearSolver
 from bilevel.methods.implicit import Implicit
 from bilevel.methods.method import Method
@@ -11,6 +14,7 @@ from bilevel.operators.lanczos import Spectrum
 from bilevel.results import SolverInfo, Status
 
 PRODUCTS = 20  # of Lanczos' method
+AWAY = 0.01  # relative distance from the minimum with hypergradient errors of ten per cent and more in experiments
 LEFT = 0.1  # allowed relative residual of a method without a tolerance
 
 
@@ -46,12 +50,17 @@ class Measured:
         change: first-order change of F if the inner problem were solved: -v·∂L/∂w. nan in the same cases as
             ``residual``.
         grad_norm: norm of ∂L/∂w.
-        distance: lower bound of the distance to the minimum, relative to the norm of params: the step to the minimum
-            along ∂L/∂w, which is at most the Newton step for a positive definite H. Infinite for negative curvature.
+        grad_curvature: curvature of L along ∂L/∂w: gᵀHg / gᵀg for g = ∂L/∂w. For an equation, its absolute value.
+        params_norm: norm of params.
+        params_size: number of their entries.
         eigenvalues: `Spectrum` of H: extreme eigenvalues and errors, by 20 Lanczos products. nan if H is not symmetric.
         asymmetry: |u·Hv - v·Hu| for random u and v, relative to the size of such products. nan if H is not symmetric.
         repetition: `Repetition`.
         derivatives: the comparisons with differences.
+        not_finite: the first quantity that is nan or infinite; None if all are finite.
+        influence: hyperparameters and params without influence on the inner problem.
+        held: the evidence that a kink or a bound holds params.
+        written: the leaves of params and hparams that a loss writes to.
         eps: the machine epsilon of params and hparams.
     """
 
@@ -63,12 +72,33 @@ class Measured:
     value: float
     change: float
     grad_norm: float
-    distance: float
+    grad_curvature: float
+    params_norm: float
+    params_size: int
     eigenvalues: Spectrum[float]
     asymmetry: float
     repetition: Repetition
     derivatives: Agreements
+    not_finite: NotFinite | None
+    influence: Influence
+    held: Held
+    written: tuple[str, ...]
     eps: float
+
+    @property
+    def step(self) -> float:
+        """A lower bound of the distance to the minimum: the step to the minimum along ∂L/∂w.
+
+        It is at most the Newton step for a positive definite H, and infinite without positive curvature.
+        """
+        if self.grad_norm == 0:
+            return 0.0
+        return self.grad_norm / self.grad_curvature if self.grad_curvature > 0 else float("inf")
+
+    @property
+    def distance(self) -> float:
+        """``step`` relative to the norm of params. If params is zero, its entries count as one."""
+        return self.step / (self.params_norm or self.params_size**0.5)
 
     @property
     def solver(self) -> LinearSolver[Any] | Method:
@@ -78,7 +108,7 @@ class Measured:
     @property
     def repeatable(self) -> bool:
         """Whether the inner problem is the same at each evaluation, to rounding."""
-        return max(self.repetition) <= self.eps**0.5
+        return not any(change > self.eps**0.5 for change in self.repetition)  # nan twice is no change
 
     @property
     def unchecked(self) -> tuple[str, ...]:
@@ -103,3 +133,29 @@ class Measured:
         """The relative change of F if the inner problem were solved; 0 if it is unknown."""
         gain = self.change / self.value if self.value else 0.0
         return gain if self.info.status == Status.CONVERGED and abs(gain) < 1 else 0.0
+
+    @property
+    def is_away(self) -> bool:
+        """Whether params is too far from a solution of the inner problem.
+
+        The gradient of a random loss does not vanish, and a method that differentiates steps needs no minimum.
+        """
+        away = self.distance > AWAY or abs(self.gain) > AWAY
+        return self.repeatable and not self.method.differentiates_steps and away
+
+    @property
+    def unsolvable(self) -> Influence:
+        """The entries of params whose missing curvature does harm.
+
+        With damping, the system has a solution. Then only whole leaves of params count. A method that differentiates
+        steps solves no system.
+        """
+        found = self.influence
+        if self.method.differentiates_steps:
+            return Influence()
+        if not self.method.damping:
+            return found
+        absent, straight = (
+            tuple(share for share in shares if share.number == share.size) for shares in (found.absent, found.straight)
+        )
+        return found._replace(absent=absent, straight=straight)

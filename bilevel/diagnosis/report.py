@@ -2,16 +2,19 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import isfinite
+from math import isfinite, isnan
 from textwrap import fill
 
-from bilevel.diagnosis.findings import Finding, findings, how_far
+from bilevel.diagnosis.finding import Finding
+from bilevel.diagnosis.findings import findings, how_far
 from bilevel.diagnosis.formatting import first_line
 from bilevel.diagnosis.measurements import Measured
 from bilevel.diagnosis.suggestions import suggestions
 
 WIDTH = 100
 LABEL = 15  # width of the first column
+UNTRUSTED = {"not finite", "other arrays", "wrong derivative", "not symmetric", "no curvature", "kink"}
+"""Findings after which other solvers do not help."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +33,8 @@ class Diagnosis(Measured):
 
     @property
     def suggestions(self) -> tuple[str, ...]:
-        """Solver, damping and step size to use, with reasons. There are none if the products are wrong."""
-        trusted = not {f.name for f in self.findings} & {"not finite", "wrong derivative", "not symmetric"}
-        return tuple(suggestions(self)) if trusted else ()
+        """Solver, damping and step size to use, with reasons. There are none if no solver helps."""
+        return () if {f.name for f in self.findings} & UNTRUSTED else tuple(suggestions(self))
 
     def __str__(self) -> str:
         found = self.findings
@@ -48,14 +50,14 @@ class Diagnosis(Measured):
 
 def _lines(m: Measured) -> Iterator[tuple[set[str], str, str]]:
     """Yield the names of the findings that mark a line of the table, the label and the text of the line."""
-    yield {"not solved"}, "inner problem", how_far(m)
-    yield {"not finite"}, "curvature", _curvature(m)
+    yield {"not solved", "kink", "not finite"}, "inner problem", how_far(m)
+    yield {"no curvature"}, "curvature", _curvature(m)
     r = m.repetition
     new = f"a product {r.new_product:.1g}, the gradient {r.new_grad:.1g}, the cross product {r.new_cross:.1g}"
     yield {"not repeatable"}, "repetition", f"changes: the same product {r.product:.1g}; linearized again, {new}"
     if m.curvature != "equation":
         yield {"not symmetric"}, "asymmetry", f"{m.asymmetry:.1g}"
-    yield {"wrong derivative"}, "differences", _differences(m)
+    yield {"wrong derivative", "other arrays", "no influence"}, "differences", _differences(m)
     left = f", true residual {m.residual:.2g} of the right-hand side" if isfinite(m.residual) else ""
     plain = f" ({m.undamped_residual:.2g} without the damping)" if m.undamped_residual != m.residual and left else ""
     solve = f"{m.method.summary}: {m.info.status.name} after {m.info.steps} steps{left}{plain}"
@@ -66,6 +68,8 @@ def _curvature(m: Measured) -> str:
     if m.curvature == "equation":
         return "an equation, whose Jacobian is not symmetric"
     smallest, largest, below, above = m.eigenvalues
+    if isnan(smallest):
+        return "nan"
     sign = "some are negative" if smallest < 0 else "none is negative"
     what = "" if m.curvature == "hessian" else f" of {m.curvature} products"
     return f"eigenvalues{what} from {smallest:.3g} (± {below:.1g}) to {largest:.4g} (± {above:.1g}): {sign}"
@@ -85,8 +89,12 @@ def _differences(m: Measured) -> str:
 
 
 def _why_unchecked(m: Measured) -> str:
+    if m.not_finite:
+        return "There are no differences of values that are nan or infinite."
     if not m.repeatable:
         return "Make the losses repeatable, then run bl.diagnose again."
+    if m.derivatives.changed:
+        return "They do not belong to params and hparams only."
     if not m.derivatives.of:
         return (
             "To be evaluated at other points, the objectives must compute with the params and hparams in their "

@@ -67,6 +67,7 @@ class Sweep(Generic[V]):
         self.sizes: list[np.ndarray] = []
         self.errors: list[np.ndarray] = []
         self.spreads: list[np.ndarray] = []
+        self.roundings: list[np.ndarray] = []
         self.claimed_size = self._norms(claimed)
 
     @property
@@ -74,8 +75,10 @@ class Sweep(Generic[V]):
         """Whether each leaf agrees at some step, to a hundredth of the tolerance."""
         return bool(self.errors) and bool((_least(self.errors) <= 0.01 * self.tolerance).all())
 
-    def add(self, measured: V) -> None:
-        """Add the differences of the next step."""
+    def add(self, high: V, low: V, t: float) -> None:
+        """Add the differences of the next step t, from the values at t and −t."""
+        space = self.backend.space(high)
+        measured = space.scale(0.5 / t, space.subtract(high, low))
         size, distance = self._norms(measured), self._distance(measured, self.claimed)
         scale = np.maximum(self.claimed_size, size)
         scale = np.maximum(scale, SMALL * np.linalg.norm(scale))
@@ -84,6 +87,7 @@ class Sweep(Generic[V]):
             self.nearest, self.nearest_error = measured, float(np.linalg.norm(distance))
         self.sizes.append(size)
         self.errors.append(distance / scale)
+        self.roundings.append(space.eps / t * self._norms(high) / scale)
         if self.last is not None:
             self.spreads.append(self._distance(measured, self.last) / scale)
         self.last = measured
@@ -117,7 +121,8 @@ class Sweep(Generic[V]):
         best = around.argmin(axis=0)[None]
         with np.errstate(invalid="ignore"):
             open_ = np.take_along_axis(around, best, 0) + np.take_along_axis(errors[1:-1], best, 0) - _least(errors)
-        return np.nan_to_num(open_[0], nan=np.inf, posinf=np.inf)
+        # If rounding hides the derivative at the longest step, it hides it at all steps.
+        return np.maximum(np.nan_to_num(open_[0], nan=np.inf, posinf=np.inf), _least(self.roundings))
 
     def _norms(self, tree: V) -> np.ndarray:
         norms = (self.backend.space(leaf).norm(leaf) for _, leaf in self.backend.leaves(tree))

@@ -12,9 +12,10 @@ from bilevel.methods.method import Method
 from bilevel.problems.protocols import BilevelProblem
 from bilevel.spaces.array import Args
 from bilevel.testing.comparisons import Subject, against_differences, against_exact
-from bilevel.testing.host import prepare
+from bilevel.testing.host import check_damping, prepare
+from bilevel.testing.retraining import Fit, check_fit
 
-Reference = Literal["exact", "finite-differences"]
+Reference = Literal["exact", "finite-differences", "retraining"]
 
 
 def check_hypergradient(
@@ -26,6 +27,8 @@ def check_hypergradient(
     inner_args: Args = (),
     outer_args: Args = (),
     reference: Reference = "exact",
+    damping: float = 0.0,
+    fit: Fit | None = None,
     rtol: float | None = None,
     atol: float | None = None,
     backend: Backend | str | None = None,
@@ -35,15 +38,21 @@ def check_hypergradient(
 
     "exact" solves with the dense Hessian on the host and checks the solver, leaf by leaf. "finite-differences" solves
     the inner problem again at λ ± h and also checks the derivatives. It compares along random directions (over all of
-    λ, and in each leaf) and at the coordinates of the largest entries of the hypergradient. The objectives must compute
-    with the arrays that are passed. Use float64 for the best accuracy.
+    λ, and in each leaf) and at the coordinates of the largest entries of the hypergradient. "retraining" takes the same
+    differences with your training, ``fit``. The objectives must compute with the arrays that are passed. Use float64
+    for the best accuracy.
 
     The message contains the status of the solve, but the check compares only hypergradients. So a truncated method
     (``identity``, a short ``neumann``) fails unless ``rtol`` allows for its bias.
 
     Args:
         problem, params, hparams, solver, inner_args, outer_args, backend: as in `bl.hypergradient`.
-        reference: "exact" or "finite-differences". Both take up to 5,000 weights and any number of hyperparameters.
+        reference: "exact", "finite-differences" or "retraining". All take up to 5,000 weights and any number of
+            hyperparameters.
+        damping: added to the Hessian of the reference. Pass the damping of the solver to check a damped solve at any
+            params, for example of an untrained network. Without it, the bias of a damped solve counts as an error.
+        fit: for "retraining": ``fit(hparams, params0) -> params``, as in `bl.minimize`, with a fixed seed. It is called
+            about 14 times for each of at most 11 directions. Its error is noise in the differences.
         rtol: tolerance relative to the norm of a leaf of the hypergradient g. For a direction d, relative to the
             typical size of d·g, (Σ dᵢ²gᵢ²)^½. Default: see `default_rtol`.
         atol: absolute tolerance, added to the relative tolerance. Default: rtol/100 of the larger of ‖g‖ and ‖∂F/∂λ‖,
@@ -53,7 +62,7 @@ def check_hypergradient(
 
     Raises:
         AssertionError: if the hypergradients differ, or the differences are too noisy.
-        TypeError, ValueError: for invalid input.
+        TypeError, ValueError: for invalid input, and for "retraining" without ``fit`` or with damping.
         SolverError: if the reference fails: for a singular Hessian, or an inner problem without a solution.
 
     >>> import numpy as np, bilevel as bl
@@ -63,6 +72,10 @@ def check_hypergradient(
     __tracebackhide__ = True  # pytest shows the caller's line
     if reference not in get_args(Reference):
         raise ValueError(f"reference: there is no {reference!r}." + suggest(reference, get_args(Reference)))
+    check_fit(fit, damping)
+    if (fit is not None) != (reference == "retraining"):
+        raise ValueError('fit: pass fit= and reference="retraining" together.')
+    check_damping(damping)
     for name, value in (("rtol", rtol), ("atol", atol)):
         if value is not None and not value >= 0:
             raise ValueError(f"{name}: expected a number >= 0, got {value!r}.")
@@ -72,7 +85,7 @@ def check_hypergradient(
     eps = max(found.space(params).eps, found.space(hparams).eps)
     rtol = default_rtol(method, eps) if rtol is None else rtol
     # An unrolled method evaluates the hypergradient at other params.
-    subject = Subject(found, problem, inputs._replace(params=hg.params), method, hg, rtol, atol)
+    subject = Subject(found, problem, inputs._replace(params=hg.params), method, hg, rtol, atol, damping, fit)
     failure = against_exact(subject) if reference == "exact" else against_differences(subject, seed)
     if failure is not None:
         raise AssertionError(failure)

@@ -13,10 +13,10 @@ from bilevel.problems.protocols import BilevelProblem
 from bilevel.results import Hypergradient, Status
 from bilevel.spaces.array import H, P
 from bilevel.testing.dense_reference import exact_hypergradient
-from bilevel.testing.difference_reference import directional_derivatives
+from bilevel.testing.difference_reference import directional_derivatives, solutions
 from bilevel.testing.directions import directions, index, leaf_slices
 from bilevel.testing.host import HostProblem
-from bilevel.testing.newton import InnerSolver
+from bilevel.testing.retraining import Fit
 from bilevel.testing.wording import paragraphs, relation, table
 
 ROWS = 20  # the largest number of leaves in a table, the worst first
@@ -32,6 +32,8 @@ class Subject(NamedTuple):
     hg: Hypergradient[Any, Any]
     rtol: float
     atol: float | None
+    damping: float
+    fit: Fit | None
 
     @property
     def grad(self) -> np.ndarray:
@@ -69,7 +71,7 @@ class Subject(NamedTuple):
 def against_exact(subject: Subject) -> str | None:
     """Compare with the result of a dense solve, leaf by leaf."""
     backend, inputs = subject.backend, subject.inputs
-    reference = exact_hypergradient(subject.problem, **inputs._asdict(), backend=backend)
+    reference = exact_hypergradient(subject.problem, **inputs._asdict(), damping=subject.damping, backend=backend)
     tested, expected = subject.grad, backend.to_flat(reference.grad)
     atol = subject.absolute(expected)
     rows, wrong = [], np.zeros(len(tested), dtype=bool)
@@ -97,17 +99,17 @@ def against_exact(subject: Subject) -> str | None:
 
 
 def against_differences(subject: Subject, seed: int) -> str | None:
-    """Compare with differences of the re-solved problem, along directions."""
-    host = HostProblem(subject.backend, subject.problem, subject.inputs)
+    """Compare with differences of the re-solved or retrained problem, along directions."""
+    host = HostProblem(subject.backend, subject.problem, subject.inputs, subject.damping)
     contradictions = [a for a in compare(subject.backend, subject.problem, subject.inputs).of if a.wrong]
-    if contradictions and contradictions[0].name == "inner grad":
+    if contradictions and contradictions[0].name == "inner grad" and subject.fit is None:
         return paragraphs(
             f"{contradictions[0].sentence()} It cannot solve the inner problem, so there is no reference."
         )
 
     named = list(directions(subject.backend, subject.inputs.hparams, subject.grad, np.random.default_rng(seed)))
     ds = np.stack([d for _, d in named])
-    solver = InnerSolver(host)
+    solver = solutions(host, subject.fit)
     expected, noise = np.array(directional_derivatives(solver, ds)).T
     atol = subject.absolute(subject.grad)
 
@@ -127,23 +129,32 @@ def against_differences(subject: Subject, seed: int) -> str | None:
     ]
     said = [table(("direction", "hypergradient", "differences", "ratio", "noise"), rows), subject.ending()]
     if not wrong.any():
-        return paragraphs("the finite differences are too noisy for a comparison: use float64.", *said)
+        remedy = "use float64" if subject.fit is None else "train more exactly, with a fixed seed, in float64"
+        return paragraphs(f"the finite differences are too noisy for a comparison: {remedy}.", *said)
 
-    w = solver.minimizer.w
+    w = solver.w
     away = np.linalg.norm(w - host.w) / (np.linalg.norm(w) or 1.0)
-    said[-1] += f" The re-solved minimizer is {away:.2g} away (relative to its norm)."
+    solved, minimizer, what = (
+        ("re-solved", "minimizer", "the minimizer of the inner objective")
+        if subject.fit is None
+        else ("retrained", "params", "the result of fit")
+    )
+    said[-1] += f" The {solved} {minimizer} is {away:.2g} away (relative to its norm)."
     if not judge(_grad_at(subject, host, w))[0].any():
         causes = [
-            "params is not the minimizer of the inner objective: at the re-solved minimizer, the hypergradient "
-            'agrees. Train the inner problem further, or compare with reference="exact".'
+            f"params is not {what}: at the {solved} {minimizer}, the hypergradient agrees. Train the inner problem "
+            'further, or compare with reference="exact".'
         ]
     else:
         inside_leaf = np.array([not name.startswith("random over") for name, _ in named])
         shown = wrong & inside_leaf if (wrong & inside_leaf).any() else wrong
         direct = np.array(directional_derivatives(solver, ds, follow=False))[:, 0]
-        causes = [_cause(subject, tested[shown], expected[shown], direct[shown], noise[shown])]
+        if subject.fit is not None and (np.abs(expected - direct) <= noise).all():
+            causes = ["fit returns the same params for other hyperparameters. It must train with the given hparams."]
+        else:
+            causes = [_cause(subject, tested[shown], expected[shown], direct[shown], noise[shown])]
         causes.extend(a.sentence() for a in contradictions)
-    heading = subject.heading("finite differences of the re-solved problem", atol)
+    heading = subject.heading(f"finite differences of the {solved} problem", atol)
     return paragraphs(heading, said[0], *causes, said[1])
 
 
@@ -157,6 +168,11 @@ def _cause(subject: Subject, tested: Any, expected: Any, direct: Any, noise: Any
     sentence = relation(tested, expected, direct, noise)
     if sentence is not None:
         return sentence
+    if (damping := float(subject.method.damping)) != subject.damping and subject.fit is None:
+        return (
+            f"The solver has a damping of {damping:.2g}, but the reference has {subject.damping:.2g}. Pass "
+            f"damping={damping:.2g} to check the damped solve."
+        )
     if not np.isfinite(subject.grad).all():
         return "The hypergradient has entries that are nan or infinite."
     if subject.problem.kind == "gauss-newton":

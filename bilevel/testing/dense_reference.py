@@ -13,7 +13,7 @@ from bilevel.linearization import Inputs
 from bilevel.problems.protocols import BilevelProblem
 from bilevel.results import Hypergradient, SolverInfo, Status
 from bilevel.spaces.array import Args, Array, H, P
-from bilevel.testing.host import precision, prepare, with_true_hessian
+from bilevel.testing.host import check_damping, precision, prepare, with_true_hessian
 
 
 def exact_hypergradient(
@@ -23,9 +23,10 @@ def exact_hypergradient(
     *,
     inner_args: Args = (),
     outer_args: Args = (),
+    damping: float = 0.0,
     backend: Backend | str | None = None,
 ) -> Hypergradient[P, H]:
-    """Return ∂F/∂λ − (∂²L/∂λ∂w)ᵀ v with v = [∂²L/∂w²]⁻¹ ∂F/∂w from the dense Hessian.
+    """Return ∂F/∂λ − (∂²L/∂λ∂w)ᵀ v with v = [∂²L/∂w² + damping I]⁻¹ ∂F/∂w from the dense Hessian.
 
     n Hessian-vector products in the model's dtype give the Hessian, of shape (n, n). LAPACK solves the system on the
     host in float64. The derivatives come from the backend, as in `bl.hypergradient`. To check the derivatives too, use
@@ -35,6 +36,7 @@ def exact_hypergradient(
 
     Args:
         problem, params, hparams, inner_args, outer_args, backend: as in `bl.hypergradient`.
+        damping: a number >= 0, to check a solver with the same damping.
 
     Returns:
         A `Hypergradient` with the dtypes and structures of ``params`` and ``hparams``.
@@ -48,12 +50,14 @@ def exact_hypergradient(
     >>> exact_hypergradient(problem, np.zeros(2), np.zeros(2)).grad
     array([-0.5, -0.5])
     """
+    check_damping(damping)
     backend, inputs = prepare(params, hparams, inner_args, outer_args, backend, "the exact reference")
     eps, problem = backend.space(params).eps, with_true_hessian(problem)
     value, rhs, hessian = backend.run(_system, problem, inputs)
     b, hessian = backend.to_flat(rhs), np.asarray(backend.to_numpy(hessian), dtype=np.float64)
     if problem.kind != "equation":
         check_symmetric(hessian, precision(problem, eps))
+    hessian = hessian + damping * np.eye(len(b))
     v = factorize(hessian, eps)(b)
     adjoint = backend.from_flat(v, params)
 
@@ -96,7 +100,8 @@ def factorize(hessian: np.ndarray, eps: float) -> Callable[[np.ndarray], np.ndar
             "the Hessian of the inner objective is singular to the precision of its dtype: singular values from "
             f"{sizes.min():.2g} to {sizes.max():.2g}, {(largest == 0).sum()} rows of zeros, reciprocal "
             f"condition number {rcond:.2g} after scaling. A minimizer that is not isolated has no "
-            "hypergradient. Add a penalty to the inner objective, or use float64."
+            "hypergradient. Add a penalty to the inner objective, or use float64. To check a damped solver, pass its "
+            "damping=."
         )
     return lambda b: scale * linalg.lu_solve(factors, scale * b)
 

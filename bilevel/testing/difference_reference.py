@@ -1,7 +1,7 @@
 """The hypergradient by finite differences of the re-solved problem: a reference for solvers and derivatives."""
 
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -12,8 +12,22 @@ from bilevel.results import Hypergradient, SolverInfo, Status
 from bilevel.spaces.array import Args, H
 from bilevel.testing.host import HostProblem, prepare
 from bilevel.testing.newton import InnerSolver
+from bilevel.testing.retraining import Fit, Retraining, check_fit
 
 MAX_HPARAMS = 200
+SHORTEST = 1e-4  # the shortest step of differences of a training, relative to λ
+
+
+class Solutions(Protocol):
+    """The solutions of an inner problem at the caller's λ (``w``, of shape (n,)) and nearby."""
+
+    @property
+    def host(self) -> HostProblem[Any, Any]: ...
+    @property
+    def w(self) -> np.ndarray: ...
+    def follow(self, lam: np.ndarray) -> np.ndarray:
+        """Return the solution at λ, of shape (n,)."""
+        ...
 
 
 class Slope(NamedTuple):
@@ -23,13 +37,13 @@ class Slope(NamedTuple):
     noise: float
 
 
-def slope(function: Callable[[float], float], scale: float, eps: float) -> Slope:
+def slope(function: Callable[[float], float], scale: float, eps: float, shortest: float | None = None) -> Slope:
     """Return f'(0) by central differences with steps over decades.
 
-    The steps h decrease from ``scale``/10 to √eps·``scale`` by factors of √10. For long steps the differences change
-    with h; for short steps they scatter. The value is the middle one of the three neighbours with the least noise. The
-    noise is the larger of their spread and of the scatter in f at shorter steps, divided by h, plus the rounding error
-    of f and its argument: a few eps·(|f| + ``scale``·|f(±h) − f(0)|/h)/h.
+    The steps h decrease from ``scale``/10 to ``shortest``·``scale``, by default √eps·``scale``, by factors of √10. For
+    long steps the differences change with h; for short steps they scatter. The value is the middle one of the three
+    neighbours with the least noise. The noise is the larger of their spread and of the scatter in f at shorter steps,
+    divided by h, plus the rounding error of f and its argument: a few eps·(|f| + ``scale``·|f(±h) − f(0)|/h)/h.
 
     Args:
         function: f, of a real number. Steps h with a `SolverError` or a nan are left out.
@@ -42,7 +56,7 @@ def slope(function: Callable[[float], float], scale: float, eps: float) -> Slope
     >>> slope(np.sin, 1.0, 2e-16).noise < 1e-9
     True
     """
-    steps = scale * 10 ** np.arange(-1, 0.5 * np.log10(eps), -0.5)
+    steps = scale * 10 ** np.arange(-1, 0.5 * np.log10(eps) if shortest is None else np.log10(shortest), -0.5)
     if len(steps) < 3:
         raise SolverError(f"finite differences need float32 or float64, got a machine epsilon of {eps:.2g}.")
     center = function(0.0)
@@ -67,19 +81,24 @@ def slope(function: Callable[[float], float], scale: float, eps: float) -> Slope
     return Slope(float(neighbours[1, best]), float(noise[best]))
 
 
-def directional_derivatives(solver: InnerSolver, directions: Iterable[np.ndarray], follow: bool = True) -> list[Slope]:
+def solutions(host: HostProblem[Any, Any], fit: Fit | None) -> Solutions:
+    """Return solutions by Newton's method, or by the user's training."""
+    return InnerSolver(host) if fit is None else Retraining(host, fit)
+
+
+def directional_derivatives(solver: Solutions, directions: Iterable[np.ndarray], follow: bool = True) -> list[Slope]:
     """Return d/dt F(w*(λ + t d), λ + t d) at t = 0 for each direction d, of shape (m,).
 
     Without ``follow``, w* stays constant, and the result is the direct term (∂F/∂λ)·d.
     """
-    host = solver.host
+    host, shortest = solver.host, SHORTEST if follow and isinstance(solver, Retraining) else None
 
     def along(d: np.ndarray) -> Slope:
         def outer(t: float) -> float:
             lam = host.lam + t * d
-            return host.outer(solver.follow(lam) if follow else solver.minimizer.w, lam)
+            return host.outer(solver.follow(lam) if follow else solver.w, lam)
 
-        return slope(outer, step_scale(host.lam, d), host.eps)
+        return slope(outer, step_scale(host.lam, d), host.eps, shortest)
 
     return [along(d) for d in directions]
 
@@ -97,6 +116,8 @@ def finite_difference_hypergradient(
     *,
     inner_args: Args = (),
     outer_args: Args = (),
+    damping: float = 0.0,
+    fit: Fit | None = None,
     backend: Backend | str | None = None,
 ) -> Hypergradient[Any, H]:
     """Return (F(w*(λ + h e), λ + h e) − F(w*(λ − h e), λ − h e)) / 2h for each coordinate e of λ.
@@ -110,6 +131,10 @@ def finite_difference_hypergradient(
     Args:
         problem, params, hparams, inner_args, outer_args, backend: as in `bl.hypergradient`. ``params`` is the start.
             The objectives must compute with the arrays that are passed.
+        damping: δ >= 0. Then the inner objective is L − (w − params)·∂L/∂w(params, λ) + δ/2 ‖w − params‖², whose
+            minimum at λ is params and whose hypergradient is the damped one.
+        fit: ``fit(hparams, params0) -> params``, your training, as in `bl.minimize`. It then takes the place of
+            Newton's method, with steps from a tenth to 1e-4 of λ: about 14 trainings for each entry. Fix its seed.
 
     Returns:
         A `Hypergradient`: ``params`` is the re-solved w*, ``value`` is F there, ``adjoint`` is None.
@@ -117,7 +142,8 @@ def finite_difference_hypergradient(
         ``info.steps`` is the number of entries.
 
     Raises:
-        TypeError, ValueError: for invalid input, more than 200 hyperparameters or 5,000 weights.
+        TypeError, ValueError: for invalid input, more than 200 hyperparameters or 5,000 weights, or both damping and
+            fit.
         SolverError: if the inner problem cannot be solved.
 
     >>> import numpy as np, bilevel as bl
@@ -125,6 +151,7 @@ def finite_difference_hypergradient(
     >>> finite_difference_hypergradient(problem, np.zeros(2), np.zeros(2)).grad
     array([-0.5, -0.5])
     """
+    check_fit(fit, damping)
     backend, inputs = prepare(params, hparams, inner_args, outer_args, backend, "the reference by finite differences")
     size = backend.space(hparams).size
     if size > MAX_HPARAMS:
@@ -133,8 +160,8 @@ def finite_difference_hypergradient(
             f"about {30 * size:,} times. Use exact_hypergradient, or check_hypergradient with "
             'reference="finite-differences", which tests a few random directions.'
         )
-    solver = InnerSolver(HostProblem(backend, problem, inputs))
-    host, w = solver.host, solver.minimizer.w
+    solver = solutions(HostProblem(backend, problem, inputs, damping), fit)
+    host, w = solver.host, solver.w
     slopes = directional_derivatives(solver, np.eye(size))
     grad, noise = (np.array(column) for column in zip(*slopes, strict=True))
     solved = host.at(w, host.lam)

@@ -7,7 +7,7 @@ from typing import Generic
 import numpy as np
 
 from bilevel.backend import Backend
-from bilevel.diagnosis.agreement import DERIVATIVES
+from bilevel.diagnosis.derivatives import DERIVATIVES, derivatives
 from bilevel.linear_solvers.exact import check_size
 from bilevel.linearization import Inputs
 from bilevel.problems.problem import Problem
@@ -43,21 +43,34 @@ def precision(problem: BilevelProblem, eps: float) -> float:
     return eps**0.5 if problem.kind == "finite-differences" else eps
 
 
+def check_damping(damping: float) -> None:
+    """Raise a ValueError unless this is a finite number >= 0."""
+    if not 0 <= damping < float("inf"):
+        raise ValueError(f"damping: expected a finite number >= 0, got {damping!r}.")
+
+
 class HostProblem(Generic[P, H]):
     """A problem with its data, as functions of w of shape (n,) and λ of shape (m,). It computes in the model's dtype.
 
     The points are new arrays, so the objectives must compute with the arrays that are passed.
 
+    With damping δ, the inner objective is L(w, λ) − g·(w − w₀) + δ/2 ‖w − w₀‖², where g = ∂L/∂w at the caller's w₀ and
+    λ₀. Its minimum at λ₀ is w₀, its Hessian is H + δI, and it has the mixed derivative of L. So its hypergradient is
+    the damped one. For an equation, r has the same terms: r(w, λ) − r(w₀, λ₀) + δ (w − w₀).
+
     Raises:
-        ValueError: if the objectives do not compute with these arrays.
+        ValueError: if the objectives do not compute with these arrays, or for an invalid damping.
     """
 
-    def __init__(self, backend: Backend, problem: BilevelProblem, inputs: Inputs[P, H]) -> None:
+    def __init__(self, backend: Backend, problem: BilevelProblem, inputs: Inputs[P, H], damping: float = 0.0) -> None:
+        check_damping(damping)
         self.backend, self.problem, self.inputs = backend, with_true_hessian(problem), inputs
         self.minimizes = problem.kind != "equation"  # if False, w* solves an equation r(w, λ) = 0
         self.w, self.lam = backend.to_flat(inputs.params), backend.to_flat(inputs.hparams)
         self.eps = max(backend.space(tree).eps for tree in inputs[:2])
         self._check_follows_arguments()
+        self.damping = damping
+        self.offset = self._evaluate(_inner, self.w, self.lam)[1] if damping else np.zeros_like(self.w)
 
     def at(self, w: np.ndarray, lam: np.ndarray) -> Inputs[P, H]:
         """Return the inputs at (w, λ)."""
@@ -67,7 +80,11 @@ class HostProblem(Generic[P, H]):
     def inner(self, w: np.ndarray, lam: np.ndarray) -> tuple[float, np.ndarray]:
         """Return L and ∂L/∂w. For an equation, ‖r‖² and r."""
         value, grad = self._evaluate(_inner, w, lam)
-        return float(value), grad
+        away = w - self.w
+        damped = grad - self.offset + self.damping * away
+        if not self.minimizes:
+            return float(damped @ damped), damped
+        return float(value) + float((0.5 * self.damping * away - self.offset) @ away), damped
 
     def outer(self, w: np.ndarray, lam: np.ndarray) -> float:
         """Return F."""
@@ -75,7 +92,7 @@ class HostProblem(Generic[P, H]):
 
     def hessian(self, w: np.ndarray, lam: np.ndarray) -> np.ndarray:
         """Return ∂²L/∂w², or ∂r/∂w, of shape (n, n), from n products with its transpose."""
-        return self._evaluate(_hessian, w, lam)[0].T
+        return self._evaluate(_hessian, w, lam)[0].T + self.damping * np.eye(w.size)
 
     def derivatives(self, w: np.ndarray, lam: np.ndarray, u: np.ndarray) -> dict[str, np.ndarray]:
         """Return the backend's derivatives at (w, λ), including products with u, of shape (n,)."""
@@ -140,10 +157,5 @@ def _hessian(backend: Backend, problem: BilevelProblem, inputs: Inputs[P, H]) ->
 
 def _derivatives(backend: Backend, problem: BilevelProblem, inputs: Inputs[P, H], u: Array) -> list[Array]:
     """Return the derivatives in the order of DERIVATIVES."""
-    params, hparams, inner_args, outer_args = inputs
-    of_params, of_hparams = backend.space(params), backend.space(hparams)
-    _, grad_params, direct, _ = backend.outer(problem.outer, params, hparams, outer_args)
-    at, v = problem.linearize(backend, params, hparams, inner_args), of_params.unravel(u)
-    cross, direct = (of_hparams.zeros() if tree is None else tree for tree in (at.vjp_hparams(v), direct))
-    vectors = (at.residual, at.vjp_params(v), cross, grad_params, direct)
-    return [backend.space(tree).ravel(tree) for tree in vectors]
+    _, found = derivatives(backend, problem, inputs, backend.space(inputs.params).unravel(u))
+    return [backend.space(tree).ravel(tree) for tree in found]

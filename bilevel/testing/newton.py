@@ -61,6 +61,11 @@ class InnerSolver:
         self.host, self.hessian = host, _Hessian(host)
         self.minimizer = self._minimize()
 
+    @property
+    def w(self) -> np.ndarray:
+        """The solution at the caller's λ, of shape (n,)."""
+        return self.minimizer.w
+
     def follow(self, lam: np.ndarray) -> np.ndarray:
         """Return the minimizer at a nearby λ, of shape (n,), from the minimizer at the caller's λ.
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cases import quadratic, ridge
+from cases import equation, quadratic, ridge
 from frameworks import framework, namespace, relative_error, tolerance
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -410,6 +410,122 @@ def test_noise_that_hides_the_answer_is_no_pass():
     )
     message = failure(bl.Problem(problem.inner, shaky(outer)), params, lam, reference=DIFFERENCES)
     assert "too noisy for a comparison" in message
+
+
+# Damping
+
+
+REFERENCES = {"exact": exact_hypergradient, "finite-differences": finite_difference_hypergradient}
+
+
+@pytest.mark.parametrize("away", [0.0, 0.5])
+@pytest.mark.parametrize("reference", REFERENCES)
+def test_a_damped_reference_matches_the_closed_form(backend, reference, away):
+    """Also at params that are no minimum, and with negative curvature."""
+    case = quadratic(backend, np.array([-0.5, 1.0, 2.0, 4.0]), hypers=3, away=away)
+    w = backend.to_numpy(case.params)
+    adjoint = np.linalg.solve(case.matrix + 2.0 * np.eye(4), w - case.target)
+    expected = case.direct + case.coupling.T @ adjoint
+    hg = REFERENCES[reference](*case.at, damping=2.0)
+    assert relative_error(backend.to_numpy(hg.grad), expected) < 1e-6
+    check_hypergradient(*case.at, solver=bl.CG(damping=2.0, rtol=1e-10), reference=reference, damping=2.0)
+
+
+@pytest.mark.parametrize("reference", REFERENCES)
+def test_a_damped_reference_of_an_equation(reference):
+    case = equation("root", away=0.3)
+    damped = {"name": "gmres", "rtol": 1e-10, "damping": 0.5}
+    check_hypergradient(*case.at, **case.args, solver=damped, reference=reference, damping=0.5)
+    message = failure(*case.at, **case.args, solver=damped, reference="exact")
+    assert "The solver has a damping of 0.5, but the reference has 0. Pass damping=0.5" in message
+
+
+@pytest.mark.parametrize("reference", REFERENCES)
+def test_a_damped_solve_of_an_untrained_network(reference):
+    """Its Hessian is singular, so only the damped system has a solution."""
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1)).double()
+    x, y = torch.randn(20, 3).double(), torch.randn(20, 1).double()
+
+    def losses(p, x):
+        return (torch.func.functional_call(net, p, (x,)) - y).square()[:, 0]
+
+    problem = bl.Problem(lambda p, h: (h.exp() * losses(p, x)).mean(), lambda p, h: losses(p, x + 1).mean())
+    params, h = {name: p.detach() for name, p in net.named_parameters()}, torch.zeros(20).double()
+    solver = bl.CG(damping=5.0, rtol=1e-10)
+    check_hypergradient(problem, params, h, solver=solver, reference=reference, damping=5.0)
+    assert "CG(rtol=1e-10, damping=5.0)" in failure(problem, params, h, solver=solver, reference=reference, damping=4.0)
+
+
+def test_a_damping_that_is_no_number_from_zero_on_is_refused():
+    case = quadratic()
+    for call in (check_hypergradient, *REFERENCES.values()):
+        for damping in (-1.0, float("nan"), float("inf")):
+            with pytest.raises(ValueError, match="damping: expected a finite number >= 0"):
+                call(*case.at, damping=damping)
+
+
+# Retraining
+
+
+class TestRetraining:
+    """The user's training takes the place of Newton's method."""
+
+    def at(self, backend, error=0.0, follows=True):
+        case, calls = ridge(backend), []
+        X, y = (backend.to_numpy(x) for x in case.args["inner_args"])
+        rng = np.random.default_rng(0)
+
+        def fit(hparams, params0):
+            calls.append(1)
+            lam = backend.to_numpy(hparams if follows else case.hparams)
+            w = np.linalg.solve(X.T @ X / len(y) + np.diag(np.exp(lam)), X.T @ y / len(y))
+            return backend.from_numpy(w + error * rng.standard_normal(w.shape))
+
+        return case, {**case.args, "fit": fit, "reference": "retraining"}, calls
+
+    def test_it_agrees(self, backend):
+        case, options, calls = self.at(backend)
+        check_hypergradient(*case.at, **options)
+        assert len(calls) <= 1 + 15 * 4
+        hg = finite_difference_hypergradient(*case.at, **case.args, fit=options["fit"])
+        assert relative_error(backend.to_numpy(hg.grad), case.grad) < 1e-4
+
+    def test_a_wrong_hypergradient_is_found(self):
+        case, options, _ = self.at(framework("numpy"))
+        inner = Broken(case.problem.inner, cross_vjp=lambda *args: 2 * case.problem.inner.cross_vjp(*args))
+        message = failure(bl.Problem(inner, case.problem.outer), *case.at[1:], **options)
+        assert "differs from finite differences of the retrained problem" in message
+        assert "factor of 2.00" in message
+
+    def test_other_params_than_those_of_the_training_are_told(self):
+        case, options, _ = self.at(framework("numpy"))
+        message = failure(case.problem, case.params + 0.1, case.hparams, **options)
+        assert "params is not the result of fit: at the retrained params, the hypergradient agrees" in message
+
+    def test_a_training_with_too_much_noise_is_no_reference(self):
+        case, options, _ = self.at(framework("numpy"), error=0.05)
+        assert "train more exactly, with a fixed seed" in failure(*case.at, **options)
+
+    def test_a_training_that_ignores_its_hyperparameters_is_told(self):
+        case, options, _ = self.at(framework("numpy"), follows=False)
+        assert "fit returns the same params for other hyperparameters" in failure(*case.at, **options)
+
+    def test_arguments_that_do_not_fit_are_refused(self):
+        case, options, _ = self.at(framework("numpy"))
+        with pytest.raises(ValueError, match=r'pass fit= and reference="retraining" together'):
+            check_hypergradient(*case.at, **{**options, "reference": "exact"})
+        with pytest.raises(ValueError, match=r'pass fit= and reference="retraining" together'):
+            check_hypergradient(*case.at, **{**options, "fit": None})
+        with pytest.raises(ValueError, match="a training solves the inner problem without damping"):
+            check_hypergradient(*case.at, **options, damping=1.0)
+        with pytest.raises(TypeError, match="fit: expected a function"):
+            check_hypergradient(*case.at, **{**options, "fit": 3})
+        with pytest.raises(ValueError, match="fit: expected the new params, got None"):
+            check_hypergradient(*case.at, **{**options, "fit": lambda h, w: None})
+        with pytest.raises(ValueError, match="the result of fit: expected the structure of params"):
+            check_hypergradient(*case.at, **{**options, "fit": lambda h, w: np.ones(2)})
 
 
 # Bad input
