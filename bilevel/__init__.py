@@ -5,7 +5,7 @@ from importlib.metadata import version
 from bilevel import problems
 from bilevel.config import get_backend, get_solver, list_backends, list_preconditioners, list_solvers
 from bilevel.diagnosis import diagnose
-from bilevel.errors import DependenceWarning, SolverError, SolverWarning
+from bilevel.errors import DependenceWarning, InnerProblemWarning, SolverError, SolverWarning
 from bilevel.hypergradient import hypergradient, hypergradient_from
 from bilevel.linear_solvers import CG, GMRES, MINRES, BiCGStab, Exact, Identity, LinearSolver, Neumann, Nystrom
 from bilevel.linearization import Linearization, NonSymmetric
@@ -32,6 +32,7 @@ __all__ = [
     "FixedPoint",
     "Hypergradient",
     "Identity",
+    "InnerProblemWarning",
     "LinearSolver",
     "Linearization",
     "Neumann",

@@ -3,15 +3,22 @@
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from bilevel.backend import Backend
-from bilevel.errors import SolverError, SolverWarning
+from bilevel.errors import InnerProblemWarning, SolverError, SolverWarning
 from bilevel.methods.method import Method
 from bilevel.operators.lanczos import Spectrum
 from bilevel.results import SolverInfo, Status
 from bilevel.spaces.array import Array
 
+FAR = 0.2
+UNSOLVED = (
+    "params do not solve the inner problem. To first order, the outer objective differs by more than "
+    f"{FAR:.0%} at the solution (info.value_error), and a hypergradient is only right there. Train the inner problem "
+    "further. If a bound or a kink such as |w| holds params where they are, use bl.FixedPoint of a projected or "
+    'proximal step. If the training ends elsewhere on purpose, use solver="unrolled". bl.diagnose tells which it is.'
+)
 OnFailure = Literal["raise", "warn", "ignore"]
 
 
@@ -38,11 +45,10 @@ def report(
 
     ``curvature`` is a function that estimates the spectrum of the undamped operator. ``hint`` ends the message.
     """
-    numbers = [backend.to_host(x) if hasattr(x, "dtype") else x for x in info]
-    if numbers[3] is None:
+    numbers = SolverInfo(*[backend.to_host(x) if hasattr(x, "dtype") else x for x in info])
+    if numbers.status is None:
         return info
-    steps, residual_norm, rhs_norm, status, inner_grad_norm = numbers
-    info = SolverInfo(int(steps), residual_norm, rhs_norm, Status(int(status)), inner_grad_norm)
+    info = numbers._replace(steps=int(numbers.steps), status=Status(int(numbers.status)))
     method.record(info)
     if on_failure == "ignore" or info.status == Status.CONVERGED:
         return info
@@ -59,9 +65,27 @@ def report(
     return info
 
 
+def warn_if_far(backend: Backend, value: Any, info: SolverInfo) -> None:
+    """Warn if, to first order, the outer objective differs by more than a share `FAR` at the solution.
+
+    ``value`` is the outer objective. If it or the info is traced, or if the solve failed, there is no warning.
+    """
+    error = info.value_error
+    if info.status is not Status.CONVERGED or not error:  # a traced status is no `Status`
+        return
+    outer = backend.to_host(value) if hasattr(value, "dtype") else value
+    if outer is not None and abs(error) > FAR * abs(outer):
+        warnings.warn(InnerProblemWarning(UNSOLVED), stacklevel=callers_level())
+
+
 def callers_level() -> int:
-    """Return the stacklevel of the line that called the library or a backend, for a warning in the calling function."""
+    """Return the stacklevel of the user's line: the innermost line outside of the library and the frameworks.
+
+    The frameworks call the library when they trace or differentiate.
+    """
     level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("bilevel"):
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(
+        ("bilevel", "jax.", "torch.", "scipy.")
+    ):
         level, frame = level + 1, frame.f_back
     return level

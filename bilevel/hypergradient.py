@@ -6,7 +6,8 @@ from typing import Any
 
 from bilevel.backend import Backend
 from bilevel.config import get_linear_solver, get_solver
-from bilevel.convergence import OnFailure, check_on_failure, report
+from bilevel.convergence import OnFailure, check_on_failure, report, warn_if_far
+from bilevel.dependence import EQUATION, warn_of_dependence
 from bilevel.linear_solvers.linear_solver import LinearSolver
 from bilevel.linearization import Linearization, LinearizedMap, NonSymmetric
 from bilevel.methods.implicit import Implicit, as_method, pull_back
@@ -65,6 +66,11 @@ def hypergradient(
             a solver that does not rely on symmetry.
         SolverError: if the solve failed with ``on_failure="raise"``, or the result is not finite.
 
+    Warns:
+        SolverWarning: if the solve failed.
+        InnerProblemWarning: if params are far from the solution of the inner problem, unless ``on_failure="ignore"``.
+        DependenceWarning: if a leaf of hparams has no influence, or if objectives and arguments do not fit otherwise.
+
     >>> import numpy as np, bilevel as bl
     >>> problem = bl.problems.quadratic(hessian=np.eye(2), coupling=np.eye(2), target=np.ones(2))
     >>> bl.hypergradient(problem, np.zeros(2), np.zeros(2)).grad
@@ -92,6 +98,8 @@ def hypergradient(
         curvature=lambda: backend.run(_spectrum, problem, params, hparams, batches),
         hint=" Run bl.diagnose for details.",
     )
+    if on_failure != "ignore":
+        warn_if_far(backend, hg.value, info)
     return hg._replace(info=info)  # pyright: ignore[reportReturnType]
 
 
@@ -195,8 +203,11 @@ def _hypergradient(
     adjoint0: P | None,
 ) -> Hypergradient[P | None, H]:
     solution = method.solve(Level(backend, problem, params, hparams, batches), adjoint0)
-    value, cotangent, direct = backend.outer(problem.outer, solution.params, hparams, outer_args)
-    hg = combine(backend, value, direct, solution.pullback(cotangent), hparams)
+    value, cotangent, direct, dependence = backend.outer(problem.outer, solution.params, hparams, outer_args)
+    pulled = solution.pullback(cotangent)
+    hg = combine(backend, value, direct, pulled, hparams)
+    labels = {"labels": EQUATION} if problem.kind == "equation" else {}
+    warn_of_dependence(backend, params, hparams, dependence, pulled.dependence, **labels)
     return hg if solution.params is params else hg._replace(params=solution.params)
 
 

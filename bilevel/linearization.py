@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, NamedTuple
 
@@ -48,6 +48,20 @@ class NonSymmetric(Generic[V]):
         return self.product(v)
 
 
+class Dependence(NamedTuple):
+    """The arrays that a function depends on. It follows from the computation, so a derivative of zero counts.
+
+    Attributes:
+        params: whether it depends on each leaf of params, in the order of `Backend.leaves`.
+        hparams: the same for hparams.
+        others: shapes of trainable arrays that it depends on and that are no arguments, where the framework has them.
+    """
+
+    params: Sequence[bool]
+    hparams: Sequence[bool]
+    others: Sequence[tuple[int, ...]] = ()
+
+
 class LinearizedMap(NamedTuple, Generic[P, H]):
     """A map r(w, λ) at one point, and products with its Jacobians. r = 0 defines w*.
 
@@ -58,20 +72,27 @@ class LinearizedMap(NamedTuple, Generic[P, H]):
         vjp_params: v -> (∂r/∂w)ᵀ v. For an inner objective, it is a Hessian-vector product.
         vjp_hparams: v -> (∂r/∂λ)ᵀ v. It returns None if r does not depend on λ.
         jvp_hparams: u -> (∂r/∂λ) u, from trees like hparams to trees like params. None if the backend does not have it.
+        dependence: returns on which leaves of params the inner objective depends, and on which leaves of hparams r
+            depends. It may take a product, unless ``vjp_hparams`` was called before. None if it is unknown.
     """
 
     residual: P
     vjp_params: Callable[[P], P]
     vjp_hparams: Callable[[P], H | None]
     jvp_hparams: Callable[[H], P] | None = None
+    dependence: Callable[[], Dependence] | None = None
 
 
 class OuterDerivatives(NamedTuple, Generic[P, H]):
-    """An objective and its gradients at one point. ``grad_hparams`` is ``None`` if it does not depend on λ."""
+    """An objective and its gradients at one point.
+
+    ``grad_hparams`` is ``None`` if the objective does not depend on λ. ``dependence`` is None if it is unknown.
+    """
 
     value: Array
     grad_params: P
     grad_hparams: H | None
+    dependence: Dependence | None = None
 
 
 class Inputs(NamedTuple, Generic[P, H]):

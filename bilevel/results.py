@@ -31,6 +31,8 @@ class SolverInfo(NamedTuple):
         status: a `Status`.
         inner_grad_norm: norm of ∂L/∂w at ``params``, or of the residual of a fixed point or root. It is zero at a
             solution of the inner problem, and ``nan`` if it is unknown (``unrolled``, `hypergradient_from`).
+        value_error: estimate of F(params) − F(w*), to first order: vᵀ ∂L/∂w, or v times the residual of a fixed point
+            or root. It is zero at a solution of the inner problem, and ``nan`` if it is unknown.
     """
 
     steps: Any
@@ -38,6 +40,7 @@ class SolverInfo(NamedTuple):
     rhs_norm: Any
     status: Any
     inner_grad_norm: Any = float("nan")
+    value_error: Any = float("nan")
 
     def as_dict(self, prefix: str = "") -> dict[str, float]:
         """Return Python numbers by name, for loggers such as TensorBoard or wandb. Call it outside ``jit``.

@@ -5,6 +5,7 @@ Examples repeat exactly; HYPOTHESIS_PROFILE=explore draws new ones.
 
 import os
 import sys
+from pathlib import Path
 
 import pytest
 from frameworks import FRAMEWORKS, framework
@@ -24,12 +25,20 @@ settings.register_profile(
 settings.register_profile("explore", deadline=None)
 PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "repeat")
 settings.load_profile(PROFILE)
+HERE = Path(__file__).parent
 FEW = 3 if PROFILE == "repeat" else 100  # examples in JAX
 
 collect_ignore = [
     "helpers",  # imported by the tests, some run by them in processes
     "thirdparty",  # a separate distribution: project/test_thirdparty.py runs its tests
 ]
+
+
+def pytest_collection_modifyitems(items):
+    """Ignore one warning: most tests compare derivatives at any params, not at a solution of the inner problem."""
+    for item in items:
+        if item.path.is_relative_to(HERE):
+            item.add_marker(pytest.mark.filterwarnings("ignore::bilevel.InnerProblemWarning"))
 
 
 @pytest.hookimpl(wrapper=True)

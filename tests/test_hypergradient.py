@@ -61,7 +61,7 @@ def test_a_linearization_filled_by_hand_gives_the_same(backend):
     case = quadratic(backend)
     outer = backend.outer(case.problem.outer, case.params, case.hparams, case.args.get("outer_args", ()))
     at = case.problem.linearize(backend, case.params, case.hparams, case.args.get("inner_args", ()))
-    by_hand = bl.hypergradient_from(bl.Linearization(*outer, at.vjp_params, at.vjp_hparams), solver="exact")
+    by_hand = bl.hypergradient_from(bl.Linearization(*outer[:3], at.vjp_params, at.vjp_hparams), solver="exact")
     assert relative_error(backend.to_numpy(by_hand.grad), case.grad) <= 1e-12
     assert by_hand.params is None
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import jax
@@ -12,11 +12,11 @@ from jax.core import Tracer
 from typing_extensions import override
 
 from bilevel.backend import Backend, Data, R
-from bilevel.linearization import Inputs, LinearizedMap, OuterDerivatives
+from bilevel.linearization import Dependence, Inputs, LinearizedMap, OuterDerivatives
 from bilevel.problems.model_loss import ModelLoss
 from bilevel.spaces.array import Args, H, P, V
 from bilevel.validation import check_dtypes, check_like, check_scalar, depends_on_nothing, leaf_names
-from bilevel_jax.dependence import depends, reaches, trace
+from bilevel_jax.dependence import dependence, trace
 from bilevel_jax.gauss_newton import gauss_newton
 from bilevel_jax.partition import Divided, combine, partition
 from bilevel_jax.sharding import check_alike, check_collectives, devices_of
@@ -85,13 +85,13 @@ class JaxBackend(Backend):
         slope = self.inner_slope(objective, params, hparams, args)
         # Linearized outside the solver's loop, because its body must not trace the loss again.
         grad, hvp = jax.linearize(lambda w: slope(w, hparams), params)
-        return LinearizedMap(grad, hvp, *cross_products(slope, params, hparams))
+        return _linearized(slope, params, hparams, grad, hvp)
 
     @override
     def gauss_newton(self, inner: ModelLoss, params: P, hparams: H, args: Args) -> LinearizedMap[P, H]:
         slope = self.inner_slope(inner, params, hparams, args)
         product = gauss_newton(inner, params, hparams, args)
-        return LinearizedMap(slope(params, hparams), product, *cross_products(slope, params, hparams))
+        return _linearized(slope, params, hparams, slope(params, hparams), product)
 
     @override
     def jacobian(
@@ -106,7 +106,7 @@ class JaxBackend(Backend):
 
         self._check_influence(label, value_of, params, hparams)
         value, pull = jax.vjp(lambda w: value_of(w, hparams), params)  # also outside the solver's loop
-        return LinearizedMap(value, lambda v: pull(v)[0], *cross_products(value_of, params, hparams))
+        return _linearized(value_of, params, hparams, value, lambda v: pull(v)[0])
 
     def inner_slope(self, inner: Callable[..., object], params: P, hparams: H, args: Args) -> Callable[[P, H], P]:
         """Return (w, λ) -> ∂L/∂w."""
@@ -118,9 +118,9 @@ class JaxBackend(Backend):
         return jax.grad(loss)
 
     def _check_influence(self, label: str, function: Callable[[P, H], object], params: P, hparams: H) -> None:
-        jaxpr = trace(lambda w: function(w, hparams), params)
+        jaxpr = trace(function, params, hparams)
         check_collectives(label, jaxpr)
-        if not reaches(jaxpr):
+        if not any(dependence(jaxpr, params).params):
             raise ValueError(
                 f"{label} does not depend on {leaf_names(self, 'params', params)}. Use the params argument inside it."
             )
@@ -139,14 +139,16 @@ class JaxBackend(Backend):
         def loss(w: P, h: H) -> Any:
             return _scalar(label, objective(w, h, *args), w, h)
 
-        jaxpr = trace(lambda h: loss(params, h), hparams)
+        jaxpr = trace(loss, params, hparams)
         check_collectives(label, jaxpr)
-        if not reaches(jaxpr):
-            if not depends(lambda w: loss(w, hparams), params):
-                raise ValueError(f"{depends_on_nothing(self, label, params, hparams)}. Use the arguments inside it.")
-            return OuterDerivatives(*jax.value_and_grad(loss)(params, hparams), None)
-        value, grads = jax.value_and_grad(loss, argnums=(0, 1))(params, hparams)
-        return OuterDerivatives(value, *grads)
+        used = dependence(jaxpr, params)
+        if any(used.hparams):
+            value, grads = jax.value_and_grad(loss, argnums=(0, 1))(params, hparams)
+            return OuterDerivatives(value, grads[0], grads[1], used)
+        if not any(used.params):
+            raise ValueError(f"{depends_on_nothing(self, label, params, hparams)}. Use the arguments inside it.")
+        value, grad = jax.value_and_grad(loss)(params, hparams)
+        return OuterDerivatives(value, grad, None, used)
 
     @override
     def run(self, function: Callable[..., R], *args: Any, **options: Any) -> R:
@@ -191,24 +193,28 @@ def _compiled(function: Callable[..., R], backend: JaxBackend, static: Divided) 
     return call
 
 
-def cross_products(
-    function: Callable[[P, H], P], params: P, hparams: H
-) -> tuple[Callable[[P], H | None], Callable[[H], P]]:
-    """Return v -> (∂function/∂λ)ᵀ v and u -> (∂function/∂λ) u. The first returns None without dependence on λ."""
+def _linearized(
+    function: Callable[[P, H], P], params: P, hparams: H, residual: P, vjp_params: Callable[[P], P]
+) -> LinearizedMap[P, H]:
+    """Return a map with the products by λ. Each is traced only where it is called."""
 
-    def of_hparams(h: H) -> P:
-        return function(params, h)
-
-    influences = depends(of_hparams, hparams)
+    @cache
+    def used() -> Dependence:
+        return dependence(trace(function, params, hparams), params)
 
     def vjp_hparams(v: P) -> H | None:
         # In λ only: a joint pull over (w, λ) costs several gradients.
-        return jax.vjp(of_hparams, hparams)[1](v)[0] if influences else None
+        return jax.vjp(lambda h: function(params, h), hparams)[1](v)[0] if any(used().hparams) else None
 
     def jvp_hparams(u: H) -> P:
-        return jax.jvp(of_hparams, (hparams,), (u,))[1]  # in a loop, XLA hoists the part without u
+        return jvp_in_hparams(function, params, hparams, u)
 
-    return vjp_hparams, jvp_hparams
+    return LinearizedMap(residual, vjp_params, vjp_hparams, jvp_hparams, used)
+
+
+def jvp_in_hparams(function: Callable[[P, H], P], params: P, hparams: H, u: H) -> P:
+    """Return (∂function/∂λ) u."""
+    return jax.jvp(lambda h: function(params, h), (hparams,), (u,))[1]  # in a loop, XLA hoists the part without u
 
 
 def _scalar(label: str, value: object, params: object, hparams: object) -> Any:

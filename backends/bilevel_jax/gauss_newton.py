@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from bilevel.problems.model_loss import ModelLoss
 from bilevel.spaces.array import Args, P
 from bilevel.validation import check_scalar
-from bilevel_jax.dependence import depends
+from bilevel_jax.dependence import dependence, trace
 
 
 def gauss_newton(inner: ModelLoss, params: P, hparams: object, args: Args) -> Callable[[P], P]:
@@ -25,7 +25,7 @@ def gauss_newton(inner: ModelLoss, params: P, hparams: object, args: Args) -> Ca
         leaves = jax.tree.leaves(inner.model(w, hparams, x))
         return [leaves[i] for i in varying]
 
-    if not depends(model, params):
+    if not any(dependence(trace(model, params), params).params):
         raise ValueError(
             "the output of model does not depend on params. Use that argument inside it, without jax.lax.stop_gradient."
         )

@@ -15,14 +15,15 @@ from jax.dtypes import float0
 
 from bilevel.backend import R
 from bilevel.convergence import OnFailure, report
+from bilevel.dependence import warn_of_dependence
 from bilevel.linear_solvers.linear_solver import LinearSolver, check_requirements
 from bilevel.methods.implicit import Implicit
 from bilevel.operators.linear_operator import LinearOperator
 from bilevel.results import SolverInfo
 from bilevel.spaces.array import Args, H, P, V
 from bilevel.validation import check_scalar, leaf_names
-from bilevel_jax.backend import JaxBackend, backend, cross_products
-from bilevel_jax.dependence import depends
+from bilevel_jax.backend import JaxBackend, backend, jvp_in_hparams
+from bilevel_jax.dependence import dependence, trace
 from bilevel_jax.partition import Static, combine, partition
 from bilevel_jax.sharding import unvarying
 
@@ -180,11 +181,13 @@ def _call(backend: JaxBackend, function: Callable[..., R], *args: object) -> R:
 
 def _check(backend: JaxBackend, inner: Callable[..., object], params: object, hparams: object, args: Args) -> None:
     slope = backend.inner_slope(inner, params, hparams, args)
-    if not depends(lambda h: slope(params, h), hparams):
+    used = dependence(trace(slope, params, hparams), params)
+    if not any(used.hparams):
         raise ValueError(
             f"∂inner/∂params does not depend on {leaf_names(backend, 'hparams', hparams)}, so these have no influence "
             "on the minimum. Use the hparams argument inside inner: the training's use of it does not count."
         )
+    warn_of_dependence(backend, params, hparams, None, used)
 
 
 def _solve(
@@ -208,5 +211,4 @@ def _hvp(backend: JaxBackend, inner: Callable[..., object], params: P, hparams: 
 
 def _minus_jvp_hparams(backend: JaxBackend, inner: Callable[..., object], params: P, hparams: H, args: Args, u: H) -> P:
     slope = backend.inner_slope(inner, params, hparams, args)
-    _, jvp_hparams = cross_products(slope, params, hparams)
-    return backend.space(params).scale(-1.0, jvp_hparams(u))
+    return backend.space(params).scale(-1.0, jvp_in_hparams(slope, params, hparams, u))

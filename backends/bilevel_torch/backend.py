@@ -7,15 +7,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.autograd.graph import Node
 from typing_extensions import override
 
 from bilevel.backend import Backend, Data, R
-from bilevel.linearization import Inputs, LinearizedMap, OuterDerivatives
+from bilevel.linearization import Dependence, Inputs, LinearizedMap, OuterDerivatives
 from bilevel.problems.model_loss import ModelLoss
 from bilevel.spaces.array import Args, H, P, V
 from bilevel.spaces.tree import leaves
 from bilevel.validation import check_dtypes, check_like, depends_on_nothing, leaf_names
 from bilevel_torch.autograd import (
+    LEAF,
     as_graph_leaves,
     check_recorded,
     check_untransformed,
@@ -81,17 +83,29 @@ class TorchBackend(Backend):
     @override
     def inner(self, objective: Callable[..., object], params: P, hparams: H, args: Args) -> LinearizedMap[P, H]:
         params, hparams = as_graph_leaves(params, hparams)
-        return self.inner_of(evaluate(objective, params, hparams, *args), params, hparams)
+        value = evaluate(objective, params, hparams, *args)
+        # A function may make tensors that require gradients, such as the inputs of a physics-informed loss.
+        return self.inner_of(value, params, hparams, trainable=torch.nn.Parameter)
 
-    def inner_of(self, value: object, params: P, hparams: H, label: str = "inner") -> LinearizedMap[P, H]:
-        """Differentiate the value of an inner objective in the variables params and hparams."""
+    def inner_of(
+        self,
+        value: object,
+        params: P,
+        hparams: H,
+        label: str = "inner",
+        trainable: type[torch.Tensor] = torch.Tensor,
+    ) -> LinearizedMap[P, H]:
+        """Differentiate the value of an inner objective in the variables params and hparams.
+
+        Its dependence has other leaves of the type ``trainable``.
+        """
         loss = scalar(label, value)
         nodes = list(nodes_of([loss]))
         check_recorded(label, nodes, params)
         with weight_norm_right(nodes):
             grads = grad([loss], leaves(params), None, create_graph=True)
         self._check_influence(label, any(g is not None for g in grads), params)
-        return _products(grads, params, hparams)
+        return _products(grads, params, hparams, _others(nodes, params, hparams, trainable))
 
     @override
     def gauss_newton(self, inner: ModelLoss, params: P, hparams: H, args: Args) -> LinearizedMap[P, H]:
@@ -156,6 +170,7 @@ class TorchBackend(Backend):
             value=loss.detach(),
             grad_params=zeros_for_none(grads[: len(weights)], params),
             grad_hparams=None if all(g is None for g in direct) else zeros_for_none(direct, hparams),
+            dependence=Dependence(_found(grads[: len(weights)]), _found(direct)),
         )
 
     @override
@@ -191,7 +206,23 @@ def check_supported(path: str, tensor: torch.Tensor) -> None:
         )
 
 
-def _products(outputs: Sequence[torch.Tensor | None], params: P, hparams: H) -> LinearizedMap[P, H]:
+def _others(
+    nodes: Sequence[Node], params: object, hparams: object, trainable: type[torch.Tensor]
+) -> list[tuple[int, ...]]:
+    """Return the shapes of leaves of a graph that require gradients, have a type, and are no arguments."""
+    known: list[torch.Tensor] = [*leaves(params), *leaves(hparams)]
+    ids = {id(t) for t in known}
+    leaf_nodes: list[Any] = [node for node in nodes if node.name() == LEAF]
+    others = [n for n in leaf_nodes if id(n.variable) not in ids and isinstance(n.variable, trainable)]
+    if others:  # arguments may be computed from other tensors
+        sources = set(nodes_of(t for t in known if not t.is_leaf))
+        others = [node for node in others if node not in sources]
+    return [tuple(node.variable.shape) for node in others]
+
+
+def _products(
+    outputs: Sequence[torch.Tensor | None], params: P, hparams: H, others: Sequence[tuple[int, ...]] = ()
+) -> LinearizedMap[P, H]:
     """Return a map with products of its Jacobians. The outputs are like the leaves of params; None stands for zero."""
     # Where ∇L is constant, there is no second derivative, and autograd would raise an error.
     varying = {i: r for i, r in enumerate(outputs) if r is not None and r.requires_grad}
@@ -203,9 +234,17 @@ def _products(outputs: Sequence[torch.Tensor | None], params: P, hparams: H) -> 
     def vjp_params(v: P) -> P:
         return zeros_for_none(pull(v, leaves(params)), params)
 
+    influences: list[bool] = []  # every product tells, and it costs nothing then
+
     def vjp_hparams(v: P) -> H | None:
         products = pull(v, leaves(hparams))
-        return None if all(p is None for p in products) else zeros_for_none(products, hparams)
+        influences[:] = _found(products)
+        return zeros_for_none(products, hparams) if any(influences) else None
+
+    def dependence() -> Dependence:
+        if not influences:
+            vjp_hparams(value)
+        return Dependence([i in varying for i in range(len(outputs))], influences, others)
 
     @cache
     def transposable() -> tuple[list[torch.Tensor], Sequence[torch.Tensor | None]]:
@@ -222,4 +261,8 @@ def _products(outputs: Sequence[torch.Tensor | None], params: P, hparams: H) -> 
         return zeros_for_none([products.get(i) for i in range(len(outputs))], params)
 
     value = zeros_for_none([r if r is None else r.detach() for r in outputs], params)
-    return LinearizedMap(value, vjp_params, vjp_hparams, jvp_hparams)
+    return LinearizedMap(value, vjp_params, vjp_hparams, jvp_hparams, dependence)
+
+
+def _found(grads: Sequence[torch.Tensor | None]) -> list[bool]:
+    return [g is not None for g in grads]

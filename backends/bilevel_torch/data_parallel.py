@@ -112,8 +112,15 @@ class DataParallel(TorchBackend):
         return AgreedSpace(tree, self.group)
 
     @override
-    def inner_of(self, value: object, params: P, hparams: H, label: str = "inner") -> LinearizedMap[P, H]:
-        return self._averaged(super().inner_of(value, params, hparams, label), hparams)
+    def inner_of(
+        self,
+        value: object,
+        params: P,
+        hparams: H,
+        label: str = "inner",
+        trainable: type[torch.Tensor] = torch.Tensor,
+    ) -> LinearizedMap[P, H]:
+        return self._averaged(super().inner_of(value, params, hparams, label, trainable), hparams)
 
     @override
     def gauss_newton(self, inner: ModelLoss, params: P, hparams: H, args: Args) -> LinearizedMap[P, H]:

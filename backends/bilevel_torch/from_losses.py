@@ -8,6 +8,7 @@ import torch
 
 from bilevel.config import get_linear_solver
 from bilevel.convergence import OnFailure, check_on_failure, report
+from bilevel.dependence import warn_of_dependence
 from bilevel.hypergradient import SolverSpec, combine
 from bilevel.linearization import LinearizedMap, OuterDerivatives
 from bilevel.methods.implicit import Implicit, pull_back
@@ -30,6 +31,8 @@ from bilevel_torch.data_parallel import this_process
 from bilevel_torch.graph import nodes_of
 from bilevel_torch.placement import add_to_grad
 from bilevel_torch.trees import TensorTree, fill, prune, tree_of
+
+LABELS = "inner_loss", "the gradient of inner_loss by params", "outer_loss"
 
 
 def backward(
@@ -144,10 +147,11 @@ def hypergradient(
     frozen = [not t.requires_grad for t in leaves(w)]
     trained = prune(w, frozen)
     with no_grad_no_autocast(w):
-        (value, cotangent, direct), at = _linearize(backend, inner_loss, outer_loss, trained, h, loss_scale)
+        (value, cotangent, direct, used), at = _linearize(backend, inner_loss, outer_loss, trained, h, loss_scale)
         A = LinearOperator(backend.space(trained), at.vjp_params)
-        v = None if v is None else prune(v, frozen)
-        hg = combine(backend, value, direct, pull_back(backend, linear_solver, A, at, cotangent, v), h)
+        pulled = pull_back(backend, linear_solver, A, at, cotangent, None if v is None else prune(v, frozen))
+        hg = combine(backend, value, direct, pulled, h)
+        warn_of_dependence(backend, trained, h, used, pulled.dependence, LABELS)
         method = Implicit(linear_solver)
         info = report(backend, hg.info, method, on_failure, curvature=lambda: spectrum(A))
         zeros = tree_map(lambda t: t.new_zeros(()).expand_as(t), w)  # views of one entry each
@@ -194,8 +198,8 @@ def _linearize(
         with torch.enable_grad():
             inner, outer = inner_loss * loss_scale, outer_loss * loss_scale
     # The losses may share part of their graphs.
-    of_outer = backend.outer_of(outer, params, hparams, "outer_loss", retain_graph=True)
-    of_inner = backend.inner_of(inner, params, hparams, "inner_loss")
+    of_outer = backend.outer_of(outer, params, hparams, LABELS[2], retain_graph=True)
+    of_inner = backend.inner_of(inner, params, hparams, LABELS[0])
     if loss_scale != 1.0:
         of_outer, of_inner = _unscaled(backend, of_outer, of_inner, loss_scale)
 
@@ -230,10 +234,10 @@ def _unscaled(
         return of
 
     direct = outer.grad_hparams
-    return OuterDerivatives(
-        outer.value / scale,
-        space.scale(1 / scale, outer.grad_params),
-        None if direct is None else backend.space(direct).scale(1 / scale, direct),
+    return outer._replace(
+        value=outer.value / scale,
+        grad_params=space.scale(1 / scale, outer.grad_params),
+        grad_hparams=None if direct is None else backend.space(direct).scale(1 / scale, direct),
     ), inner._replace(
         residual=space.scale(1 / scale, inner.residual),
         vjp_params=at_unit_size(inner.vjp_params),

@@ -158,7 +158,7 @@ def _directions(backend: Backend, params: P, hparams: H) -> tuple[P, H, P]:
 def _gradients(backend: Backend, problem: BilevelProblem, inputs: Inputs[P, H]) -> tuple[P, P, H]:
     """Return ∂L/∂w, ∂F/∂w and ∂F/∂λ."""
     params, hparams, inner_args, outer_args = inputs
-    _, in_w, in_lam = backend.outer(problem.outer, params, hparams, outer_args)
+    _, in_w, in_lam, _ = backend.outer(problem.outer, params, hparams, outer_args)
     _, grad = problem.value_and_residual(backend, params, hparams, inner_args)
     return grad, in_w, backend.space(hparams).zeros() if in_lam is None else in_lam
 
@@ -184,7 +184,7 @@ def _outer(
     backend: Backend, problem: BilevelProblem, inputs: Inputs[P, H], directions: _Directions[P, H]
 ) -> tuple[Array, Array, Array]:
     """Return F, ∂F/∂w along d, and ∂F/∂λ along e."""
-    value, in_w, in_lam = backend.outer(problem.outer, inputs.params, inputs.hparams, inputs.outer_args)
+    value, in_w, in_lam, _ = backend.outer(problem.outer, inputs.params, inputs.hparams, inputs.outer_args)
     along_d = backend.space(inputs.params).dot(in_w, directions.d)
     return value, along_d, _dot_or_zero(backend, in_lam, directions.e)
 

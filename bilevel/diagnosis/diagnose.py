@@ -144,7 +144,7 @@ def _look_again(
 ) -> tuple[Array, ...]:
     """Return F, its change, both residuals, and the changes within this linearization and since the first look."""
     params, hparams, inner_args, outer_args = inputs
-    value, rhs, _ = backend.outer(problem.outer, params, hparams, outer_args)
+    value, rhs, *_ = backend.outer(problem.outer, params, hparams, outer_args)
     at = problem.linearize(backend, params, hparams, inner_args)
     space, hvp = backend.space(params), at.vjp_params
     u = space.normal(SEED)

@@ -9,7 +9,7 @@ from typing import ClassVar, Generic, NamedTuple
 
 from bilevel.backend import Backend
 from bilevel.linear_solvers.solver import Solver
-from bilevel.linearization import LinearizedMap
+from bilevel.linearization import Dependence, LinearizedMap
 from bilevel.operators.linear_operator import LinearOperator
 from bilevel.problems.protocols import BilevelProblem
 from bilevel.results import SolverInfo
@@ -63,11 +63,13 @@ class Pullback(NamedTuple, Generic[P, H]):
         hparams: (dw*/dλ)ᵀ times the cotangent; None if w* does not depend on λ.
         adjoint: v.
         info: information about the solve for v.
+        dependence: see `LinearizedMap`. None if it is unknown.
     """
 
     hparams: H | None
     adjoint: P
     info: SolverInfo
+    dependence: Dependence | None = None
 
 
 class Solution(NamedTuple, Generic[P, H]):

@@ -7,7 +7,7 @@ from typing_extensions import override
 
 from bilevel.linear_solvers import advice
 from bilevel.linear_solvers.neumann import safe_step
-from bilevel.linearization import LinearizedMap
+from bilevel.linearization import Dependence, LinearizedMap
 from bilevel.methods.method import Level, Method, Pullback, Solution
 from bilevel.methods.optimizers import Adam, HeavyBall, InnerStep
 from bilevel.methods.unroll import Adjoint, Recording, Run, State, Tangent, backward_at, forward_tangents
@@ -121,10 +121,11 @@ class Unrolled(Method):
 
     @override
     def solve(self, level: Level[P, H], adjoint0: P | None) -> Solution[P, H]:
-        run, influences = self._run(level)
+        run, influences, used = self._run(level)
         count = self.steps if self.truncation is None else min(self.truncation, self.steps)
         start = run.advance(run.start(level.params), self.steps - count)
-        return (self._reverse if self.mode == "reverse" else self._forward)(run, start, count, influences)
+        solution = (self._reverse if self.mode == "reverse" else self._forward)(run, start, count, influences)
+        return Solution(solution.params, lambda c: solution.pullback(c)._replace(dependence=used))
 
     @override
     def init(self, level: Level[P, H]) -> Number | None:
@@ -147,15 +148,18 @@ class Unrolled(Method):
             )
         return advice.diverged(0.0, curvature) if symmetric else advice.NO_CONTRACTION
 
-    def _run(self, level: Level[P, H]) -> tuple[Run[P, H], bool]:
-        """Return the run, and whether its steps depend on λ."""
+    def _run(self, level: Level[P, H]) -> tuple[Run[P, H], bool, Dependence | None]:
+        """Return the run, whether its steps depend on λ, and on which leaves of λ."""
         space, of_hparams = level.space, level.backend.space(level.hparams)
         at_start = level.linearize()
         influences = at_start.vjp_hparams(space.zeros()) is not None
+        used = None if at_start.dependence is None else at_start.dependence()
+        if used is not None:  # the end of a run depends on its start, also where no step changes it
+            used = used._replace(params=[True] * len(used.params))
         if self.mode == "forward":
             _check_forward(level, of_hparams)
         step = self._inner_step(level, at_start, space)
-        return Run(level, space, of_hparams, space.sequence(level.batches), step), influences
+        return Run(level, space, of_hparams, space.sequence(level.batches), step), influences, used
 
     def _inner_step(self, level: Level[P, H], at: LinearizedMap[P, H], space: Space[P]) -> InnerStep[P, Any, Any, Any]:
         step_size: Number = ADAM_STEP_SIZE

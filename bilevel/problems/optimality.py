@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from bilevel.linearization import LinearizedMap
+from bilevel.linearization import Dependence, LinearizedMap
 from bilevel.problems.problem import check_functions
 from bilevel.problems.protocols import Kind
 from bilevel.spaces.array import Args, H, P
@@ -76,7 +76,7 @@ class FixedPoint(_Equation):
     def linearize(self, backend: Backend, params: P, hparams: H, args: Args) -> LinearizedMap[P, H]:
         """Differentiate w − step(w, λ) at a point."""
         of_params, of_hparams = backend.space(params), backend.space(hparams)
-        step, pull, cross_pull, cross_push = backend.jacobian(self.step, params, hparams, args, label="step")
+        step, pull, cross_pull, cross_push, used = backend.jacobian(self.step, params, hparams, args, label="step")
 
         def vjp_hparams(v: P) -> H | None:
             product = cross_pull(v)
@@ -87,6 +87,7 @@ class FixedPoint(_Equation):
             vjp_params=lambda v: of_params.subtract(v, pull(v)),
             vjp_hparams=vjp_hparams,
             jvp_hparams=None if cross_push is None else lambda u: of_params.scale(-1.0, cross_push(u)),
+            dependence=_of_hparams(used),
         )
 
 
@@ -117,4 +118,10 @@ class Root(_Equation):
 
     def linearize(self, backend: Backend, params: P, hparams: H, args: Args) -> LinearizedMap[P, H]:
         """Differentiate the residual at a point."""
-        return backend.jacobian(self.residual, params, hparams, args, label="residual")
+        at = backend.jacobian(self.residual, params, hparams, args, label="residual")
+        return at._replace(dependence=_of_hparams(at.dependence))
+
+
+def _of_hparams(used: Callable[[], Dependence] | None) -> Callable[[], Dependence] | None:
+    """Return the dependence on hparams only. A step need not depend on params, and a residual may be linear."""
+    return None if used is None else lambda: (found := used())._replace(params=[True] * len(found.params))

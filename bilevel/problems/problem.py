@@ -110,7 +110,7 @@ class Problem:
 
     def value_and_residual(self, backend: Backend, params: P, hparams: object, args: Args) -> tuple[Array | None, P]:
         """Return L and ∂L/∂w."""
-        value, grad, _ = in_params(backend, self.inner, params, hparams, args)
+        value, grad, *_ = in_params(backend, self.inner, params, hparams, args)
         return value, grad
 
 

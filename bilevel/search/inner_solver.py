@@ -99,7 +99,7 @@ def _value_and_grad(
 ) -> tuple[Array, Array]:
     """Return the inner objective and its gradient at flat params. JAX compiles this function once for all fits."""
     space = backend.space(like)
-    value, grad, _ = in_params(backend, problem.inner, space.unravel(flat), hparams, inner_args)
+    value, grad, *_ = in_params(backend, problem.inner, space.unravel(flat), hparams, inner_args)
     return value, space.ravel(grad)
 
 

@@ -2,42 +2,28 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from numbers import Integral
-from typing import Any, Generic, NamedTuple
+from typing import Any
 
 import numpy as np
 import scipy  # scipy.optimize loads at its first use
 
 from bilevel.backend import Backend
 from bilevel.config import get_solver
-from bilevel.convergence import OnFailure
-from bilevel.errors import SolverError, SolverWarning, suggest
-from bilevel.hypergradient import SolverSpec, hypergradient
+from bilevel.convergence import OnFailure, callers_level
+from bilevel.errors import InnerProblemWarning, suggest
+from bilevel.hypergradient import SolverSpec
 from bilevel.methods.implicit import as_method
-from bilevel.methods.method import Method
 from bilevel.problems.protocols import BilevelProblem
-from bilevel.results import Hypergradient, Status
+from bilevel.search.evaluations import Search
 from bilevel.spaces.array import Args, H, P
 from bilevel.validation import find_backend
 
-LOOSEST_RTOL = 1e-2  # of the first linear solves; the gradients are accurate enough for a line search
-TIGHTENING = 0.85  # the largest factor per evaluation, so that the sum of the errors is finite
 TAKES_BOUNDS = {"L-BFGS-B": True, "BFGS": False, "CG": False}
-
-
-class Evaluation(NamedTuple):
-    """The record of one evaluation of F and its hypergradient in `minimize`."""
-
-    value: float
-    grad_norm: float  # of the hypergradient, without the components that point out of the bounds
-    rtol: float | None  # tolerance of the linear solve; None for a solver without one
-    steps: int
-    status: Status
 
 
 def minimize(
@@ -57,6 +43,7 @@ def minimize(
     backend: Backend | str | None = None,
     on_failure: OnFailure = "warn",
     progress: bool | None = None,
+    resume: Mapping[str, Any] | None = None,
 ) -> scipy.optimize.OptimizeResult:
     """Minimize F(w*(λ), λ) over λ with `scipy.optimize.minimize`.
 
@@ -77,18 +64,28 @@ def minimize(
         bounds: a pair (low, high) for all entries of λ, a SciPy ``Bounds``, or a pair per entry.
         maxiter: maximum number of iterations of the method, at least 1.
         callback: called after each iteration with an ``OptimizeResult`` (``x``, ``params``, ``fun``, ``jac``, ``nit``,
-            ``nfev``). Raise ``StopIteration`` in it to stop the search.
+            ``nfev``, ``state``). Raise ``StopIteration`` in it to stop the search.
         options: further options of the method.
         on_failure: as in `hypergradient`, but "warn" only warns about the first failure. ``history`` has all failures.
         progress: show a bar (tqdm, if installed). None: only if stderr is a terminal.
+        resume: the ``state`` of an earlier result, or of a callback. The search then gives the same bits as without the
+            interruption, if all other arguments are the same (``maxiter`` counts from the first start) and ``fit``
+            depends only on its arguments. The state has the arrays of params and hparams, NumPy arrays, lists, numbers
+            and strings. SciPy repeats the recorded iterations without ``fit`` and without the callback.
 
     Returns:
         An ``OptimizeResult``: ``x`` (the hyperparameters, with the structure of ``hparams0``), ``params``, ``fun``,
-        ``jac``, ``nit``, ``nfev``, ``success``, ``status``, ``message``, and ``history``, an `Evaluation` for each
-        hypergradient.
+        ``jac``, ``nit``, ``nfev``, ``success``, ``status``, ``message``, ``history`` (an
+        `bilevel.search.evaluations.Evaluation` for each hypergradient), and ``state``, for ``resume``. ``success`` is
+        False if ``fit`` leaves the inner problem unsolved at ``x``: if, to first order, that changes F by more than
+        1e-4 of F or of its decrease in the search. Then ``status`` is -1.
 
     Raises:
         TypeError, ValueError, SolverError: as in `hypergradient`.
+
+    Warns:
+        InnerProblemWarning: if ``fit`` leaves the inner problem unsolved, unless ``on_failure="ignore"``.
+        SolverWarning, DependenceWarning: as in `hypergradient`.
 
     >>> import numpy as np, bilevel as bl
     >>> problem = bl.problems.quadratic(hessian=2 * np.eye(2), coupling=np.eye(2), target=np.ones(2))
@@ -102,16 +99,19 @@ def minimize(
     x0 = backend.to_flat(hparams0)
     box = _box(bounds, x0.size)
     call = {"inner_args": inner_args, "outer_args": outer_args, "backend": backend, "on_failure": on_failure}
-    search = _Search(problem, fit, params0, as_method(get_solver(solver)), backend, hparams0, box, call)
+    search = Search(problem, fit, params0, as_method(get_solver(solver)), backend, hparams0, box, call)
+    if resume is not None:
+        search.load(resume)
     nit = 0
 
     def after_iteration(intermediate_result: scipy.optimize.OptimizeResult) -> None:
         nonlocal nit
         nit += 1
-        here = search.accept(intermediate_result.x)
-        advance(here["fun"])
-        if callback is not None:
-            callback(scipy.optimize.OptimizeResult(nit=nit, **here))
+        repeated = search.repeated
+        search.accept(intermediate_result.x)
+        advance(search.here.value)
+        if callback is not None and not repeated:
+            callback(scipy.optimize.OptimizeResult(nit=nit, **search.results()))
 
     with _progress_bar(maxiter, progress) as advance:
         found = scipy.optimize.minimize(
@@ -125,89 +125,12 @@ def minimize(
         )
     # If the bounds fix all entries, SciPy returns no nit and status.
     ended = {key: found.get(key, 0) for key in ("nit", "success", "status", "message")}
-    return scipy.optimize.OptimizeResult(**search.accept(found.x), **ended, history=search.history)
-
-
-class _Point(NamedTuple, Generic[P, H]):
-    x: np.ndarray
-    hparams: H
-    hg: Hypergradient[P, H]
-    value: float
-    grad: np.ndarray
-
-
-@dataclasses.dataclass
-class _Search(Generic[P, H]):
-    """F and its hypergradient as a function for SciPy, with the points of the search."""
-
-    problem: BilevelProblem
-    fit: Callable[[H, P], P]
-    params0: P | None
-    method: Method
-    backend: Backend
-    hparams0: H
-    box: scipy.optimize.Bounds
-    call: dict[str, Any]  # further arguments of each hypergradient
-    history: list[Evaluation] = dataclasses.field(default_factory=list)
-    accepted: _Point[P, H] | None = None
-    last: _Point[P, H] | None = None
-
-    def __call__(self, x: np.ndarray) -> tuple[float, np.ndarray]:
-        """Return F and its hypergradient, over the norm of the first one."""
-        self.last = self.evaluate(x)
-        self.accepted = self.accepted or self.last
-        scale = self.history[0].grad_norm or 1.0
-        return self.last.value / scale, self.last.grad / scale
-
-    def accept(self, x: np.ndarray) -> dict[str, Any]:
-        """Make x the source of warm starts, and return the results at x."""
-        known = (point for point in (self.last, self.accepted) if point and np.array_equal(point.x, x))
-        self.accepted = here = next(known, None) or self.evaluate(x)
-        results = {"x": here.hparams, "params": here.hg.params, "fun": here.value, "jac": here.hg.grad}
-        return {**results, "nfev": len(self.history)}
-
-    def evaluate(self, x: np.ndarray) -> _Point[P, H]:
-        backend, warm = self.backend, self.accepted
-        x = x.copy()  # SciPy may overwrite its x, and torch would share the memory
-        hparams = backend.space(self.hparams0).unravel(backend.from_numpy(x))
-        method, rtol = self._tightened()
-        start: Any = self.copied(warm.hg.params) if warm else self.params0
-        params = self.fit(hparams, start)
-        if params is None:
-            raise ValueError("fit: expected the new params, got None. Does the function return them?")
-        try:
-            with warnings.catch_warnings():
-                if any(evaluation.status != Status.CONVERGED for evaluation in self.history):
-                    warnings.simplefilter("ignore", SolverWarning)  # only the first failure warns
-                adjoint0 = warm.hg.adjoint if warm else None
-                hg = hypergradient(self.problem, params, hparams, solver=method, adjoint0=adjoint0, **self.call)
-        except SolverError as error:
-            raise SolverError(
-                f"{error} This was evaluation {len(self.history) + 1} of minimize, at hyperparameters from "
-                f"{x.min():.3g} to {x.max():.3g}. If the inner problem cannot be solved there, pass bounds=(low, high)."
-            ) from error
-        value, grad = float(backend.to_host(hg.value)), backend.to_flat(hg.grad)
-        blocked = ((x <= self.box.lb) & (grad > 0)) | ((x >= self.box.ub) & (grad < 0))
-        grad_norm = float(np.linalg.norm(np.where(blocked, 0.0, grad)))
-        self.history.append(Evaluation(value, grad_norm, rtol, hg.info.steps, hg.info.status))
-        return _Point(x, hparams, hg._replace(params=self.copied(hg.params)), value, grad)
-
-    def copied(self, params: P) -> P:
-        """Return a copy of params without a graph, because a fit may train in place."""
-        return self.backend.run(_copy, params)
-
-    def _tightened(self) -> tuple[Method, float | None]:
-        """Return the method with a tolerance that follows the progress of the search, and the tolerance."""
-        if not self.method.rtol or self.method.stateful:
-            return self.method, None
-        norms = [evaluation.grad_norm for evaluation in self.history] or [1.0]
-        progress = min(min(norms) / (norms[0] or 1.0), TIGHTENING ** len(self.history))
-        rtol = max(float(self.method.rtol), LOOSEST_RTOL * progress)
-        return self.method.with_rtol(rtol), rtol
-
-
-def _copy(backend: Backend, params: P) -> P:
-    return backend.space(params).copy(params)
+    search.accept(found.x)
+    if (unsolved := search.unsolved()) is not None:
+        ended |= {"success": False, "status": -1, "message": f"{unsolved} SciPy's message: {found.message}"}
+        if on_failure != "ignore":
+            warnings.warn(InnerProblemWarning(f"minimize: {unsolved}"), stacklevel=callers_level())
+    return scipy.optimize.OptimizeResult(**search.results(), **ended, history=search.history)
 
 
 def _check_method(method: str, bounds: object) -> str:

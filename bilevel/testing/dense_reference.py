@@ -114,7 +114,7 @@ def check_symmetric(hessian: np.ndarray, eps: float) -> None:
 
 def _system(backend: Backend, problem: BilevelProblem, inputs: Inputs[P, H]) -> tuple[Array, P, Array]:
     params, hparams, inner_args, outer_args = inputs
-    value, grad_params, _ = backend.outer(problem.outer, params, hparams, outer_args)
+    value, grad_params, *_ = backend.outer(problem.outer, params, hparams, outer_args)
     at = problem.linearize(backend, params, hparams, inner_args)
     return value, grad_params, backend.space(params).materialise(at.vjp_params)
 

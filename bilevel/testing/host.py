@@ -142,7 +142,7 @@ def _derivatives(backend: Backend, problem: BilevelProblem, inputs: Inputs[P, H]
     """Return the derivatives in the order of DERIVATIVES."""
     params, hparams, inner_args, outer_args = inputs
     of_params, of_hparams = backend.space(params), backend.space(hparams)
-    _, grad_params, direct = backend.outer(problem.outer, params, hparams, outer_args)
+    _, grad_params, direct, _ = backend.outer(problem.outer, params, hparams, outer_args)
     at, v = problem.linearize(backend, params, hparams, inner_args), of_params.unravel(u)
     cross, direct = (of_hparams.zeros() if tree is None else tree for tree in (at.vjp_hparams(v), direct))
     vectors = (at.residual, at.vjp_params(v), cross, grad_params, direct)

@@ -542,7 +542,8 @@ def test_without_the_garbage_collector_the_graph_is_freed(kind):
     params, hparams, train, val = move(bl.get_backend("torch"), arrays())
     if kind == "fixed point":
         problem = bl.FixedPoint(
-            lambda w, h, *_: {name: 0.5 * w[name] + h["decay"][name] for name in w}, classifier(torch).outer
+            lambda w, h, *_: {name: 0.5 * w[name] + h["decay"][name] * h["weight"].mean() for name in w},
+            classifier(torch).outer,
         )
     else:
         problem = classifier(torch, curvature=kind)

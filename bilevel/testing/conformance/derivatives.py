@@ -202,8 +202,8 @@ def _at(backend: Backend, problem: Problem, inputs: Inputs[P, H]) -> tuple[Outer
 
 def _derive(backend: Backend, problem: Problem, inputs: Inputs[P, H], v: P, u: H) -> dict[str, Any]:
     outer, at = _at(backend, problem, inputs)
-    derived = {**outer._asdict(), "residual": at.residual}
-    derived |= {"vjp_params(v)": at.vjp_params(v), "vjp_hparams(v)": at.vjp_hparams(v)}
+    derived = dict(zip(("value", "grad_params", "grad_hparams"), outer, strict=False))
+    derived |= {"residual": at.residual, "vjp_params(v)": at.vjp_params(v), "vjp_hparams(v)": at.vjp_hparams(v)}
     return derived if at.jvp_hparams is None else {**derived, "jvp_hparams(u)": at.jvp_hparams(u)}
 
 

@@ -24,9 +24,10 @@ class Answer(NamedTuple):
     leaves: list[tuple[str, tuple[int, ...], str]]  # path, shape and dtype
 
     def __str__(self) -> str:
-        steps, residual_norm, rhs_norm, status, _ = self.info
+        info = self.info
         return (
-            f"{status.name} after {steps} steps, residual_norm {residual_norm:.3g} of {rhs_norm:.3g}, "
+            f"{info.status.name} after {info.steps} steps, residual_norm {info.residual_norm:.3g} of "
+            f"{info.rhs_norm:.3g}, "
             f"v = {np.array2string(self.x, precision=4, threshold=8)}"
         )
 

@@ -1,0 +1,206 @@
+"""F and its hypergradient as a function for SciPy, with warm starts and a state."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, Generic, NamedTuple
+
+import numpy as np
+import scipy  # scipy.optimize loads at its first use
+
+from bilevel.backend import Backend
+from bilevel.errors import DependenceWarning, InnerProblemWarning, SolverError, SolverWarning
+from bilevel.hypergradient import hypergradient
+from bilevel.methods.method import Method
+from bilevel.problems.protocols import BilevelProblem
+from bilevel.results import Status
+from bilevel.spaces.array import H, P
+
+LOOSEST_RTOL = 1e-2  # of the first linear solves; the gradients are accurate enough for a line search
+TIGHTENING = 0.85  # the largest factor per evaluation, so that the sum of the errors is finite
+EXACT = 1e-4  # largest relative error of F, by an inner problem that is not solved, in a search that succeeds
+FORMAT = 1
+
+
+class Evaluation(NamedTuple):
+    """The record of one evaluation of F and its hypergradient in `minimize`."""
+
+    value: float
+    grad_norm: float  # of the hypergradient, without the components that point out of the bounds
+    rtol: float | None  # tolerance of the linear solve; None for a solver without one
+    steps: int
+    status: Status
+    inner_grad_norm: float  # see `SolverInfo`; nan if it is unknown
+    value_error: float  # see `SolverInfo`; nan if it is unknown
+
+
+class Point(NamedTuple, Generic[P]):
+    """One evaluation. ``params`` and ``adjoint`` are None in a search that repeats a state."""
+
+    x: np.ndarray
+    value: float
+    grad: np.ndarray
+    params: P | None
+    adjoint: P | None
+
+
+@dataclasses.dataclass
+class Search(Generic[P, H]):
+    """F and its hypergradient as a function for SciPy.
+
+    Attributes:
+        call: further arguments of each hypergradient.
+        here: the point that was accepted last, the source of warm starts.
+    """
+
+    problem: BilevelProblem
+    fit: Callable[[H, P], P]
+    params0: P | None
+    method: Method
+    backend: Backend
+    hparams0: H
+    box: scipy.optimize.Bounds
+    call: dict[str, Any]
+    history: list[Evaluation] = dataclasses.field(default_factory=list)
+    points: list[tuple[np.ndarray, float, np.ndarray]] = dataclasses.field(default_factory=list)
+    recorded: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        self.here: Any = None
+        self.last: Any = None
+
+    def __call__(self, x: np.ndarray) -> tuple[float, np.ndarray]:
+        """Return F and its hypergradient, over the norm of the first one."""
+        self.last = self.evaluate(x)
+        self.here = self.here or self.last
+        scale = self.history[0].grad_norm or 1.0
+        return self.last.value / scale, self.last.grad / scale
+
+    def accept(self, x: np.ndarray) -> None:
+        """Make x the source of warm starts."""
+        known = (point for point in (self.last, self.here) if point and np.array_equal(point.x, x))
+        self.here = next(known, None) or self.evaluate(x)
+
+    def results(self) -> dict[str, Any]:
+        """Return the results at the accepted point, and the state."""
+        here = self.here
+        found = {"x": self.hparams(here.x), "params": here.params, "fun": here.value, "jac": self.hparams(here.grad)}
+        return {**found, "nfev": len(self.history), "state": self.state()}
+
+    def state(self) -> dict[str, Any]:
+        """Return what `load` needs."""
+        return {
+            "format": FORMAT,
+            "points": [list(point) for point in self.points],
+            "history": [[*each._replace(status=int(each.status))] for each in self.history],
+            "x": self.here.x,
+            "params": self.here.params,
+            "adjoint": self.here.adjoint,
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Let the search repeat a state.
+
+        Raises:
+            ValueError: if it is no state of a search.
+        """
+        expected = ["adjoint", "format", "history", "params", "points", "x"]
+        if not isinstance(state, Mapping) or sorted(state) != expected or state["format"] != FORMAT:
+            raise ValueError("resume: expected the state of a result of bl.minimize (result.state), of this version.")
+        self.recorded = state
+
+    @property
+    def repeated(self) -> bool:
+        """Whether all evaluations are repetitions."""
+        return self.recorded is not None and len(self.history) <= len(self.recorded["points"])
+
+    def evaluate(self, x: np.ndarray) -> Point[P]:
+        """Return F and its hypergradient at x, and record them."""
+        x = x.copy()  # SciPy may overwrite its x, and torch would share the memory
+        repeats = self.recorded is not None and len(self.history) < len(self.recorded["points"])
+        point, evaluation = self._repeat(x) if repeats else self._compute(x)
+        self.points.append((x, point.value, point.grad))
+        self.history.append(evaluation)
+        return point
+
+    def _repeat(self, x: np.ndarray) -> tuple[Point[P], Evaluation]:
+        state: Any = self.recorded
+        at, value, grad = state["points"][len(self.history)]
+        if not np.array_equal(at, x):
+            raise ValueError(
+                "resume: the state is of another search. Pass the same problem, hparams0, method, bounds and options "
+                "as before the interruption."
+            )
+        value_, grad_norm, rtol, steps, status, *of_inner = state["history"][len(self.history)]
+        evaluation = Evaluation(value_, grad_norm, rtol, steps, Status(status), *of_inner)
+        if np.array_equal(x, state["x"]):
+            return Point(x, value, grad, state["params"], state["adjoint"]), evaluation
+        return Point(x, value, grad, None, None), evaluation
+
+    def _compute(self, x: np.ndarray) -> tuple[Point[P], Evaluation]:
+        backend, warm = self.backend, self.here
+        hparams = self.hparams(x)
+        method, rtol = self._tightened()
+        start: Any = self.copied(warm.params) if warm else self.params0
+        params = self.fit(hparams, start)
+        if params is None:
+            raise ValueError("fit: expected the new params, got None. Does the function return them?")
+        try:
+            with warnings.catch_warnings():
+                if any(evaluation.status != Status.CONVERGED for evaluation in self.history):
+                    warnings.simplefilter("ignore", SolverWarning)  # only the first failure warns
+                if self.history:
+                    warnings.simplefilter("ignore", DependenceWarning)
+                    warnings.simplefilter("ignore", InnerProblemWarning)
+                adjoint0 = warm.adjoint if warm else None
+                hg = hypergradient(self.problem, params, hparams, solver=method, adjoint0=adjoint0, **self.call)
+        except SolverError as error:
+            raise SolverError(
+                f"{error} This was evaluation {len(self.history) + 1} of minimize, at hyperparameters from "
+                f"{x.min():.3g} to {x.max():.3g}. If the inner problem cannot be solved there, pass bounds=(low, high)."
+            ) from error
+        value, grad, info = float(backend.to_host(hg.value)), backend.to_flat(hg.grad), hg.info
+        blocked = ((x <= self.box.lb) & (grad > 0)) | ((x >= self.box.ub) & (grad < 0))
+        grad_norm = float(np.linalg.norm(np.where(blocked, 0.0, grad)))
+        of_inner = info.inner_grad_norm, info.value_error
+        evaluation = Evaluation(value, grad_norm, rtol, info.steps, info.status, *of_inner)
+        return Point(x, value, grad, self.copied(hg.params), hg.adjoint), evaluation
+
+    def unsolved(self) -> str | None:
+        """Return a message if the inner problem is not solved at the accepted point."""
+        values = [evaluation.value for evaluation in self.history]
+        at = max(i for i, (x, *_) in enumerate(self.points) if np.array_equal(x, self.here.x))
+        errors = [abs(evaluation.value_error) for evaluation in self.history]
+        # With a noisy fit, one error may be small by chance.
+        error = max(errors[at], float(np.median(errors[-5:])))
+        if not error > EXACT * max(abs(self.here.value), max(values) - self.here.value):
+            return None
+        return (
+            f"fit does not solve the inner problem: to first order, the outer objective {self.here.value:.6g} differs "
+            f"by {error:.2g} at its solution. Make fit more accurate, and check that it uses its hyperparameters and "
+            "minimizes the inner objective of the problem. If a bound or a kink such as |w| holds the params, use "
+            "bl.FixedPoint of a projected or proximal step."
+        )
+
+    def hparams(self, x: np.ndarray) -> H:
+        """Return a tree like the hyperparameters, which shares no memory with the entries."""
+        return self.backend.space(self.hparams0).unravel(self.backend.from_numpy(x.copy()))
+
+    def copied(self, params: P) -> P:
+        """Return a copy of params without a graph, because a fit may train in place."""
+        return self.backend.run(_copy, params)
+
+    def _tightened(self) -> tuple[Method, float | None]:
+        """Return the method with a tolerance that follows the progress of the search, and the tolerance."""
+        if not self.method.rtol or self.method.stateful:
+            return self.method, None
+        norms = [evaluation.grad_norm for evaluation in self.history] or [1.0]
+        progress = min(min(norms) / (norms[0] or 1.0), TIGHTENING ** len(self.history))
+        rtol = max(float(self.method.rtol), LOOSEST_RTOL * progress)
+        return self.method.with_rtol(rtol), rtol
+
+
+def _copy(backend: Backend, params: P) -> P:
+    return backend.space(params).copy(params)
