@@ -13,7 +13,7 @@ from bilevel.convergence import OnFailure, report
 from bilevel.dependence import warn_of_dependence
 from bilevel.hypergradient import combine
 from bilevel.linear_solvers import LinearSolver
-from bilevel.linearization import LinearizedMap
+from bilevel.linearization import Dependence, LinearizedMap
 from bilevel.methods.implicit import Implicit, pull_back
 from bilevel.operators.lanczos import spectrum
 from bilevel.operators.linear_operator import LinearOperator
@@ -73,19 +73,17 @@ class Training:
             pulled = pull_back(self.backend, self.solver, A, at, cotangent, None)
             value: Any = torch.zeros(())  # F is unknown here
             hg = combine(self.backend, value, None, pulled, moving)
-            self._warn(varied, at)
-            self._report(hg.info, A)
+            self._report(hg.info, A, varied, pulled.dependence)
             return tuple(hg.grad)
 
     def push(self, varied: Sequence[bool], changes: Tensors, params: Tensors, tensors: Tensors) -> Tensors:
         """Return the derivatives of params along changes of the varied tensors: −[∂²L/∂w²]⁻¹ (∂²L/∂λ∂w) u."""
         with no_grad_no_autocast(params):
             at, A, moving = self._linearize(varied, params, tensors)
-            if at.jvp_hparams is None or at.vjp_hparams(at.residual) is None:
+            if at.jvp_hparams is None or at.dependence is None or not any((used := at.dependence()).hparams):
                 raise ValueError(f"∂L/∂w does not depend on {leaf_names(self.backend, 'hparams', moving)}.")
-            self._warn(varied, at)
             change, info = self.solver.solve(self.solver.init(A), A, at.jvp_hparams(list(changes)), None)
-            self._report(info, A)
+            self._report(info, A, varied, used)
             found = fill(with_leaves(self.found, map(torch.zeros_like, params)), A.space.scale(-1.0, change))
             return tuple(leaves(found))
 
@@ -103,16 +101,14 @@ class Training:
         at = self.backend.inner_of(value, w, moving)
         return at, LinearOperator(self.backend.space(w), at.vjp_params), moving
 
-    def _warn(self, varied: Sequence[bool], at: LinearizedMap[Any, list[torch.Tensor]]) -> None:
-        """Warn about leaves of hparams without influence. Other tensors in the arguments may have none."""
-        if at.dependence is None:
-            return
-        used, hparams = at.dependence(), self.given.hparams
-        influences = iter(used.hparams)
-        used = used._replace(hparams=[next(influences) if moves else True for moves in varied][: len(leaves(hparams))])
-        warn_of_dependence(self.backend, prune(self.found, self.frozen), hparams, None, used)
-
-    def _report(self, info: SolverInfo, A: LinearOperator[Any]) -> None:
+    def _report(
+        self, info: SolverInfo, A: LinearOperator[Any], varied: Sequence[bool], used: Dependence | None
+    ) -> None:
+        if used is not None:  # it is about the tensors that move; the others count as used
+            moving, hparams = iter(used.hparams), self.given.hparams
+            flags = iter([next(moving) if moves else True for moves in varied])
+            used = used._replace(hparams=[next(flags) if _is_tensor(leaf) else True for leaf in leaves(hparams)])
+            warn_of_dependence(self.backend, A.space.like, hparams, None, used)
         report(self.backend, info, Implicit(self.solver), self.on_failure, curvature=lambda: spectrum(A))
 
     def _arguments(self, tensors: Iterable[torch.Tensor]) -> Arguments:

@@ -139,6 +139,14 @@ class TestArguments:
             solve(hparams(), X, x=X)
         assert not calls
 
+    def test_a_hyperparameter_without_influence_is_named(self):
+        h = {**hparams(), "fixed": torch.ones(1), "idle": torch.ones(1, requires_grad=True)}
+        w = bilevel_torch.implicit_minimizer(inner, solver=SOLVER)(train)(h, X, y)
+        with pytest.warns(bl.DependenceWarning, match=r"^hparams\['idle'\] has no influence on the minimum"):
+            outer(w).backward()
+        assert relative_error(h["penalty"].grad, gradient()) <= 1e-9
+        assert not h["idle"].grad.any()
+
     def test_an_auxiliary_result_comes_back_without_its_graph(self):
         @bilevel_torch.implicit_minimizer(inner, solver=SOLVER, has_aux=True)
         def with_history(h, X, y):
