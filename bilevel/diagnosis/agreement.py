@@ -174,7 +174,7 @@ def _claims(
 def _derivatives(
     backend: Backend, problem: BilevelProblem, inputs: Inputs[P, H], directions: _Directions[P, H]
 ) -> Derivatives[P, H]:
-    return derivatives(backend, problem, inputs, directions.u)[1]
+    return derivatives(backend, problem, inputs, directions.u)
 
 
 def _inner(backend: Backend, problem: BilevelProblem, inputs: Inputs[P, H], directions: _Directions[P, H]) -> _Inner[P]:

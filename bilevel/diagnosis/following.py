@@ -35,4 +35,4 @@ def changes(backend: Backend, problem: BilevelProblem, inputs: Inputs[P, H]) -> 
 
 
 def _derivatives(backend: Backend, problem: BilevelProblem, inputs: Inputs[P, H]) -> Derivatives[P, H]:
-    return derivatives(backend, problem, inputs, backend.space(inputs.params).normal(SEED))[1]
+    return derivatives(backend, problem, inputs, backend.space(inputs.params).normal(SEED))

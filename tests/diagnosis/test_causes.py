@@ -371,7 +371,7 @@ class TestKinksAndBounds:
         report = bl.diagnose(case[0], backend.from_numpy(w + 0.0), case[2], **few)
         assert names(report) == ["kink", "solve failed"]
         assert "minres" not in str(report)
-        assert "Another solver does not help" in text(report, "solve failed")[0]
+        assert "another solver does not help" in text(report, "solve failed")[0]
 
     def test_a_kink_elsewhere_than_at_zero(self, backend):
         w = np.array([0.7])
