@@ -36,6 +36,7 @@ def report(
     *,
     symmetric: bool = True,
     curvature: Callable[[], Spectrum[Array]] | None = None,
+    locate: Callable[[], str] | None = None,
     hint: str = "",
 ) -> SolverInfo:
     """Return the info of a solve in Python numbers, and warn or raise if the solve failed.
@@ -43,7 +44,8 @@ def report(
     Traced info is returned unchanged. If the result is not finite, "warn" also raises. Only the text of an error has
     numbers of the spectrum. So a warning takes no products, and its text stays the same: Python shows it once.
 
-    ``curvature`` is a function that estimates the spectrum of the undamped operator. ``hint`` ends the message.
+    ``curvature`` is a function that estimates the spectrum of the undamped operator. ``locate`` is a function that
+    names the first quantity that is not finite, or returns "". ``hint`` ends the message.
     """
     numbers = SolverInfo(*[backend.to_host(x) if hasattr(x, "dtype") else x for x in info])
     if numbers.status is None:
@@ -52,7 +54,13 @@ def report(
     method.record(info)
     if on_failure == "ignore" or info.status == Status.CONVERGED:
         return info
-    if on_failure == "raise" or info.status == Status.NON_FINITE:
+    if info.status == Status.NON_FINITE:
+        located = "" if locate is None or backend.requires_all_ranks else locate()
+        why = located or method.explain(info, symmetric, None)
+        raise SolverError(
+            f'{method.name}: {why} No hypergradient is returned. on_failure="ignore" returns the nan.{hint}'
+        )
+    if on_failure == "raise":
         seen = None
         curved = info.status in (Status.NEGATIVE_CURVATURE, Status.DIVERGED) and symmetric
         if curved and curvature is not None and not backend.requires_all_ranks:

@@ -8,8 +8,11 @@ from bilevel.backend import Backend
 from bilevel.config import get_linear_solver, get_solver
 from bilevel.convergence import OnFailure, check_on_failure, report, warn_if_far
 from bilevel.dependence import EQUATION, warn_of_dependence
+from bilevel.inspection.derivatives import Derivatives
+from bilevel.inspection.entries import entries
+from bilevel.inspection.not_finite import described, first_not_finite, locate
 from bilevel.linear_solvers.linear_solver import LinearSolver
-from bilevel.linearization import Linearization, LinearizedMap, NonSymmetric
+from bilevel.linearization import Inputs, Linearization, LinearizedMap, NonSymmetric
 from bilevel.methods.implicit import Implicit, as_method, pull_back
 from bilevel.methods.method import Level, Method, Pullback
 from bilevel.operators.lanczos import Spectrum, spectrum
@@ -101,6 +104,7 @@ def hypergradient(
         on_failure,
         symmetric=problem.kind != "equation",
         curvature=lambda: backend.run(_spectrum, problem, params, hparams, batches),
+        locate=lambda: locate(backend, problem, Inputs(params, hparams, batches[0], outer_args)),
         hint=" Run bl.diagnose for details.",
     )
     if on_failure != "ignore":
@@ -169,8 +173,21 @@ def hypergradient_from(
     no_residual: Any = None
     at = LinearizedMap(no_residual, A.mv, cross_vjp)
     hg = combine(backend, value, direct, pull_back(backend, linear_solver, A, at, rhs, adjoint0), direct)
+
+    def locate_here() -> str:
+        u = space.normal(1)
+        found = Derivatives(None, A(u), cross_vjp(u), rhs, direct)
+        value = backend.to_host(hg.value) if backend.owns(hg.value) else hg.value
+        return described(first_not_finite(backend, {}, 0.0, float(value), entries(backend, found)))
+
     info = report(
-        backend, hg.info, Implicit(linear_solver), on_failure, symmetric=A.symmetric, curvature=lambda: spectrum(A)
+        backend,
+        hg.info,
+        Implicit(linear_solver),
+        on_failure,
+        symmetric=A.symmetric,
+        curvature=lambda: spectrum(A),
+        locate=locate_here,
     )
     return hg._replace(info=info)
 

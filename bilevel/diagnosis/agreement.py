@@ -7,9 +7,9 @@ import numpy as np
 
 from bilevel.backend import Backend
 from bilevel.diagnosis.best_precision import in_best_precision
-from bilevel.diagnosis.derivatives import DERIVATIVES, Derivatives, derivatives
 from bilevel.diagnosis.following import changes
 from bilevel.diagnosis.sweep import Agreement, Sweep
+from bilevel.inspection.derivatives import DERIVATIVES, Derivatives, derivatives
 from bilevel.linearization import Inputs
 from bilevel.problems.protocols import BilevelProblem
 from bilevel.spaces.array import Array, H, P, V
@@ -174,7 +174,7 @@ def _claims(
 def _derivatives(
     backend: Backend, problem: BilevelProblem, inputs: Inputs[P, H], directions: _Directions[P, H]
 ) -> Derivatives[P, H]:
-    return derivatives(backend, problem, inputs, directions.u)[1]
+    return derivatives(backend, problem, inputs, directions.u)
 
 
 def _inner(backend: Backend, problem: BilevelProblem, inputs: Inputs[P, H], directions: _Directions[P, H]) -> _Inner[P]:

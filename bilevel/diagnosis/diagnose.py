@@ -1,6 +1,7 @@
 """Check a hypergradient."""
 
 import random
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from copy import copy
@@ -13,14 +14,15 @@ from bilevel.backend import Backend
 from bilevel.config import get_solver
 from bilevel.diagnosis.agreement import compare, elsewhere, nothing
 from bilevel.diagnosis.best_precision import in_best_precision
-from bilevel.diagnosis.entries import Arrays, Entries, copied, entries
 from bilevel.diagnosis.influence import Influence, has_zeros, influence
 from bilevel.diagnosis.kinks import Held, descent, held
 from bilevel.diagnosis.look import look, look_again
 from bilevel.diagnosis.measurements import Repetition
-from bilevel.diagnosis.not_finite import not_finite
 from bilevel.diagnosis.report import Diagnosis
+from bilevel.errors import DependenceWarning
 from bilevel.hypergradient import SolverSpec, hypergradient
+from bilevel.inspection.entries import Arrays, Entries, copied, entries
+from bilevel.inspection.not_finite import not_finite
 from bilevel.linearization import Inputs
 from bilevel.methods.implicit import as_method
 from bilevel.methods.method import Method
@@ -98,7 +100,9 @@ def _diagnose(
         first, numbers = backend.run(look, problem, inputs)
         grad_norm, grad_curvature, params_norm, asymmetry, *ends = host(numbers)
         data: dict[str, Any] = {"inner_args": batches if len(batches) > 1 else inner_args, "outer_args": outer_args}
-        hg = hypergradient(problem, params, hparams, **data, solver=method, backend=backend, on_failure="ignore")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DependenceWarning)  # the report has a finding about it
+            hg = hypergradient(problem, params, hparams, **data, solver=method, backend=backend, on_failure="ignore")
         again = backend.run(look_again, problem, inputs, hg.adjoint, first, method.damping)
         value, change, left, undamped, *changes = host(again)
         here = entries(backend, first)

@@ -4,11 +4,11 @@ from collections.abc import Iterator
 from math import isfinite
 
 from bilevel.diagnosis.agreement import Agreement
-from bilevel.diagnosis.entries import listed
 from bilevel.diagnosis.finding import Finding
 from bilevel.diagnosis.formatting import percent
 from bilevel.diagnosis.influence import without_curvature, without_influence
 from bilevel.diagnosis.measurements import Measured
+from bilevel.inspection.entries import listed
 from bilevel.results import Status
 
 GRAD_CAUSES = (
@@ -38,7 +38,7 @@ def findings(m: Measured) -> Iterator[Finding]:
     """Yield the findings, the most serious first."""
     equation = m.curvature == "equation"
     if m.not_finite:
-        yield m.not_finite.finding
+        yield Finding("not finite", str(m.not_finite), m.not_finite.way_out)
         return
     if m.info.status == Status.NON_FINITE:
         yield Finding("not finite", _failure(m), "")
@@ -66,8 +66,8 @@ def findings(m: Measured) -> Iterator[Finding]:
     if m.is_away and not kinks:
         yield _not_solved(m)
     if m.info.status != Status.CONVERGED:
-        reason = "rows of zeros make the system singular" if flat else "the Hessian has no meaning there"
-        known = f"{m.method.name} ended with {m.info.status.name}, because {reason}. Another solver does not help."
+        reason = "Rows of zeros make the system singular" if flat else "The formula does not hold there"
+        known = f"{m.method.name} ended with {m.info.status.name}. {reason}, so another solver does not help."
         yield Finding("solve failed", known if flat or kinks else _failure(m), "")
     elif m.repeatable and not m.solved and not flat:
         yield Finding(
@@ -138,15 +138,15 @@ def _causes(m: Measured, a: Agreement, wrong: list[Agreement]) -> str:
 def _not_solved(m: Measured) -> Finding:
     gain = f", and solving it would change F by about {percent(m.gain)}" if m.gain else ""
     if m.curvature == "equation":
-        fails, there, way_out = "solve the equation", "solution", "Iterate further"
+        fails, there, way_out, more = "solve the equation", "solution", "Iterate further", ""
     else:
         fails, there, way_out = "minimize the inner objective", "minimum", "Train the inner problem further"
+        more = " (If a bound or a constraint holds params, use bl.FixedPoint: docs/problems.md.)"
     return Finding(
         "not solved",
         f"params does not {fails}: its {how_far(m)}{gain}. The formula of a hypergradient holds at a {there}. At this "
         "distance, its error can be tens of per cent.",
-        f'{way_out}, or use solver="unrolled", which needs no {there}. (If a bound or a constraint holds params, use '
-        "bl.FixedPoint: docs/problems.md.)",
+        f'{way_out}, or use solver="unrolled", which needs no {there}.{more}',
     )
 
 

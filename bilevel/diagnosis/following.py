@@ -3,7 +3,7 @@
 import numpy as np
 
 from bilevel.backend import Backend
-from bilevel.diagnosis.derivatives import DERIVATIVES, Derivatives, derivatives
+from bilevel.inspection.derivatives import DERIVATIVES, Derivatives, derivatives
 from bilevel.linearization import Inputs
 from bilevel.problems.protocols import BilevelProblem
 from bilevel.spaces.array import H, P
@@ -35,4 +35,4 @@ def changes(backend: Backend, problem: BilevelProblem, inputs: Inputs[P, H]) -> 
 
 
 def _derivatives(backend: Backend, problem: BilevelProblem, inputs: Inputs[P, H]) -> Derivatives[P, H]:
-    return derivatives(backend, problem, inputs, backend.space(inputs.params).normal(SEED))[1]
+    return derivatives(backend, problem, inputs, backend.space(inputs.params).normal(SEED))

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bilevel.diagnosis.entries import Arrays, Entries, Share, listed, shares
 from bilevel.diagnosis.finding import Finding
+from bilevel.inspection.entries import Arrays, Entries, Share, listed, shares
 
 
 class Influence(NamedTuple):

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import numpy as np
 
 from bilevel.backend import Backend
-from bilevel.diagnosis.entries import Arrays, Share, listed, shares
 from bilevel.diagnosis.finding import Finding
+from bilevel.inspection.entries import Arrays, Share, listed, shares
 from bilevel.linearization import Inputs
 from bilevel.problems.protocols import BilevelProblem
 from bilevel.spaces.array import Array, H, P

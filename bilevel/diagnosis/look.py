@@ -1,11 +1,11 @@
 """The numbers of a report at params and hparams, by two linearizations."""
 
 from bilevel.backend import Backend
-from bilevel.diagnosis.derivatives import Derivatives
 from bilevel.diagnosis.measurements import PRODUCTS
+from bilevel.inspection.derivatives import Derivatives, linearized
 from bilevel.linearization import Inputs
-from bilevel.methods.method import Level
 from bilevel.operators.lanczos import spectrum
+from bilevel.operators.linear_operator import LinearOperator
 from bilevel.problems.protocols import BilevelProblem
 from bilevel.spaces.array import Array, H, P, V
 from bilevel.spaces.space import Space
@@ -17,14 +17,11 @@ def look(
     backend: Backend, problem: BilevelProblem, inputs: Inputs[P, H]
 ) -> tuple[Derivatives[P, H], tuple[Array, ...]]:
     """Return the derivatives, and the numbers from one linearization."""
-    params, hparams, args, outer_args = inputs
-    _, outer_params, outer_hparams, _ = backend.outer(problem.outer, params, hparams, outer_args)
-    level = Level(backend, problem, params, hparams, [args])
-    at = level.linearize()
-    A, grad = level.operator(at), at.residual
-    space, xp, dot = A.space, A.space.xp, A.space.dot
+    space = backend.space(inputs.params)
     u, v = space.normal(SEED), space.normal(SEED + 1)
-    Hu = A(u)
+    at, _, found = linearized(backend, problem, inputs, u)
+    A = LinearOperator(space, at.vjp_params, symmetric=problem.kind != "equation")
+    xp, dot, grad, Hu, params = space.xp, space.dot, found.grad, found.product, inputs.params
     grad_norm, params_norm = space.norm(grad), space.norm(params)
     unit = space.scale(_ratio(xp.ones_like(grad_norm), grad_norm, space), grad)
     curvature = dot(unit, A(unit))
@@ -35,10 +32,6 @@ def look(
     else:
         asymmetry = xp.full_like(grad_norm, float("nan"))
         curvature, ends = xp.abs(curvature), [asymmetry] * 4
-    zeros, cross = backend.space(hparams).zeros(), at.vjp_hparams(u)
-    found = Derivatives(
-        grad, Hu, zeros if cross is None else cross, outer_params, zeros if outer_hparams is None else outer_hparams
-    )
     return found, (grad_norm, curvature, params_norm, asymmetry, *ends)
 
 
@@ -51,18 +44,15 @@ def look_again(
     damping: float,
 ) -> tuple[Array, ...]:
     """Return F, its change, both residuals, and the changes within this linearization and since the first look."""
-    params, hparams, inner_args, outer_args = inputs
-    value, rhs, _, _ = backend.outer(problem.outer, params, hparams, outer_args)
-    at = problem.linearize(backend, params, hparams, inner_args)
-    space, hvp = backend.space(params), at.vjp_params
+    space = backend.space(inputs.params)
     u = space.normal(SEED)
-    Hu, cross = hvp(u), at.vjp_hparams(u)
+    at, value, again = linearized(backend, problem, inputs, u)
+    rhs, hvp = again.outer_params, at.vjp_params
     undamped = space.subtract(rhs, hvp(v))
     left = space.axpy(-damping, v, undamped)
     residuals = (_ratio(space.norm(r), space.norm(rhs), space) for r in (left, undamped))
-    new_cross = backend.space(hparams).zeros() if cross is None else cross
-    pairs = ((Hu, hvp(u)), (first.product, Hu), (first.grad, at.residual), (first.cross, new_cross))
-    changes = (_change(old, new, backend) for old, new in pairs)
+    grad, product, cross = (_change(old, new, backend) for old, new in zip(first[:3], again[:3], strict=True))
+    changes = (_change(again.product, hvp(u), backend), product, grad, cross)
     return value, -space.dot(v, at.residual), *residuals, *changes
 
 

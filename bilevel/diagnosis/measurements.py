@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from bilevel.diagnosis.agreement import Agreements
 from bilevel.diagnosis.influence import Influence
 from bilevel.diagnosis.kinks import Held
-from bilevel.diagnosis.not_finite import NotFinite
+from bilevel.inspection.not_finite import NotFinite
 from bilevel.linear_solvers.linear_solver import LinearSolver
 from bilevel.methods.implicit import Implicit
 from bilevel.methods.method import Method

@@ -26,9 +26,8 @@ def explain(solver: LinearSolver[Any], info: SolverInfo, symmetric: bool, curvat
 
 
 NON_FINITE = (
-    "nan or inf in the losses, their gradients or a Hessian-vector product; no hypergradient is returned. Check for "
-    "overflow in the inner problem, very large hyperparameters (a penalty exp(λ) with a large λ), or an inner "
-    'training that diverged. on_failure="ignore" returns the nan.'
+    "nan or infinity in the losses, their gradients, a product or the solve. Check for overflow in the inner problem, "
+    "very large hyperparameters (a penalty exp(λ) with a large λ), or an inner training that diverged."
 )
 NO_CONTRACTION = (
     "diverged. The step of the fixed point, or w − step_size·residual of the root, does not contract at params, so "

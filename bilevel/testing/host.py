@@ -7,7 +7,7 @@ from typing import Generic
 import numpy as np
 
 from bilevel.backend import Backend
-from bilevel.diagnosis.derivatives import DERIVATIVES, derivatives
+from bilevel.inspection.derivatives import DERIVATIVES, derivatives
 from bilevel.linear_solvers.exact import check_size
 from bilevel.linearization import Inputs
 from bilevel.problems.problem import Problem
@@ -157,5 +157,5 @@ def _hessian(backend: Backend, problem: BilevelProblem, inputs: Inputs[P, H]) ->
 
 def _derivatives(backend: Backend, problem: BilevelProblem, inputs: Inputs[P, H], u: Array) -> list[Array]:
     """Return the derivatives in the order of DERIVATIVES."""
-    _, found = derivatives(backend, problem, inputs, backend.space(inputs.params).unravel(u))
+    found = derivatives(backend, problem, inputs, backend.space(inputs.params).unravel(u))
     return [backend.space(tree).ravel(tree) for tree in found]

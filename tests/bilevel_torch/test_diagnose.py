@@ -80,9 +80,7 @@ def test_a_right_loop_is_verified_and_left_as_it_was(between):
         report = loop.diagnose(solver=bl.CG(damping=1.0))
     assert report.verified
     assert report.derivatives.eps < 1e-15  # in float64, though all is float32
-    assert {"not repeatable"} & {*names(report)} == (
-        {"not repeatable"} if isinstance(*between or (0,), nn.Dropout) else set()
-    )
+    assert not {"wrong derivative", "other arrays", "no influence", "no curvature", "kink"} & {*names(report)}
 
 
 def test_the_numbers_are_those_of_the_problem_with_arguments():

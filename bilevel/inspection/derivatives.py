@@ -3,7 +3,7 @@
 from typing import Generic, NamedTuple
 
 from bilevel.backend import Backend
-from bilevel.linearization import Inputs
+from bilevel.linearization import Inputs, LinearizedMap
 from bilevel.problems.protocols import BilevelProblem
 from bilevel.spaces.array import Array, H, P
 
@@ -27,18 +27,24 @@ class Derivatives(NamedTuple, Generic[P, H]):
     outer_hparams: H
 
 
-def derivatives(
+def linearized(
     backend: Backend, problem: BilevelProblem, inputs: Inputs[P, H], u: P
-) -> tuple[Array, Derivatives[P, H]]:
-    """Return F and the derivatives. ``u`` is a vector like params."""
+) -> tuple[LinearizedMap[P, H], Array, Derivatives[P, H]]:
+    """Return the linearized inner problem, F, and the derivatives. ``u`` is a vector like params."""
     params, hparams, inner_args, outer_args = inputs
     value, outer_params, outer_hparams, _ = backend.outer(problem.outer, params, hparams, outer_args)
     at = problem.linearize(backend, params, hparams, inner_args)
     zeros, cross = backend.space(hparams).zeros(), at.vjp_hparams(u)
-    return value, Derivatives(
+    found = Derivatives(
         grad=at.residual,
         product=at.vjp_params(u),
         cross=zeros if cross is None else cross,
         outer_params=outer_params,
         outer_hparams=zeros if outer_hparams is None else outer_hparams,
     )
+    return at, value, found
+
+
+def derivatives(backend: Backend, problem: BilevelProblem, inputs: Inputs[P, H], u: P) -> Derivatives[P, H]:
+    """Return the derivatives. ``u`` is a vector like params."""
+    return linearized(backend, problem, inputs, u)[2]

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import numpy as np
 
 from bilevel.backend import Backend
-from bilevel.diagnosis.entries import Arrays, Entries, Share, copied, listed, shares
-from bilevel.diagnosis.finding import Finding
+from bilevel.inspection.derivatives import Derivatives, linearized
+from bilevel.inspection.entries import Arrays, Entries, Share, copied, entries, listed, shares
 from bilevel.linearization import Inputs
 from bilevel.problems.protocols import BilevelProblem
 from bilevel.spaces.array import Array, H, P
@@ -42,46 +42,67 @@ class NotFinite(NamedTuple):
     shares: tuple[Share, ...]
     way_out: str
 
-    @property
-    def finding(self) -> Finding:
-        """The finding."""
+    def __str__(self) -> str:
         where = f" in {listed(self.shares)}" if self.shares else ""
-        what = f"{self.quantity} nan or infinite{where}." if self.quantity else f"There is nan or infinity{where}."
-        return Finding("not finite", what, self.way_out)
+        return f"{self.quantity} nan or infinite{where}." if self.quantity else f"There is nan or infinity{where}."
+
+
+def locate(backend: Backend, problem: BilevelProblem, inputs: Inputs[P, H]) -> str:
+    """Return the first quantity of a problem that is not finite, and its likely causes; "" if all are finite."""
+    value, found = backend.run(_derived, problem, inputs)
+    return described(not_finite(backend, problem, inputs, float(backend.to_host(value)), entries(backend, found)))
+
+
+def described(first: NotFinite | None) -> str:
+    """Return a quantity and its likely causes; "" for None."""
+    return "" if first is None else f"{first} {first.way_out}"
 
 
 def not_finite(
     backend: Backend, problem: BilevelProblem, inputs: Inputs[P, H], value: float, found: Entries
 ) -> NotFinite | None:
-    """Return the first quantity that is not finite. It is the cause of the others."""
+    """Return the first quantity of a problem at a point that is not finite. It is the cause of the others."""
     trees = (found.grad, found.product, found.cross, found.outer_params, found.outer_hparams)
     if np.isfinite(value) and all(np.isfinite(x).all() for tree in trees for x in tree.values()):
         return None
-    return next(_quantities(backend, problem, inputs, value, found))
+    inner = backend.run(_inner, problem, inputs)
+    of_inner = 0.0 if inner is None else float(backend.to_host(inner))
+    return first_not_finite(backend, inputs._asdict(), of_inner, value, found, problem.kind == "equation")
+
+
+def first_not_finite(
+    backend: Backend, arguments: dict[str, object], inner: float, value: float, found: Entries, equation: bool = False
+) -> NotFinite | None:
+    """Return the first of some quantities that is not finite, in the order of their computation.
+
+    Args:
+        arguments: trees of any values, by their names in messages.
+        inner: the inner objective; 0 for an equation.
+        value: the outer objective.
+        found: the derivatives. A part may be empty.
+        equation: whether the inner problem is an equation.
+    """
+    return next(_quantities(backend, arguments, inner, value, found, equation), None)
 
 
 def _quantities(
-    backend: Backend, problem: BilevelProblem, inputs: Inputs[P, H], value: float, found: Entries
+    backend: Backend, arguments: dict[str, object], inner: float, value: float, found: Entries, equation: bool
 ) -> Iterator[NotFinite]:
-    inner = backend.run(_inner, problem, inputs)  # first, because on several ranks all must take part
-    bad_loss = inner is not None and not np.isfinite(float(backend.to_host(inner)))
-    for name, tree in inputs._asdict().items():
+    for name, tree in arguments.items():
         arrays, way_out = _floating(backend, tree, name), {"params": PARAMS, "hparams": HPARAMS}.get(name, DATA)
-        if not (name.endswith("args") and np.isfinite(value) and not bad_loss):
+        if not name.endswith("args") or not np.isfinite([inner, value]).all():
             yield from _in("", arrays, way_out)
         elif where := shares(np.isnan, arrays):  # an infinity in data may be intended, as in a mask of attention
             yield NotFinite("", where, way_out)
-    if bad_loss:
+    if not np.isfinite(inner):
         yield NotFinite("The inner loss is", (), VALUE)
-    if problem.kind == "equation":
+    if equation:
         yield from _in("The residual is", found.grad, VALUE)
         about, missing = "The residual is finite, but products with its derivative by", FIRST
     else:
         yield from _in("The inner loss is finite, but its gradient ∂L/∂w is", found.grad, FIRST)
-        about, missing = (
-            "The inner loss and its gradient are finite, but products with the derivative of ∂L/∂w by",
-            SECOND,
-        )
+        about = "The inner loss and its gradient are finite, but products with the derivative of ∂L/∂w by"
+        missing = SECOND
     if not np.isfinite(value):
         yield NotFinite("The outer loss is", (), VALUE)
     yield from _in("The outer loss is finite, but its gradient ∂F/∂w is", found.outer_params, FIRST)
@@ -104,3 +125,8 @@ def _floating(backend: Backend, tree: object, name: str) -> Arrays:
 
 def _inner(backend: Backend, problem: BilevelProblem, inputs: Inputs[P, H]) -> Array | None:
     return problem.value_and_residual(backend, inputs.params, inputs.hparams, inputs.inner_args)[0]
+
+
+def _derived(backend: Backend, problem: BilevelProblem, inputs: Inputs[P, H]) -> tuple[Array, Derivatives[P, H]]:
+    _, value, found = linearized(backend, problem, inputs, backend.space(inputs.params).normal(1))
+    return value, found

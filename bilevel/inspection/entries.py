@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bilevel.backend import Backend
-from bilevel.diagnosis.derivatives import Derivatives
+from bilevel.inspection.derivatives import Derivatives
 
 Arrays = dict[str, np.ndarray]
 """The leaves of a tree by their paths, such as ``"params['w']"``."""

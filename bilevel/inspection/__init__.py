@@ -1,0 +1,1 @@
+"""The entries of a problem's arrays and derivatives on the host."""
