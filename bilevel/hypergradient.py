@@ -28,6 +28,7 @@ from bilevel.validation import (
     check_trees,
     find_backend,
     leaf_names,
+    wrong_calls_named,
 )
 
 SolverSpec = str | Path | Mapping[str, object] | LinearSolver[Any] | Method
@@ -94,7 +95,8 @@ def hypergradient(
     backend = find_backend(backend, params, hparams)
     batches = check_inputs(backend, params, hparams, inner_args, outer_args, adjoint0)
     check_stateless(backend, found)
-    hg = backend.run(_hypergradient, method, problem, params, hparams, batches, outer_args, adjoint0)
+    with wrong_calls_named(problem, batches[0], outer_args):
+        hg = backend.run(_hypergradient, method, problem, params, hparams, batches, outer_args, adjoint0)
     if hg.params is None:
         hg = hg._replace(params=params)
     info = report(

@@ -38,6 +38,14 @@ def check_training(inner: object, *given: object, **named: object) -> None:
         )
 
 
+def check_fit(fit: object) -> None:
+    """Raise a TypeError unless ``fit`` is a function of (hparams, params0)."""
+    known = _signature(fit) if callable(fit) else None
+    if not callable(fit) or (known is not None and not _fits(known, 2)):
+        got = _kind(fit) if known is None else f"{_name(fit, 'a lambda')}({', '.join(known.parameters)})"
+        raise TypeError(f"fit: expected a function fit(hparams, params0) -> params, got {got}.")
+
+
 class Arguments(NamedTuple):
     """``training(hparams, *args, **shared, **own)`` and ``inner(params, hparams, *args, **shared)``."""
 
@@ -80,8 +88,10 @@ def bind_arguments(
     return Arguments(args[0], args[1:], shared, own)
 
 
-def check_training_result(backend: Backend, training: str, result: Any, has_aux: bool = False) -> tuple[Any, Any]:
-    """Return the params and the auxiliary result, which is None without ``has_aux``.
+def check_training_result(
+    backend: Backend, training: str, result: Any, has_aux: bool = False, only: str = ONLY_PARAMS
+) -> tuple[Any, Any]:
+    """Return the params and the auxiliary result, which is None without ``has_aux``. ``only`` is advice for errors.
 
     Raises:
         TypeError: if the result is not a tree of floating-point arrays, or with ``has_aux`` not a tuple of such a tree
@@ -100,8 +110,9 @@ def check_training_result(backend: Backend, training: str, result: Any, has_aux:
             continue
         leaf_kind = f"of {leaf.dtype}" if backend.owns(leaf) else _kind(leaf)
         if not path:
-            raise TypeError(f"{training} returned {_kind(params)}. Return the trained params. {TREES}")
-        advice = "The params are the first of (params, aux)." if has_aux else ONLY_PARAMS
+            learned = ", for example a copy of its coef_" if hasattr(params, "coef_") else ""
+            raise TypeError(f"{training} returned {_kind(params)}. Return the trained params{learned}. {TREES}")
+        advice = "The params are the first of (params, aux)." if has_aux else only
         raise TypeError(f"{training} returned {_kind(params)}, where {path} is {leaf_kind}. {advice}")
     check_trees(backend, {f"the result of {training}": params}, {})
     return params, aux
@@ -136,6 +147,15 @@ def _bind(known: Signature, name: str, args: Args, named: dict[str, Any], rule: 
         return known.bind(*args, **named)
     except TypeError as error:
         raise TypeError(f"{name}{known}: {error}.{rule}") from None
+
+
+def _fits(known: Signature, count: int) -> bool:
+    """Return whether a function can be called with a number of arguments by position."""
+    try:
+        known.bind(*[None] * count)
+    except TypeError:
+        return False
+    return True
 
 
 def _takes(known: Signature, name: str, filled: int) -> bool:

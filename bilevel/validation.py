@@ -1,5 +1,10 @@
 """Checks of arguments. Errors name a leaf by its path."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from inspect import signature
+from numbers import Real
 from typing import Any
 
 from bilevel.backend import Backend
@@ -38,9 +43,19 @@ def find_backend(
         if backend.owns(leaf)
     ]
     if not owners:
+        if isinstance(hparams, Real) and not isinstance(params, Real):
+            name, number = names[1], hparams
+        else:
+            name, number = names[0], params
+        if isinstance(number, Real):
+            raise TypeError(
+                f"{name} is a number of Python. Write np.array({number}), torch.tensor({number}) or "
+                f"jnp.asarray({number})."
+            )
+        kinds = type(params).__name__, type(hparams).__name__
         raise TypeError(
-            f"{names[0]} and {names[1]}: expected trees of NumPy, torch or JAX arrays, got {type(params).__name__} and "
-            f"{type(hparams).__name__} without arrays. {TREES}"
+            f"{names[0]} and {names[1]}: expected trees of NumPy, torch or JAX arrays, got {kinds[0]} and {kinds[1]} "
+            f"without arrays. {TREES}"
         )
     (first, found), (last, other) = owners[0], owners[-1]
     if found is not other:
@@ -80,9 +95,9 @@ def check_inputs(
     for name, value in {**args, "outer_args": outer_args}.items():
         if not isinstance(value, tuple):
             hint = " A list holds one tuple per batch, as in inner_args=[(x0, y0), (x1, y1)]." if name in args else ""
-            raise TypeError(
-                f"{name}: expected a tuple of arguments, as in {name}=(x, y), got {type(value).__name__}.{hint}"
-            )
+            kind = "an array" if backend.owns(value) else type(value).__name__
+            one = f" For a single argument, write {name}=(x,)." if backend.owns(value) else ""
+            raise TypeError(f"{name}: expected a tuple of arguments, as in {name}=(x, y), got {kind}.{one}{hint}")
     return list(args.values())  # pyright: ignore[reportReturnType]
 
 
@@ -139,11 +154,14 @@ def check_like(backend: Backend, name: str, tree: object, other: str, reference:
     expected = {path: tuple(leaf.shape) for path, leaf in backend.leaves(reference)}
     for path in [*expected, *shapes]:
         if shapes.get(path) != expected.get(path):
-            raise ValueError(
-                f"{name}{path}: expected the structure of {other}, where this leaf "
-                f"{f'has shape {expected[path]}' if path in expected else 'does not exist'}; "
-                f"it {f'has shape {shapes[path]}' if path in shapes else 'is missing'}."
-            )
+            of_tree, of_other = _at(name, path, shapes), _at(other, path, expected)
+            raise ValueError(f"{name}{path}: expected the structure of {other}. {of_other}, but {of_tree}.")
+
+
+def _at(name: str, path: str, shapes: dict[str, tuple[int, ...]]) -> str:
+    if path in shapes:
+        return f"{name}{path} has shape {shapes[path]}"
+    return f"{name} has no leaf {path}" if path else f"{name} is no array"
 
 
 def check_stateless(backend: Backend, solver: LinearSolver[Any] | Method) -> None:
@@ -167,6 +185,38 @@ def depends_on_nothing(backend: Backend, label: str, params: object, hparams: ob
     if label == "inner":
         return f"inner does not depend on {in_params}"
     return f"{label} depends on neither {in_params} nor {leaf_names(backend, 'hparams', hparams)}"
+
+
+@contextmanager
+def wrong_calls_named(problem: object, inner_args: Args, outer_args: Args) -> Iterator[None]:
+    """Explain a TypeError if an objective cannot be called with its arguments."""
+    try:
+        yield
+    except TypeError as error:
+        functions = {f.name: getattr(problem, f.name) for f in fields(problem)} if is_dataclass(problem) else {}
+        if "positional argument" not in str(error):  # Python's words for a call that does not fit
+            raise
+        for label, function in functions.items():
+            name, args = ("outer_args", outer_args) if label == "outer" else ("inner_args", inner_args)
+            if callable(function) and (why := _misfit(function, args)):
+                raise TypeError(
+                    f"{label} is called with (params, hparams, *{name}), and {name} has {len(args)} entries. Its "
+                    f"signature is {why}. Pass its further arguments by {name}=(...)."
+                ) from error
+        raise
+
+
+def _misfit(function: Callable[..., object], args: Args) -> str:
+    """Return the signature of a function that cannot be called with (params, hparams, *args), else ""."""
+    try:
+        known = signature(function)
+    except (TypeError, ValueError):  # some functions of C have none
+        return ""
+    try:
+        known.bind(None, None, *args)
+    except TypeError:
+        return f"({', '.join(known.parameters)})"
+    return ""
 
 
 def check_scalar(label: str, value: Any) -> None:

@@ -54,8 +54,8 @@ class TestArguments:
             bl.hypergradient(half_square(0.0), array(backend, 1.0), {"reg": 0.1})
 
     def test_trees_without_arrays(self):
-        with pytest.raises(TypeError, match="expected trees of NumPy, torch or JAX arrays, got float and list"):
-            bl.hypergradient(half_square(0.0), 1.0, ["a"])
+        with pytest.raises(TypeError, match="expected trees of NumPy, torch or JAX arrays, got str and list"):
+            bl.hypergradient(half_square(0.0), "1", ["a"])
 
     def test_empty_hparams(self, backend):
         with pytest.raises(ValueError, match="hparams has no leaves"):
@@ -77,9 +77,7 @@ class TestArguments:
     def test_an_adjoint_of_another_shape(self, backend):
         problem = bl.problems.ridge()
         X, y = array(backend, [1.0, 2.0], [3.0, 1.0]), array(backend, 1.0, 2.0)
-        with pytest.raises(
-            ValueError, match=r"adjoint0: expected the structure of params, where this leaf has shape \(2,\)"
-        ):
+        with pytest.raises(ValueError, match=r"adjoint0: expected the structure of params\. params has shape \(2,\)"):
             bl.hypergradient(
                 problem,
                 array(backend, 1.0, 1.0),
@@ -90,7 +88,9 @@ class TestArguments:
             )
 
     def test_an_adjoint_of_another_structure(self, autodiff):
-        with pytest.raises(ValueError, match=r"adjoint0\['b'\].*is missing"):
+        with pytest.raises(
+            ValueError, match=r"adjoint0\['b'\]: .* params\['b'\] has shape .* adjoint0 has no leaf \['b'\]"
+        ):
             bl.hypergradient(
                 half_square(0.0),
                 {"a": array(autodiff, 1.0), "b": array(autodiff, 1.0)},

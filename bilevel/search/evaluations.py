@@ -17,6 +17,7 @@ from bilevel.methods.method import Method
 from bilevel.problems.protocols import BilevelProblem
 from bilevel.results import Status
 from bilevel.spaces.array import H, P
+from bilevel.trainings import check_training_result
 
 LOOSEST_RTOL = 1e-2  # of the first linear solves; the gradients are accurate enough for a line search
 TIGHTENING = 0.85  # the largest factor per evaluation, so that the sum of the errors is finite
@@ -144,9 +145,7 @@ class Search(Generic[P, H]):
         hparams = self.hparams(x)
         method, rtol = self._tightened()
         start: Any = self.copied(warm.params) if warm else self.params0
-        params = self.fit(hparams, start)
-        if params is None:
-            raise ValueError("fit: expected the new params, got None. Does the function return them?")
+        params, _ = check_training_result(backend, "fit", self.fit(hparams, start), only="Return only the params.")
         try:
             with warnings.catch_warnings():
                 if any(evaluation.status != Status.CONVERGED for evaluation in self.history):

@@ -21,6 +21,7 @@ from bilevel.methods.implicit import as_method
 from bilevel.problems.protocols import BilevelProblem
 from bilevel.search.evaluations import Search
 from bilevel.spaces.array import Args, H, P
+from bilevel.trainings import check_fit
 from bilevel.validation import find_backend
 
 TAKES_BOUNDS = {"L-BFGS-B": True, "BFGS": False, "CG": False}
@@ -95,7 +96,8 @@ def minimize(
     method = _check_method(method, bounds)
     if isinstance(maxiter, bool) or not isinstance(maxiter, Integral) or maxiter < 1:
         raise ValueError(f"maxiter: expected an integer >= 1, got {maxiter!r}.")
-    backend = find_backend(backend, hparams0, hparams0)
+    check_fit(fit)
+    backend = find_backend(backend, hparams0, hparams0, ("hparams0", "hparams0"))
     x0 = backend.to_flat(hparams0)
     box = _box(bounds, x0.size)
     call = {"inner_args": inner_args, "outer_args": outer_args, "backend": backend, "on_failure": on_failure}

@@ -370,7 +370,7 @@ class TestMistakes:
             PerFeature().minimize(maxiter=maxiter)
 
     def test_a_fit_that_returns_nothing(self):
-        with pytest.raises(ValueError, match=r"fit: expected the new params, got None\. Does the function return them"):
+        with pytest.raises(TypeError, match=r"fit returned None\. Return the trained params\."):
             PerFeature().minimize(fit=lambda hparams, params0: None)
 
     def test_an_unknown_solver(self):

@@ -1,0 +1,203 @@
+"""Messages about arguments of `bl.hypergradient` and `bl.minimize` that do not fit the functions or each other."""
+
+import numpy as np
+import pytest
+from frameworks import namespace
+
+import bilevel as bl
+
+RIDGE = bl.problems.ridge()
+DATA = np.eye(3), np.ones(3)
+
+
+def zeros(backend, shape=3):
+    return backend.from_numpy(np.zeros(shape))
+
+
+def inner(w, h, X, y):
+    return ((X @ w - y) ** 2).mean() + (h**2 * w**2).sum()
+
+
+def outer(w, h, X, y):
+    return ((X @ w - y) ** 2).mean()
+
+
+class TestFurtherArguments:
+    @pytest.mark.parametrize(
+        ("data", "text"),
+        [
+            (
+                ["inner_args"],
+                r"^outer is called with \(params, hparams, \*outer_args\), and outer_args has 0 entries\.",
+            ),
+            (
+                ["outer_args"],
+                r"^inner is called with \(params, hparams, \*inner_args\), and inner_args has 0 entries\.",
+            ),
+        ],
+    )
+    def test_that_are_forgotten(self, backend, data, text):
+        data = {name: tuple(backend.from_numpy(x) for x in DATA) for name in data}
+        signature = r" Its signature is \(\w+, \w+, X, y\)\. Pass its further arguments by \w+=\(\.\.\.\)"
+        problem = RIDGE if backend.name == "numpy" else bl.Problem(inner, outer)
+        with pytest.raises(TypeError, match=text + signature):
+            bl.hypergradient(problem, zeros(backend), zeros(backend), **data)
+
+    def test_too_many(self):
+        with pytest.raises(TypeError, match=r"inner is called with .* inner_args has 3 entries"):
+            bl.hypergradient(RIDGE, np.zeros(3), np.zeros(3), inner_args=(*DATA, 1), outer_args=DATA)
+
+    def test_of_a_step(self):
+        jnp = pytest.importorskip("jax.numpy")
+        problem = bl.FixedPoint(lambda w, h, x: w / 2 + h * x, lambda w, h: (w**2).sum())
+        with pytest.raises(TypeError, match=r"step is called with \(params, hparams, \*inner_args\)"):
+            bl.hypergradient(problem, jnp.zeros(2), jnp.zeros(2), solver="gmres")
+
+    def test_an_error_inside_of_a_loss_stays(self):
+        torch = pytest.importorskip("torch")
+        problem = bl.Problem(lambda w, h: (w @ None).sum(), lambda w, h: (w**2).sum())
+        with pytest.raises(TypeError, match="NoneType"):
+            bl.hypergradient(problem, torch.zeros(2), torch.zeros(2))
+
+    def test_an_array_in_place_of_a_tuple(self, backend):
+        with pytest.raises(TypeError, match=r"inner_args: .* got an array\. .*write inner_args=\(x,\)"):
+            bl.hypergradient(RIDGE, zeros(backend), zeros(backend), inner_args=zeros(backend))
+
+
+class TestTrees:
+    def test_a_number_names_the_argument(self, backend):
+        with pytest.raises(TypeError, match=r"^hparams0 is a number of Python\. Write np\.array\(-3\.0\),"):
+            bl.minimize(RIDGE, -3.0, fit=lambda h, w: w)
+        with pytest.raises(TypeError, match=r"^params is a number of Python"):
+            bl.hypergradient(RIDGE, 1.0, 2.0)
+        with pytest.raises(TypeError, match=r"^hparams is a number of Python"):
+            bl.hypergradient(RIDGE, [], 2.0)
+
+    @pytest.mark.parametrize(
+        ("adjoint0", "text"),
+        [
+            (
+                {"w": 3},
+                r"^adjoint0: expected the structure of params\. params has shape \(3,\), but adjoint0 is no array\.",
+            ),
+            (4, r"^adjoint0: .*\. params has shape \(3,\), but adjoint0 has shape \(4,\)\."),
+        ],
+    )
+    def test_an_adjoint_of_another_structure(self, backend, adjoint0, text):
+        size = adjoint0 if isinstance(adjoint0, int) else adjoint0["w"]
+        adjoint0 = zeros(backend, size) if isinstance(adjoint0, int) else {"w": zeros(backend, size)}
+        with pytest.raises(ValueError, match=text):
+            bl.hypergradient(RIDGE, zeros(backend), zeros(backend), adjoint0=adjoint0)
+
+
+class Estimator:
+    coef_ = np.zeros(3)
+
+
+class TestFits:
+    @pytest.mark.parametrize(
+        ("result", "text"),
+        [
+            (None, r"^fit returned None\. Return the trained params\.$"),
+            (Estimator(), r"^fit returned an Estimator\. Return the trained params, for example a copy of its coef_\."),
+            ((np.zeros(3), 0.5), r"^fit returned a tuple of 2, where \[1\] is a float\. Return only the params\.$"),
+            ({"w": np.zeros(3), "n": 3}, r"^fit returned a dict, where \['n'\] is an int\. Return only the params\.$"),
+        ],
+        ids=["nothing", "an estimator", "its loss too", "a number too"],
+    )
+    def test_that_return_something_else(self, result, text):
+        with pytest.raises(TypeError, match=text):
+            bl.minimize(RIDGE, np.zeros(3), fit=lambda h, w: result, inner_args=DATA, outer_args=DATA)
+
+    @pytest.mark.parametrize(
+        ("fit", "got"),
+        [
+            (lambda h: h, r"a lambda\(h\)"),
+            (np.zeros(3), "a ndarray"),
+            (lambda h, w, steps: w, r"a lambda\(h, w, steps\)"),
+        ],
+    )
+    def test_that_cannot_be_called(self, fit, got):
+        with pytest.raises(
+            TypeError, match=rf"^fit: expected a function fit\(hparams, params0\) -> params, got {got}\.$"
+        ):
+            bl.minimize(RIDGE, np.zeros(3), fit=fit)
+
+
+class TestUnsolved:
+    """A search whose fit does not solve the inner problem does not end with success."""
+
+    def search(self, backend, fit, **options):
+        rng = np.random.default_rng(0)
+        X, y = rng.standard_normal((60, 5)), rng.standard_normal(60)
+        X, y = (backend.from_numpy(a) for a in (X, y + X.sum(1)))
+        self.xp = namespace(backend)
+        data = {"inner_args": (X, y), "outer_args": (X[:30], y[:30])}
+        return bl.minimize(RIDGE, backend.from_numpy(np.full(5, -2.0)), fit=fit, bounds=(-6, 3), **data, **options)
+
+    @pytest.mark.filterwarnings("ignore::bilevel.InnerProblemWarning", "ignore:invalid value:RuntimeWarning")
+    @pytest.mark.parametrize("value", [0.0, 1.0])
+    def test_a_constant(self, backend, value):
+        found = self.search(backend, lambda h, w: backend.from_numpy(np.full(5, value)))
+        assert (found.success, found.status) == (False, -1)
+        assert found.message.startswith("fit does not solve the inner problem: to first order, the outer objective")
+        assert found.history[0].inner_grad_norm > 0.1
+
+    def test_noise(self):
+        backend, rng = bl.get_backend("numpy"), np.random.default_rng(1)
+        exact = []
+
+        def fit(h, w):
+            solve = bl.scipy_fit(RIDGE, inner_args=exact[0])
+            return solve(h, np.zeros(5)) + 1e-2 * rng.standard_normal(5)
+
+        rng_ = np.random.default_rng(0)
+        X = rng_.standard_normal((60, 5))
+        exact.append((X, rng_.standard_normal(60) + X.sum(1)))
+        with pytest.warns(bl.InnerProblemWarning, match=r"^minimize: fit does not solve the inner problem"):
+            found = self.search(backend, fit)
+        assert not found.success
+
+    def test_ignored_warnings_still_give_no_success(self):
+        found = self.search(bl.get_backend("numpy"), lambda h, w: np.zeros(5), on_failure="ignore")
+        assert not found.success
+
+    def test_an_exact_fit_has_success(self, backend):
+        def fit(h, w):
+            start = backend.from_numpy(np.zeros(5)) if w is None else w
+            return bl.scipy_fit(RIDGE, inner_args=self.data(backend))(h, start)
+
+        found = self.search(backend, fit)
+        assert found.success
+        assert abs(found.history[-1].value_error) <= 1e-6 * found.fun
+
+    def data(self, backend):
+        rng = np.random.default_rng(0)
+        X, y = rng.standard_normal((60, 5)), rng.standard_normal(60)
+        return tuple(backend.from_numpy(a) for a in (X, y + X.sum(1)))
+
+
+class TestFarFromTheSolution:
+    def call(self, backend, w, **options):
+        data = {"inner_args": tuple(map(backend.from_numpy, DATA)), "outer_args": tuple(map(backend.from_numpy, DATA))}
+        h = backend.from_numpy(np.full(3, -3.0))
+        return bl.hypergradient(RIDGE, backend.from_numpy(np.asarray(w)), h, **data, **options)
+
+    def test_it_warns_once_with_the_way_out(self, backend):
+        with pytest.warns(bl.InnerProblemWarning, match=r"^params do not solve.*bl\.FixedPoint.*unrolled"):
+            hg = self.call(backend, [0.0, 0.0, 5.0])
+        assert abs(hg.info.value_error) > 0.2 * float(backend.to_host(hg.value))
+
+    def test_the_estimate_is_first_order(self, backend):
+        solution = 1 / (1 + 3 * np.exp(-3.0)) * np.ones(3)
+        errors = []
+        for step in (1e-3, 1e-4):
+            at, there = self.call(backend, solution + step), self.call(backend, solution)
+            actual = float(backend.to_host(at.value)) - float(backend.to_host(there.value))
+            errors.append(abs(at.info.value_error - actual))
+            assert at.info.value_error == pytest.approx(actual, rel=2e-2)
+        assert errors[1] <= 0.02 * errors[0]  # of second order
+
+    @pytest.mark.filterwarnings("error::bilevel.InnerProblemWarning")
+    def test_it_stays_quiet_if_failures_are_ignored(self, backend):
+        self.call(backend, [0.0, 0.0, 5.0], on_failure="ignore")
