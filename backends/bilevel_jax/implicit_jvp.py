@@ -23,6 +23,7 @@ from bilevel.spaces.array import Args, H, P, V
 from bilevel.validation import check_scalar, leaf_names
 from bilevel_jax.backend import JaxBackend, backend, cross_products
 from bilevel_jax.dependence import depends
+from bilevel_jax.failure_callback import tell_failure
 from bilevel_jax.partition import Static, combine, partition
 from bilevel_jax.sharding import unvarying
 
@@ -67,15 +68,17 @@ def with_implicit_jvp(
         moving = _Moving(loss, structure, tuple(moves))
         constants = [leaf for i, leaf in enumerate(leaves) if i not in moves]
         here = (moving, params, [leaves[i] for i in moves], (constants,))
-        solver = make_solver(jax.tree.unflatten(structure, leaves)[-1])
+        options = jax.tree.unflatten(structure, leaves)[-1]
+        solver = make_solver(options)
 
-        def tell(info: SolverInfo) -> None:
+        def tell(info: SolverInfo, options: list[object]) -> None:
+            solver = make_solver(options)  # with numbers in place of tracers
             report(backend, info, Implicit(solver), on_failure, hint=" Run bl.diagnose for details.")
 
         def solve(_: object, rhs: P) -> P:
             x, info = call(_solve, solver, *here, rhs)
             if on_failure != "ignore":
-                jax.debug.callback(tell, info)
+                tell_failure(tell, lambda status: solver.failed(status), info, options)
             return x
 
         # JAX cannot transpose a solve in which only some leaves move, for example if weights have a penalty and a bias

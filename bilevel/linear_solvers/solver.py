@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from bilevel.operators.lanczos import Spectrum
 from bilevel.options import summary
-from bilevel.results import SolverInfo
+from bilevel.results import SolverInfo, Status
 
 
 class Solver:
@@ -36,6 +36,10 @@ class Solver:
     def with_rtol(self, rtol: float) -> Self:
         """Return the solver with another relative tolerance. A solver without a tolerance returns itself."""
         return self
+
+    def failed(self, status: Any) -> Any:
+        """Return whether a `Status` is a failure of this solver. The status may be an array of the framework."""
+        return status != int(Status.CONVERGED)
 
     @abstractmethod
     def explain(self, info: SolverInfo, symmetric: bool, curvature: Spectrum[float] | None) -> str:

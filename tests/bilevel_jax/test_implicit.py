@@ -255,6 +255,57 @@ class TestFailure:
             warnings.simplefilter("error")
             run_jitted(grad, h, X)
 
+    @pytest.mark.parametrize("on_failure", ["warn", "raise"])
+    def test_the_host_is_not_called_for_a_solve_that_converged(self, case, on_failure, monkeypatch):
+        def called(*_, **__):
+            raise AssertionError
+
+        monkeypatch.setattr("bilevel_jax.implicit_jvp.report", called)
+        h, X, y, outer = case
+        solve = bilevel_jax.implicit_minimizer(inner, on_failure=on_failure)(ridge)
+        grad = jax.grad(lambda h: outer(solve(h, X, y)))
+        hs = jax.tree.map(lambda a: jnp.stack([a, a + 1]), h)
+        for call, at in ((grad, h), (jax.jit(grad), h), (jax.vmap(grad), hs), (jax.jit(jax.vmap(grad)), hs)):
+            jax.block_until_ready(call(at))
+        jax.effects_barrier()
+
+    @pytest.mark.parametrize("transform", [jax.vmap, lambda f: jax.jit(jax.vmap(f))], ids=["vmap", "jit of vmap"])
+    def test_a_batch_tells_its_worst_solve_once(self, transform):
+        """The second example has negative curvature, and the third needs more steps than the first."""
+        slopes = jnp.array([[1.0, 1.0, 1.0], [-1.0, -1.0, -1.0], [1.0, 2.0, 3.0]])
+
+        def grad(curvatures, solver):
+            def loss(w, h):
+                return jnp.sum(curvatures * w**2) / 2 - jnp.sum(h * w)
+
+            solve = bilevel_jax.implicit_minimizer(loss, solver=solver)(lambda h: h / curvatures)
+            return jax.grad(lambda h: jnp.sum(solve(h)))(jnp.ones(3))
+
+        def told(batch, solver):
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                jax.block_until_ready(transform(lambda c: grad(c, solver))(batch))
+                jax.effects_barrier()
+            return [str(warning.message) for warning in caught]
+
+        [text] = told(slopes, bl.CG(maxiter=1))
+        assert "met non-positive curvature" in text
+        [text] = told(slopes[::2], bl.CG(maxiter=1))
+        assert "above its tolerance" in text
+        assert told(slopes[:1], bl.CG(maxiter=1)) == []
+
+    def test_a_traced_option_is_a_number_in_the_message(self):
+        def total(h, damping):
+            solver = bl.CG(damping=damping)
+            concave = bilevel_jax.implicit_minimizer(lambda w, h: jnp.sum(h * w) - jnp.sum(w**2), solver=solver)
+            return concave(lambda h: h / 2)(h).sum()
+
+        with pytest.warns(bl.SolverWarning, match=r"raise damping above 0\.5,"):
+            run_jitted(jax.grad(total), jnp.ones(2), 0.5)
+        dampings = jnp.array([3.0, 0.25])
+        with pytest.warns(bl.SolverWarning, match=r"raise damping above 0\.25,"):
+            run_jitted(jax.vmap(jax.grad(total), (None, 0)), jnp.ones(2), dampings)
+
     def test_negative_curvature_is_named(self):
         solve = bilevel_jax.implicit_minimizer(lambda w, h: jnp.sum(h * w) - jnp.sum(w**2))(lambda h: h / 2)
         with pytest.warns(bl.SolverWarning, match="Hessian is not positive definite: add damping, train"):
