@@ -1,0 +1,160 @@
+"""Training functions: how they are decorated, their arguments and their results."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from inspect import BoundArguments, Parameter, Signature, signature
+from typing import Any, NamedTuple
+
+from bilevel.backend import Backend
+from bilevel.spaces.array import Args
+from bilevel.validation import TREES, check_trees
+
+ONLY_PARAMS = "Return only the params, or return (params, aux) and pass has_aux=True."
+INNER_RECEIVES = (
+    " The inner loss receives params, and then the arguments of the training: those by position in the same order, "
+    "those by keyword under the same names."
+)
+BY_POSITION = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
+BY_NAME = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
+
+
+def check_inner(inner: object) -> None:
+    """Raise a TypeError unless the first argument of ``implicit_minimizer`` is a function."""
+    if not callable(inner):
+        raise TypeError(
+            f"implicit_minimizer: expected the inner loss, a function of (params, hparams), got {_kind(inner)}. Write "
+            'implicit_minimizer(inner, solver="cg").'
+        )
+
+
+def check_training(inner: object, *given: object, **named: object) -> None:
+    """Raise a TypeError unless ``implicit_minimizer(inner)`` was called with a training function."""
+    if len(given) != 1 or named or not callable(given[0]):
+        got = ", ".join(_kind(each) for each in [*given, *named.values()]) or "nothing"
+        raise TypeError(
+            f"implicit_minimizer({_name(inner, 'inner')}) expects a training function, got {got}. Pass the inner loss "
+            "first: write @implicit_minimizer(inner) above my_training, or solve = "
+            "implicit_minimizer(inner)(my_training). Then call the result with hparams."
+        )
+
+
+class Arguments(NamedTuple):
+    """``training(hparams, *args, **shared, **own)`` and ``inner(params, hparams, *args, **shared)``."""
+
+    hparams: Any
+    args: Args
+    shared: dict[str, Any]
+    own: dict[str, Any]
+
+
+def bind_arguments(
+    training: Callable[..., Any], inner: Callable[..., Any], args: Args, named: dict[str, Any]
+) -> Arguments:
+    """Divide the arguments of a call of a training into the arguments of the training and of the inner loss.
+
+    The inner loss receives arguments by position in the same order. It receives keyword arguments and defaults of the
+    training under the same names, if it has parameters of these names. The training keeps the others, such as a number
+    of steps.
+
+    Raises:
+        TypeError: if the arguments do not fit the training or the inner loss.
+    """
+    name = training_name(training)
+    if (known := _signature(training)) is not None:
+        bound = _bind(known, name, args, named)
+        bound.apply_defaults()
+        open_places = [p for p in known.parameters.values() if p.kind in BY_POSITION][len(args) :]
+        open_places += [p for p in known.parameters.values() if p.kind is Parameter.KEYWORD_ONLY]
+        # A default of a parameter that is only positional stays with the training.
+        named = {**{p.name: bound.arguments[p.name] for p in open_places if p.kind in BY_NAME}, **named}
+        if not args and open_places[:1] and open_places[0].kind is Parameter.POSITIONAL_OR_KEYWORD:
+            args = (named.pop(open_places[0].name),)
+    if not args:
+        raise TypeError(f"{name}: hparams must be the first argument.")
+    shared = named
+    if (known := _signature(inner)) is not None:
+        filled = 1 + len(args)
+        shared = {key: value for key, value in named.items() if _takes(known, key, filled)}
+        _bind(known, _name(inner, "inner"), (None, *args), shared, INNER_RECEIVES)
+    own = {key: value for key, value in named.items() if key not in shared}
+    return Arguments(args[0], args[1:], shared, own)
+
+
+def check_training_result(backend: Backend, training: str, result: Any, has_aux: bool = False) -> tuple[Any, Any]:
+    """Return the params and the auxiliary result, which is None without ``has_aux``.
+
+    Raises:
+        TypeError: if the result is not a tree of floating-point arrays, or with ``has_aux`` not a tuple of such a tree
+            and another object.
+        ValueError: if the tree has no leaves, or its leaves are on different devices.
+    """
+    if result is None:
+        raise TypeError(f"{training} returned None. Return the trained params.")
+    params, aux = result, None
+    if has_aux:
+        if type(result) is not tuple or len(result) != 2:
+            raise TypeError(f"{training} returned {_kind(result)}. With has_aux=True, return (params, aux).")
+        params, aux = result
+    for path, leaf in backend.leaves(params):
+        if backend.owns(leaf) and backend.is_floating(leaf):
+            continue
+        leaf_kind = f"of {leaf.dtype}" if backend.owns(leaf) else _kind(leaf)
+        if not path:
+            raise TypeError(f"{training} returned {_kind(params)}. Return the trained params. {TREES}")
+        advice = "The params are the first of (params, aux)." if has_aux else ONLY_PARAMS
+        raise TypeError(f"{training} returned {_kind(params)}, where {path} is {leaf_kind}. {advice}")
+    check_trees(backend, {f"the result of {training}": params}, {})
+    return params, aux
+
+
+@contextmanager
+def tuples_noted(training: str, params: object) -> Iterator[None]:
+    """Add a note to an error of the inner loss if the training returned a tuple.
+
+    Params can be a tuple. So a result such as (params, loss) is found only if the inner loss cannot use it.
+    """
+    try:
+        yield
+    except Exception as error:
+        if type(params) is tuple:
+            error.add_note(f"{training} returned {_kind(params)}, and inner received it as params. {ONLY_PARAMS}")
+        raise
+
+
+def training_name(training: object) -> str:
+    """Return the name of a training function for messages."""
+    return _name(training, "the training")
+
+
+def _name(function: object, role: str) -> str:
+    name = getattr(function, "__name__", None) or type(function).__name__
+    return role if name == "<lambda>" else name
+
+
+def _bind(known: Signature, name: str, args: Args, named: dict[str, Any], rule: str = "") -> BoundArguments:
+    try:
+        return known.bind(*args, **named)
+    except TypeError as error:
+        raise TypeError(f"{name}{known}: {error}.{rule}") from None
+
+
+def _takes(known: Signature, name: str, filled: int) -> bool:
+    """Return whether a function can receive an argument by this name after its first arguments by position."""
+    parameters = list(known.parameters.values())
+    later = [p.name for place, p in enumerate(parameters) if p.kind in BY_NAME and place >= filled]
+    by_keyword = [p.name for p in parameters if p.kind is Parameter.KEYWORD_ONLY]
+    return name in later + by_keyword or any(p.kind is Parameter.VAR_KEYWORD for p in parameters)
+
+
+def _signature(function: Callable[..., Any]) -> Signature | None:
+    try:
+        return signature(function)
+    except (TypeError, ValueError):  # some functions of C have none
+        return None
+
+
+def _kind(value: object) -> str:
+    if type(value) in (tuple, list):
+        return f"a {type(value).__name__} of {len(value)}"  # pyright: ignore[reportArgumentType]
+    name = type(value).__name__
+    return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
