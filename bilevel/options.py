@@ -39,7 +39,8 @@ def check_int(solver: Any, *options: str, least: int) -> None:
         value = getattr(solver, option)
         message = f"{type(solver).__name__}.{option}: expected an integer >= {least}, got {value!r}."
         if isinstance(value, bool) or not isinstance(value, Integral):
-            raise TypeError(message)
+            static = " It must be a number of Python, and static under jit." if hasattr(value, "dtype") else ""
+            raise TypeError(message + static)
         if value < least:
             raise ValueError(message)
 

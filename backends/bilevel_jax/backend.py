@@ -19,6 +19,7 @@ from bilevel.validation import check_dtypes, check_like, check_scalar, depends_o
 from bilevel_jax.dependence import depends, reaches, trace
 from bilevel_jax.gauss_newton import gauss_newton
 from bilevel_jax.partition import Divided, combine, partition
+from bilevel_jax.second_derivatives import linearize
 from bilevel_jax.sharding import check_alike, check_collectives, devices_of
 from bilevel_jax.space import JaxSpace
 
@@ -33,8 +34,8 @@ COMPILED = 128  # cached programs of eager calls: some megabytes each, plus the 
 class JaxBackend(Backend):
     """JAX arrays, with and without ``jit`` and ``vmap``.
 
-    Products are forward over reverse, linearized once: the fastest way in JAX. An eager call is compiled by ``jit`` and
-    cached by problem and solver. Pass the same functions each time, not new lambdas.
+    Products are linearized once. They are forward over reverse if the loss has a forward mode. An eager call is
+    compiled by ``jit`` and cached by problem and solver. Pass the same functions each time, not new lambdas.
     """
 
     name = "jax"
@@ -84,7 +85,7 @@ class JaxBackend(Backend):
     def inner(self, objective: Callable[..., object], params: P, hparams: H, args: Args) -> LinearizedMap[P, H]:
         slope = self.inner_slope(objective, params, hparams, args)
         # Linearized outside the solver's loop, because its body must not trace the loss again.
-        grad, hvp = jax.linearize(lambda w: slope(w, hparams), params)
+        grad, hvp = linearize(lambda w: slope(w, hparams), params)
         return LinearizedMap(grad, hvp, *cross_products(slope, params, hparams))
 
     @override

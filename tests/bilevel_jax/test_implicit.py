@@ -220,6 +220,97 @@ class TestTraining:
         agree(jax.grad(ours)(h, X, y), jax.grad(exact)(h, X, y))
 
 
+class TestArguments:
+    """Of the training: by keyword, with defaults, and with an auxiliary result."""
+
+    @pytest.mark.parametrize(
+        "call",
+        [
+            pytest.param(lambda f, h, X, y: f(h, X, y=y), id="one by keyword"),
+            pytest.param(lambda f, h, X, y: f(h, y=y, X=X), id="data by keyword"),
+            pytest.param(lambda f, h, X, y: f(X=X, y=y, h=h), id="all by keyword"),
+            pytest.param(lambda f, h, X, y: f(h, X, y, shift=0.0, steps=7), id="more than inner takes"),
+        ],
+    )
+    def test_keywords_reach_the_training_and_the_loss(self, case, call):
+        h, X, y, outer = case
+
+        def loss(w, h, X, y, shift=0.0):
+            return inner(w, h, X, y + shift)
+
+        def train(h, X, y, shift=0.0, *, steps=1):
+            return ridge(h, X, y + shift)
+
+        solve = bilevel_jax.implicit_minimizer(loss, solver=TIGHT)(train)
+        for grad in (jax.grad, lambda *f: jax.jit(jax.grad(*f))):
+            ours = grad(lambda h, y: outer(call(solve, h, X, y)), (0, 1))(h, y)
+            agree(ours, jax.grad(lambda h, y: outer(ridge(h, X, y)), (0, 1))(h, y))
+
+    @pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
+    def test_an_auxiliary_result_has_no_derivative(self, case, transform):
+        h, X, y, outer = case
+
+        def train(h, X, y):
+            w = ridge(h, X, y)
+            return w, {"losses": [inner(w, h, X, y)], "steps": jnp.array(3)}
+
+        solve = bilevel_jax.implicit_minimizer(inner, solver=TIGHT, has_aux=True)(train)
+
+        def total(h):
+            w, aux = solve(h, X, y)
+            return outer(w) + aux["losses"][0], aux
+
+        grad, aux = transform(jax.grad(total, has_aux=True))(h)
+        agree(grad, jax.grad(lambda h: outer(ridge(h, X, y)))(h))
+        assert aux["steps"] == 3
+        agree(aux["losses"], [inner(ridge(h, X, y), h, X, y)])
+
+    @pytest.mark.parametrize(
+        ("returned", "has_aux", "text"),
+        [
+            (
+                lambda w: (w, 0.5),
+                False,
+                r"train returned a tuple of 2, where \[1\] is a float\. Return only the params",
+            ),
+            (lambda w: {**w, "epochs": 3}, False, r"train returned a dict, where \['epochs'\] is an int\."),
+            (lambda w: object(), False, r"train returned an object\. Return the trained params"),
+            (lambda w: w, True, r"train returned a dict\. With has_aux=True, return \(params, aux\)"),
+        ],
+        ids=["loss", "extras", "estimator", "no aux"],
+    )
+    def test_more_than_params_is_named(self, case, returned, has_aux, text):
+        h, X, y, _ = case
+
+        def train(h, X, y):
+            return returned(ridge(h, X, y))
+
+        with pytest.raises(TypeError, match=text):
+            bilevel_jax.implicit_minimizer(inner, has_aux=has_aux)(train)(h, X, y)
+
+    def test_a_tuple_of_arrays_is_noted_where_the_loss_cannot_use_it(self, case):
+        h, X, y, _ = case
+
+        def train(h, X, y):
+            return ridge(h, X, y), jnp.zeros(())
+
+        with pytest.raises(TypeError) as caught:
+            bilevel_jax.implicit_minimizer(inner)(train)(h, X, y)
+        assert "train returned a tuple of 2, and inner received it as params" in "".join(caught.value.__notes__)
+
+    def test_wrong_uses_of_the_decorator_are_told(self, case):
+        h, X, y, _ = case
+        with pytest.raises(TypeError, match=r"expected the inner loss, a function of \(params, hparams\), got a str"):
+            bilevel_jax.implicit_minimizer("cg")
+        with pytest.raises(
+            TypeError, match=r"implicit_minimizer\(ridge\) expects a training function, got a dict, an Arr"
+        ):
+            bilevel_jax.implicit_minimizer(ridge)(h, X, y)
+        train = bilevel_jax.implicit_minimizer(inner)(lambda h, X, y: ridge(h, X, y))
+        with pytest.raises(TypeError, match=r"the training\(h, X, y\): got an unexpected keyword argument 'Y'"):
+            train(h, X, y, Y=y)
+
+
 def run_jitted(grad, *args):
     """Wait for what the callbacks of a jitted function say, too."""
     jax.block_until_ready(jax.jit(grad)(*args))
@@ -260,7 +351,7 @@ class TestFailure:
         def called(*_, **__):
             raise AssertionError
 
-        monkeypatch.setattr("bilevel_jax.implicit_jvp.report", called)
+        monkeypatch.setattr("bilevel_jax.implicit_system.report", called)
         h, X, y, outer = case
         solve = bilevel_jax.implicit_minimizer(inner, on_failure=on_failure)(ridge)
         grad = jax.grad(lambda h: outer(solve(h, X, y)))
@@ -329,6 +420,11 @@ class TestRefused:
         with pytest.raises(TypeError, match=r"WarmStart keeps a state.*adjoint0=hg\.adjoint.*bl\.prepare"):
             bilevel_jax.implicit_minimizer(inner, solver=bl.WarmStart("cg"))
 
+    def test_a_traced_number_of_steps(self, case):
+        h, X, y, outer = case
+        with pytest.raises(TypeError, match=r"CG\.maxiter: expected an integer >= 0, got .* static under jit"):
+            jax.jit(lambda n: objectives(outer, bl.CG(maxiter=n))[0](h, X, y))(3)
+
     def test_an_unknown_word(self):
         with pytest.raises(ValueError, match='on_failure: expected "raise", "warn" or "ignore"'):
             bilevel_jax.implicit_minimizer(inner, on_failure="quiet")  # pyright: ignore
@@ -339,6 +435,13 @@ class TestRefused:
             (lambda w, h: jnp.sum(h), lambda h: h, 1.0, ValueError, "inner does not depend on params"),
             (lambda w, h: w, lambda h: h, 1.0, ValueError, r"inner: expected a scalar, got .* \(2,\)"),
             (lambda w, h: 1.0, lambda h: h, 1.0, TypeError, "inner: expected a scalar array, got float"),
+            (
+                lambda w, h: (w.sum(), 1),
+                lambda h: h,
+                1.0,
+                TypeError,
+                r"got tuple\. Return the loss alone, without aux\.",
+            ),
             (
                 lambda w, h: jnp.sum(w**2),
                 lambda h: h,
@@ -351,14 +454,14 @@ class TestRefused:
                 lambda h: (h["a"], jnp.arange(2)),
                 1.0,
                 TypeError,
-                r"<lambda>\(\.\.\.\)\[1\]: expected a floating-point leaf, got int",
+                r"the training returned a tuple of 2, where \[1\] is of int.*Return only the params, or .*has_aux=True",
             ),
             (
                 lambda w, h: jnp.sum(w**2),
                 lambda h: "done",
                 1.0,
                 TypeError,
-                r"\(\.\.\.\): expected an array of jax, got str",
+                r"the training returned a str\. Return the trained params\.",
             ),
             (lambda w, h: jnp.sum(w**2), lambda h: None, 1.0, TypeError, "returned None. Return the trained params"),
             (lambda w, h: jnp.sum(w**2), lambda h: h, 1, TypeError, r"hparams\['a'\]: expected a floating-point leaf"),
