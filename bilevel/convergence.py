@@ -9,6 +9,7 @@ from bilevel.backend import Backend
 from bilevel.errors import SolverError, SolverWarning
 from bilevel.methods.method import Method
 from bilevel.operators.lanczos import Spectrum
+from bilevel.options import check_choice
 from bilevel.results import SolverInfo, Status
 from bilevel.spaces.array import Array
 
@@ -17,8 +18,7 @@ OnFailure = Literal["raise", "warn", "ignore"]
 
 def check_on_failure(on_failure: str) -> None:
     """Raise a ValueError unless the string is one of the three choices."""
-    if on_failure not in get_args(OnFailure):
-        raise ValueError(f'on_failure: expected "raise", "warn" or "ignore", got {on_failure!r}.')
+    check_choice("on_failure", on_failure, get_args(OnFailure))
 
 
 def report(
@@ -44,7 +44,7 @@ def report(
     steps, residual_norm, rhs_norm, status, inner_grad_norm = numbers
     info = SolverInfo(int(steps), residual_norm, rhs_norm, Status(int(status)), inner_grad_norm)
     method.record(info)
-    if on_failure == "ignore" or info.status == Status.CONVERGED:
+    if on_failure == "ignore" or not method.failed(info.status):
         return info
     if on_failure == "raise" or info.status == Status.NON_FINITE:
         seen = None

@@ -67,7 +67,7 @@ def findings(m: Measured) -> Iterator[Finding]:
     # The gradient of a random loss does not vanish, and a method that differentiates steps needs no minimum.
     if m.repeatable and not m.method.differentiates_steps and (m.distance > AWAY or abs(m.gain) > AWAY):
         yield _not_solved(m)
-    if m.info.status != Status.CONVERGED:
+    if m.method.failed(m.info.status):
         yield Finding("solve failed", _failure(m, m.info.status), "")
     elif m.repeatable and not m.solved:
         yield Finding(

@@ -1,12 +1,14 @@
 """Conjugate gradients."""
 
 from dataclasses import dataclass
+from inspect import isfunction
 from typing import Generic, NamedTuple
 
 from typing_extensions import override
 
 from bilevel.linear_solvers.restarts import Cycle, Iterative, solve_with_restarts
 from bilevel.operators.linear_operator import LinearOperator
+from bilevel.preconditioners.function import FunctionPreconditioner
 from bilevel.preconditioners.preconditioner import Preconditioner, check_preconditioner
 from bilevel.results import SolverInfo, Status
 from bilevel.spaces.array import Array, V
@@ -40,10 +42,13 @@ class CG(Iterative[object]):
 
     Args:
         maxiter: maximum number of iterations, >= 0.
-        rtol: relative tolerance on the residual.
+        rtol: relative tolerance on the residual. None: ``maxiter`` is a budget. The solve takes ``maxiter`` iterations
+            unless it solves the system to rounding or breaks down. The status ``MAXITER`` is no failure then, so it
+            does not warn or raise.
         atol: absolute tolerance on the residual.
         damping: added to the diagonal of the operator, >= 0, to make the eigenvalues positive.
-        preconditioner: a `Preconditioner`, or None. ``info.steps`` does not count its products. `bl.prepare` computes
+        preconditioner: a `Preconditioner`, a function v -> M v with M symmetric and positive definite, or None.
+            ``info.steps`` does not count its products. `bl.prepare` computes
             it once for several calls.
     """
 
@@ -51,6 +56,8 @@ class CG(Iterative[object]):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if isfunction(self.preconditioner):
+            object.__setattr__(self, "preconditioner", FunctionPreconditioner(self.preconditioner))
         check_preconditioner(self.preconditioner, "CG")
 
     @override

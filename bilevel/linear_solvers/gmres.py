@@ -40,7 +40,7 @@ class GMRES(LinearSolver[None]):
     Args:
         restart: dimension of a cycle, >= 1.
         max_restarts: maximum number of cycles, >= 1.
-        rtol: relative tolerance on the residual.
+        rtol: relative tolerance on the residual. None: ``restart`` times ``max_restarts`` is a budget, as in `CG`.
         damping: added to the diagonal of the operator.
     """
 
@@ -50,12 +50,13 @@ class GMRES(LinearSolver[None]):
 
     restart: int = 30
     max_restarts: int = 10
-    rtol: float = 1e-5
+    rtol: float | None = 1e-5
     damping: float = 0.0
 
     def __post_init__(self) -> None:
         check_int(self, "restart", "max_restarts", least=1)
-        check_real(self, "rtol", "damping")
+        check_real(self, "rtol", none=True)
+        check_real(self, "damping")
 
     @property
     @override

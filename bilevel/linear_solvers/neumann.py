@@ -62,7 +62,7 @@ class Neumann(LinearSolver[Number]):
         step_size: α > 0. "auto": 1/(λmax + its error bound), from 12 more Lanczos products per call, on the first
             batch; `bl.prepare` takes them once for many calls. At a fixed point, "auto" is 1.
         damping: added to the diagonal of the operator.
-        rtol: stop early, at ``norm(b - A v) <= rtol * norm(b)``. 0: take all terms.
+        rtol: stop early, at ``norm(b - A v) <= rtol * norm(b)``. 0 or None: take all terms.
     """
 
     requires: ClassVar[frozenset[str]] = frozenset()
@@ -71,12 +71,13 @@ class Neumann(LinearSolver[Number]):
     terms: int = 20
     step_size: float | Literal["auto"] = "auto"
     damping: float = 0.0
-    rtol: float = 0.0
+    rtol: float | None = 0.0
 
     def __post_init__(self) -> None:
         check_int(self, "terms", least=0)
         check_step_size(self)
-        check_real(self, "damping", "rtol")
+        check_real(self, "damping")
+        check_real(self, "rtol", none=True)
 
     @property
     @override
@@ -97,13 +98,14 @@ class Neumann(LinearSolver[Number]):
         space, steady = A.space, A.steady
         xp, eps, rhs_norm = space.xp, space.eps, space.norm(rhs)
         growth = 1 + 16 * eps  # more than the growth by rounding
-        early = not (is_python_value(self.rtol) and self.rtol == 0)
+        rtol = 0.0 if self.rtol is None else self.rtol
+        early = not (is_python_value(rtol) and rtol == 0)
         if early and A.sample is not None:
             raise TypeError(
                 "Neumann.rtol: with a new batch for each product, there is no single system whose residual could be "
                 "measured. Leave rtol out, and set terms."
             )
-        tolerance = xp.maximum(self.rtol * rhs_norm, eps * rhs_norm) if early else -xp.ones_like(rhs_norm)
+        tolerance = xp.maximum(rtol * rhs_norm, eps * rhs_norm) if early else -xp.ones_like(rhs_norm)
 
         def step(s: _State[V]) -> _State[V]:
             term = space.axpby_where(s.live, -alpha, A.at(s.term_index)(s.term), s.term)

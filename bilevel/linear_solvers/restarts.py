@@ -24,13 +24,14 @@ class Iterative(LinearSolver[S]):
     remedy: ClassVar[str] = "Raise maxiter, loosen rtol, or add damping."
 
     maxiter: int = 200
-    rtol: float = 1e-5
+    rtol: float | None = 1e-5
     atol: float = 0.0
     damping: float = 0.0
 
     def __post_init__(self) -> None:
         check_int(self, "maxiter", least=0)
-        check_real(self, "rtol", "atol", "damping")
+        check_real(self, "rtol", none=True)
+        check_real(self, "atol", "damping")
 
     @property
     @override
@@ -68,7 +69,7 @@ def solve_with_restarts(
     x0: V | None,
     *,
     maxiter: int,
-    rtol: Number,
+    rtol: Number | None,
     atol: Number = 0.0,
     rounds: int = ROUNDS,
     progress: float = 0.5,
@@ -97,7 +98,9 @@ def solve_with_restarts(
     def solve(b: V, x0: V | None, scale: Array) -> tuple[V, SolverInfo]:
         rhs_norm = space.norm(b)
         # No solve can be more precise than the dtype's epsilon.
-        tolerance = xp.maximum(xp.maximum(rtol * rhs_norm, space.eps * rhs_norm), atol / scale * xp.ones_like(rhs_norm))
+        relative = 0.0 if rtol is None else rtol
+        tolerance = xp.maximum(relative * rhs_norm, space.eps * rhs_norm)
+        tolerance = xp.maximum(tolerance, atol / scale * xp.ones_like(rhs_norm))
 
         def check(s: _State[V]) -> _State[V]:
             r = A.residual(b, s.x)

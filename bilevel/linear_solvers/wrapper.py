@@ -1,8 +1,6 @@
 """Solvers around another solver."""
 # pyright: reportIncompatibleVariableOverride=false, reportIncompatibleMethodOverride=false, reportAssignmentType=false
 
-from typing import Any
-
 from typing_extensions import override
 
 from bilevel.linear_solvers.linear_solver import LinearSolver, S
@@ -19,10 +17,6 @@ class Wrapper(Solver):
     rtol = property(lambda self: self.solver.rtol)
     name = property(lambda self: self.solver.name)
     summary = property(lambda self: self.solver.summary)
-
-    @override
-    def failed(self, status: Any) -> Any:
-        return self.solver.failed(status)
 
     @override
     def explain(self, info: SolverInfo, symmetric: bool, curvature: Spectrum[float] | None) -> str:

@@ -177,7 +177,7 @@ class _Search(Generic[P, H]):
             raise ValueError("fit: expected the new params, got None. Does the function return them?")
         try:
             with warnings.catch_warnings():
-                if any(evaluation.status != Status.CONVERGED for evaluation in self.history):
+                if any(self.method.failed(evaluation.status) for evaluation in self.history):
                     warnings.simplefilter("ignore", SolverWarning)  # only the first failure warns
                 adjoint0 = warm.hg.adjoint if warm else None
                 hg = hypergradient(self.problem, params, hparams, solver=method, adjoint0=adjoint0, **self.call)
