@@ -6,7 +6,7 @@ from typing import ClassVar, Generic, NamedTuple
 from typing_extensions import override
 
 from bilevel.linear_solvers.linear_solver import STEADY, LinearSolver
-from bilevel.linear_solvers.restarts import Cycle, solve_with_restarts
+from bilevel.linear_solvers.restarts import Cycle, reach, solve_with_restarts
 from bilevel.operators.indices import identity, indices
 from bilevel.operators.linear_operator import LinearOperator
 from bilevel.options import check_int, check_real
@@ -19,6 +19,7 @@ class _State(NamedTuple, Generic[V]):
     rotations: Array  # (m+1, m+1), orthogonal: it makes the Hessenberg matrix triangular
     triangle: Array  # (m+1, m+1)
     norm: Array  # of the residual, from the rotations
+    scale: Array  # the largest norm(A q) so far
     column: Array  # the number of steps in this cycle
     steps: Array  # of all cycles
     status: Array
@@ -70,7 +71,7 @@ class GMRES(LinearSolver[None]):
         xp, eps = space.xp, space.eps
         dimension = min(self.restart, space.size)
 
-        def cycle(x: V, r: V, steps: Array, live: Array, tolerance: Array) -> Cycle[V]:
+        def cycle(x: V, r: V, steps: Array, live: Array, tolerance: Array, scale: Array) -> Cycle[V]:
             size = space.norm(r)
             index, unit = indices(size, dimension + 1, space), identity(size, dimension + 1, space)
             zero = xp.zeros_like(steps)
@@ -105,6 +106,7 @@ class GMRES(LinearSolver[None]):
                     rotations=xp.where(ok, rotations, s.rotations),
                     triangle=xp.where(ok & here[None, :], column[:, None], s.triangle),
                     norm=xp.where(ok, remaining, s.norm),
+                    scale=xp.where(ok, xp.maximum(s.scale, length), s.scale),
                     column=xp.where(ok, s.column + 1, s.column),
                     steps=xp.where(s.live, s.steps + 1, s.steps),
                     status=xp.where(s.live & ~finite, int(Status.NON_FINITE), s.status),
@@ -116,20 +118,28 @@ class GMRES(LinearSolver[None]):
                 rotations=unit,
                 triangle=unit,
                 norm=size,
+                scale=scale,
                 column=zero,
                 steps=steps,
                 status=xp.full_like(steps, int(Status.CONVERGED)),  # the product after the cycle confirms it
                 live=live,
             )
             s = space.while_loop(lambda s: s.live, step, s, dimension)
-            # A direction that A maps to zero, to rounding, has the coefficient zero.
+            # Column k of ``solutions`` minimizes the residual over the first k + 1 directions. Take the last one within
+            # reach: later ones have directions that A maps to zero, to rounding.
+            given = index < s.column
             diagonal = xp.abs(xp.sum(xp.where(index[:, None] == index[None, :], s.triangle, 0.0), 0))
-            used = (index < s.column) & (diagonal > eps * xp.max(xp.where(index < s.column, diagonal, 0.0)))
-            finite = xp.isfinite(xp.sum(xp.abs(s.triangle)))
-            triangle = xp.where(used[:, None] & used[None, :] & finite, s.triangle, unit)
-            coefficients = xp.linalg.solve(triangle, xp.where(used, size * s.rotations[:, 0], 0.0))
+            given = given & (diagonal > 0) & xp.isfinite(xp.sum(xp.abs(s.triangle)))
+            triangle = xp.where(given[:, None] & given[None, :], s.triangle, unit)
+            weights = xp.where(given, size * s.rotations[:, 0], 0.0)
+            solutions = xp.cumsum(xp.linalg.solve(triangle, unit) * weights[None, :], 1)
+            lengths = xp.sqrt(xp.sum(solutions**2, 0))
+            far, near = reach(size, s.scale, tolerance, space)
+            solved = (index == s.column - 1) & (s.norm <= tolerance)
+            last = xp.max(xp.where(given & (lengths <= xp.where(solved, far, near)), index, -1))
+            coefficients = xp.sum(xp.where(index[None, :] == last, solutions, 0.0), 1)
             x = space.where(live, space.axpy(1.0, space.linear_combination(coefficients, s.basis), x), x)
-            return Cycle(x, s.norm, s.steps, s.status)
+            return Cycle(x, s.norm, s.steps, s.status, s.scale)
 
         return solve_with_restarts(
             cycle, A, b, x0, maxiter=self.most_steps, rtol=self.rtol, rounds=self.max_restarts, progress=0.999

@@ -50,7 +50,7 @@ class MINRES(Iterative[None]):
         space = A.space
         xp, eps = space.xp, space.eps
 
-        def cycle(x: V, r: V, steps: Array, live: Array, tolerance: Array) -> Cycle[V]:
+        def cycle(x: V, r: V, steps: Array, live: Array, tolerance: Array, scale: Array) -> Cycle[V]:
             def step(s: _State[V]) -> _State[V]:
                 # Compute one more column of the Lanczos process.
                 z = space.axpy(-s.beta, s.q_old, A(s.q))
@@ -102,8 +102,8 @@ class MINRES(Iterative[None]):
             size = space.norm(r)
             zero, one, none = xp.zeros_like(size), xp.ones_like(size), space.zeros()
             q, status = space.scale(1.0 / xp.where(live, size, 1.0), r), xp.full_like(steps, int(Status.MAXITER))
-            s = _State(x, none, q, none, none, zero, one, zero, one, zero, size, zero, steps, status, live)
+            s = _State(x, none, q, none, none, zero, one, zero, one, zero, size, scale, steps, status, live)
             s = space.while_loop(lambda s: s.live, step, s, self.maxiter)
-            return Cycle(s.x, xp.abs(s.eta), s.steps, s.status)
+            return Cycle(s.x, xp.abs(s.eta), s.steps, s.status, s.scale)
 
         return solve_with_restarts(cycle, A, b, x0, maxiter=self.maxiter, rtol=self.rtol, atol=self.atol)
