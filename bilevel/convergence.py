@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Literal, get_args
 
 from bilevel.backend import Backend
-from bilevel.errors import SolverError, SolverWarning
+from bilevel.errors import SolverError, SolverWarning, counted
 from bilevel.methods.method import Method
 from bilevel.operators.lanczos import Spectrum
 from bilevel.options import check_choice
@@ -53,7 +53,7 @@ def report(
             seen = Spectrum(*[float(backend.to_host(x)) for x in curvature()])
         left = f"{info.residual_norm:.2g} of a right-hand side of {info.rhs_norm:.2g}"
         why = method.explain(info, symmetric, seen)
-        raise SolverError(f"{method.name}: {why} The residual is {left}, after {info.steps} steps.{hint}")
+        raise SolverError(f"{method.name}: {why} The residual is {left}, after {counted(info.steps, 'step')}.{hint}")
     text = f"{method.name}: {method.explain(info, symmetric, None)} info has the numbers.{hint}"
     warnings.warn(SolverWarning(text), stacklevel=callers_level())
     return info

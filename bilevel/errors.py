@@ -19,6 +19,11 @@ class DependenceWarning(UserWarning):
     """
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun: "1 step", "2 steps"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 SYNONYMS = {
     "conjugate_gradient": ("cg",),
     "conjugate_gradients": ("cg",),

@@ -47,7 +47,9 @@ class GMRES(LinearSolver[None]):
 
     requires: ClassVar[frozenset[str]] = frozenset({STEADY})
     remedy: ClassVar[str] = "Raise restart or max_restarts, loosen rtol, or add damping."
-    stagnation_remedy: ClassVar[str] = "Raise restart, loosen rtol, add damping, or use float64."
+    stagnation_remedy: ClassVar[str] = (
+        "Raise restart, loosen rtol or add damping. If params is not float64, use float64."
+    )
 
     restart: int = 30
     max_restarts: int = 10

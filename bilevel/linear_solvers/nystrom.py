@@ -19,8 +19,9 @@ class Nystrom(LinearSolver[Sketch]):
     """v = (Ĥ + damping I)⁻¹ b with a Nyström approximation Ĥ of rank r (Hataya & Yamada, AISTATS 2023).
 
     For Hessians with few large eigenvalues. ``damping`` must not be small against the eigenvalues outside the sketch.
-    A residual above ``rtol`` gives ``MAXITER``, or ``NEGATIVE_CURVATURE`` if the sketch has negative curvature.
-    Directions of negative curvature count as zero curvature. A warm start is not used.
+    A residual above ``rtol`` gives ``MAXITER``, or ``NEGATIVE_CURVATURE`` if the sketch has negative curvature. A
+    sketch without positive curvature gives ``NEGATIVE_CURVATURE``. Directions of negative curvature count as zero
+    curvature. A warm start is not used.
 
     The sketch takes r products, and the true residual one more. `bl.prepare` makes the sketch once for several calls.
     ``info.steps`` is r.
@@ -71,7 +72,10 @@ class Nystrom(LinearSolver[Sketch]):
             indefinite = known.smallest < -100 * space.eps
             status = xp.where(indefinite, int(Status.NEGATIVE_CURVATURE), xp.full_like(steps, int(Status.MAXITER)))
             rtol = space.eps if self.rtol is None else self.rtol
-            status = xp.where(left <= rtol * rhs_norm, int(Status.CONVERGED), status)
+            # Without positive curvature, v is b / damping for any b.
+            flat = ~(xp.max(known.eigenvalues) > space.eps * self.damping) & (rhs_norm > 0)
+            status = xp.where(flat, int(Status.NEGATIVE_CURVATURE), status)
+            status = xp.where((left <= rtol * rhs_norm) & ~flat, int(Status.CONVERGED), status)
             status = xp.where(xp.isfinite(left), status, int(Status.NON_FINITE))
             return x, SolverInfo(steps, left, rhs_norm, status)
 

@@ -326,7 +326,7 @@ class TestFailure:
     @pytest.mark.parametrize(
         ("solver", "text"),
         [
-            (bl.CG(maxiter=1), "CG: stopped after 1 steps above its tolerance.*Raise maxiter"),
+            (bl.CG(maxiter=1), "CG: stopped after 1 step above its tolerance.*Raise maxiter"),
             (bl.Neumann(step_size=9.0), "Neumann: diverged.*must stay below 2 over the largest eigenvalue"),
         ],
     )

@@ -417,7 +417,9 @@ def test_noise_that_hides_the_answer_is_no_pass():
 
 def test_an_unknown_reference_gets_the_options():
     problem, params, lam = quadratic().at
-    with pytest.raises(ValueError, match=r'expected "exact" or "finite-differences", got .exactt.\. Did you mean "exact"\?'):
+    with pytest.raises(
+        ValueError, match=r'expected "exact" or "finite-differences", got .exactt.\. Did you mean "exact"\?'
+    ):
         check_hypergradient(problem, params, lam, reference="exactt")  # pyright: ignore
 
 
