@@ -127,20 +127,26 @@ class GMRES(LinearSolver[None]):
                 live=live,
             )
             s = space.while_loop(lambda s: s.live, step, s, dimension)
-            # Column k of ``solutions`` minimizes the residual over the first k + 1 directions. Take the last one within
-            # reach: later ones have directions that A maps to zero, to rounding.
-            given = index < s.column
+            # Column k of ``solutions`` minimizes the residual over the first k + 1 directions.
             diagonal = xp.abs(xp.sum(xp.where(index[:, None] == index[None, :], s.triangle, 0.0), 0))
-            given = given & (diagonal > 0) & xp.isfinite(xp.sum(xp.abs(s.triangle)))
+            given = (index < s.column) & (diagonal > 0) & xp.isfinite(xp.sum(xp.abs(s.triangle)))
             triangle = xp.where(given[:, None] & given[None, :], s.triangle, unit)
             weights = xp.where(given, size * s.rotations[:, 0], 0.0)
             solutions = xp.cumsum(xp.linalg.solve(triangle, unit) * weights[None, :], 1)
-            lengths = xp.sqrt(xp.sum(solutions**2, 0))
-            far, near = reach(size, s.scale, tolerance, space)
-            solved = (index == s.column - 1) & (s.norm <= tolerance)
-            last = xp.max(xp.where(given & (lengths <= xp.where(solved, far, near)), index, -1))
-            coefficients = xp.sum(xp.where(index[None, :] == last, solutions, 0.0), 1)
-            x = space.where(live, space.axpy(1.0, space.linear_combination(coefficients, s.basis), x), x)
+            inside = given & (xp.sqrt(xp.sum(solutions**2, 0)) <= reach(size, s.scale, tolerance, space).near)
+            last, nearest = (xp.max(xp.where(columns, index, -1)) for columns in (given, inside))
+
+            def change(column: Array) -> V:
+                return space.linear_combination(xp.sum(xp.where(index[None, :] == column, solutions, 0.0), 1), s.basis)
+
+            def shorten(y: V) -> V:
+                """Return a shorter solution, unless a product shows that the long one is far better."""
+                left = xp.sqrt(xp.clip(size**2 - xp.sum(xp.where(index <= nearest, weights, 0.0) ** 2), 0.0, None))
+                better = space.norm(A.residual(r, y)) <= 0.1 * left
+                return space.where(better, y, change(nearest))
+
+            y = space.cond(live & (last > nearest), shorten, change(last))
+            x = space.where(live, space.axpy(1.0, y, x), x)
             return Cycle(x, s.norm, s.steps, s.status, s.scale)
 
         return solve_with_restarts(

@@ -62,6 +62,17 @@ def test_random_systems(backend, solver, dtype, is_symmetric):
             check(backend, solver, dtype, *random_system(seed, is_symmetric), is_symmetric)
 
 
+@pytest.mark.parametrize("solver", [bl.MINRES(maxiter=2000), bl.GMRES(restart=50)], ids=lambda s: s.name)
+def test_a_system_too_ill_conditioned_for_float32_leaves_less_than_zero_does(backend, solver):
+    """Without a limit of its distance, MINRES would lose its accuracy and return zero."""
+    matrix = symmetric(np.geomspace(1e-6, 1, 50)).astype(np.float32)
+    rhs = np.random.default_rng(0).standard_normal(50).astype(np.float32)
+    x, info = solve(backend, solver, matrix, rhs)
+    assert info.status == Status.MAXITER
+    true = np.linalg.norm(rhs - matrix.astype(np.float64) @ x)
+    assert true <= (0.7 if isinstance(solver, bl.MINRES) else 0.05) * np.linalg.norm(rhs)
+
+
 @each_dtype
 @pytest.mark.parametrize("solver", [bl.CG(), bl.MINRES(), bl.GMRES(), bl.BiCGStab()], ids=lambda s: s.name)
 def test_an_ill_conditioned_solution_stays_within_reach(backend, solver, dtype):
