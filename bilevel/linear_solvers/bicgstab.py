@@ -36,6 +36,8 @@ class BiCGStab(Iterative[None]):
 
     It stores eight vectors; GMRES stores one per step. The residuals are not monotone, so the solver returns the best
     iterate. If a scalar vanishes, it restarts from the true residual of the best iterate. The stop rule is as in `CG`.
+    Iterates that do not solve the system and are longer than ‖r‖ / (‖A‖ √eps) do not count, so v stays bounded on a
+    singular A.
 
     ``info.steps`` counts iterations, of two products each. The warm start and each check take one more product.
 

@@ -35,6 +35,10 @@ class GMRES(LinearSolver[None]):
     stops, with ``MAXITER``, if a cycle reduces the residual by less than a thousandth. On an indefinite or singular A,
     restarts can stagnate where a longer cycle does not.
 
+    If the solution of a cycle is longer than ‖r‖ / (‖A‖ √eps), one more product measures its residual. Unless this is
+    far smaller, the cycle leaves out the last directions, which A maps to zero, to rounding. So v stays bounded on a
+    singular A.
+
     The solver stores ``restart`` + 1 vectors. ``info.steps`` counts iterations, of one product each. Each cycle and a
     warm start take one more product.
 
