@@ -85,7 +85,8 @@ def _demo(arguments: argparse.Namespace) -> None:
     try:
         get_solver(solver or CG(), **options)
     except TypeError as error:  # a wrong option; elsewhere, a TypeError is a bug
-        raise ValueError(error) from error
+        hint = "" if solver else " This is the demo's default solver. Choose another one, such as --solver neumann."
+        raise ValueError(f"{error}{hint}") from error
     demo(arguments.backend, solver, options, arguments.seed, arguments.out)
 
 

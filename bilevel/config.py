@@ -50,22 +50,31 @@ def get_solver(spec: object, **overrides: object) -> LinearSolver[Any] | Method:
     Args:
         spec: a name (``"cg"``), a mapping (``{"name": "cg", "maxiter": 20}``), a ``pathlib.Path`` or string
             ending in ``.toml`` to a file with a table ``[solver]``, or a solver object. A ``preconditioner`` among the
-            options is also a name, a mapping or an object.
+            options is also a name, a mapping or an object. An option "none" is None, which TOML cannot write.
         **overrides: options that take precedence.
 
     Raises:
         ValueError: if the name is unknown or an option is out of range.
         TypeError: if an option is unknown or has a wrong type, or if spec has another type.
+        OSError: if the file cannot be read. Errors about its content name the file.
 
     >>> get_solver({"name": "cg", "maxiter": 20}, rtol=1e-8)
     CG(maxiter=20, rtol=1e-08, atol=0.0, damping=0.0, preconditioner=None)
     """
     if isinstance(spec, Path) or (isinstance(spec, str) and spec.endswith(".toml")):
-        spec = _read_toml(Path(spec))
+        table = _read_toml(Path(spec))
+        try:
+            return get_solver(table, **overrides)
+        except (TypeError, ValueError) as error:
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(f"{spec}: {error}") from error
     if isinstance(spec, str):
         spec = {"name": spec}
     if isinstance(spec, Mapping):
         return _make("solver", {**spec, **overrides}, 'cg", "maxiter": 20')
+    if isinstance(spec, type) and issubclass(spec, LinearSolver | Method):
+        name = f"bl.{spec.__name__}" if spec.__module__.partition(".")[0] == "bilevel" else spec.__name__
+        raise TypeError(f"solver: expected an object, got the class {spec.__name__}. Call it: {name}().")
     if not isinstance(spec, LinearSolver | Method):
         raise TypeError(
             "solver: expected a name, a mapping, a TOML file, or an object that subclasses bl.LinearSolver, got "
@@ -105,13 +114,14 @@ def _make(kind: str, spec: Mapping[str, object], example: str) -> Any:
 
 
 def _nested(options: Mapping[str, object]) -> dict[str, Any]:
-    """Make the preconditioner if the option is a name or a mapping."""
-    spec = options.get("preconditioner")
+    """Replace "none" by None, and make the preconditioner if the option is a name or a mapping."""
+    values = {key: None if value == "none" else value for key, value in options.items()}
+    spec = values.get("preconditioner")
     if isinstance(spec, str):
         spec = {"name": spec}
-    if not isinstance(spec, Mapping):
-        return dict(options)
-    return {**options, "preconditioner": _make("preconditioner", spec, 'nystrom", "rank": 20')}
+    if isinstance(spec, Mapping):
+        values["preconditioner"] = _make("preconditioner", spec, 'nystrom", "rank": 20')
+    return values
 
 
 def _read_toml(path: Path) -> Mapping[str, object]:

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 from bilevel.backend import Backend
-from bilevel.errors import InnerProblemWarning, SolverError, SolverWarning
+from bilevel.errors import InnerProblemWarning, SolverError, SolverWarning, counted
 from bilevel.methods.method import Method
 from bilevel.operators.lanczos import Spectrum
+from bilevel.options import check_choice
 from bilevel.results import SolverInfo, Status
 from bilevel.spaces.array import Array
 
@@ -24,8 +25,7 @@ OnFailure = Literal["raise", "warn", "ignore"]
 
 def check_on_failure(on_failure: str) -> None:
     """Raise a ValueError unless the string is one of the three choices."""
-    if on_failure not in get_args(OnFailure):
-        raise ValueError(f'on_failure: expected "raise", "warn" or "ignore", got {on_failure!r}.')
+    check_choice("on_failure", on_failure, get_args(OnFailure))
 
 
 def report(
@@ -52,7 +52,7 @@ def report(
         return info
     info = numbers._replace(steps=int(numbers.steps), status=Status(int(numbers.status)))
     method.record(info)
-    if on_failure == "ignore" or info.status == Status.CONVERGED:
+    if on_failure == "ignore" or not method.failed(info.status):
         return info
     if info.status == Status.NON_FINITE:
         located = "" if locate is None or backend.requires_all_ranks else locate()
@@ -67,7 +67,7 @@ def report(
             seen = Spectrum(*[float(backend.to_host(x)) for x in curvature()])
         left = f"{info.residual_norm:.2g} of a right-hand side of {info.rhs_norm:.2g}"
         why = method.explain(info, symmetric, seen)
-        raise SolverError(f"{method.name}: {why} The residual is {left}, after {info.steps} steps.{hint}")
+        raise SolverError(f"{method.name}: {why} The residual is {left}, after {counted(info.steps, 'step')}.{hint}")
     text = f"{method.name}: {method.explain(info, symmetric, None)} info has the numbers.{hint}"
     warnings.warn(SolverWarning(text), stacklevel=callers_level())
     return info

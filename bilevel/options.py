@@ -13,17 +13,23 @@ def is_python_value(value: Any) -> bool:
 
 
 def check_real(
-    solver: Any, *options: str, above: float | None = None, least: float = 0.0, below: float = float("inf")
+    solver: Any,
+    *options: str,
+    above: float | None = None,
+    least: float = 0.0,
+    below: float = float("inf"),
+    none: bool = False,
 ) -> None:
     """Raise a TypeError unless each option is a number, and a ValueError unless it is finite and within the bounds.
 
-    It must be > ``above``, or else >= ``least``, and < ``below``.
+    It must be > ``above``, or else >= ``least``, and < ``below``. With ``none``, it may also be None.
     """
     bound = f">= {least:g}" if above is None else f"> {above:g}"
+    bound += " or None" if none else ""
     bound += f" and < {below:g}" if below < float("inf") else ""
     for option in options:
         value = getattr(solver, option)
-        if not is_python_value(value) and hasattr(value, "dtype"):
+        if (none and value is None) or (not is_python_value(value) and hasattr(value, "dtype")):
             continue
         message = f"{type(solver).__name__}.{option}: expected a finite number {bound}, got {value!r}."
         if isinstance(value, bool) or not isinstance(value, Real):
@@ -39,21 +45,21 @@ def check_int(solver: Any, *options: str, least: int) -> None:
         value = getattr(solver, option)
         message = f"{type(solver).__name__}.{option}: expected an integer >= {least}, got {value!r}."
         if isinstance(value, bool) or not isinstance(value, Integral):
-            raise TypeError(message)
+            static = " It must be a number of Python, and static under jit." if hasattr(value, "dtype") else ""
+            raise TypeError(message + static)
         if value < least:
             raise ValueError(message)
 
 
-def check_choice(solver: Any, option: str, choices: Sequence[Any]) -> None:
-    """Raise a ValueError unless the option is one of the choices. Suggest the most similar string."""
-    value = getattr(solver, option)
+def check_choice(name: str, value: object, choices: Sequence[Any]) -> None:
+    """Raise a ValueError unless a value is one of the choices. Suggest the most similar string."""
     if any(type(value) is type(choice) and value == choice for choice in choices):
         return
     words = [choice for choice in choices if isinstance(choice, str)]
     close = difflib.get_close_matches(value, words, n=1, cutoff=0.5) if isinstance(value, str) else []
     listed = ", ".join(f'"{choice}"' if isinstance(choice, str) else repr(choice) for choice in choices[:-1])
     raise ValueError(
-        f'{type(solver).__name__}.{option}: expected {listed} or "{choices[-1]}", got {value!r}.'
+        f'{name}: expected {listed} or "{choices[-1]}", got {value!r}.'
         + (f' Did you mean "{close[0]}"?' if close else "")
     )
 

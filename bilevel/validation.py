@@ -222,7 +222,8 @@ def _misfit(function: Callable[..., object], args: Args) -> str:
 def check_scalar(label: str, value: Any) -> None:
     """Raise a TypeError unless an objective returns a floating-point array, and a ValueError unless its shape is ()."""
     if not hasattr(value, "shape"):
-        raise TypeError(f"{label}: expected a scalar array, got {type(value).__name__}.")
+        hint = " Return the loss alone, without aux." if isinstance(value, tuple) else ""
+        raise TypeError(f"{label}: expected a scalar array, got {type(value).__name__}.{hint}")
     if not str(value.dtype).rpartition(".")[2].startswith(("float", "bfloat")):
         raise TypeError(f"{label}: expected a floating-point scalar, got {value.dtype}, which has no derivative.")
     if shape := tuple(value.shape):

@@ -67,8 +67,14 @@ class TestMistakes:
         line = error_of(capsys, "demo", "--set", "dampin=1")
         assert "solver 'CG' has no option 'dampin'. Did you mean 'damping'?" in line
 
+    def test_an_option_of_another_solver(self, capsys):
+        line = error_of(capsys, "demo", "--set", "terms=50")
+        assert "solver 'CG' has no option 'terms'." in line
+        assert "This is the demo's default solver. Choose another one, such as --solver neumann." in line
+        assert "default solver" not in error_of(capsys, "demo", "--solver", "cg", "--set", "terms=50")
+
     def test_an_option_out_of_range(self, capsys):
-        assert "CG.rtol: expected a finite number >= 0, got -1" in error_of(capsys, "demo", "--set", "rtol=-1")
+        assert "CG.rtol: expected a finite number >= 0 or None, got -1" in error_of(capsys, "demo", "--set", "rtol=-1")
 
     def test_an_option_of_a_wrong_type(self, capsys):
         line = error_of(capsys, "demo", "--solver", "neumann", "--set", "terms=1.5")

@@ -7,6 +7,10 @@ from argparse import Namespace
 import pytest
 
 import bilevel as bl
+from bilevel.config import solver_options
+from bilevel.convergence import check_on_failure
+from bilevel.errors import SYNONYMS
+from bilevel.testing import check_hypergradient
 
 
 class TestNames:
@@ -27,6 +31,54 @@ class TestNames:
         ):
             bl.get_solver({"name": "cg", "max_iter": 3})
 
+    @pytest.mark.parametrize(
+        ("wrong", "right"),
+        [
+            ("conjugate_gradient", "cg"),
+            ("conjugate-gradient", "cg"),
+            ("Conjugate Gradients", "cg"),
+            ("hessian_free", "cg"),
+            ("direct", "exact"),
+            ("LiSSA", "neumann"),
+            ("unroll", "unrolled"),
+        ],
+    )
+    def test_another_name_of_a_solver(self, wrong, right):
+        with pytest.raises(ValueError, match=f"there is no '{wrong}'. Did you mean '{right}'"):
+            bl.get_solver(wrong)
+
+    @pytest.mark.parametrize(
+        ("name", "wrong", "right"),
+        [
+            ("neumann", "lr", "step_size"),
+            ("neumann", "learning_rate", "step_size"),
+            ("neumann", "alpha", "step_size"),
+            ("neumann", "steps", "terms"),
+            ("neumann", "maxiter", "terms"),
+            ("neumann", "K", "terms"),
+            ("cg", "tol", "rtol"),
+            ("cg", "max_iter", "maxiter"),
+            ("cg", "steps", "maxiter"),
+            ("cg", "iterations", "maxiter"),
+            ("cg", "reg", "damping"),
+            ("minres", "lambda", "damping"),
+            ("gmres", "tol", "rtol"),
+            ("gmres", "maxiter", "max_restarts"),
+            ("nystrom", "k", "rank"),
+            ("unrolled", "lr", "step_size"),
+            ("unrolled", "num_steps", "steps"),
+            ("unrolled", "max_iter", "steps"),
+        ],
+    )
+    def test_another_name_of_an_option(self, name, wrong, right):
+        with pytest.raises(TypeError, match=f"solver '{name}' has no option '{wrong}'. Did you mean '{right}'"):
+            bl.get_solver({"name": name, wrong: 1})
+
+    def test_other_names_lead_to_names_that_exist(self):
+        options = {option for name in bl.list_solvers() for option in solver_options(type(bl.get_solver(name)))}
+        for names in SYNONYMS.values():
+            assert set(names) <= options | set(bl.list_solvers())
+
     def test_an_unknown_override_of_a_solver_object(self):
         with pytest.raises(TypeError, match=r"solver 'CG' has no option 'terms'"):
             bl.get_solver(bl.CG(), terms=3)
@@ -45,7 +97,8 @@ class TestNames:
     def test_a_preconditioner_that_is_none(self):
         for wrong in ("nystrom", 3, bl.NystromPreconditioner):
             with pytest.raises(
-                TypeError, match=r"CG\.preconditioner: expected an object with methods init\(\) and apply"
+                TypeError,
+                match=r"CG\.preconditioner: expected a function v -> M v, or an object with methods init\(\) and ap",
             ):
                 bl.CG(preconditioner=wrong)
 
@@ -75,15 +128,15 @@ class TestNames:
                 r"got Namespace\(name='cg'\)\. Convert a namespace .* vars\(\)",
             ),
             (3, TypeError, "expected a name, a mapping, a TOML file, or an object"),
-            (bl.CG, TypeError, "expected a name, a mapping"),
+            (bl.CG, TypeError, r"expected an object, got the class CG\. Call it: bl\.CG\(\)\.$"),
             ({"name": "cg", "maxiter": -1}, ValueError, r"CG\.maxiter: expected an integer >= 0, got -1"),
             ({"name": "cg", "maxiter": 2.5}, TypeError, r"CG\.maxiter: expected an integer >= 0, got 2\.5"),
             ({"name": "cg", "maxiter": True}, TypeError, r"CG\.maxiter: expected an integer"),
-            ({"name": "cg", "rtol": "a"}, TypeError, r"CG\.rtol: expected a finite number >= 0, got 'a'"),
+            ({"name": "cg", "rtol": "a"}, TypeError, r"CG\.rtol: expected a finite number >= 0 or None, got 'a'"),
             (
                 {"name": "cg", "rtol": float("nan")},
                 ValueError,
-                r"CG\.rtol: expected a finite number >= 0, got nan",
+                r"CG\.rtol: expected a finite number >= 0 or None, got nan",
             ),
             ({"name": "cg", "damping": -0.1}, ValueError, r"CG\.damping: expected a finite number >= 0"),
             ({"name": "cg", "atol": None}, TypeError, r"CG\.atol: expected a finite number"),
@@ -135,6 +188,33 @@ class TestNames:
             bl.get_solver(spec)
 
 
+class TestChoices:
+    @pytest.mark.parametrize(
+        ("make", "text"),
+        [
+            (
+                lambda: bl.Unrolled(mode="forwards"),
+                'Unrolled.mode: expected "reverse" or "forward", got \'forwards\'. Did',
+            ),
+            (lambda: bl.Unrolled(checkpoint="on"), "Unrolled.checkpoint: expected True, False or \"auto\", got 'on'."),
+            (lambda: bl.Unrolled(optimizer="sgd"), 'Unrolled.optimizer: expected "descent" or "adam", got \'sgd\'.'),
+            (
+                lambda: bl.Problem(len, len, curvature="gauss_newton"),
+                'Problem.curvature: expected "hessian", "gauss-newton" or "finite-differences", got \'gauss_newton\'. '
+                'Did you mean "gauss-newton"?',
+            ),
+            (lambda: check_on_failure("quiet"), 'on_failure: expected "raise", "warn" or "ignore", got \'quiet\'.'),
+            (
+                lambda: check_hypergradient(None, None, None, reference="exakt"),
+                'reference: expected "exact" or "finite-differences", got \'exakt\'. Did you mean "exact"?',
+            ),
+        ],
+    )
+    def test_all_messages_have_one_form(self, make, text):
+        with pytest.raises(ValueError, match=re.escape(text)):
+            make()
+
+
 class TestConfig:
     def test_a_toml_file(self, tmp_path):
         file = tmp_path / "solver.toml"
@@ -157,6 +237,29 @@ class TestConfig:
             file.write_text("[solver\n", encoding)
             with pytest.raises(ValueError, match=r"solver\.toml: this is not TOML"):
                 bl.get_solver(file)
+
+    @pytest.mark.parametrize(
+        ("content", "error", "text"),
+        [
+            ('name = "cg"\nmaxiter = "5"', TypeError, "CG.maxiter: expected an integer >= 0, got '5'"),
+            ('name = "cg"\nrtol = -1', ValueError, "CG.rtol: expected a finite number >= 0 or None, got -1"),
+            ('name = "cg"\nsteps = 1', TypeError, "solver 'cg' has no option 'steps'. Did you mean 'maxiter'?"),
+            ('nme = "cg"', ValueError, "the mapping {'nme': 'cg'} has no name"),
+            ('name = "gc"', ValueError, "there is no 'gc'"),
+        ],
+    )
+    def test_an_error_names_the_file(self, tmp_path, content, error, text):
+        file = tmp_path / "solver.toml"
+        file.write_text(f"[solver]\n{content}\n")
+        with pytest.raises(error, match=rf"^.*solver\.toml: (solver: )?{re.escape(text)}"):
+            bl.get_solver(file)
+
+    def test_none_as_a_word(self, tmp_path):
+        file = tmp_path / "solver.toml"
+        file.write_text('[solver]\nname = "cg"\nrtol = "none"\npreconditioner = "none"\n')
+        assert bl.get_solver(file) == bl.CG(rtol=None)
+        assert bl.get_solver("minres", rtol="none") == bl.MINRES(rtol=None)
+        assert bl.get_solver({"name": "unrolled", "truncation": "none"}) == bl.Unrolled(truncation=None)
 
     def test_a_preconditioner_within(self, tmp_path):
         file = tmp_path / "solver.toml"

@@ -264,7 +264,7 @@ class TestFailedSolves:
             'solver="minres"',
             "Gauss-Newton",
             "The residual is",
-            "after 1 steps",
+            "after 1 step.",
         ):
             assert part in text
         with pytest.warns(bl.SolverWarning, match=r"CG: met non-positive .*add damping, .*info has the numbers"):
@@ -314,7 +314,7 @@ class TestFailedSolves:
 
     def test_maxiter_says_the_residual(self, backend):
         text = self.raised(*diagonal([1.0, 10.0], backend, target=[1.0, 2.0]), solver=bl.CG(maxiter=1))
-        assert re.search(r"CG: stopped after 1 steps above its tolerance\. Raise maxiter.* The residual is 0\.98", text)
+        assert re.search(r"CG: stopped after 1 step above its tolerance\. Raise maxiter.* The residual is 0\.98", text)
 
     def test_on_failure_ignore_is_silent_but_honest(self, backend):
         with warnings.catch_warnings():

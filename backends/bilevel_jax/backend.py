@@ -19,6 +19,7 @@ from bilevel.validation import check_dtypes, check_like, check_scalar, depends_o
 from bilevel_jax.dependence import dependence, trace
 from bilevel_jax.gauss_newton import gauss_newton
 from bilevel_jax.partition import Divided, combine, partition
+from bilevel_jax.second_derivatives import linearize
 from bilevel_jax.sharding import check_alike, check_collectives, devices_of
 from bilevel_jax.space import JaxSpace
 
@@ -33,8 +34,8 @@ COMPILED = 128  # cached programs of eager calls: some megabytes each, plus the 
 class JaxBackend(Backend):
     """JAX arrays, with and without ``jit`` and ``vmap``.
 
-    Products are forward over reverse, linearized once: the fastest way in JAX. An eager call is compiled by ``jit`` and
-    cached by problem and solver. Pass the same functions each time, not new lambdas.
+    Products are linearized once. They are forward over reverse if the loss has a forward mode. An eager call is
+    compiled by ``jit`` and cached by problem and solver. Pass the same functions each time, not new lambdas.
     """
 
     name = "jax"
@@ -84,7 +85,7 @@ class JaxBackend(Backend):
     def inner(self, objective: Callable[..., object], params: P, hparams: H, args: Args) -> LinearizedMap[P, H]:
         slope = self.inner_slope(objective, params, hparams, args)
         # Linearized outside the solver's loop, because its body must not trace the loss again.
-        grad, hvp = jax.linearize(lambda w: slope(w, hparams), params)
+        grad, hvp = linearize(lambda w: slope(w, hparams), params)
         return _linearized(slope, params, hparams, grad, hvp)
 
     @override
@@ -203,13 +204,18 @@ def _linearized(
         return dependence(trace(function, params, hparams), params)
 
     def vjp_hparams(v: P) -> H | None:
-        # In λ only: a joint pull over (w, λ) costs several gradients.
-        return jax.vjp(lambda h: function(params, h), hparams)[1](v)[0] if any(used().hparams) else None
+        return vjp_in_hparams(function, params, hparams, v) if any(used().hparams) else None
 
     def jvp_hparams(u: H) -> P:
         return jvp_in_hparams(function, params, hparams, u)
 
     return LinearizedMap(residual, vjp_params, vjp_hparams, jvp_hparams, used)
+
+
+def vjp_in_hparams(function: Callable[[P, H], P], params: P, hparams: H, v: P) -> H:
+    """Return (∂function/∂λ)ᵀ v."""
+    # In λ only: a joint pull over (w, λ) costs several gradients.
+    return jax.vjp(lambda h: function(params, h), hparams)[1](v)[0]
 
 
 def jvp_in_hparams(function: Callable[[P, H], P], params: P, hparams: H, u: H) -> P:

@@ -9,6 +9,7 @@ from bilevel.problems.model_loss import ModelLoss
 from bilevel.spaces.array import Args, P
 from bilevel.validation import check_scalar
 from bilevel_jax.dependence import dependence, trace
+from bilevel_jax.second_derivatives import linearize, linearize_model
 
 
 def gauss_newton(inner: ModelLoss, params: P, hparams: object, args: Args) -> Callable[[P], P]:
@@ -16,6 +17,7 @@ def gauss_newton(inner: ModelLoss, params: P, hparams: object, args: Args) -> Ca
 
     Raises:
         ValueError: if the output of the model does not depend on params.
+        TypeError: if JAX lacks a derivative.
     """
     x, *targets = args
     output, structure = jax.tree.flatten(inner.model(params, hparams, x))
@@ -36,11 +38,11 @@ def gauss_newton(inner: ModelLoss, params: P, hparams: object, args: Args) -> Ca
         check_scalar("loss", value)
         return value
 
-    zs, push = jax.linearize(model, params)
+    zs, push = linearize_model(model, params)
     pull = jax.linear_transpose(push, params)
-    bend = jax.linearize(jax.grad(loss), zs)[1]
+    bend = linearize(jax.grad(loss), zs)[1]
     if inner.penalty is None:
         return lambda v: pull(bend(push(v)))[0]
     penalty = inner.penalty
-    penalize = jax.linearize(jax.grad(lambda w: penalty(w, hparams)), params)[1]
+    penalize = linearize(jax.grad(lambda w: penalty(w, hparams)), params)[1]
     return lambda v: jax.tree.map(jnp.add, pull(bend(push(v)))[0], penalize(v))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import wraps
+from typing import Any
 
 import jax
 from jax import lax
@@ -10,13 +11,22 @@ from bilevel.config import get_linear_solver
 from bilevel.convergence import OnFailure, check_on_failure
 from bilevel.hypergradient import SolverSpec
 from bilevel.spaces.array import V
+from bilevel.trainings import (
+    bind_arguments,
+    check_inner,
+    check_training,
+    check_training_result,
+    training_name,
+    tuples_noted,
+)
 from bilevel.validation import check_stateless, check_trees
 from bilevel_jax.backend import backend
-from bilevel_jax.implicit_jvp import with_implicit_jvp
+from bilevel_jax.closures import Call
+from bilevel_jax.implicit_jvp import with_implicit_derivative
 
 
 def implicit_minimizer(
-    inner: Callable[..., object], solver: SolverSpec = "cg", *, on_failure: OnFailure = "warn"
+    inner: Callable[..., object], solver: SolverSpec = "cg", *, on_failure: OnFailure = "warn", has_aux: bool = False
 ) -> Callable[[Callable[..., V]], Callable[..., V]]:
     """Return a decorator that makes a training function differentiable, without differentiating the training.
 
@@ -38,13 +48,18 @@ def implicit_minimizer(
         solver: a linear solver: a name, a mapping with ``name`` and options, a TOML file, or a solver object.
         on_failure: "raise", "warn" or "ignore", for a solve that does not converge. "warn" raises if the result is not
             finite.
+        has_aux: whether the training returns ``(params, aux)``, where aux is any tree, such as a history of losses. The
+            result is ``(params, aux)`` too. aux has no derivative.
 
     Returns:
         A decorator of ``my_training(hparams, *args) -> params``. hparams and params are trees of floating-point arrays;
-        args are anything. The training receives values without derivatives: outside ``jit``, plain arrays.
+        args are anything. The training receives values without derivatives: outside ``jit``, plain arrays. Keyword
+        arguments and defaults of the training reach ``inner`` under their names if it has parameters of these names.
 
     Raises:
-        TypeError: if the solver is not linear. When called: for leaves that are not floating-point arrays.
+        TypeError: if the solver is not linear. When called: for arguments that do not fit the training or ``inner``,
+            and for leaves that are not floating-point arrays. When differentiated: if JAX has no second derivative of
+            L. If L has no forward mode, because of a `jax.custom_vjp` inside it, the result has only a reverse mode.
         ValueError: when called, if L does not depend on params, or ∂L/∂w does not depend on hparams.
         SolverError: when differentiated, if a solve fails and ``on_failure`` requires an error.
 
@@ -55,22 +70,29 @@ def implicit_minimizer(
     >>> jax.grad(lambda h: ridge(h, jnp.ones(1)).sum())(jnp.zeros(1))
     Array([-0.25], dtype=...)
     """
+    check_inner(inner)
     check_on_failure(on_failure)
     linear_solver = get_linear_solver(solver, "implicit_minimizer")
     check_stateless(backend, linear_solver)
 
-    def decorate(my_training: Callable[..., V]) -> Callable[..., V]:
-        result = f"{getattr(my_training, '__name__', type(my_training).__name__)}(...)"
+    def decorate(*given: Callable[..., V], **options: object) -> Callable[..., V]:
+        check_training(inner, *given, **options)
+        [my_training] = given
+        name = training_name(my_training)
 
         @wraps(my_training)
-        def solve(hparams: object, *args: object) -> V:
-            check_trees(backend, {"hparams": hparams}, {})
+        def solve(*args: object, **named: object) -> Any:
+            bound = bind_arguments(my_training, inner, args, named)
+            check_trees(backend, {"hparams": bound.hparams}, {})
             # No derivative passes through the training: it does not depend on how the minimum was found.
-            params = _constant(my_training(*_constant((hparams, *args))))
-            if params is None:
-                raise TypeError(f"{result} returned None. Return the trained params.")
-            check_trees(backend, {result: params}, {})
-            return with_implicit_jvp(inner, linear_solver, on_failure, params, hparams, args)
+            hparams, args, named = _constant((bound.hparams, bound.args, {**bound.shared, **bound.own}))
+            found, aux = check_training_result(backend, name, my_training(hparams, *args, **named), has_aux)
+            with tuples_noted(name, found):
+                call = Call(bound.args, bound.shared)
+                params = with_implicit_derivative(
+                    inner, linear_solver, on_failure, _constant(found), bound.hparams, call
+                )
+            return (params, _constant(aux)) if has_aux else params
 
         return solve
 

@@ -1,55 +1,59 @@
 """The derivative of a minimizer, as a rule for JAX."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
-import jax.core
 import jax.numpy as jnp
 from jax import lax
-from jax.core import Tracer
 from jax.custom_derivatives import SymbolicZero
 from jax.dtypes import float0
 
 from bilevel.backend import R
-from bilevel.convergence import OnFailure, report
+from bilevel.convergence import OnFailure
 from bilevel.dependence import warn_of_dependence
-from bilevel.linear_solvers.linear_solver import LinearSolver, check_requirements
-from bilevel.methods.implicit import Implicit
-from bilevel.operators.linear_operator import LinearOperator
-from bilevel.results import SolverInfo
-from bilevel.spaces.array import Args, H, P, V
-from bilevel.validation import check_scalar, leaf_names
-from bilevel_jax.backend import JaxBackend, backend, jvp_in_hparams
+from bilevel.linear_solvers.linear_solver import LinearSolver
+from bilevel.spaces.array import Args, P, V
+from bilevel.validation import leaf_names
+from bilevel_jax.backend import JaxBackend, backend
+from bilevel_jax.closures import Call, uncover, uncover_options
 from bilevel_jax.dependence import dependence, trace
-from bilevel_jax.partition import Static, combine, partition
+from bilevel_jax.implicit_system import Minimizer
+from bilevel_jax.implicit_vjp import with_implicit_vjp
+from bilevel_jax.second_derivatives import has_forward_mode, has_own_rule
 from bilevel_jax.sharding import unvarying
 
 
-def with_implicit_jvp(
+def with_implicit_derivative(
     inner: Callable[..., object],
     solver: LinearSolver[object],
     on_failure: OnFailure,
     params: P,
     hparams: object,
-    args: Args,
+    call: Call,
 ) -> P:
-    """Return params, which JAX then differentiates as the minimizer of inner(params, hparams, *args).
-
-    One rule, for a change of any of the arrays, gives all modes. For reverse mode, JAX transposes the rule, and the
-    linear solve becomes the solve for the adjoint. For higher orders, JAX differentiates the rule.
-    """
-    loss, captured = _uncover(inner, params, hparams, args)
-    make_solver, options = _uncover_options(solver)
-    leaves, structure = jax.tree.flatten((hparams, args, captured, options))
-    is_array = [isinstance(leaf, jax.Array) for leaf in leaves]
-    others = [None if array else leaf for array, leaf in zip(is_array, leaves, strict=True)]
+    """Return params, which JAX then differentiates as the minimizer of inner(params, hparams, *args, **named)."""
+    loss, captured, jaxpr = uncover(inner, params, hparams, call)
+    make_solver, options = uncover_options(solver)
+    leaves, structure = jax.tree.flatten((hparams, call, captured, options))
+    others = [None if isinstance(leaf, jax.Array) else leaf for leaf in leaves]
+    arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
 
     # A loss with captured values is made for this call, so a cache would not help.
-    call = partial(_call, backend) if captured else backend.compiled
-    call(_check, loss, params, hparams, (args, captured))
+    run = partial(_call, backend) if captured else backend.compiled
+    run(_check, loss, params, hparams, (call, captured))
+
+    minimizer = Minimizer(loss, structure, others, make_solver, on_failure, run)
+    forward = not has_own_rule(jaxpr) or _has_forward_mode(minimizer, params, arrays)
+    return (with_implicit_jvp if forward else with_implicit_vjp)(minimizer, params, arrays)
+
+
+def with_implicit_jvp(minimizer: Minimizer, params: P, arrays: list[jax.Array]) -> P:
+    """Return params with the derivative of a minimizer in all modes.
+
+    There is one rule, for a change of any of the arrays. For reverse mode, JAX transposes the rule, and the linear
+    solve becomes the solve for the adjoint. For higher orders, JAX differentiates the rule.
+    """
 
     @jax.custom_jvp
     def attach(params: P, arrays: list[jax.Array]) -> P:
@@ -58,34 +62,26 @@ def with_implicit_jvp(
     @partial(attach.defjvp, symbolic_zeros=True)
     def _(primals: tuple[P, list[jax.Array]], tangents: tuple[P, list[jax.Array | SymbolicZero]]) -> tuple[P, P]:
         params = attach(*primals)  # keeps its derivative, for derivatives of this rule
-        arrays, changes = iter(primals[1]), iter(tangents[1])
-        leaves = [next(arrays) if array else leaf for array, leaf in zip(is_array, others, strict=True)]
-        moves = {i: next(changes) for i, array in enumerate(is_array) if array}
-        moves = {i: u for i, u in moves.items() if not isinstance(u, SymbolicZero) and u.dtype != float0}
+        moves = {i: u for i, u in enumerate(tangents[1]) if not isinstance(u, SymbolicZero) and u.dtype != float0}
         if not moves:
             return params, jax.tree.map(jnp.zeros_like, params)
 
-        moving = _Moving(loss, structure, tuple(moves))
-        constants = [leaf for i, leaf in enumerate(leaves) if i not in moves]
-        here = (moving, params, [leaves[i] for i in moves], (constants,))
-        solver = make_solver(jax.tree.unflatten(structure, leaves)[-1])
-
-        def tell(info: SolverInfo) -> None:
-            report(backend, info, Implicit(solver), on_failure, hint=" Run bl.diagnose for details.")
-
-        def solve(_: object, rhs: P) -> P:
-            x, info = call(_solve, solver, *here, rhs)
-            if on_failure != "ignore":
-                jax.debug.callback(tell, info)
-            return x
-
+        system = minimizer.at(params, primals[1], list(moves))
         # JAX cannot transpose a solve in which only some leaves move, for example if weights have a penalty and a bias
         # has none. So all leaves are tied together wherever they can be a right-hand side.
-        rhs = _tied(call(_minus_jvp_hparams, *here, list(moves.values())))
-        change = lax.custom_linear_solve(lambda v: _tied(call(_hvp, *here, v)), rhs, solve, symmetric=True)
+        rhs = _tied(system.minus_jvp(list(moves.values())))
+        change = lax.custom_linear_solve(
+            lambda v: _tied(system.hvp(v)), rhs, lambda _, rhs: system.solve(rhs), symmetric=True
+        )
         return params, unvarying(_tied(change), params)
 
-    return attach(params, [leaf for array, leaf in zip(is_array, leaves, strict=True) if array])
+    return attach(params, arrays)
+
+
+def _has_forward_mode(minimizer: Minimizer, params: object, arrays: list[jax.Array]) -> bool:
+    moves = [i for i, array in enumerate(arrays) if jnp.issubdtype(array.dtype, jnp.floating)]
+    inner, _, moving, args = minimizer.at(params, arrays, moves).point
+    return has_forward_mode(lambda w, h: backend.inner_slope(inner, w, h, args)(w, h), params, moving)
 
 
 def _tied(tree: V) -> V:
@@ -97,82 +93,6 @@ def _tied(tree: V) -> V:
     sums = [jnp.sum(leaf) for leaf in jax.tree.leaves(tree)]
     zero = sum(lax.select(jnp.zeros_like(total, bool), total, jnp.zeros_like(total)) for total in sums)
     return lax.optimization_barrier(jax.tree.map(lambda leaf: leaf + jnp.asarray(zero, leaf.dtype), tree))
-
-
-@dataclass(frozen=True)
-class _Plain(Static):
-    """(w, λ, args, captured) -> L, for an ``inner`` that captures no traced values."""
-
-    inner: Callable[..., object]
-
-    def __call__(self, params: object, hparams: object, args: Args, captured: list[jax.Array]) -> object:
-        return self.inner(params, hparams, *args)
-
-
-@dataclass(frozen=True)
-class _Moving(Static):
-    """L as a function of w and of the other leaves that move, given by their places. The key of a cached jit."""
-
-    loss: Callable[..., object]
-    structure: Any
-    places: tuple[int, ...]
-
-    def __call__(self, params: object, moving: list[jax.Array], constants: Sequence[object]) -> object:
-        leaves = list(constants)
-        for i, leaf in zip(self.places, moving, strict=True):
-            leaves.insert(i, leaf)
-        hparams, args, captured, _ = jax.tree.unflatten(self.structure, leaves)
-        return self.loss(params, hparams, args, captured)
-
-
-def _uncover(
-    inner: Callable[..., object], params: object, hparams: object, args: Args
-) -> tuple[Callable[..., object], list[jax.Array]]:
-    """Return L as a function that also takes the traced values that ``inner`` captures, and these values.
-
-    A rule for derivatives must not capture them: JAX would treat them as constants, or raise an error for a leak.
-    """
-
-    def split(hparams: object, args: Args) -> tuple[list[jax.Array], list[object], Any]:
-        leaves, structure = jax.tree.flatten((hparams, args))
-        arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
-        return arrays, [None if isinstance(leaf, jax.Array) else leaf for leaf in leaves], structure
-
-    arrays, others, structure = split(hparams, args)
-
-    def of_arrays(params: object, arrays: list[jax.Array]) -> object:
-        supply = iter(arrays)
-        hparams, args = jax.tree.unflatten(structure, [next(supply) if x is None else x for x in others])
-        value = inner(params, hparams, *args)
-        check_scalar("inner", value)
-        return value
-
-    closed = jax.make_jaxpr(of_arrays)(params, arrays)
-    traced = [isinstance(const, Tracer) for const in closed.consts]
-    if not any(traced):
-        return _Plain(inner), []
-
-    def loss(params: object, hparams: object, args: Args, captured: list[jax.Array]) -> object:
-        supply = iter(captured)
-        consts = [next(supply) if t else const for t, const in zip(traced, constants, strict=True)]
-        return jax.core.eval_jaxpr(closed.jaxpr, consts, *jax.tree.leaves((params, split(hparams, args)[0])))[0]
-
-    constants = [None if t else const for t, const in zip(traced, closed.consts, strict=True)]
-    return loss, [const for t, const in zip(traced, closed.consts, strict=True) if t]
-
-
-def _uncover_options(
-    solver: LinearSolver[object],
-) -> tuple[Callable[[list[object]], LinearSolver[object]], list[object]]:
-    """Return the solver as a function of its options, and the options if some are traced."""
-    options: list[object] = []
-    try:
-        static = partition(solver, options)
-    except TypeError:  # the solver cannot be rebuilt
-        return lambda _: solver, []
-    if not any(isinstance(option, Tracer) for option in options):
-        return lambda _: solver, []
-    return lambda options: combine(static, iter(options)), options
 
 
 def _call(backend: JaxBackend, function: Callable[..., R], *args: object) -> R:
@@ -188,27 +108,3 @@ def _check(backend: JaxBackend, inner: Callable[..., object], params: object, hp
             "on the minimum. Use the hparams argument inside inner: the training's use of it does not count."
         )
     warn_of_dependence(backend, params, hparams, None, used)
-
-
-def _solve(
-    backend: JaxBackend,
-    solver: LinearSolver[object],
-    inner: Callable[..., object],
-    params: P,
-    hparams: object,
-    args: Args,
-    rhs: P,
-) -> tuple[P, SolverInfo]:
-    A = LinearOperator(backend.space(params), backend.inner(inner, params, hparams, args).vjp_params)
-    check_requirements(solver, A)
-    return solver.solve(solver.init(A), A, rhs, None)
-
-
-def _hvp(backend: JaxBackend, inner: Callable[..., object], params: P, hparams: object, args: Args, v: P) -> P:
-    slope = backend.inner_slope(inner, params, hparams, args)
-    return jax.jvp(lambda w: slope(w, hparams), (params,), (v,))[1]
-
-
-def _minus_jvp_hparams(backend: JaxBackend, inner: Callable[..., object], params: P, hparams: H, args: Args, u: H) -> P:
-    slope = backend.inner_slope(inner, params, hparams, args)
-    return backend.space(params).scale(-1.0, jvp_in_hparams(slope, params, hparams, u))

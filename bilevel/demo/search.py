@@ -10,7 +10,6 @@ from bilevel.demo.models import Model
 from bilevel.hypergradient import hypergradient
 from bilevel.linear_solvers import Exact, LinearSolver
 from bilevel.methods import Method
-from bilevel.results import Status
 from bilevel.search.inner_solver import scipy_fit
 from bilevel.search.minimize import minimize
 from bilevel.spaces.tree import tree_map
@@ -98,7 +97,7 @@ class Task:
             pixel_penalties=np.exp(model.pixel_weights(tree_map(backend.to_numpy, found.x))),
             hyperparameters=self.size,
             hypergradients=found.nfev,
-            failures=sum(evaluation.status != Status.CONVERGED for evaluation in found.history),
+            failures=sum(bool(solver.failed(evaluation.status)) for evaluation in found.history),
             steps=sum(evaluation.steps for evaluation in found.history),
         )
 

@@ -65,7 +65,7 @@ def findings(m: Measured) -> Iterator[Finding]:
     yield from kinks
     if m.is_away and not kinks:
         yield _not_solved(m)
-    if m.info.status != Status.CONVERGED:
+    if m.method.failed(m.info.status):
         reason = "Rows of zeros make the system singular" if flat else "The formula does not hold there"
         known = f"{m.method.name} ended with {m.info.status.name}. {reason}, so another solver does not help."
         yield Finding("solve failed", known if flat or kinks else _failure(m), "")

@@ -124,9 +124,9 @@ class Measured:
     @property
     def solved(self) -> bool:
         """Whether the true residual confirms that the linear solve converged."""
-        rtol = float(self.method.rtol)
+        rtol = float(self.method.rtol or 0.0)
         allowed = max(10 * rtol, self.eps**0.5) if rtol else LEFT
-        return self.info.status == Status.CONVERGED and not self.residual > allowed
+        return not self.method.failed(self.info.status) and not self.residual > allowed
 
     @property
     def gain(self) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from bilevel.errors import counted
 from bilevel.operators.lanczos import Spectrum
 from bilevel.results import SolverInfo, Status
 
@@ -43,29 +44,45 @@ def _maxiter(solver: LinearSolver[Any], info: SolverInfo) -> str:
             "stagnated above its tolerance: the Hessian is singular or ill-conditioned, or the dtype is not precise "
             f"enough. {solver.stagnation_remedy}"
         )
-    return f"stopped after {info.steps} steps above its tolerance. {solver.remedy}"
+    return f"stopped after {counted(info.steps, 'step')} above its tolerance. {solver.remedy}"
 
 
 def _negative_curvature(damping: float, curvature: Spectrum[float] | None) -> str:
     smallest, largest = _ends(curvature)
-    if curvature is None:
-        spectrum, needed = "", damping
-    elif smallest < -1e-6 * largest:
-        spectrum, needed = f" (eigenvalues from about {smallest:.2g} to {largest:.2g})", -smallest
-    elif largest > 0:  # a few products do not resolve the negative eigenvalue
-        spectrum = f" (the largest eigenvalue is about {largest:.2g}, the smallest is zero or slightly negative)"
-        needed = 1e-3 * largest
-    else:
-        spectrum, needed = "", 0.0
-    # The estimate is too close to zero. The present damping was too small.
-    needed = max(needed, damping)
-    advice = f"damping above {needed:.2g}" if needed else "damping"
+    if curvature is not None and smallest >= -1e-6 * abs(largest):
+        return _zero_curvature(damping, largest)
+    spectrum, needed = "", damping
+    if curvature is not None:
+        # The estimate is too close to zero. The present damping was too small.
+        spectrum = f" (eigenvalues from about {smallest:.2g} to {largest:.2g})"
+        needed = max(-smallest, damping)
     return (
         f"met non-positive curvature. The Hessian is not positive definite{spectrum}: "
-        f"{'raise' if damping else 'add'} {advice}, train the inner problem further, use "
-        'solver="minres", which accepts eigenvalues of either sign, or use the Gauss-Newton matrix instead of the '
-        "Hessian (bl.Problem.from_model)."
+        f"{_more_damping(damping, needed)}, train the inner problem further, use "
+        'solver="minres", which accepts negative eigenvalues, but no zero ones, or use the Gauss-Newton matrix instead '
+        "of the Hessian (bl.Problem.from_model)."
     )
+
+
+def _zero_curvature(damping: float, largest: float) -> str:
+    """Return the message for a spectrum without a negative eigenvalue beyond rounding."""
+    if largest > 0:  # a few products do not resolve the smallest eigenvalue
+        found = (
+            "met non-positive curvature. The Hessian is not positive definite (the largest eigenvalue is about "
+            f"{largest:.2g}, the smallest is zero or slightly negative)"
+        )
+    else:
+        found = "met zero curvature. The Hessian is zero, because the inner loss is linear in params"
+    needed = max(1e-3 * largest, damping)
+    return (
+        f"{found}: {_more_damping(damping, needed)}, or leave out of params what has no influence on the gradient of "
+        'the inner loss, or give it a penalty. solver="minres" does not help.'
+    )
+
+
+def _more_damping(damping: float, needed: float) -> str:
+    verb = "raise" if damping else "add"
+    return f"{verb} damping above {needed:.2g}" if needed else f"{verb} damping"
 
 
 def diverged(damping: float, curvature: Spectrum[float] | None) -> str:

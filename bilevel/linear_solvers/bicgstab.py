@@ -6,7 +6,7 @@ from typing import ClassVar, Generic, NamedTuple
 from typing_extensions import override
 
 from bilevel.linear_solvers.linear_solver import STEADY
-from bilevel.linear_solvers.restarts import Cycle, Iterative, solve_with_restarts
+from bilevel.linear_solvers.restarts import Cycle, Iterative, reach, solve_with_restarts
 from bilevel.operators.linear_operator import LinearOperator
 from bilevel.results import SolverInfo, Status
 from bilevel.spaces.array import Array, V
@@ -24,6 +24,7 @@ class _State(NamedTuple, Generic[V]):
     omega: Array
     best: V  # the x with the smallest residual
     least: Array
+    scale: Array  # the largest norm(A p) / norm(p) so far
     steps: Array
     status: Array
     live: Array
@@ -35,6 +36,8 @@ class BiCGStab(Iterative[None]):
 
     It stores eight vectors; GMRES stores one per step. The residuals are not monotone, so the solver returns the best
     iterate. If a scalar vanishes, it restarts from the true residual of the best iterate. The stop rule is as in `CG`.
+    Iterates that do not solve the system and are longer than ‖r‖ / (‖A‖ √eps) do not count, so v stays bounded on a
+    singular A.
 
     ``info.steps`` counts iterations, of two products each. The warm start and each check take one more product.
 
@@ -50,7 +53,8 @@ class BiCGStab(Iterative[None]):
         space = A.space
         xp, eps = space.xp, space.eps
 
-        def cycle(x: V, r: V, steps: Array, live: Array, tolerance: Array) -> Cycle[V]:
+        def cycle(x: V, r: V, steps: Array, live: Array, tolerance: Array, scale: Array) -> Cycle[V]:
+            origin = x
             shadow, start = r, space.dot(r, r)
             shadow_norm = xp.sqrt(start)
 
@@ -73,9 +77,13 @@ class BiCGStab(Iterative[None]):
                 sound = xp.abs(shadow_v) > eps * shadow_norm * xp.sqrt(vv)
                 finite = xp.isfinite(vv) & (xp.isfinite(tt) | ~sound)
                 sound = sound & (size * eps < shadow_norm)
+                scale = xp.maximum(s.scale, xp.sqrt(vv) / space.norm(p))
+                far, near = reach(shadow_norm, scale, tolerance, space)
+                distance = space.norm(space.subtract(x, origin))
+                sound = sound & ~(distance > far)
                 ok = s.live & finite & sound
-                better = ok & (size < s.least)
                 done, spent = size <= tolerance, s.steps + 1 >= self.maxiter
+                better = ok & (size < s.least) & (done | (distance <= near))
                 lost = (omega == 0) | (xp.abs(space.dot(shadow, r)) <= eps * shadow_norm * size)
                 # After a breakdown, the check by a product decides the status.
                 status = xp.where(ok & ~lost & ~done & spent, int(Status.MAXITER), s.status)
@@ -90,15 +98,16 @@ class BiCGStab(Iterative[None]):
                     omega=xp.where(ok, omega, s.omega),
                     best=space.where(better, x, s.best),
                     least=xp.where(better, size, s.least),
+                    scale=xp.where(s.live & finite, scale, s.scale),
                     steps=xp.where(s.live, s.steps + 1, s.steps),
                     status=xp.where(s.live, status, s.status),
                     live=ok & ~lost & ~done & ~spent,
                 )
 
             one, zeros, status = xp.ones_like(start), space.zeros(), xp.full_like(steps, int(Status.CONVERGED))
-            s = _State(x, r, zeros, zeros, one, one, one, x, shadow_norm, steps, status, live)
+            s = _State(x, r, zeros, zeros, one, one, one, x, shadow_norm, scale, steps, status, live)
             s = space.while_loop(lambda s: s.live, step, s, self.maxiter)
-            return Cycle(s.best, s.least, s.steps, s.status)
+            return Cycle(s.best, s.least, s.steps, s.status, s.scale)
 
         return solve_with_restarts(
             cycle, A, b, x0, maxiter=self.maxiter, rtol=self.rtol, atol=self.atol, rounds=RESTARTS

@@ -1,12 +1,14 @@
 """Conjugate gradients."""
 
 from dataclasses import dataclass
+from inspect import isfunction
 from typing import Generic, NamedTuple
 
 from typing_extensions import override
 
-from bilevel.linear_solvers.restarts import Cycle, Iterative, solve_with_restarts
+from bilevel.linear_solvers.restarts import Cycle, Iterative, reach, solve_with_restarts
 from bilevel.operators.linear_operator import LinearOperator
+from bilevel.preconditioners.function import FunctionPreconditioner
 from bilevel.preconditioners.preconditioner import Preconditioner, check_preconditioner
 from bilevel.results import SolverInfo, Status
 from bilevel.spaces.array import Array, V
@@ -40,10 +42,13 @@ class CG(Iterative[object]):
 
     Args:
         maxiter: maximum number of iterations, >= 0.
-        rtol: relative tolerance on the residual.
+        rtol: relative tolerance on the residual. None: ``maxiter`` is a budget. The solve takes ``maxiter`` iterations
+            unless it solves the system to rounding or breaks down. The status ``MAXITER`` is no failure then, so it
+            does not warn or raise.
         atol: absolute tolerance on the residual.
         damping: added to the diagonal of the operator, >= 0, to make the eigenvalues positive.
-        preconditioner: a `Preconditioner`, or None. ``info.steps`` does not count its products. `bl.prepare` computes
+        preconditioner: a `Preconditioner`, a function v -> M v with M symmetric and positive definite, or None.
+            ``info.steps`` does not count its products. `bl.prepare` computes
             it once for several calls.
     """
 
@@ -51,6 +56,8 @@ class CG(Iterative[object]):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if isfunction(self.preconditioner):
+            object.__setattr__(self, "preconditioner", FunctionPreconditioner(self.preconditioner))
         check_preconditioner(self.preconditioner, "CG")
 
     @override
@@ -71,7 +78,7 @@ class CG(Iterative[object]):
             z = M.apply(state, r, self.damping, space)
             return z, space.dot(r, z)
 
-        def cycle(x: V, r: V, steps: Array, live: Array, tolerance: Array) -> Cycle[V]:
+        def cycle(x: V, r: V, steps: Array, live: Array, tolerance: Array, scale: Array) -> Cycle[V]:
             start = space.dot(r, r)
             z, rz = precondition(r, start)
 
@@ -84,6 +91,8 @@ class CG(Iterative[object]):
                 # Relative to the largest curvature, so independent of scale. On a null direction the curvature is
                 # rounding noise of either sign. Comparisons with nan are false.
                 positive = curvature > eps * largest
+                length = xp.abs(alpha) * xp.sqrt(s.pp)
+                positive = positive & ~(length > reach(xp.sqrt(start), largest, tolerance, space).far)
                 # 0 * nan is nan: a zero alpha would not protect r.
                 r = space.axpby_where(s.live & positive & finite, -alpha, Ap, s.r)
                 rr = space.dot(r, r)
@@ -116,9 +125,9 @@ class CG(Iterative[object]):
             running = xp.where(xp.isfinite(rz), xp.full_like(steps, int(Status.MAXITER)), int(Status.NON_FINITE))
             pp = start if M is None else space.dot(z, z)
             work = (space.copy(x), space.copy(r), space.copy(z))
-            s = _State(*work, start, rz, pp, xp.zeros_like(start), steps, running, live & (rz > 0))
+            s = _State(*work, start, rz, pp, scale, steps, running, live & (rz > 0))
             s = space.while_loop(lambda s: s.live, step, s, self.maxiter)
-            return Cycle(s.x, xp.sqrt(s.rr), s.steps, s.status)
+            return Cycle(s.x, xp.sqrt(s.rr), s.steps, s.status, s.largest)
 
         def stand_in(b: V) -> V:
             curvature = xp.abs(space.dot(b, A(b)) / space.dot(b, b))

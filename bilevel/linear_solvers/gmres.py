@@ -6,7 +6,7 @@ from typing import ClassVar, Generic, NamedTuple
 from typing_extensions import override
 
 from bilevel.linear_solvers.linear_solver import STEADY, LinearSolver
-from bilevel.linear_solvers.restarts import Cycle, solve_with_restarts
+from bilevel.linear_solvers.restarts import Cycle, reach, solve_with_restarts
 from bilevel.operators.indices import identity, indices
 from bilevel.operators.linear_operator import LinearOperator
 from bilevel.options import check_int, check_real
@@ -19,6 +19,7 @@ class _State(NamedTuple, Generic[V]):
     rotations: Array  # (m+1, m+1), orthogonal: it makes the Hessenberg matrix triangular
     triangle: Array  # (m+1, m+1)
     norm: Array  # of the residual, from the rotations
+    scale: Array  # the largest norm(A q) so far
     column: Array  # the number of steps in this cycle
     steps: Array  # of all cycles
     status: Array
@@ -34,28 +35,35 @@ class GMRES(LinearSolver[None]):
     stops, with ``MAXITER``, if a cycle reduces the residual by less than a thousandth. On an indefinite or singular A,
     restarts can stagnate where a longer cycle does not.
 
+    If the solution of a cycle is longer than ‖r‖ / (‖A‖ √eps), one more product measures its residual. Unless this is
+    far smaller, the cycle leaves out the last directions, which A maps to zero, to rounding. So v stays bounded on a
+    singular A.
+
     The solver stores ``restart`` + 1 vectors. ``info.steps`` counts iterations, of one product each. Each cycle and a
     warm start take one more product.
 
     Args:
         restart: dimension of a cycle, >= 1.
         max_restarts: maximum number of cycles, >= 1.
-        rtol: relative tolerance on the residual.
+        rtol: relative tolerance on the residual. None: ``restart`` times ``max_restarts`` is a budget, as in `CG`.
         damping: added to the diagonal of the operator.
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({STEADY})
     remedy: ClassVar[str] = "Raise restart or max_restarts, loosen rtol, or add damping."
-    stagnation_remedy: ClassVar[str] = "Raise restart, loosen rtol, add damping, or use float64."
+    stagnation_remedy: ClassVar[str] = (
+        "Raise restart, loosen rtol or add damping. If params is not float64, use float64."
+    )
 
     restart: int = 30
     max_restarts: int = 10
-    rtol: float = 1e-5
+    rtol: float | None = 1e-5
     damping: float = 0.0
 
     def __post_init__(self) -> None:
         check_int(self, "restart", "max_restarts", least=1)
-        check_real(self, "rtol", "damping")
+        check_real(self, "rtol", none=True)
+        check_real(self, "damping")
 
     @property
     @override
@@ -69,7 +77,7 @@ class GMRES(LinearSolver[None]):
         xp, eps = space.xp, space.eps
         dimension = min(self.restart, space.size)
 
-        def cycle(x: V, r: V, steps: Array, live: Array, tolerance: Array) -> Cycle[V]:
+        def cycle(x: V, r: V, steps: Array, live: Array, tolerance: Array, scale: Array) -> Cycle[V]:
             size = space.norm(r)
             index, unit = indices(size, dimension + 1, space), identity(size, dimension + 1, space)
             zero = xp.zeros_like(steps)
@@ -104,6 +112,7 @@ class GMRES(LinearSolver[None]):
                     rotations=xp.where(ok, rotations, s.rotations),
                     triangle=xp.where(ok & here[None, :], column[:, None], s.triangle),
                     norm=xp.where(ok, remaining, s.norm),
+                    scale=xp.where(ok, xp.maximum(s.scale, length), s.scale),
                     column=xp.where(ok, s.column + 1, s.column),
                     steps=xp.where(s.live, s.steps + 1, s.steps),
                     status=xp.where(s.live & ~finite, int(Status.NON_FINITE), s.status),
@@ -115,20 +124,34 @@ class GMRES(LinearSolver[None]):
                 rotations=unit,
                 triangle=unit,
                 norm=size,
+                scale=scale,
                 column=zero,
                 steps=steps,
                 status=xp.full_like(steps, int(Status.CONVERGED)),  # the product after the cycle confirms it
                 live=live,
             )
             s = space.while_loop(lambda s: s.live, step, s, dimension)
-            # A direction that A maps to zero, to rounding, has the coefficient zero.
+            # Column k of ``solutions`` minimizes the residual over the first k + 1 directions.
             diagonal = xp.abs(xp.sum(xp.where(index[:, None] == index[None, :], s.triangle, 0.0), 0))
-            used = (index < s.column) & (diagonal > eps * xp.max(xp.where(index < s.column, diagonal, 0.0)))
-            finite = xp.isfinite(xp.sum(xp.abs(s.triangle)))
-            triangle = xp.where(used[:, None] & used[None, :] & finite, s.triangle, unit)
-            coefficients = xp.linalg.solve(triangle, xp.where(used, size * s.rotations[:, 0], 0.0))
-            x = space.where(live, space.axpy(1.0, space.linear_combination(coefficients, s.basis), x), x)
-            return Cycle(x, s.norm, s.steps, s.status)
+            given = (index < s.column) & (diagonal > 0) & xp.isfinite(xp.sum(xp.abs(s.triangle)))
+            triangle = xp.where(given[:, None] & given[None, :], s.triangle, unit)
+            weights = xp.where(given, size * s.rotations[:, 0], 0.0)
+            solutions = xp.cumsum(xp.linalg.solve(triangle, unit) * weights[None, :], 1)
+            inside = given & (xp.sqrt(xp.sum(solutions**2, 0)) <= reach(size, s.scale, tolerance, space).near)
+            last, nearest = (xp.max(xp.where(columns, index, -1)) for columns in (given, inside))
+
+            def change(column: Array) -> V:
+                return space.linear_combination(xp.sum(xp.where(index[None, :] == column, solutions, 0.0), 1), s.basis)
+
+            def shorten(y: V) -> V:
+                """Return a shorter solution, unless a product shows that the long one is far better."""
+                left = xp.sqrt(xp.clip(size**2 - xp.sum(xp.where(index <= nearest, weights, 0.0) ** 2), 0.0, None))
+                better = space.norm(A.residual(r, y)) <= 0.1 * left
+                return space.where(better, y, change(nearest))
+
+            y = space.cond(live & (last > nearest), shorten, change(last))
+            x = space.where(live, space.axpy(1.0, y, x), x)
+            return Cycle(x, s.norm, s.steps, s.status, s.scale)
 
         return solve_with_restarts(
             cycle, A, b, x0, maxiter=self.most_steps, rtol=self.rtol, rounds=self.max_restarts, progress=0.999

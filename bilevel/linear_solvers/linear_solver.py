@@ -36,7 +36,7 @@ class LinearSolver(Solver, Generic[S]):
 
     requires: ClassVar[frozenset[str]] = frozenset({SYMMETRIC, STEADY})
     remedy: ClassVar[str] = "Add damping."
-    stagnation_remedy: ClassVar[str] = "Loosen rtol, add damping, or use float64."
+    stagnation_remedy: ClassVar[str] = "Loosen rtol or add damping. If params is not float64, use float64."
 
     def init(self, A: LinearOperator[V]) -> S:
         """Return the state that several solves can share, such as a step size or a sketch. None: there is no state.

@@ -5,7 +5,7 @@ from typing import Generic, NamedTuple
 
 from typing_extensions import override
 
-from bilevel.linear_solvers.restarts import Cycle, Iterative, solve_with_restarts
+from bilevel.linear_solvers.restarts import Cycle, Iterative, reach, solve_with_restarts
 from bilevel.operators.linear_operator import LinearOperator
 from bilevel.results import SolverInfo, Status
 from bilevel.spaces.array import Array, V
@@ -50,7 +50,9 @@ class MINRES(Iterative[None]):
         space = A.space
         xp, eps = space.xp, space.eps
 
-        def cycle(x: V, r: V, steps: Array, live: Array, tolerance: Array) -> Cycle[V]:
+        def cycle(x: V, r: V, steps: Array, live: Array, tolerance: Array, scale: Array) -> Cycle[V]:
+            origin, size = x, space.norm(r)
+
             def step(s: _State[V]) -> _State[V]:
                 # Compute one more column of the Lanczos process.
                 z = space.axpy(-s.beta, s.q_old, A(s.q))
@@ -75,6 +77,8 @@ class MINRES(Iterative[None]):
                 done = xp.abs(eta) <= tolerance
                 # The error of the residual is eps norm(A) norm(x), which grows as x grows in the null space.
                 lost = ~done & (eps * scale * space.norm(x) > 0.2 * xp.abs(s.eta))
+                distance = space.norm(space.subtract(x, origin))
+                lost = lost | (~done & (distance > reach(size, scale, tolerance, space).far))
                 ok = s.live & finite & ~stationary & ~lost
                 cs = xp.where(ok, delta / pivot, s.cs)
                 sn = xp.where(ok, beta / pivot, s.sn)
@@ -99,11 +103,10 @@ class MINRES(Iterative[None]):
                     live=ok & ~done & ~exhausted & (s.steps + 1 < self.maxiter),
                 )
 
-            size = space.norm(r)
             zero, one, none = xp.zeros_like(size), xp.ones_like(size), space.zeros()
             q, status = space.scale(1.0 / xp.where(live, size, 1.0), r), xp.full_like(steps, int(Status.MAXITER))
-            s = _State(x, none, q, none, none, zero, one, zero, one, zero, size, zero, steps, status, live)
+            s = _State(x, none, q, none, none, zero, one, zero, one, zero, size, scale, steps, status, live)
             s = space.while_loop(lambda s: s.live, step, s, self.maxiter)
-            return Cycle(s.x, xp.abs(s.eta), s.steps, s.status)
+            return Cycle(s.x, xp.abs(s.eta), s.steps, s.status, s.scale)
 
         return solve_with_restarts(cycle, A, b, x0, maxiter=self.maxiter, rtol=self.rtol, atol=self.atol)

@@ -44,25 +44,26 @@ class Neumann(LinearSolver[Number]):
     Algorithm 3 of Lorraine, Vicol & Duvenaud (AISTATS 2020), with the final factor α that its first version lacks. The
     series converges to (H + damping I)^{-1} b if H + damping I is positive definite and α < 2/λmax. For a symmetric
     operator, the norms of the terms are log-convex in j: once they grow, they keep growing. So the series stops at
-    the first growth, with ``DIVERGED`` and the sum before it.
+    the first growth, with ``DIVERGED`` and the sum before it. If the norms stay equal, no curvature was seen, and the
+    status is ``NEGATIVE_CURVATURE``.
 
     ``info.residual_norm`` is the norm of the last term. It is the residual of the sum without that term, and bounds
-    the residual of v if the series converges. With ``rtol``, the series stops at the first term below the tolerance.
-    Then the status is ``CONVERGED`` if a product confirms the residual.
+    the residual of v if the series converges. After ``DIVERGED``, it is the residual of v. With ``rtol``, the series
+    stops at the first term below the tolerance. Then the status is ``CONVERGED`` if a product confirms the residual.
 
     A warm start v0 is corrected by the series: v0 + α Σ (I − αA)^j (b − A v0), at one more product.
 
     At a fixed point w = step(w, λ) with α = 1, term j is ((∂step/∂w)ᵀ)^j b. Such terms may grow before they shrink. So
     may terms over a list of batches, with a new batch for each product (LiSSA: Agarwal, Bullins & Hazan, JMLR 2017). In
     both cases the status is ``DIVERGED`` if a term exceeds the first a thousandfold, or if the last term exceeds it.
-    With batches, ``residual_norm`` is not the residual of the mean system, and the first batch corrects a warm start.
+    With batches, ``residual_norm`` is nan, and the first batch corrects a warm start.
 
     Args:
         terms: number of products, >= 0. With 0, v = α b.
         step_size: α > 0. "auto": 1/(λmax + its error bound), from 12 more Lanczos products per call, on the first
             batch; `bl.prepare` takes them once for many calls. At a fixed point, "auto" is 1.
         damping: added to the diagonal of the operator.
-        rtol: stop early, at ``norm(b - A v) <= rtol * norm(b)``. 0: take all terms.
+        rtol: stop early, at ``norm(b - A v) <= rtol * norm(b)``. 0 or None: take all terms.
     """
 
     requires: ClassVar[frozenset[str]] = frozenset()
@@ -71,12 +72,13 @@ class Neumann(LinearSolver[Number]):
     terms: int = 20
     step_size: float | Literal["auto"] = "auto"
     damping: float = 0.0
-    rtol: float = 0.0
+    rtol: float | None = 0.0
 
     def __post_init__(self) -> None:
         check_int(self, "terms", least=0)
         check_step_size(self)
-        check_real(self, "damping", "rtol")
+        check_real(self, "damping")
+        check_real(self, "rtol", none=True)
 
     @property
     @override
@@ -97,13 +99,14 @@ class Neumann(LinearSolver[Number]):
         space, steady = A.space, A.steady
         xp, eps, rhs_norm = space.xp, space.eps, space.norm(rhs)
         growth = 1 + 16 * eps  # more than the growth by rounding
-        early = not (is_python_value(self.rtol) and self.rtol == 0)
+        rtol = 0.0 if self.rtol is None else self.rtol
+        early = not (is_python_value(rtol) and rtol == 0)
         if early and A.sample is not None:
             raise TypeError(
                 "Neumann.rtol: with a new batch for each product, there is no single system whose residual could be "
                 "measured. Leave rtol out, and set terms."
             )
-        tolerance = xp.maximum(self.rtol * rhs_norm, eps * rhs_norm) if early else -xp.ones_like(rhs_norm)
+        tolerance = xp.maximum(rtol * rhs_norm, eps * rhs_norm) if early else -xp.ones_like(rhs_norm)
 
         def step(s: _State[V]) -> _State[V]:
             term = space.axpby_where(s.live, -alpha, A.at(s.term_index)(s.term), s.term)
@@ -115,7 +118,7 @@ class Neumann(LinearSolver[Number]):
             return _State(
                 total=space.axpby_where(ok, 1, term, s.total),
                 term=term,
-                norm=xp.where(ok, size, s.norm),
+                norm=xp.where(s.live, size, s.norm),
                 least=xp.where(ok, xp.minimum(size, s.least), s.least),
                 term_index=s.term_index + 1,
                 steps=xp.where(s.live, s.steps + 1, s.steps),
@@ -147,9 +150,14 @@ class Neumann(LinearSolver[Number]):
         x = space.scale(alpha, s.total) if x0 is None else space.axpy(alpha, s.total, x0)
         left, status = s.norm, s.status
         fine = status == int(Status.CONVERGED)
+        # If no term is smaller than the first, the sum only grows: no positive curvature was seen.
+        flat = fine & (s.steps > 0) & (s.norm >= (1 - 4 * eps) * start_norm) & (start_norm > 0)
+        status = xp.where(flat, int(Status.NEGATIVE_CURVATURE if A.symmetric else Status.DIVERGED), status)
         if early:
             left = xp.where(fine, space.norm(A.residual(rhs, x)), left)
-            status = xp.where(fine & (left > tolerance), int(Status.MAXITER), status)
+            status = xp.where(fine & ~flat & (left > tolerance), int(Status.MAXITER), status)
         if not steady:
             status = xp.where(fine & (s.norm > start_norm), int(Status.DIVERGED), status)
+        if A.sample is not None:
+            left = left + float("nan")
         return x, SolverInfo(s.steps, left, rhs_norm, status)

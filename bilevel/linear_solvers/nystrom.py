@@ -19,8 +19,9 @@ class Nystrom(LinearSolver[Sketch]):
     """v = (Ĥ + damping I)⁻¹ b with a Nyström approximation Ĥ of rank r (Hataya & Yamada, AISTATS 2023).
 
     For Hessians with few large eigenvalues. ``damping`` must not be small against the eigenvalues outside the sketch.
-    A residual above ``rtol`` gives ``MAXITER``, or ``NEGATIVE_CURVATURE`` if the sketch has negative curvature.
-    Directions of negative curvature count as zero curvature. A warm start is not used.
+    A residual above ``rtol`` gives ``MAXITER``, or ``NEGATIVE_CURVATURE`` if the sketch has negative curvature. A
+    sketch without positive curvature gives ``NEGATIVE_CURVATURE``. Directions of negative curvature count as zero
+    curvature. A warm start is not used.
 
     The sketch takes r products, and the true residual one more. `bl.prepare` makes the sketch once for several calls.
     ``info.steps`` is r.
@@ -29,7 +30,8 @@ class Nystrom(LinearSolver[Sketch]):
         rank: r >= 1. The sketch stores r vectors, and 3r vectors while it is computed.
         damping: added to the Hessian, > 0.
         seed: seed of the random vectors.
-        rtol: largest ``norm(b - (H + damping I) v) / norm(b)`` with the status ``CONVERGED``.
+        rtol: largest ``norm(b - (H + damping I) v) / norm(b)`` with the status ``CONVERGED``. None: any residual is
+            accepted, without a warning.
     """
 
     remedy: ClassVar[str] = (
@@ -40,13 +42,13 @@ class Nystrom(LinearSolver[Sketch]):
     rank: int = 20
     damping: float = 0.01
     seed: int = 0
-    rtol: float = 0.1
+    rtol: float | None = 0.1
 
     def __post_init__(self) -> None:
         check_int(self, "rank", least=1)
         check_int(self, "seed", least=0)
         check_real(self, "damping", above=0)
-        check_real(self, "rtol")
+        check_real(self, "rtol", none=True)
 
     @override
     def init(self, A: LinearOperator[V]) -> Sketch:
@@ -69,7 +71,11 @@ class Nystrom(LinearSolver[Sketch]):
             steps = xp.full_like(rhs_norm, known.eigenvalues.shape[0], dtype=xp.int32)
             indefinite = known.smallest < -100 * space.eps
             status = xp.where(indefinite, int(Status.NEGATIVE_CURVATURE), xp.full_like(steps, int(Status.MAXITER)))
-            status = xp.where(left <= self.rtol * rhs_norm, int(Status.CONVERGED), status)
+            rtol = space.eps if self.rtol is None else self.rtol
+            # Without positive curvature, v is b / damping for any b.
+            flat = ~(xp.max(known.eigenvalues) > space.eps * self.damping) & (rhs_norm > 0)
+            status = xp.where(flat, int(Status.NEGATIVE_CURVATURE), status)
+            status = xp.where((left <= rtol * rhs_norm) & ~flat, int(Status.CONVERGED), status)
             status = xp.where(xp.isfinite(left), status, int(Status.NON_FINITE))
             return x, SolverInfo(steps, left, rhs_norm, status)
 

@@ -12,6 +12,7 @@ from bilevel.operators.scaling import scale_free
 from bilevel.options import check_int, check_real
 from bilevel.results import SolverInfo, Status
 from bilevel.spaces.array import Array, Number, V
+from bilevel.spaces.space import Space
 
 ROUNDS = 4  # cycles; the second usually reaches the precision of the dtype
 DRIFT = 50  # after more steps, the residual of a recurrence is checked
@@ -24,13 +25,14 @@ class Iterative(LinearSolver[S]):
     remedy: ClassVar[str] = "Raise maxiter, loosen rtol, or add damping."
 
     maxiter: int = 200
-    rtol: float = 1e-5
+    rtol: float | None = 1e-5
     atol: float = 0.0
     damping: float = 0.0
 
     def __post_init__(self) -> None:
         check_int(self, "maxiter", least=0)
-        check_real(self, "rtol", "atol", "damping")
+        check_real(self, "rtol", none=True)
+        check_real(self, "atol", "damping")
 
     @property
     @override
@@ -45,9 +47,31 @@ class Cycle(NamedTuple, Generic[V]):
     norm: Array  # of the residual
     steps: Array  # of all cycles
     status: Array
+    scale: Array  # a lower bound of the norm of A, from the products of all cycles
 
 
-RunCycle = Callable[[V, V, Array, Array, Array], Cycle[V]]
+RunCycle = Callable[[V, V, Array, Array, Array, Array], Cycle[V]]
+
+
+class Reach(NamedTuple):
+    """Largest distances from the start of a cycle to its end.
+
+    Attributes:
+        far: ‖r‖ / (‖A‖ eps^(2/3)). Further away, rounding errors leave a residual of eps^(1/3) ‖r‖ or more, and x has
+            moved along a direction that A maps to zero, to rounding. A loose tolerance allows for more.
+        near: ‖r‖ / (‖A‖ √eps), for an x that does not solve the system.
+    """
+
+    far: Array
+    near: Array
+
+
+def reach(residual_norm: Array, scale: Array, tolerance: Array, space: Space[V]) -> Reach:
+    """Return the largest distances, by the norm of the first residual and an estimate of the norm of A."""
+    xp, eps = space.xp, space.eps
+    scale = xp.where(scale > 0, scale, 1.0)
+    far = xp.maximum(residual_norm / eps ** (2 / 3), tolerance / eps)
+    return Reach(far / scale, residual_norm / (eps**0.5 * scale))
 
 
 class _State(NamedTuple, Generic[V]):
@@ -58,6 +82,7 @@ class _State(NamedTuple, Generic[V]):
     confirmed: Array  # norm of the last residual from a product
     steps: Array
     status: Array
+    scale: Array
     live: Array
 
 
@@ -68,7 +93,7 @@ def solve_with_restarts(
     x0: V | None,
     *,
     maxiter: int,
-    rtol: Number,
+    rtol: Number | None,
     atol: Number = 0.0,
     rounds: int = ROUNDS,
     progress: float = 0.5,
@@ -81,9 +106,9 @@ def solve_with_restarts(
     make progress. A cycle is undone if its recurrence reports a smaller residual but the true residual has grown.
 
     Args:
-        cycle: (x, r, steps, live, tolerance) -> `Cycle`, from x with the residual r. If ``live`` is false, it must do
-            nothing. It ends with ``CONVERGED`` below the tolerance, with ``MAXITER`` at ``maxiter`` steps of all
-            cycles, or with another failure.
+        cycle: (x, r, steps, live, tolerance, scale) -> `Cycle`, from x with the residual r. If ``live`` is false, it
+            must do nothing. It ends with ``CONVERGED`` below the tolerance, with ``MAXITER`` at ``maxiter`` steps of
+            all cycles, or with another failure.
         A: the operator, with its damping.
         b: the right-hand side.
         x0: a warm start, at one product. It is ignored for b = 0, whose solution is zero.
@@ -97,7 +122,9 @@ def solve_with_restarts(
     def solve(b: V, x0: V | None, scale: Array) -> tuple[V, SolverInfo]:
         rhs_norm = space.norm(b)
         # No solve can be more precise than the dtype's epsilon.
-        tolerance = xp.maximum(xp.maximum(rtol * rhs_norm, space.eps * rhs_norm), atol / scale * xp.ones_like(rhs_norm))
+        relative = 0.0 if rtol is None else rtol
+        tolerance = xp.maximum(relative * rhs_norm, space.eps * rhs_norm)
+        tolerance = xp.maximum(tolerance, atol / scale * xp.ones_like(rhs_norm))
 
         def check(s: _State[V]) -> _State[V]:
             r = A.residual(b, s.x)
@@ -118,7 +145,7 @@ def solve_with_restarts(
             )
 
         def round_(s: _State[V]) -> _State[V]:
-            end = cycle(s.x, s.r, s.steps, s.live, tolerance)
+            end = cycle(s.x, s.r, s.steps, s.live, tolerance, s.scale)
             short = (end.status == int(Status.MAXITER)) & (end.steps == maxiter) & (end.steps <= DRIFT)
             doubtful = s.live & ~short
             s = s._replace(
@@ -127,6 +154,7 @@ def solve_with_restarts(
                 norm=xp.where(s.live, end.norm, s.norm),
                 steps=end.steps,
                 status=xp.where(s.live, end.status, s.status),
+                scale=xp.where(s.live, end.scale, s.scale),
                 live=s.live & False,
             )
             return space.cond(doubtful, check, s)
@@ -141,7 +169,8 @@ def solve_with_restarts(
         steps = xp.zeros_like(size, dtype=xp.int32)
         status = xp.where(met, int(Status.CONVERGED), xp.full_like(steps, int(Status.MAXITER)))
         status = xp.where(finite, status, int(Status.NON_FINITE))
-        s = _State(x, x, r, norm=size, confirmed=size, steps=steps, status=status, live=~met & finite & (maxiter > 0))
+        zero = xp.zeros_like(size)
+        s = _State(x, x, r, size, size, steps, status, scale=zero, live=~met & finite & (maxiter > 0))
         s = space.while_loop(lambda s: s.live, round_, s, rounds)
 
         def fill_nan(s: _State[V]) -> _State[V]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from bilevel.operators.lanczos import Spectrum
 from bilevel.options import summary
-from bilevel.results import SolverInfo
+from bilevel.results import SolverInfo, Status
 
 
 class Solver:
@@ -16,12 +16,13 @@ class Solver:
     Attributes:
         stateful: whether the object changes with each call. JAX cannot compile such a solver.
         damping: added to the diagonal of the operator.
-        rtol: largest relative residual with the status ``CONVERGED``; 0: no bound.
+        rtol: largest relative residual with the status ``CONVERGED``; 0: no bound. None: the maximum number of steps is
+            a budget, and a solve that uses it up has not failed.
     """
 
     stateful: ClassVar[bool] = False
     damping: float = 0.0
-    rtol: float = 0.0
+    rtol: float | None = 0.0
 
     @property
     def name(self) -> str:
@@ -36,6 +37,10 @@ class Solver:
     def with_rtol(self, rtol: float) -> Self:
         """Return the solver with another relative tolerance. A solver without a tolerance returns itself."""
         return self
+
+    def failed(self, status: Any) -> Any:
+        """Return whether a `Status` is a failure of this solver. The status may be an array of the framework."""
+        return status > int(Status.CONVERGED if self.rtol is not None else Status.MAXITER)
 
     @abstractmethod
     def explain(self, info: SolverInfo, symmetric: bool, curvature: Spectrum[float] | None) -> str:

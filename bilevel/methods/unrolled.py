@@ -108,9 +108,9 @@ class Unrolled(Method):
         check_real(self, "eps", above=0)
         if self.truncation is not None:
             check_int(self, "truncation", least=1)
-        check_choice(self, "mode", ("reverse", "forward"))
-        check_choice(self, "checkpoint", (True, False, "auto"))
-        check_choice(self, "optimizer", ("descent", "adam"))
+        check_choice("Unrolled.mode", self.mode, ("reverse", "forward"))
+        check_choice("Unrolled.checkpoint", self.checkpoint, (True, False, "auto"))
+        check_choice("Unrolled.optimizer", self.optimizer, ("descent", "adam"))
         if self.mode == "forward" and self.checkpoint is True:
             raise ValueError('Unrolled.checkpoint: mode="forward" stores no iterates; leave checkpoint out.')
         idle = ("momentum",) if self.optimizer == "adam" else ("beta1", "beta2", "eps")

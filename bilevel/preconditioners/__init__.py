@@ -1,7 +1,8 @@
 """Approximate inverses that make conjugate gradients take fewer steps."""
 
 from bilevel.preconditioners.diagonal import DiagonalPreconditioner
+from bilevel.preconditioners.function import FunctionPreconditioner
 from bilevel.preconditioners.nystrom import NystromPreconditioner
 from bilevel.preconditioners.preconditioner import Preconditioner
 
-__all__ = ["DiagonalPreconditioner", "NystromPreconditioner", "Preconditioner"]
+__all__ = ["DiagonalPreconditioner", "FunctionPreconditioner", "NystromPreconditioner", "Preconditioner"]

@@ -26,7 +26,7 @@ def check_preconditioner(value: object, solver: str) -> None:
     """Raise a TypeError unless a value is None or an object with the methods of `Preconditioner`."""
     if value is not None and (isinstance(value, type) or not isinstance(value, Preconditioner)):
         raise TypeError(
-            f"{solver}.preconditioner: expected an object with methods init() and apply(), such as "
-            f"bl.DiagonalPreconditioner() or bl.NystromPreconditioner(), got {value!r}. Names are for bl.get_solver: "
-            f'{{"name": "{solver.lower()}", "preconditioner": "nystrom"}}.'
+            f"{solver}.preconditioner: expected a function v -> M v, or an object with methods init() and apply(), "
+            f"such as bl.DiagonalPreconditioner() or bl.NystromPreconditioner(), got {value!r}. Names are for "
+            f'bl.get_solver: {{"name": "{solver.lower()}", "preconditioner": "nystrom"}}.'
         )

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
-from bilevel.errors import suggest
+from bilevel.options import check_choice
 from bilevel.problems.central_differences import finite_differences
 from bilevel.problems.gradients import in_params
 from bilevel.problems.model_loss import ModelLoss
@@ -48,11 +48,7 @@ class Problem:
 
     def __post_init__(self) -> None:
         check_functions(self, inner="a scalar", outer="a scalar")
-        if self.curvature not in get_args(Curvature):
-            raise ValueError(
-                f"Problem.curvature: there is no {self.curvature!r}."
-                + suggest(str(self.curvature), get_args(Curvature))
-            )
+        check_choice("Problem.curvature", self.curvature, get_args(Curvature))
         if self.curvature == "gauss-newton" and not isinstance(self.inner, ModelLoss):
             raise TypeError(
                 "Problem.curvature: Gauss-Newton products need a model and its loss as separate functions. Use "

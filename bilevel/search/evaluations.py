@@ -148,7 +148,7 @@ class Search(Generic[P, H]):
         params, _ = check_training_result(backend, "fit", self.fit(hparams, start), only="Return only the params.")
         try:
             with warnings.catch_warnings():
-                if any(evaluation.status != Status.CONVERGED for evaluation in self.history):
+                if any(self.method.failed(evaluation.status) for evaluation in self.history):
                     warnings.simplefilter("ignore", SolverWarning)  # only the first failure warns
                 if self.history:
                     warnings.simplefilter("ignore", DependenceWarning)

@@ -4,11 +4,11 @@ from typing import Any, Literal, get_args
 
 from bilevel.backend import Backend
 from bilevel.config import get_solver
-from bilevel.errors import suggest
 from bilevel.hypergradient import SolverSpec, hypergradient
 from bilevel.linear_solvers.linear_solver import LinearSolver
 from bilevel.methods.implicit import as_method
 from bilevel.methods.method import Method
+from bilevel.options import check_choice
 from bilevel.problems.protocols import BilevelProblem
 from bilevel.spaces.array import Args
 from bilevel.testing.comparisons import Subject, against_differences, against_exact
@@ -70,8 +70,7 @@ def check_hypergradient(
     >>> check_hypergradient(problem, np.zeros(2), np.zeros(2), solver="cg", reference="finite-differences")
     """
     __tracebackhide__ = True  # pytest shows the caller's line
-    if reference not in get_args(Reference):
-        raise ValueError(f"reference: there is no {reference!r}." + suggest(reference, get_args(Reference)))
+    check_choice("reference", reference, get_args(Reference))
     check_fit(fit, damping)
     if (fit is not None) != (reference == "retraining"):
         raise ValueError('fit: pass fit= and reference="retraining" together.')
@@ -99,4 +98,4 @@ def default_rtol(solver: LinearSolver[Any] | Method, eps: float) -> float:
     >>> default_rtol(get_solver("cg", rtol=1e-6), eps=2.0**-52)
     0.0001
     """
-    return min(0.5, max(100 * float(solver.rtol), 10 * eps**0.5))
+    return min(0.5, max(100 * float(solver.rtol or 0.0), 10 * eps**0.5))

@@ -10,7 +10,7 @@ from bilevel.hypergradient import hypergradient
 from bilevel.linearization import Inputs
 from bilevel.methods.method import Method
 from bilevel.problems.protocols import BilevelProblem
-from bilevel.results import Hypergradient, Status
+from bilevel.results import Hypergradient
 from bilevel.spaces.array import H, P
 from bilevel.testing.dense_reference import exact_hypergradient
 from bilevel.testing.difference_reference import directional_derivatives, solutions
@@ -180,7 +180,7 @@ def _cause(subject: Subject, tested: Any, expected: Any, direct: Any, noise: Any
             "Gauss-Newton leaves out part of the Hessian, which explains a difference. To allow for it, pass rtol=. "
             'For the full Hessian, use bl.Problem.from_model(..., curvature="hessian").'
         )
-    if info.status != Status.CONVERGED:
+    if subject.method.failed(info.status):
         return f"The solve failed ({info.status.name}). The message of bl.hypergradient has advice."
     if not info.residual_norm <= subject.rtol * info.rhs_norm:
         return "The solve is far from complete, which explains a difference. To allow for it, pass rtol=."

@@ -220,6 +220,97 @@ class TestTraining:
         agree(jax.grad(ours)(h, X, y), jax.grad(exact)(h, X, y))
 
 
+class TestArguments:
+    """Of the training: by keyword, with defaults, and with an auxiliary result."""
+
+    @pytest.mark.parametrize(
+        "call",
+        [
+            pytest.param(lambda f, h, X, y: f(h, X, y=y), id="one by keyword"),
+            pytest.param(lambda f, h, X, y: f(h, y=y, X=X), id="data by keyword"),
+            pytest.param(lambda f, h, X, y: f(X=X, y=y, h=h), id="all by keyword"),
+            pytest.param(lambda f, h, X, y: f(h, X, y, shift=0.0, steps=7), id="more than inner takes"),
+        ],
+    )
+    def test_keywords_reach_the_training_and_the_loss(self, case, call):
+        h, X, y, outer = case
+
+        def loss(w, h, X, y, shift=0.0):
+            return inner(w, h, X, y + shift)
+
+        def train(h, X, y, shift=0.0, *, steps=1):
+            return ridge(h, X, y + shift)
+
+        solve = bilevel_jax.implicit_minimizer(loss, solver=TIGHT)(train)
+        for grad in (jax.grad, lambda *f: jax.jit(jax.grad(*f))):
+            ours = grad(lambda h, y: outer(call(solve, h, X, y)), (0, 1))(h, y)
+            agree(ours, jax.grad(lambda h, y: outer(ridge(h, X, y)), (0, 1))(h, y))
+
+    @pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
+    def test_an_auxiliary_result_has_no_derivative(self, case, transform):
+        h, X, y, outer = case
+
+        def train(h, X, y):
+            w = ridge(h, X, y)
+            return w, {"losses": [inner(w, h, X, y)], "steps": jnp.array(3)}
+
+        solve = bilevel_jax.implicit_minimizer(inner, solver=TIGHT, has_aux=True)(train)
+
+        def total(h):
+            w, aux = solve(h, X, y)
+            return outer(w) + aux["losses"][0], aux
+
+        grad, aux = transform(jax.grad(total, has_aux=True))(h)
+        agree(grad, jax.grad(lambda h: outer(ridge(h, X, y)))(h))
+        assert aux["steps"] == 3
+        agree(aux["losses"], [inner(ridge(h, X, y), h, X, y)])
+
+    @pytest.mark.parametrize(
+        ("returned", "has_aux", "text"),
+        [
+            (
+                lambda w: (w, 0.5),
+                False,
+                r"train returned a tuple of 2, where \[1\] is a float\. Return only the params",
+            ),
+            (lambda w: {**w, "epochs": 3}, False, r"train returned a dict, where \['epochs'\] is an int\."),
+            (lambda w: object(), False, r"train returned an object\. Return the trained params"),
+            (lambda w: w, True, r"train returned a dict\. With has_aux=True, return \(params, aux\)"),
+        ],
+        ids=["loss", "extras", "estimator", "no aux"],
+    )
+    def test_more_than_params_is_named(self, case, returned, has_aux, text):
+        h, X, y, _ = case
+
+        def train(h, X, y):
+            return returned(ridge(h, X, y))
+
+        with pytest.raises(TypeError, match=text):
+            bilevel_jax.implicit_minimizer(inner, has_aux=has_aux)(train)(h, X, y)
+
+    def test_a_tuple_of_arrays_is_noted_where_the_loss_cannot_use_it(self, case):
+        h, X, y, _ = case
+
+        def train(h, X, y):
+            return ridge(h, X, y), jnp.zeros(())
+
+        with pytest.raises(TypeError) as caught:
+            bilevel_jax.implicit_minimizer(inner)(train)(h, X, y)
+        assert "train returned a tuple of 2, and inner received it as params" in "".join(caught.value.__notes__)
+
+    def test_wrong_uses_of_the_decorator_are_told(self, case):
+        h, X, y, _ = case
+        with pytest.raises(TypeError, match=r"expected the inner loss, a function of \(params, hparams\), got a str"):
+            bilevel_jax.implicit_minimizer("cg")
+        with pytest.raises(
+            TypeError, match=r"implicit_minimizer\(ridge\) expects a training function, got a dict, an Arr"
+        ):
+            bilevel_jax.implicit_minimizer(ridge)(h, X, y)
+        train = bilevel_jax.implicit_minimizer(inner)(lambda h, X, y: ridge(h, X, y))
+        with pytest.raises(TypeError, match=r"the training\(h, X, y\): got an unexpected keyword argument 'Y'"):
+            train(h, X, y, Y=y)
+
+
 def run_jitted(grad, *args):
     """Wait for what the callbacks of a jitted function say, too."""
     jax.block_until_ready(jax.jit(grad)(*args))
@@ -235,7 +326,7 @@ class TestFailure:
     @pytest.mark.parametrize(
         ("solver", "text"),
         [
-            (bl.CG(maxiter=1), "CG: stopped after 1 steps above its tolerance.*Raise maxiter"),
+            (bl.CG(maxiter=1), "CG: stopped after 1 step above its tolerance.*Raise maxiter"),
             (bl.Neumann(step_size=9.0), "Neumann: diverged.*must stay below 2 over the largest eigenvalue"),
         ],
     )
@@ -254,6 +345,57 @@ class TestFailure:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             run_jitted(grad, h, X)
+
+    @pytest.mark.parametrize("on_failure", ["warn", "raise"])
+    def test_the_host_is_not_called_for_a_solve_that_converged(self, case, on_failure, monkeypatch):
+        def called(*_, **__):
+            raise AssertionError
+
+        monkeypatch.setattr("bilevel_jax.implicit_system.report", called)
+        h, X, y, outer = case
+        solve = bilevel_jax.implicit_minimizer(inner, on_failure=on_failure)(ridge)
+        grad = jax.grad(lambda h: outer(solve(h, X, y)))
+        hs = jax.tree.map(lambda a: jnp.stack([a, a + 1]), h)
+        for call, at in ((grad, h), (jax.jit(grad), h), (jax.vmap(grad), hs), (jax.jit(jax.vmap(grad)), hs)):
+            jax.block_until_ready(call(at))
+        jax.effects_barrier()
+
+    @pytest.mark.parametrize("transform", [jax.vmap, lambda f: jax.jit(jax.vmap(f))], ids=["vmap", "jit of vmap"])
+    def test_a_batch_tells_its_worst_solve_once(self, transform):
+        """The second example has negative curvature, and the third needs more steps than the first."""
+        slopes = jnp.array([[1.0, 1.0, 1.0], [-1.0, -1.0, -1.0], [1.0, 2.0, 3.0]])
+
+        def grad(curvatures, solver):
+            def loss(w, h):
+                return jnp.sum(curvatures * w**2) / 2 - jnp.sum(h * w)
+
+            solve = bilevel_jax.implicit_minimizer(loss, solver=solver)(lambda h: h / curvatures)
+            return jax.grad(lambda h: jnp.sum(solve(h)))(jnp.ones(3))
+
+        def told(batch, solver):
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                jax.block_until_ready(transform(lambda c: grad(c, solver))(batch))
+                jax.effects_barrier()
+            return [str(warning.message) for warning in caught]
+
+        [text] = told(slopes, bl.CG(maxiter=1))
+        assert "met non-positive curvature" in text
+        [text] = told(slopes[::2], bl.CG(maxiter=1))
+        assert "above its tolerance" in text
+        assert told(slopes[:1], bl.CG(maxiter=1)) == []
+
+    def test_a_traced_option_is_a_number_in_the_message(self):
+        def total(h, damping):
+            solver = bl.CG(damping=damping)
+            concave = bilevel_jax.implicit_minimizer(lambda w, h: jnp.sum(h * w) - jnp.sum(w**2), solver=solver)
+            return concave(lambda h: h / 2)(h).sum()
+
+        with pytest.warns(bl.SolverWarning, match=r"raise damping above 0\.5,"):
+            run_jitted(jax.grad(total), jnp.ones(2), 0.5)
+        dampings = jnp.array([3.0, 0.25])
+        with pytest.warns(bl.SolverWarning, match=r"raise damping above 0\.25,"):
+            run_jitted(jax.vmap(jax.grad(total), (None, 0)), jnp.ones(2), dampings)
 
     def test_negative_curvature_is_named(self):
         solve = bilevel_jax.implicit_minimizer(lambda w, h: jnp.sum(h * w) - jnp.sum(w**2))(lambda h: h / 2)
@@ -278,6 +420,11 @@ class TestRefused:
         with pytest.raises(TypeError, match=r"WarmStart keeps a state.*adjoint0=hg\.adjoint.*bl\.prepare"):
             bilevel_jax.implicit_minimizer(inner, solver=bl.WarmStart("cg"))
 
+    def test_a_traced_number_of_steps(self, case):
+        h, X, y, outer = case
+        with pytest.raises(TypeError, match=r"CG\.maxiter: expected an integer >= 0, got .* static under jit"):
+            jax.jit(lambda n: objectives(outer, bl.CG(maxiter=n))[0](h, X, y))(3)
+
     def test_an_unknown_word(self):
         with pytest.raises(ValueError, match='on_failure: expected "raise", "warn" or "ignore"'):
             bilevel_jax.implicit_minimizer(inner, on_failure="quiet")  # pyright: ignore
@@ -288,6 +435,13 @@ class TestRefused:
             (lambda w, h: jnp.sum(h), lambda h: h, 1.0, ValueError, "inner does not depend on params"),
             (lambda w, h: w, lambda h: h, 1.0, ValueError, r"inner: expected a scalar, got .* \(2,\)"),
             (lambda w, h: 1.0, lambda h: h, 1.0, TypeError, "inner: expected a scalar array, got float"),
+            (
+                lambda w, h: (w.sum(), 1),
+                lambda h: h,
+                1.0,
+                TypeError,
+                r"got tuple\. Return the loss alone, without aux\.",
+            ),
             (
                 lambda w, h: jnp.sum(w**2),
                 lambda h: h,
@@ -300,14 +454,14 @@ class TestRefused:
                 lambda h: (h["a"], jnp.arange(2)),
                 1.0,
                 TypeError,
-                r"<lambda>\(\.\.\.\)\[1\]: expected a floating-point leaf, got int",
+                r"the training returned a tuple of 2, where \[1\] is of int.*Return only the params, or .*has_aux=True",
             ),
             (
                 lambda w, h: jnp.sum(w**2),
                 lambda h: "done",
                 1.0,
                 TypeError,
-                r"\(\.\.\.\): expected an array of jax, got str",
+                r"the training returned a str\. Return the trained params\.",
             ),
             (lambda w, h: jnp.sum(w**2), lambda h: None, 1.0, TypeError, "returned None. Return the trained params"),
             (lambda w, h: jnp.sum(w**2), lambda h: h, 1, TypeError, r"hparams\['a'\]: expected a floating-point leaf"),

@@ -95,7 +95,7 @@ def test_the_ranks_agree_to_the_last_bit(several, case):
 def test_what_goes_wrong_on_one_rank_is_known_to_all(several):
     for rank in several:
         assert rank["said"]["nan"].startswith("SolverError: CG: nan or infinity in the losses")
-        assert rank["said"]["maxiter"].startswith("SolverError: CG: stopped after 1 steps")
+        assert rank["said"]["maxiter"].startswith("SolverError: CG: stopped after 1 step")
         assert "inner_samples: only some ranks give it" in rank["said"]["given on some"]
         assert "hparams are not the same on all ranks" in rank["said"]["unequal"]
         assert "hparams are other tensors on some ranks" in rank["said"]["own weights"]

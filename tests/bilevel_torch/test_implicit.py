@@ -268,8 +268,8 @@ class TestErrors:
 
     def test_a_failed_solve_warns_and_raises_in_the_backward_pass(self):
         for on_failure, caught in (
-            ("warn", pytest.warns(bl.SolverWarning, match="CG: stopped after 1 steps")),
-            ("raise", pytest.raises(bl.SolverError, match="CG: stopped after 1 steps")),
+            ("warn", pytest.warns(bl.SolverWarning, match="CG: stopped after 1 step")),
+            ("raise", pytest.raises(bl.SolverError, match="CG: stopped after 1 step")),
         ):
             solve = bilevel_torch.implicit_minimizer(inner, solver=bl.CG(maxiter=1), on_failure=on_failure)(train)
             loss = outer(solve(hparams(), X, y))

@@ -181,6 +181,24 @@ def an_implicit_minimizer_works_in_shard_map():
     agree(mapped(H, TRAIN, VAL), call(PROBLEM, "cg", W, H, TRAIN, VAL).grad)
 
 
+def an_implicit_minimizer_tells_a_failure_on_one_device():
+    curvatures = jnp.ones((8, 2)).at[5].set(-1.0)
+
+    def grad(c):
+        solve = bilevel_jax.implicit_minimizer(lambda w, h: jnp.sum(c * w**2) / 2 - jnp.sum(h * w))(lambda h: h / c)
+        return jax.grad(lambda h: jnp.sum(solve(h)))(jnp.ones_like(c))
+
+    def finished():
+        grads = jax.jit(jax.shard_map(grad, mesh=AUTO, in_specs=DATA, out_specs=DATA))(curvatures)
+        jax.block_until_ready(grads)
+        jax.effects_barrier()
+        return grads
+
+    with pytest.warns(bl.SolverWarning, match="met non-positive curvature"):
+        grads = finished()
+    agree(jnp.delete(grads, 5, 0), jnp.ones((7, 2)))
+
+
 CHECKS = {
     **{
         f"one problem, {name}": partial(shard_map_with_the_loss_averaged_has_the_scale_of_one_device, SOLVERS[name])
@@ -202,6 +220,7 @@ CHECKS = {
     **{f"batch, {name}": partial(a_batch_over_devices_is_a_loop, SOLVERS[name]) for name in ("cg", "neumann")},
     "implicit minimizer": an_implicit_minimizer_works_on_sharded_arrays,
     "implicit minimizer in shard_map": an_implicit_minimizer_works_in_shard_map,
+    "failure of an implicit minimizer": an_implicit_minimizer_tells_a_failure_on_one_device,
 }
 
 failed = 0

@@ -78,7 +78,7 @@ def test_an_indefinite_hessian_is_said(backend, dtype):
             [1.0, 2.0, 3.0],
             r"GMRES: stopped after 1 .* Raise restart or max_restarts",
         ),
-        (bl.BiCGStab(maxiter=1), [1.0, 2.0, 3.0], r"BiCGStab: stopped after 1 steps .* Raise maxiter"),
+        (bl.BiCGStab(maxiter=1), [1.0, 2.0, 3.0], r"BiCGStab: stopped after 1 step .* Raise maxiter"),
         (bl.Neumann(terms=2, rtol=1e-3), [1.0, 2.0, 3.0], r"Neumann: stopped after 2 steps .* Raise terms"),
         (bl.Exact(), [1.0, 2.0, 0.0], r"Exact: did not solve .* There is no solution: the Hessian is singular"),
     ],

@@ -400,14 +400,14 @@ class TestFailures:
         assert self.search(bounds=(-1.0, 1.5)).x == pytest.approx([1.5])
 
     def test_failed_solves_warn_once_and_are_all_recorded(self):
-        with pytest.warns(bl.SolverWarning, match="CG: stopped after 1 steps") as caught:
+        with pytest.warns(bl.SolverWarning, match="CG: stopped after 1 step") as caught:
             found = PerFeature().minimize(solver=bl.CG(maxiter=1), maxiter=2)
         assert len(caught) == 1
         assert all(evaluation.status == Status.MAXITER for evaluation in found.history)
         assert len(found.history) > 1
 
     def test_failed_solves_raise_on_request(self):
-        with pytest.raises(bl.SolverError, match="CG: stopped after 1 steps"):
+        with pytest.raises(bl.SolverError, match="CG: stopped after 1 step"):
             PerFeature().minimize(solver=bl.CG(maxiter=1), on_failure="raise")
 
 

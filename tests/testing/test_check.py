@@ -533,7 +533,9 @@ class TestRetraining:
 
 def test_an_unknown_reference_gets_the_options():
     problem, params, lam = quadratic().at
-    with pytest.raises(ValueError, match=r"no 'exactt'. Did you mean 'exact'\? There is: exact, finite-differences"):
+    with pytest.raises(
+        ValueError, match=r'expected "exact" or "finite-differences", got .exactt.\. Did you mean "exact"\?'
+    ):
         check_hypergradient(problem, params, lam, reference="exactt")  # pyright: ignore
 
 
