@@ -206,7 +206,8 @@ class TestChoices:
             (lambda: check_on_failure("quiet"), 'on_failure: expected "raise", "warn" or "ignore", got \'quiet\'.'),
             (
                 lambda: check_hypergradient(None, None, None, reference="exakt"),
-                'reference: expected "exact" or "finite-differences", got \'exakt\'. Did you mean "exact"?',
+                'reference: expected "exact", "finite-differences" or "retraining", got \'exakt\'. Did you mean '
+                '"exact"?',
             ),
         ],
     )

@@ -393,7 +393,7 @@ class TestFailures:
         return bl.minimize(problem, np.zeros(1), fit=lambda h, _: np.where(h > 2, np.nan, h), bounds=bounds, **options)
 
     def test_a_trial_that_is_not_finite_names_the_way_out(self):
-        with pytest.raises(bl.SolverError, match=r"infinit.* evaluation \d+ of minimize, .* bounds=\(low, high\)"):
+        with pytest.raises(bl.SolverError, match=r"infinity.* evaluation \d+ of minimize, .* bounds=\(low, high\)"):
             self.search()
 
     def test_bounds_are_the_way_out(self):

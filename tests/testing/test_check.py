@@ -534,7 +534,8 @@ class TestRetraining:
 def test_an_unknown_reference_gets_the_options():
     problem, params, lam = quadratic().at
     with pytest.raises(
-        ValueError, match=r'expected "exact" or "finite-differences", got .exactt.\. Did you mean "exact"\?'
+        ValueError,
+        match=r'expected "exact", "finite-differences" or "retraining", got .exactt.\. Did you mean "exact"\?',
     ):
         check_hypergradient(problem, params, lam, reference="exactt")  # pyright: ignore
 
