@@ -197,7 +197,7 @@ def hypergradient_from(
 def combine(
     backend: Backend, value: Array | float, direct: H | None, pulled: Pullback[P, H], hparams: H | None
 ) -> Hypergradient[Any, H]:
-    """Add ∂F/∂λ to the pullback of ∂F/∂w. A nan in either of them sets the status.
+    """Add ∂F/∂λ to the pullback of ∂F/∂w. A nan in either of them, or in ∂L/∂w, sets the status.
 
     Raise a ValueError if nothing depends on λ, or if the two terms have different structures or shapes.
     """
@@ -211,7 +211,8 @@ def combine(
     if direct is not None and pulled.hparams is not None:
         check_like(backend, "cross_vjp(v)", pulled.hparams, "grad_hparams", direct)
         grad = space.axpy(1.0, pulled.hparams, direct)
-    finite = space.isfinite((grad, value))
+    error = pulled.info.value_error  # nan if ∂L/∂w has a nan: then params are no minimum
+    finite = space.isfinite((grad, value) if isinstance(error, float) else (grad, value, error))
     status = space.xp.where(finite, pulled.info.status, int(Status.NON_FINITE))
     return Hypergradient(grad, value, pulled.adjoint, None, pulled.info._replace(status=status))
 

@@ -6,7 +6,7 @@ from typing import Generic, NamedTuple
 
 from typing_extensions import override
 
-from bilevel.linear_solvers.restarts import Cycle, Iterative, reach, solve_with_restarts
+from bilevel.linear_solvers.restarts import Cycle, Iterative, solve_with_restarts
 from bilevel.operators.linear_operator import LinearOperator
 from bilevel.preconditioners.function import FunctionPreconditioner
 from bilevel.preconditioners.preconditioner import Preconditioner, check_preconditioner
@@ -91,8 +91,6 @@ class CG(Iterative[object]):
                 # Relative to the largest curvature, so independent of scale. On a null direction the curvature is
                 # rounding noise of either sign. Comparisons with nan are false.
                 positive = curvature > eps * largest
-                length = xp.abs(alpha) * xp.sqrt(s.pp)
-                positive = positive & ~(length > reach(xp.sqrt(start), largest, tolerance, space).far)
                 # 0 * nan is nan: a zero alpha would not protect r.
                 r = space.axpby_where(s.live & positive & finite, -alpha, Ap, s.r)
                 rr = space.dot(r, r)

@@ -15,7 +15,6 @@ from bilevel.linear_solvers.wrapper import Wrapper
 from bilevel.linearization import LinearizedMap
 from bilevel.methods.method import Level, Method, Pullback, Solution
 from bilevel.operators.linear_operator import LinearOperator
-from bilevel.results import Status
 from bilevel.spaces.array import H, P
 from bilevel.spaces.space import Layout
 
@@ -75,9 +74,8 @@ def pull_back(
     check_requirements(solver, A)
     adjoint, info = solver.solve(solver.init(A), A, cotangent, adjoint0)
     if at.residual is not None:
-        norm, error = A.space.norm(at.residual), A.space.dot(adjoint, at.residual)
-        status = A.space.xp.where(norm == norm, info.status, int(Status.NON_FINITE))  # no minimum, if nan
-        info = info._replace(status=status, inner_grad_norm=norm, value_error=error)
+        error = A.space.dot(adjoint, at.residual)
+        info = info._replace(inner_grad_norm=A.space.norm(at.residual), value_error=error)
     product = at.vjp_hparams(adjoint)
     grad = None if product is None else backend.space(product).scale(-1.0, product)
     return Pullback(grad, adjoint, info, at.dependence() if at.dependence else None)
