@@ -212,7 +212,7 @@ def combine(
         check_like(backend, "cross_vjp(v)", pulled.hparams, "grad_hparams", direct)
         grad = space.axpy(1.0, pulled.hparams, direct)
     error = pulled.info.value_error  # nan if ∂L/∂w has a nan: then params are no minimum
-    finite = space.isfinite((grad, value) if isinstance(error, float) else (grad, value, error))
+    finite = space.isfinite((grad, value) if type(error) is float else (grad, value, error))
     status = space.xp.where(finite, pulled.info.status, int(Status.NON_FINITE))
     return Hypergradient(grad, value, pulled.adjoint, None, pulled.info._replace(status=status))
 
