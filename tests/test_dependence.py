@@ -174,6 +174,23 @@ class TestTorch:
         net[0].requires_grad_(False)
         bl.hypergradient(problem, params, hparams, on_failure="ignore")
 
+    def test_frozen_parameters_of_a_module_as_params(self):
+        torch = pytest.importorskip("torch")
+        net = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 1)).double()
+        net[0].requires_grad_(False)
+        x, h = torch.ones(4, 2, dtype=torch.float64), torch.tensor(0.0, dtype=torch.float64)
+        run = torch.func.functional_call
+        problem = bl.Problem(
+            lambda w, h: (run(net, w, (x,)) ** 2).mean() + h.exp() * sum((p**2).sum() for p in w.values()),
+            lambda w, h: (run(net, w, (x,)) - 1).pow(2).mean(),
+        )
+        with pytest.warns(bl.DependenceWarning, match=r"next to trainable ones: 2, the first is params\['0.bias'\]"):
+            bl.hypergradient(problem, dict(net.named_parameters()), h, on_failure="ignore")
+        trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
+        bl.hypergradient(problem, trained, h, on_failure="ignore")
+        copies = {name: p.detach() for name, p in net.named_parameters()}  # all are unknowns, as intended
+        bl.hypergradient(problem, copies, h, on_failure="ignore")
+
     def test_hparams_that_are_computed_from_others(self):
         bt, torch = pytest.importorskip("bilevel_torch"), pytest.importorskip("torch")
         w, raw = self.tensors("w"), torch.nn.Parameter(torch.ones(2, dtype=torch.float64))

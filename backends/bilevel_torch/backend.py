@@ -84,8 +84,8 @@ class TorchBackend(Backend):
 
     @override
     def inner(self, objective: Callable[..., object], params: P, hparams: H, args: Args) -> LinearizedMap[P, H]:
-        params, hparams = as_graph_leaves(params, hparams)
         _warn_of_frozen(self, params)
+        params, hparams = as_graph_leaves(params, hparams)
         value = evaluate(objective, params, hparams, *args)
         # A function may make tensors that require gradients, such as the inputs of a physics-informed loss.
         return self.inner_of(value, params, hparams, trainable=torch.nn.Parameter)
@@ -214,8 +214,8 @@ def _warn_of_frozen(backend: TorchBackend, params: object) -> None:
     frozen = [path for path, t in backend.leaves(params) if isinstance(t, torch.nn.Parameter) and not t.requires_grad]
     if frozen and any(t.requires_grad for t in leaves(params)):
         warn(
-            f"params{frozen[0]} and {len(frozen) - 1} other leaves of params are frozen parameters, next to trainable "
-            "ones. Every leaf of params counts as an unknown that the inner training solves for. Leave them out: "
+            f"params has frozen parameters next to trainable ones: {len(frozen)}, the first is params{frozen[0]}. "
+            "Every leaf of params is an unknown of the inner problem, and solvers keep vectors for it. Leave them out: "
             "{name: p for name, p in module.named_parameters() if p.requires_grad}."
         )
 
