@@ -211,8 +211,8 @@ def combine(
     if direct is not None and pulled.hparams is not None:
         check_like(backend, "cross_vjp(v)", pulled.hparams, "grad_hparams", direct)
         grad = space.axpy(1.0, pulled.hparams, direct)
-    error = pulled.info.value_error  # nan if ∂L/∂w has a nan: then params are no minimum
-    finite = space.isfinite((grad, value) if type(error) is float else (grad, value, error))
+    known = (grad, value) if pulled.value_error is None else (grad, value, pulled.value_error)
+    finite = space.isfinite(known)
     status = space.xp.where(finite, pulled.info.status, int(Status.NON_FINITE))
     return Hypergradient(grad, value, pulled.adjoint, None, pulled.info._replace(status=status))
 

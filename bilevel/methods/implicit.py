@@ -73,9 +73,10 @@ def pull_back(
     """
     check_requirements(solver, A)
     adjoint, info = solver.solve(solver.init(A), A, cotangent, adjoint0)
+    error = None
     if at.residual is not None:
         error = A.space.dot(adjoint, at.residual)
         info = info._replace(inner_grad_norm=A.space.norm(at.residual), value_error=error)
     product = at.vjp_hparams(adjoint)
     grad = None if product is None else backend.space(product).scale(-1.0, product)
-    return Pullback(grad, adjoint, info, at.dependence() if at.dependence else None)
+    return Pullback(grad, adjoint, info, at.dependence() if at.dependence else None, error)
