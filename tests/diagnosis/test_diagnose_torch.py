@@ -607,3 +607,14 @@ def test_a_step_whose_gradients_are_constants_is_found(create_graph):
     else:
         assert [finding.name for finding in report.findings] == ["wrong derivative"]
         assert "torch.autograd.grad without create_graph=True in a step" in report.findings[0].way_out
+
+
+def test_an_inner_loss_that_is_nan_with_finite_derivatives():
+    """PyTorch's mean of cross-entropies over no examples is nan, but its gradient is zero."""
+    x, ignored = torch.randn(5, 3), torch.full((5,), -100)
+    problem = bl.Problem(
+        lambda w, h: F.cross_entropy(x @ w, ignored) + h.exp() * (w**2).sum(), lambda w, h: ((w - 1) ** 2).sum()
+    )
+    (finding,) = bl.diagnose(problem, torch.zeros(3, 4), torch.zeros(())).findings
+    assert finding.what == "The inner loss is nan or infinite."
+    assert "a mean over no examples" in finding.way_out
