@@ -6,6 +6,7 @@ from inspect import BoundArguments, Parameter, Signature, signature
 from typing import Any, NamedTuple
 
 from bilevel.backend import Backend
+from bilevel.problems.protocols import BilevelProblem
 from bilevel.spaces.array import Args
 from bilevel.validation import TREES, check_trees
 
@@ -21,9 +22,13 @@ BY_NAME = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
 def check_inner(inner: object) -> None:
     """Raise a TypeError unless the first argument of ``implicit_minimizer`` is a function."""
     if not callable(inner):
+        way_out = 'Write implicit_minimizer(inner, solver="cg").'
+        if isinstance(inner, BilevelProblem):
+            equation = inner.kind == "equation"
+            way_out = "For a fixed point or a root, use bl.hypergradient." if equation else "Pass problem.inner."
         raise TypeError(
-            f"implicit_minimizer: expected the inner loss, a function of (params, hparams), got {_kind(inner)}. Write "
-            'implicit_minimizer(inner, solver="cg").'
+            f"implicit_minimizer: expected the inner loss, a function of (params, hparams), got {_kind(inner)}. "
+            + way_out
         )
 
 

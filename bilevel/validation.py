@@ -127,9 +127,12 @@ def _check_leaf(backend: Backend, path: str, leaf: Any) -> str | None:
         raise TypeError(f"{path}: expected an array of {backend.name}, got {type(leaf).__name__}. {TREES}")
     if not backend.is_floating(leaf):
         if "complex" in str(leaf.dtype):
-            way_out = "Use its real and imaginary parts (torch.view_as_real), and join them inside the losses."
+            way_out = (
+                "Use its real and imaginary parts (torch.view_as_real, or x.real and x.imag), and join them inside the "
+                "losses."
+            )
         else:
-            way_out = "Convert it, or pass it through inner_args and outer_args."
+            way_out = "Convert it, or leave it out: other arrays reach functions through inner_args and outer_args."
         raise TypeError(
             f"{path}: expected a floating-point leaf, got {leaf.dtype} of shape {tuple(leaf.shape)}. {way_out}"
         )

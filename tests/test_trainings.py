@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+import bilevel as bl
 from bilevel.config import get_backend
 from bilevel.trainings import (
     bind_arguments,
@@ -153,6 +154,13 @@ class TestDecoration:
         check_inner(my_training)
         with pytest.raises(TypeError, match=r'got a str\. Write implicit_minimizer\(inner, solver="cg"\)'):
             check_inner("cg")
+
+    def test_a_problem_is_not_its_inner_loss(self):
+        with pytest.raises(TypeError, match=r"got a Problem\. Pass problem\.inner\.$"):
+            check_inner(bl.Problem(my_training, my_training))
+        for equation in (bl.FixedPoint, bl.Root):
+            with pytest.raises(TypeError, match=r"For a fixed point or a root, use bl\.hypergradient\.$"):
+                check_inner(equation(my_training, my_training))
 
     @pytest.mark.parametrize(
         ("given", "named", "got"),

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from typing_extensions import TypeIs
 
 from bilevel.spaces.array import V
 from bilevel.spaces.tree import tree_map
@@ -36,6 +37,8 @@ def tree_of(name: str, given: object) -> Any:
         raise TypeError(f"{name} is a module. Pass its parameters(), or its named_parameters() for names in errors.")
     if not isinstance(given, Iterable):
         hint = " Call it." if callable(given) else ""
+        if _is_number(given):
+            hint = f" Write torch.tensor({float(given)}, requires_grad=True), and compute the losses from this tensor."
         raise TypeError(
             f"{name}: expected a tensor, or a list, dict or iterable of tensors, got {type(given).__name__}.{hint}"
         )
@@ -51,7 +54,7 @@ def _is_group(given: object) -> bool:
     return isinstance(given, dict) and isinstance(given.get("params"), list) and any(map(_is_number, given.values()))
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeIs[int | float]:
     return isinstance(value, int | float)
 
 

@@ -104,9 +104,9 @@ def _diagnose(
             warnings.simplefilter("ignore", DependenceWarning)  # the report has a finding about it
             hg = hypergradient(problem, params, hparams, **data, solver=method, backend=backend, on_failure="ignore")
         again = backend.run(look_again, problem, inputs, hg.adjoint, first, method.damping)
-        value, change, left, undamped, *changes = host(again)
+        inner, value, change, left, undamped, *changes = host(again)
         here = entries(backend, first)
-        wrong = not_finite(backend, problem, inputs, value, here)
+        wrong = not_finite(backend, problem, inputs, inner, value, here)
         after = _arrays(backend, inputs)
     if method.differentiates_steps or len(batches) > 1:
         change = left = undamped = float("nan")

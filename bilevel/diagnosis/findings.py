@@ -24,7 +24,9 @@ HVP_CAUSES = (
     "outputs by save_for_backward, and compute backward by differentiable operations); "
     "checkpoint(use_reentrant=False) under functional_call (pass the weights to it as arguments); detach(); "
     "spectral_norm in train mode (call eval()). In JAX: a custom_vjp whose backward pass hides a dependency; "
-    "stop_gradient; SpectralNorm of Flax (update_stats=False); a loss that is not pure. In NumPy: the formula of hvp."
+    "stop_gradient; SpectralNorm of Flax (update_stats=False); a loss that is not pure. In NumPy: the formula of hvp. "
+    "In all: a function with a special case at this very point (the abs of a complex zero; in JAX 0.10, hypot or "
+    "betaln of equal arguments, and i0 at zero)."
 )
 CROSS_CAUSES = (
     "The graph from hparams to ∂L/∂w is cut (detach(), .data, stop_gradient, a conversion to numbers), or the formula "

@@ -2,7 +2,7 @@
 
 from bilevel.backend import Backend
 from bilevel.diagnosis.measurements import PRODUCTS
-from bilevel.inspection.derivatives import Derivatives, linearized
+from bilevel.inspection.derivatives import Derivatives, inner_value, linearized
 from bilevel.linearization import Inputs
 from bilevel.operators.lanczos import spectrum
 from bilevel.operators.linear_operator import LinearOperator
@@ -43,7 +43,7 @@ def look_again(
     first: Derivatives[P, H],
     damping: float,
 ) -> tuple[Array, ...]:
-    """Return F, its change, both residuals, and the changes within this linearization and since the first look."""
+    """Return L, F, its change, both residuals, and the changes within this linearization and since the first look."""
     space = backend.space(inputs.params)
     u = space.normal(SEED)
     at, value, again = linearized(backend, problem, inputs, u)
@@ -53,7 +53,7 @@ def look_again(
     residuals = (_ratio(space.norm(r), space.norm(rhs), space) for r in (left, undamped))
     grad, product, cross = (_change(old, new, backend) for old, new in zip(first[:3], again[:3], strict=True))
     changes = (_change(again.product, hvp(u), backend), product, grad, cross)
-    return value, -space.dot(v, at.residual), *residuals, *changes
+    return inner_value(backend, problem, inputs), value, -space.dot(v, at.residual), *residuals, *changes
 
 
 def _change(old: V, new: V, backend: Backend) -> Array:

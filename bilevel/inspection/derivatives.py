@@ -48,3 +48,10 @@ def linearized(
 def derivatives(backend: Backend, problem: BilevelProblem, inputs: Inputs[P, H], u: P) -> Derivatives[P, H]:
     """Return the derivatives. ``u`` is a vector like params."""
     return linearized(backend, problem, inputs, u)[2]
+
+
+def inner_value(backend: Backend, problem: BilevelProblem, inputs: Inputs[P, H]) -> Array:
+    """Return the inner objective; 0 for an equation."""
+    value, _ = problem.value_and_residual(backend, inputs.params, inputs.hparams, inputs.inner_args)
+    space = backend.space(inputs.params)
+    return space.norm(space.zeros()) if value is None else value

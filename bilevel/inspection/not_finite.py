@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from bilevel.backend import Backend
-from bilevel.inspection.derivatives import Derivatives, linearized
+from bilevel.inspection.derivatives import Derivatives, inner_value, linearized
 from bilevel.inspection.entries import Arrays, Entries, Share, copied, entries, listed, shares
 from bilevel.linearization import Inputs
 from bilevel.problems.protocols import BilevelProblem
@@ -17,7 +17,7 @@ PARAMS = "The inner training diverged. Train again with a smaller learning rate.
 HPARAMS = "An outer step diverged, or its hypergradient was not finite. Start again with a smaller outer step."
 VALUE = (
     "Check for overflow (a training that diverged, a penalty exp(λ) with a large λ), a logarithm or a division of "
-    "zero, and nan in arrays that the loss closes over."
+    "zero, a mean over no examples, and nan in arrays that the loss closes over."
 )
 SINGULAR = (
     "An operation has no {derivative} at this point: a root, a norm or a power like |x|**1.5 of zero, the cosine "
@@ -49,8 +49,9 @@ class NotFinite(NamedTuple):
 
 def locate(backend: Backend, problem: BilevelProblem, inputs: Inputs[P, H]) -> str:
     """Return the first quantity of a problem that is not finite, and its likely causes; "" if all are finite."""
-    value, found = backend.run(_derived, problem, inputs)
-    return described(not_finite(backend, problem, inputs, float(backend.to_host(value)), entries(backend, found)))
+    inner, value, found = backend.run(_derived, problem, inputs)
+    losses = float(backend.to_host(inner)), float(backend.to_host(value))
+    return described(not_finite(backend, problem, inputs, *losses, entries(backend, found)))
 
 
 def described(first: NotFinite | None) -> str:
@@ -59,15 +60,17 @@ def described(first: NotFinite | None) -> str:
 
 
 def not_finite(
-    backend: Backend, problem: BilevelProblem, inputs: Inputs[P, H], value: float, found: Entries
+    backend: Backend, problem: BilevelProblem, inputs: Inputs[P, H], inner: float, value: float, found: Entries
 ) -> NotFinite | None:
-    """Return the first quantity of a problem at a point that is not finite. It is the cause of the others."""
+    """Return the first quantity of a problem at a point that is not finite. It is the cause of the others.
+
+    The inner loss can be the only one: in PyTorch, a mean of cross-entropies over no examples is nan, with a gradient
+    of zero.
+    """
     trees = (found.grad, found.product, found.cross, found.outer_params, found.outer_hparams)
-    if np.isfinite(value) and all(np.isfinite(x).all() for tree in trees for x in tree.values()):
+    if np.isfinite([inner, value]).all() and all(np.isfinite(x).all() for tree in trees for x in tree.values()):
         return None
-    inner = backend.run(_inner, problem, inputs)
-    of_inner = 0.0 if inner is None else float(backend.to_host(inner))
-    return first_not_finite(backend, inputs._asdict(), of_inner, value, found, problem.kind == "equation")
+    return first_not_finite(backend, inputs._asdict(), inner, value, found, problem.kind == "equation")
 
 
 def first_not_finite(
@@ -123,10 +126,6 @@ def _floating(backend: Backend, tree: object, name: str) -> Arrays:
     return {path: array for path, leaf in own.items() for array in copied(backend, leaf, path).values()}
 
 
-def _inner(backend: Backend, problem: BilevelProblem, inputs: Inputs[P, H]) -> Array | None:
-    return problem.value_and_residual(backend, inputs.params, inputs.hparams, inputs.inner_args)[0]
-
-
-def _derived(backend: Backend, problem: BilevelProblem, inputs: Inputs[P, H]) -> tuple[Array, Derivatives[P, H]]:
+def _derived(backend: Backend, problem: BilevelProblem, inputs: Inputs[P, H]) -> tuple[Array, Array, Derivatives[P, H]]:
     _, value, found = linearized(backend, problem, inputs, backend.space(inputs.params).normal(1))
-    return value, found
+    return inner_value(backend, problem, inputs), value, found

@@ -223,12 +223,12 @@ def test_losses(case):
             net, h, params={**dict(net.named_parameters()), "steps": torch.zeros((), dtype=torch.int64)}
         ),
         TypeError,
-        r"params\['steps'\]: expected a floating-point leaf, got torch\.int64.*Convert it",
+        r"params\['steps'\]: expected a floating-point leaf, got torch\.int64.*Convert it, or leave it out",
     ),
     complex=Case(
         complex_params,
         TypeError,
-        r"params\['w'\]: .*torch\.complex64.*real and imaginary parts \(torch\.view_as_real\).*inside the losses\.$",
+        r"params\['w'\]: .*torch\.complex64.*imaginary parts \(torch\.view_as_real, or x\.real.*inside the losses\.$",
     ),
     none=Case(lambda net, h: usual(net, h, params=[]), ValueError, "params has no leaves"),
     used_up=Case(
@@ -282,7 +282,9 @@ def test_params(case):
         r"hparams\['decay'\] does not require a gradient.*requires_grad_\(\)",
     ),
     number=Case(
-        lambda net, h: usual(net, h, hparams=-1.0), TypeError, r"hparams: expected a tensor, or a list.*got float"
+        lambda net, h: usual(net, h, hparams=-1.0),
+        TypeError,
+        r"^hparams: expected a tensor, or a list.*got float\. Write torch\.tensor\(-1\.0, requires_grad=True\)",
     ),
     number_in_a_dict=Case(
         lambda net, h: usual(net, h, hparams={"decay": h, "lr": 0.1}),

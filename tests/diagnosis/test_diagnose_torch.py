@@ -607,3 +607,26 @@ def test_a_step_whose_gradients_are_constants_is_found(create_graph):
     else:
         assert [finding.name for finding in report.findings] == ["wrong derivative"]
         assert "torch.autograd.grad without create_graph=True in a step" in report.findings[0].way_out
+
+
+def test_an_inner_loss_that_is_nan_with_finite_derivatives():
+    """PyTorch's mean of cross-entropies over no examples is nan, but its gradient is zero."""
+    x, ignored = torch.randn(5, 3), torch.full((5,), -100)
+    problem = bl.Problem(
+        lambda w, h: F.cross_entropy(x @ w, ignored) + h.exp() * (w**2).sum(), lambda w, h: ((w - 1) ** 2).sum()
+    )
+    (finding,) = bl.diagnose(problem, torch.zeros(3, 4), torch.zeros(())).findings
+    assert finding.what == "The inner loss is nan or infinite."
+    assert "a mean over no examples" in finding.way_out
+
+
+def test_a_function_with_a_special_case_at_this_point():
+    """The power spectrum |fft(w)|² of equal entries: autograd has no curvature where an amplitude is zero."""
+    w, h = torch.full((3,), 0.5, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    problem = bl.Problem(
+        lambda w, h: torch.fft.fft(w).abs().pow(2).sum() + h.exp() * w.square().sum(),
+        lambda w, h: (w - 2).square().sum(),
+    )
+    (finding,) = [each for each in bl.diagnose(problem, w, h).findings if each.name == "wrong derivative"]
+    assert finding.what.startswith("inner hvp contradicts")
+    assert "special case at this very point (the abs of a complex zero" in finding.way_out
