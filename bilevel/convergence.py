@@ -1,12 +1,12 @@
 """Warn or raise if a solve failed."""
 
-import sys
 import warnings
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 from bilevel.backend import Backend
-from bilevel.errors import InnerProblemWarning, SolverError, SolverWarning, counted
+from bilevel.errors import InnerProblemWarning, SolverError, SolverWarning
+from bilevel.messages import callers_level, counted
 from bilevel.methods.method import Method
 from bilevel.operators.lanczos import Spectrum
 from bilevel.options import check_choice
@@ -84,16 +84,3 @@ def warn_if_far(backend: Backend, value: Any, info: SolverInfo) -> None:
     outer = backend.to_host(value) if hasattr(value, "dtype") else value
     if outer is not None and abs(error) > FAR * abs(outer):
         warnings.warn(InnerProblemWarning(UNSOLVED), stacklevel=callers_level())
-
-
-def callers_level() -> int:
-    """Return the stacklevel of the user's line: the innermost line outside of the library and the frameworks.
-
-    The frameworks call the library when they trace or differentiate.
-    """
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(
-        ("bilevel", "jax.", "torch.", "scipy.")
-    ):
-        level, frame = level + 1, frame.f_back
-    return level

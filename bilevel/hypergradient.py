@@ -7,7 +7,7 @@ from typing import Any
 from bilevel.backend import Backend
 from bilevel.config import get_linear_solver, get_solver
 from bilevel.convergence import OnFailure, check_on_failure, report, warn_if_far
-from bilevel.dependence import EQUATION, warn_of_dependence
+from bilevel.dependence import EQUATION, MINIMUM, warn_of_dependence
 from bilevel.inspection.derivatives import Derivatives
 from bilevel.inspection.entries import entries
 from bilevel.inspection.not_finite import described, first_not_finite, locate
@@ -228,11 +228,11 @@ def _hypergradient(
     adjoint0: P | None,
 ) -> Hypergradient[P | None, H]:
     solution = method.solve(Level(backend, problem, params, hparams, batches), adjoint0)
-    value, cotangent, direct, dependence = backend.outer(problem.outer, solution.params, hparams, outer_args)
+    value, cotangent, direct, of_outer = backend.outer(problem.outer, solution.params, hparams, outer_args)
     pulled = solution.pullback(cotangent)
     hg = combine(backend, value, direct, pulled, hparams)
-    labels = {"labels": EQUATION} if problem.kind == "equation" else {}
-    warn_of_dependence(backend, params, hparams, dependence, pulled.dependence, **labels)
+    names = EQUATION if problem.kind == "equation" else MINIMUM
+    warn_of_dependence(backend, params, hparams, of_outer, pulled.dependence, names)
     return hg if solution.params is params else hg._replace(params=solution.params)
 
 

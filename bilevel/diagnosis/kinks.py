@@ -8,8 +8,9 @@ import numpy as np
 
 from bilevel.backend import Backend
 from bilevel.diagnosis.finding import Finding
-from bilevel.inspection.entries import Arrays, Share, listed, shares
+from bilevel.inspection.entries import Arrays, Share, shares
 from bilevel.linearization import Inputs
+from bilevel.messages import listed
 from bilevel.problems.protocols import BilevelProblem
 from bilevel.spaces.array import Array, H, P
 

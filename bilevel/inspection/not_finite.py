@@ -7,8 +7,9 @@ import numpy as np
 
 from bilevel.backend import Backend
 from bilevel.inspection.derivatives import Derivatives, linearized
-from bilevel.inspection.entries import Arrays, Entries, Share, copied, entries, listed, shares
+from bilevel.inspection.entries import Arrays, Entries, Share, copied, entries, shares
 from bilevel.linearization import Inputs
+from bilevel.messages import listed
 from bilevel.problems.protocols import BilevelProblem
 from bilevel.spaces.array import Array, H, P
 
