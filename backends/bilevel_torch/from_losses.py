@@ -12,7 +12,7 @@ from bilevel.dependence import Names, warn_of_dependence
 from bilevel.hypergradient import SolverSpec, combine
 from bilevel.inspection.derivatives import Derivatives
 from bilevel.inspection.entries import entries
-from bilevel.inspection.not_finite import described, first_not_finite
+from bilevel.inspection.not_finite import described, find_not_finite
 from bilevel.linearization import LinearizedMap, OuterDerivatives
 from bilevel.methods.implicit import Implicit, pull_back
 from bilevel.operators.lanczos import spectrum
@@ -162,7 +162,7 @@ def hypergradient(
             u = A.space.normal(1)
             found = Derivatives(at.residual, A(u), at.vjp_hparams(u), cotangent, direct)
             losses = float(inner_loss.detach()), float(outer_loss.detach())
-            return described(first_not_finite(backend, {"params": w, "hparams": h}, *losses, entries(backend, found)))
+            return described(find_not_finite(backend, {"params": w, "hparams": h}, *losses, entries(backend, found)))
 
         info = report(backend, hg.info, method, on_failure, curvature=lambda: spectrum(A), locate=locate)
         zeros = tree_map(lambda t: t.new_zeros(()).expand_as(t), w)  # views of one entry each

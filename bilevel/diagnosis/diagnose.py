@@ -22,7 +22,7 @@ from bilevel.diagnosis.report import Diagnosis
 from bilevel.errors import DependenceWarning
 from bilevel.hypergradient import SolverSpec, hypergradient
 from bilevel.inspection.entries import Arrays, Entries, copied, entries
-from bilevel.inspection.not_finite import not_finite
+from bilevel.inspection.not_finite import find_in_problem
 from bilevel.linearization import Inputs
 from bilevel.methods.implicit import as_method
 from bilevel.methods.method import Method
@@ -106,7 +106,7 @@ def _diagnose(
         again = backend.run(look_again, problem, inputs, hg.adjoint, first, method.damping)
         value, change, left, undamped, *changes = host(again)
         here = entries(backend, first)
-        wrong = not_finite(backend, problem, inputs, value, here)
+        wrong = find_in_problem(backend, problem, inputs, value, here)
         after = _arrays(backend, inputs)
     if method.differentiates_steps or len(batches) > 1:
         change = left = undamped = float("nan")
