@@ -15,7 +15,7 @@ from bilevel.config import get_solver
 from bilevel.diagnosis.agreement import compare, elsewhere, nothing
 from bilevel.diagnosis.best_precision import in_best_precision
 from bilevel.diagnosis.influence import Influence, has_zeros, influence
-from bilevel.diagnosis.kinks import Held, descent, held
+from bilevel.diagnosis.kinks import Held, descent, evidence
 from bilevel.diagnosis.look import look, look_again
 from bilevel.diagnosis.measurements import Repetition
 from bilevel.diagnosis.report import Diagnosis
@@ -145,7 +145,7 @@ def _look_elsewhere(
         m = replace(m, influence=influence(here, None if there is None else entries(backend, there)))
     if m.is_away and problem.kind != "equation":
         decrease, _ = in_best_precision(backend, inputs, lambda at: descent(backend, problem, inputs, at, m.step))
-        m = replace(m, held=held(point, here.grad, here.product, decrease))
+        m = replace(m, held=evidence(point, here.grad, here.product, decrease))
     return m
 
 
