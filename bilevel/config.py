@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from bilevel.backend import Backend
-from bilevel.errors import suggest
 from bilevel.linear_solvers.linear_solver import LinearSolver
+from bilevel.messages import suggest
 from bilevel.methods.method import Method
 
 

@@ -1,24 +1,25 @@
-"""Warn or raise if a solve failed."""
+"""Warn or raise if a solve failed. Warn if params do not solve the inner problem."""
 
-import sys
 import warnings
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 from bilevel.backend import Backend
-from bilevel.errors import InnerProblemWarning, SolverError, SolverWarning, counted
+from bilevel.errors import InnerProblemWarning, SolverError, SolverWarning
+from bilevel.messages import callers_level, counted
 from bilevel.methods.method import Method
 from bilevel.operators.lanczos import Spectrum
 from bilevel.options import check_choice
 from bilevel.results import SolverInfo, Status
 from bilevel.spaces.array import Array
 
-FAR = 0.2
+UNSOLVED_SHARE = 0.2  # of F, to first order, with a warning
 UNSOLVED = (
     "params do not solve the inner problem. To first order, the outer objective differs by more than "
-    f"{FAR:.0%} at the solution (info.value_error), and a hypergradient is only right there. Train the inner problem "
-    "further. If a bound or a kink such as |w| holds params where they are, use bl.FixedPoint of a projected or "
-    'proximal step. If the training ends elsewhere on purpose, use solver="unrolled". bl.diagnose tells which it is.'
+    f"{UNSOLVED_SHARE:.0%} at the solution (info.value_error), and a hypergradient is only right there. Train the "
+    "inner problem further. If a bound or a kink such as |w| holds params where they are, use bl.FixedPoint of a "
+    'projected or proximal step. If the training ends elsewhere on purpose, use solver="unrolled". bl.diagnose finds '
+    "the cause."
 )
 OnFailure = Literal["raise", "warn", "ignore"]
 
@@ -44,8 +45,11 @@ def report(
     Traced info is returned unchanged. If the result is not finite, "warn" also raises. Only the text of an error has
     numbers of the spectrum. So a warning takes no products, and its text stays the same: Python shows it once.
 
-    ``curvature`` is a function that estimates the spectrum of the undamped operator. ``locate`` is a function that
-    names the first quantity that is not finite, or returns "". ``hint`` ends the message.
+    Args:
+        symmetric: whether the operator is symmetric.
+        curvature: a function that estimates the spectrum of the undamped operator.
+        locate: a function that names the first quantity that is not finite, or returns "".
+        hint: the end of the message, after a space.
     """
     numbers = SolverInfo(*[backend.to_host(x) if hasattr(x, "dtype") else x for x in info])
     if numbers.status is None:
@@ -61,39 +65,27 @@ def report(
             f'{method.name}: {why} No hypergradient is returned. on_failure="ignore" returns the nan.{hint}'
         )
     if on_failure == "raise":
-        seen = None
+        eigenvalues = None
         curved = info.status in (Status.NEGATIVE_CURVATURE, Status.DIVERGED) and symmetric
         if curved and curvature is not None and not backend.requires_all_ranks:
-            seen = Spectrum(*[float(backend.to_host(x)) for x in curvature()])
-        left = f"{info.residual_norm:.2g} of a right-hand side of {info.rhs_norm:.2g}"
-        why = method.explain(info, symmetric, seen)
-        raise SolverError(f"{method.name}: {why} The residual is {left}, after {counted(info.steps, 'step')}.{hint}")
+            eigenvalues = Spectrum(*[float(backend.to_host(x)) for x in curvature()])
+        raise SolverError(
+            f"{method.name}: {method.explain(info, symmetric, eigenvalues)} The residual is {info.residual_norm:.2g} "
+            f"of a right-hand side of {info.rhs_norm:.2g}, after {counted(info.steps, 'step')}.{hint}"
+        )
     text = f"{method.name}: {method.explain(info, symmetric, None)} info has the numbers.{hint}"
     warnings.warn(SolverWarning(text), stacklevel=callers_level())
     return info
 
 
-def warn_if_far(backend: Backend, value: Any, info: SolverInfo) -> None:
-    """Warn if, to first order, the outer objective differs by more than a share `FAR` at the solution.
+def warn_if_unsolved(backend: Backend, value: Any, info: SolverInfo) -> None:
+    """Warn if, to first order, F(params) differs from F(w*) by more than `UNSOLVED_SHARE` of it.
 
-    ``value`` is the outer objective. If it or the info is traced, or if the solve failed, there is no warning.
+    ``value`` is F(params). If it or the info is traced, or if the solve failed, there is no warning.
     """
     error = info.value_error
     if info.status is not Status.CONVERGED or not error:  # a traced status is no `Status`
         return
     outer = backend.to_host(value) if hasattr(value, "dtype") else value
-    if outer is not None and abs(error) > FAR * abs(outer):
+    if outer is not None and abs(error) > UNSOLVED_SHARE * abs(outer):
         warnings.warn(InnerProblemWarning(UNSOLVED), stacklevel=callers_level())
-
-
-def callers_level() -> int:
-    """Return the stacklevel of the user's line: the innermost line outside of the library and the frameworks.
-
-    The frameworks call the library when they trace or differentiate.
-    """
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(
-        ("bilevel", "jax.", "torch.", "scipy.")
-    ):
-        level, frame = level + 1, frame.f_back
-    return level

@@ -2,69 +2,88 @@
 
 import warnings
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from bilevel.backend import Backend
-from bilevel.convergence import callers_level
 from bilevel.errors import DependenceWarning
 from bilevel.linearization import Dependence
+from bilevel.messages import callers_level, counted, listed
 
-Labels = tuple[str, str, str]
-EQUATION: Labels = "the step or residual", "the step or residual", "outer"
+MOST_NAMES = 5  # in a message
 INTENDED = 'If this is intended, call warnings.simplefilter("ignore", bl.DependenceWarning).'
+
+
+class Names(NamedTuple):
+    """The names in messages of the inner objective, of the map r, and of the outer objective."""
+
+    inner: str
+    residual: str
+    outer: str
+
+
+MINIMUM = Names("inner", "the gradient of inner by params", "outer")
+EQUATION = Names("the step or residual", "the step or residual", "outer")
 
 
 def warn_of_dependence(
     backend: Backend,
     params: object,
     hparams: object,
-    outer: Dependence | None,
-    inner: Dependence | None,
-    labels: Labels = ("inner", "the gradient of inner by params", "outer"),
+    of_outer: Dependence | None,
+    of_inner: Dependence | None,
+    names: Names = MINIMUM,
 ) -> None:
-    """Warn about leaves without influence, which get a derivative of zero or no solution, and about forgotten params.
+    """Warn about arguments that the objectives do not use, and about trainable arrays that are no arguments.
 
     Args:
-        outer: on which leaves the outer objective depends. None: unknown.
-        inner: on which leaves ∂L/∂w depends. None: unknown.
-        labels: the names of the inner objective, of the map r and of the outer objective in the messages.
+        params, hparams: the trees whose leaves the messages name.
+        of_outer: the leaves that the outer objective depends on. None: unknown.
+        of_inner: the leaves of params that the inner objective depends on, and the leaves of hparams that r depends
+            on. None: unknown.
+        names: the names of the functions.
     """
-    of_inner, of_map, of_outer = labels
-    if outer is not None and not any(outer.params):
+    if of_outer is not None and not any(of_outer.params):
         warn(
-            f"{of_outer} does not depend on params, so the hypergradient is only its derivative by hparams. Are params "
-            "and hparams in the right order?"
+            f"{names.outer} does not depend on params, so the hypergradient is only its derivative by hparams. Are "
+            "params and hparams in the right order?"
         )
-    if inner is None:
+    if of_inner is None:
         return
-    used = [True] * len(inner.hparams) if outer is None else outer.hparams
-    direct = [not i and o for i, o in zip(inner.hparams, used, strict=True)]
-    nowhere = [not i and not o for i, o in zip(inner.hparams, used, strict=True)]
+    if of_inner.others:
+        warn(
+            f"{names.inner} depends on {counted(len(of_inner.others), 'trainable tensor')} outside of params and "
+            f"hparams, of shapes {listed(of_inner.others, MOST_NAMES)}. They count as constants. Add them to params if "
+            "the inner training changes them. Otherwise freeze them by requires_grad_(False)."
+        )
+    every = Dependence([True] * len(of_inner.params), [True] * len(of_inner.hparams))
+    seen_by_outer = every if of_outer is None else of_outer
+    hparams_flags = list(zip(of_inner.hparams, seen_by_outer.hparams, strict=True))
+    params_flags = zip(of_inner.params, seen_by_outer.params, strict=True)
+    only_outer = _paths(backend, "hparams", hparams, [outer and not inner for inner, outer in hparams_flags])
+    nowhere = _paths(backend, "hparams", hparams, [not outer and not inner for inner, outer in hparams_flags])
+    no_minimum = _paths(backend, "params", params, [outer and not inner for inner, outer in params_flags])
     way_out = (
-        f"Compute {of_inner} with the hparams that are passed: a copy, a detached tensor, a number or a value that is "
-        "closed over has no derivative."
+        f"Compute {names.inner} with the hparams that are passed: a copy, a detached tensor, a number or a value that "
+        "is closed over has no derivative."
     )
-    if inner.others:
-        shapes = ", ".join(map(str, inner.others[:5])) + (" and others" if len(inner.others) > 5 else "")
+    if only_outer:
+        has, them, their = ("has", "it", "its") if len(only_outer) == 1 else ("have", "them", "their")
+        rest = "derivative is zero" if of_outer is None else f"hypergradient comes only from {names.outer}"
         warn(
-            f"{of_inner} depends on {len(inner.others)} trainable tensors that are neither in params nor in hparams, "
-            f"of shapes {shapes}. They count as constants. Add them to params if the inner training changes them. "
-            "Otherwise freeze them by requires_grad_(False)."
+            f"{listed(only_outer, MOST_NAMES)} {has} no influence on the minimum, because {names.residual} does not "
+            f"depend on {them}: {their} {rest}. {way_out}"
         )
-    if any(direct):
-        rest = "its derivative is zero" if outer is None else f"its hypergradient comes only from {of_outer}"
+    if nowhere:
+        their = "its" if len(nowhere) == 1 else "their"
         warn(
-            f"{_names(backend, 'hparams', hparams, direct)} has no influence on the minimum, because {of_map} "
-            f"does not depend on it: {rest}. {way_out}"
+            f"Neither {names.outer} nor {names.residual} depends on {listed(nowhere, MOST_NAMES)}: {their} "
+            f"hypergradient is zero. {way_out}"
         )
-    if any(nowhere):
-        names = _names(backend, "hparams", hparams, nowhere)
-        warn(f"Neither {of_outer} nor {of_map} depends on {names}: its hypergradient is zero. {way_out}")
-    felt = [True] * len(inner.params) if outer is None else outer.params
-    flat = [not i and o for i, o in zip(inner.params, felt, strict=True)]
-    if any(flat):
+    if no_minimum:
+        them = "it" if len(no_minimum) == 1 else "them"
         warn(
-            f"{of_inner} does not depend on {_names(backend, 'params', params, flat)}, or is linear in it. So it has "
-            "no minimum there, and the Hessian is singular. Leave it out of params, or add a penalty on it."
+            f"{names.inner} does not depend on {listed(no_minimum, MOST_NAMES)}, or is linear in {them}. So it has no "
+            f"minimum there, and the Hessian is singular. Leave {them} out of params, or add a penalty on {them}."
         )
 
 
@@ -73,6 +92,6 @@ def warn(text: str) -> None:
     warnings.warn(DependenceWarning(f"{text} {INTENDED}"), stacklevel=callers_level())
 
 
-def _names(backend: Backend, name: str, tree: object, marked: Sequence[bool]) -> str:
-    paths = [name + path for (path, _), mark in zip(backend.leaves(tree), marked, strict=True) if mark]
-    return ", ".join(paths[:5]) + (f" and {len(paths) - 5} more" if len(paths) > 5 else "")
+def _paths(backend: Backend, name: str, tree: object, marks: Sequence[bool]) -> list[str]:
+    """Return the paths of the marked leaves."""
+    return [name + path for (path, _), mark in zip(backend.leaves(tree), marks, strict=True) if mark]

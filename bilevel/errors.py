@@ -1,7 +1,4 @@
-"""Errors and warnings, and suggestions for mistyped names."""
-
-import difflib
-from collections.abc import Iterable
+"""Errors and warnings."""
 
 
 class SolverError(RuntimeError):
@@ -21,49 +18,3 @@ class DependenceWarning(UserWarning):
 
     If it is meant, ignore the category: ``warnings.simplefilter("ignore", bl.DependenceWarning)``.
     """
-
-
-def counted(number: int, noun: str) -> str:
-    """Return a number with its noun: "1 step", "2 steps"."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-SYNONYMS = {
-    "conjugate_gradient": ("cg",),
-    "conjugate_gradients": ("cg",),
-    "hessian_free": ("cg",),
-    "direct": ("exact",),
-    "dense": ("exact",),
-    "inverse": ("exact",),
-    "lissa": ("neumann",),
-    "unroll": ("unrolled",),
-    "itd": ("unrolled",),
-    "one_step": ("identity",),
-    "lr": ("step_size",),
-    "learning_rate": ("step_size",),
-    "alpha": ("step_size",),
-    "eta": ("step_size",),
-    "steps": ("terms", "maxiter", "rank"),
-    "num_steps": ("steps", "terms", "maxiter"),
-    "iterations": ("maxiter", "terms", "steps"),
-    "max_iter": ("maxiter", "terms", "steps", "max_restarts"),
-    "maxiter": ("terms", "steps", "max_restarts"),
-    "k": ("terms", "steps", "maxiter", "rank"),
-    "tol": ("rtol",),
-    "tolerance": ("rtol",),
-    "ridge": ("damping",),
-    "lambda": ("damping",),
-    "reg": ("damping",),
-    "rho": ("damping",),
-}
-"""Other names in use for solvers and options, and our names for them. The first that is known is meant."""
-
-
-def suggest(name: str, known: Iterable[str]) -> str:
-    """Return " Did you mean …?" and the list of known names."""
-    names = {each.lower(): each for each in sorted(known)}
-    written = str(name).lower()
-    meant = SYNONYMS.get(written.replace("-", "_").replace(" ", "_"), ())
-    close = [each for each in meant if each in names] or difflib.get_close_matches(written, names, n=1, cutoff=0.5)
-    listed = ", ".join(names.values()) or "none"
-    return (f" Did you mean {names[close[0]]!r}?" if close else "") + f" There is: {listed}."

@@ -6,11 +6,11 @@ from typing import Any
 
 from bilevel.backend import Backend
 from bilevel.config import get_linear_solver, get_solver
-from bilevel.convergence import OnFailure, check_on_failure, report, warn_if_far
-from bilevel.dependence import EQUATION, warn_of_dependence
+from bilevel.convergence import OnFailure, check_on_failure, report, warn_if_unsolved
+from bilevel.dependence import EQUATION, MINIMUM, warn_of_dependence
 from bilevel.inspection.derivatives import Derivatives
 from bilevel.inspection.entries import entries
-from bilevel.inspection.not_finite import described, first_not_finite, locate
+from bilevel.inspection.not_finite import described, find_not_finite, locate
 from bilevel.linear_solvers.linear_solver import LinearSolver
 from bilevel.linearization import Inputs, Linearization, LinearizedMap, NonSymmetric
 from bilevel.methods.implicit import Implicit, as_method, pull_back
@@ -90,14 +90,14 @@ def hypergradient(
     """
     check_on_failure(on_failure)
     check_problem(problem)
-    found = get_solver(solver)
-    method = as_method(found)
+    chosen = get_solver(solver)
+    method = as_method(chosen)
     backend = find_backend(backend, params, hparams)
     batches = check_inputs(backend, params, hparams, inner_args, outer_args, adjoint0)
-    check_stateless(backend, found)
+    check_stateless(backend, chosen)
     with wrong_calls_named(problem, batches[0], outer_args):
         hg = backend.run(_hypergradient, method, problem, params, hparams, batches, outer_args, adjoint0)
-    if hg.params is None:
+    if hg.params is None:  # the method has not moved them
         hg = hg._replace(params=params)
     info = report(
         backend,
@@ -110,7 +110,7 @@ def hypergradient(
         hint=" Run bl.diagnose for details.",
     )
     if on_failure != "ignore":
-        warn_if_far(backend, hg.value, info)
+        warn_if_unsolved(backend, hg.value, info)
     return hg._replace(info=info)  # pyright: ignore[reportReturnType]
 
 
@@ -163,13 +163,11 @@ def hypergradient_from(
     trees = {"grad_params": rhs, "grad_hparams": direct, "adjoint0": adjoint0}
     check_trees(backend, trees, {"adjoint0": "grad_params"})
     space = backend.space(rhs)
-    unchecked = ["hvp(v)"]  # only the first product is checked
 
     def checked_hvp(v: P) -> P:
-        found = hvp(v)
-        while unchecked:
-            check_like(backend, unchecked.pop(), found, "grad_params", rhs)
-        return space.map(lambda _, entry: entry, rhs, found)
+        product = hvp(v)
+        check_like(backend, "hvp(v)", product, "grad_params", rhs)
+        return space.map(lambda _, entry: entry, rhs, product)  # casts to the dtypes of rhs
 
     A = LinearOperator(space, checked_hvp, symmetric=not isinstance(hvp, NonSymmetric))
     no_residual: Any = None
@@ -179,8 +177,8 @@ def hypergradient_from(
     def locate_here() -> str:
         u = space.normal(1)
         found = Derivatives(None, A(u), cross_vjp(u), rhs, direct)
-        value = backend.to_host(hg.value) if backend.owns(hg.value) else hg.value
-        return described(first_not_finite(backend, {}, 0.0, float(value), entries(backend, found)))
+        number = float(backend.to_host(hg.value) if backend.owns(hg.value) else hg.value)
+        return described(find_not_finite(backend, {}, None, number, entries(backend, found)))
 
     info = report(
         backend,
@@ -197,9 +195,10 @@ def hypergradient_from(
 def combine(
     backend: Backend, value: Array | float, direct: H | None, pulled: Pullback[P, H], hparams: H | None
 ) -> Hypergradient[Any, H]:
-    """Add ∂F/∂λ to the pullback of ∂F/∂w. A nan in either of them, or in ∂L/∂w, sets the status.
+    """Add the direct term ∂F/∂λ to the pullback of ∂F/∂w. A nan in the sum or in F sets the status ``NON_FINITE``.
 
-    Raise a ValueError if nothing depends on λ, or if the two terms have different structures or shapes.
+    ``hparams`` is for messages. Raise a ValueError if nothing depends on λ, or if the two terms have different
+    structures or shapes.
     """
     grad = direct if pulled.hparams is None else pulled.hparams
     if grad is None:
@@ -211,9 +210,7 @@ def combine(
     if direct is not None and pulled.hparams is not None:
         check_like(backend, "cross_vjp(v)", pulled.hparams, "grad_hparams", direct)
         grad = space.axpy(1.0, pulled.hparams, direct)
-    known = (grad, value) if pulled.value_error is None else (grad, value, pulled.value_error)
-    finite = space.isfinite(known)
-    status = space.xp.where(finite, pulled.info.status, int(Status.NON_FINITE))
+    status = space.xp.where(space.isfinite((grad, value)), pulled.info.status, int(Status.NON_FINITE))
     return Hypergradient(grad, value, pulled.adjoint, None, pulled.info._replace(status=status))
 
 
@@ -228,11 +225,12 @@ def _hypergradient(
     adjoint0: P | None,
 ) -> Hypergradient[P | None, H]:
     solution = method.solve(Level(backend, problem, params, hparams, batches), adjoint0)
-    value, cotangent, direct, dependence = backend.outer(problem.outer, solution.params, hparams, outer_args)
+    value, cotangent, direct, of_outer = backend.outer(problem.outer, solution.params, hparams, outer_args)
     pulled = solution.pullback(cotangent)
     hg = combine(backend, value, direct, pulled, hparams)
-    labels = {"labels": EQUATION} if problem.kind == "equation" else {}
-    warn_of_dependence(backend, params, hparams, dependence, pulled.dependence, **labels)
+    names = EQUATION if problem.kind == "equation" else MINIMUM
+    warn_of_dependence(backend, params, hparams, of_outer, pulled.dependence, names)
+    # Compiled code would return a copy of params that have not moved.
     return hg if solution.params is params else hg._replace(params=solution.params)
 
 

@@ -1,14 +1,14 @@
-"""Training functions: how they are decorated, their arguments and their results."""
+"""Checks of training functions, of their arguments, and of their results."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from inspect import BoundArguments, Parameter, Signature, signature
+from inspect import BoundArguments, Parameter, Signature
 from typing import Any, NamedTuple
 
 from bilevel.backend import Backend
 from bilevel.problems.protocols import BilevelProblem
 from bilevel.spaces.array import Args
-from bilevel.validation import TREES, check_trees
+from bilevel.validation import TREES, accepts, check_trees, signature_of
 
 ONLY_PARAMS = "Return only the params, or return (params, aux) and pass has_aux=True."
 INNER_RECEIVES = (
@@ -45,14 +45,14 @@ def check_training(inner: object, *given: object, **named: object) -> None:
 
 def check_fit(fit: object) -> None:
     """Raise a TypeError unless ``fit`` is a function of (hparams, params0)."""
-    known = _signature(fit) if callable(fit) else None
-    if not callable(fit) or (known is not None and not _fits(known, 2)):
+    known = signature_of(fit) if callable(fit) else None
+    if not callable(fit) or (known is not None and not accepts(known, 2)):
         got = _kind(fit) if known is None else f"{_name(fit, 'a lambda')}({', '.join(known.parameters)})"
         raise TypeError(f"fit: expected a function fit(hparams, params0) -> params, got {got}.")
 
 
 class Arguments(NamedTuple):
-    """``training(hparams, *args, **shared, **own)`` and ``inner(params, hparams, *args, **shared)``."""
+    """The arguments of ``training(hparams, *args, **shared, **own)``. ``inner`` receives all except ``own``."""
 
     hparams: Any
     args: Args
@@ -73,19 +73,19 @@ def bind_arguments(
         TypeError: if the arguments do not fit the training or the inner loss.
     """
     name = training_name(training)
-    if (known := _signature(training)) is not None:
+    if (known := signature_of(training)) is not None:
         bound = _bind(known, name, args, named)
         bound.apply_defaults()
-        open_places = [p for p in known.parameters.values() if p.kind in BY_POSITION][len(args) :]
-        open_places += [p for p in known.parameters.values() if p.kind is Parameter.KEYWORD_ONLY]
+        later = [p for p in known.parameters.values() if p.kind in BY_POSITION][len(args) :]
+        later += [p for p in known.parameters.values() if p.kind is Parameter.KEYWORD_ONLY]
         # A default of a parameter that is only positional stays with the training.
-        named = {**{p.name: bound.arguments[p.name] for p in open_places if p.kind in BY_NAME}, **named}
-        if not args and open_places[:1] and open_places[0].kind is Parameter.POSITIONAL_OR_KEYWORD:
-            args = (named.pop(open_places[0].name),)
+        named = {**{p.name: bound.arguments[p.name] for p in later if p.kind in BY_NAME}, **named}
+        if not args and later[:1] and later[0].kind is Parameter.POSITIONAL_OR_KEYWORD:
+            args = (named.pop(later[0].name),)  # hparams, by keyword
     if not args:
         raise TypeError(f"{name}: hparams must be the first argument.")
     shared = named
-    if (known := _signature(inner)) is not None:
+    if (known := signature_of(inner)) is not None:
         filled = 1 + len(args)
         shared = {key: value for key, value in named.items() if _takes(known, key, filled)}
         _bind(known, _name(inner, "inner"), (None, *args), shared, INNER_RECEIVES)
@@ -96,7 +96,11 @@ def bind_arguments(
 def check_training_result(
     backend: Backend, training: str, result: Any, has_aux: bool = False, only: str = ONLY_PARAMS
 ) -> tuple[Any, Any]:
-    """Return the params and the auxiliary result, which is None without ``has_aux``. ``only`` is advice for errors.
+    """Return the params and the auxiliary result, which is None without ``has_aux``.
+
+    Args:
+        training: its name in messages.
+        only: advice in an error about a tuple such as (params, loss).
 
     Raises:
         TypeError: if the result is not a tree of floating-point arrays, or with ``has_aux`` not a tuple of such a tree
@@ -123,11 +127,16 @@ def check_training_result(
     return params, aux
 
 
+def check_fit_result(backend: Backend, result: Any) -> Any:
+    """Return the params that a ``fit`` returned. Raise an error as `check_training_result` does."""
+    return check_training_result(backend, "fit", result, only="Return only the params.")[0]
+
+
 @contextmanager
 def tuples_noted(training: str, params: object) -> Iterator[None]:
     """Add a note to an error of the inner loss if the training returned a tuple.
 
-    Params can be a tuple. So a result such as (params, loss) is found only if the inner loss cannot use it.
+    Params can be a tuple. So only an error of the inner loss shows that the result was meant as (params, loss).
     """
     try:
         yield
@@ -154,28 +163,12 @@ def _bind(known: Signature, name: str, args: Args, named: dict[str, Any], rule: 
         raise TypeError(f"{name}{known}: {error}.{rule}") from None
 
 
-def _fits(known: Signature, count: int) -> bool:
-    """Return whether a function can be called with a number of arguments by position."""
-    try:
-        known.bind(*[None] * count)
-    except TypeError:
-        return False
-    return True
-
-
 def _takes(known: Signature, name: str, filled: int) -> bool:
-    """Return whether a function can receive an argument by this name after its first arguments by position."""
+    """Return whether a function can receive an argument by this name, if ``filled`` arguments are given by position."""
     parameters = list(known.parameters.values())
     later = [p.name for place, p in enumerate(parameters) if p.kind in BY_NAME and place >= filled]
     by_keyword = [p.name for p in parameters if p.kind is Parameter.KEYWORD_ONLY]
     return name in later + by_keyword or any(p.kind is Parameter.VAR_KEYWORD for p in parameters)
-
-
-def _signature(function: Callable[..., Any]) -> Signature | None:
-    try:
-        return signature(function)
-    except (TypeError, ValueError):  # some functions of C have none
-        return None
 
 
 def _kind(value: object) -> str:

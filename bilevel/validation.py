@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
-from inspect import signature
+from inspect import Signature, signature
 from numbers import Real
 from typing import Any
 
@@ -201,25 +201,30 @@ def wrong_calls_named(problem: object, inner_args: Args, outer_args: Args) -> It
             raise
         for label, function in functions.items():
             name, args = ("outer_args", outer_args) if label == "outer" else ("inner_args", inner_args)
-            if callable(function) and (why := _misfit(function, args)):
+            known = signature_of(function) if callable(function) else None
+            if known is not None and not accepts(known, 2 + len(args)):
                 raise TypeError(
                     f"{label} is called with (params, hparams, *{name}), and {name} has {len(args)} entries. Its "
-                    f"signature is {why}. Pass its further arguments by {name}=(...)."
+                    f"signature is ({', '.join(known.parameters)}). Pass its further arguments by {name}=(...)."
                 ) from error
         raise
 
 
-def _misfit(function: Callable[..., object], args: Args) -> str:
-    """Return the signature of a function that cannot be called with (params, hparams, *args), else ""."""
+def signature_of(function: Callable[..., object]) -> Signature | None:
+    """Return the signature of a function, or None: some functions of C have none."""
     try:
-        known = signature(function)
-    except (TypeError, ValueError):  # some functions of C have none
-        return ""
+        return signature(function)
+    except (TypeError, ValueError):
+        return None
+
+
+def accepts(known: Signature, count: int) -> bool:
+    """Return whether a function can be called with a number of arguments by position."""
     try:
-        known.bind(None, None, *args)
+        known.bind(*[None] * count)
     except TypeError:
-        return f"({', '.join(known.parameters)})"
-    return ""
+        return False
+    return True
 
 
 def check_scalar(label: str, value: Any) -> None:

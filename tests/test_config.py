@@ -9,7 +9,7 @@ import pytest
 import bilevel as bl
 from bilevel.config import solver_options
 from bilevel.convergence import check_on_failure
-from bilevel.errors import SYNONYMS
+from bilevel.messages import SYNONYMS
 from bilevel.testing import check_hypergradient
 
 

@@ -20,6 +20,7 @@ from bilevel_jax.closures import Call, uncover, uncover_options
 from bilevel_jax.dependence import dependence, trace
 from bilevel_jax.implicit_system import Minimizer
 from bilevel_jax.implicit_vjp import with_implicit_vjp
+from bilevel_jax.partition import split_arrays
 from bilevel_jax.second_derivatives import has_forward_mode, has_own_rule
 from bilevel_jax.sharding import unvarying
 
@@ -35,15 +36,13 @@ def with_implicit_derivative(
     """Return params, which JAX then differentiates as the minimizer of inner(params, hparams, *args, **named)."""
     loss, captured, jaxpr = uncover(inner, params, hparams, call)
     make_solver, options = uncover_options(solver)
-    leaves, structure = jax.tree.flatten((hparams, call, captured, options))
-    others = [None if isinstance(leaf, jax.Array) else leaf for leaf in leaves]
-    arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
+    arrays, rest = split_arrays((hparams, call, captured, options))
 
     # A loss with captured values is made for this call, so a cache would not help.
     run = partial(_call, backend) if captured else backend.compiled
-    run(_check, loss, params, hparams, (call, captured))
+    run(_check_influence, loss, params, hparams, (call, captured))
 
-    minimizer = Minimizer(loss, structure, others, make_solver, on_failure, run)
+    minimizer = Minimizer(loss, rest, make_solver, on_failure, run)
     forward = not has_own_rule(jaxpr) or _has_forward_mode(minimizer, params, arrays)
     return (with_implicit_jvp if forward else with_implicit_vjp)(minimizer, params, arrays)
 
@@ -61,14 +60,14 @@ def with_implicit_jvp(minimizer: Minimizer, params: P, arrays: list[jax.Array]) 
 
     @partial(attach.defjvp, symbolic_zeros=True)
     def _(primals: tuple[P, list[jax.Array]], tangents: tuple[P, list[jax.Array | SymbolicZero]]) -> tuple[P, P]:
-        params = attach(*primals)  # keeps its derivative, for derivatives of this rule
+        params = attach(*primals)  # so that a derivative of this rule differentiates params too
         moves = {i: u for i, u in enumerate(tangents[1]) if not isinstance(u, SymbolicZero) and u.dtype != float0}
         if not moves:
             return params, jax.tree.map(jnp.zeros_like, params)
 
         system = minimizer.at(params, primals[1], list(moves))
-        # JAX cannot transpose a solve in which only some leaves move, for example if weights have a penalty and a bias
-        # has none. So all leaves are tied together wherever they can be a right-hand side.
+        # JAX cannot transpose a solve if the right-hand side has a tangent in some leaves only, for example if weights
+        # have a penalty and a bias has none. So `_tied` makes each leaf depend on all leaves.
         rhs = _tied(system.minus_jvp(list(moves.values())))
         change = lax.custom_linear_solve(
             lambda v: _tied(system.hvp(v)), rhs, lambda _, rhs: system.solve(rhs), symmetric=True
@@ -87,8 +86,8 @@ def _has_forward_mode(minimizer: Minimizer, params: object, arrays: list[jax.Arr
 def _tied(tree: V) -> V:
     """Return a tree in which each leaf is a linear function of all leaves: add a sum whose value is set to zero.
 
-    The barrier keeps the leaves together, but it is not enough: from JAX 0.11.2 on, the transpose of a barrier fails if
-    one operand is a constant. The selection stops nan, and XLA removes it.
+    The values do not change. The selection stops nan, and XLA removes it. The barrier also keeps the leaves together,
+    but it is not enough: from JAX 0.11.2 on, the transpose of a barrier fails if one operand is a constant.
     """
     sums = [jnp.sum(leaf) for leaf in jax.tree.leaves(tree)]
     zero = sum(lax.select(jnp.zeros_like(total, bool), total, jnp.zeros_like(total)) for total in sums)
@@ -96,10 +95,14 @@ def _tied(tree: V) -> V:
 
 
 def _call(backend: JaxBackend, function: Callable[..., R], *args: object) -> R:
+    """Call a function as `JaxBackend.compiled` does, but without a compilation."""
     return function(backend, *args)
 
 
-def _check(backend: JaxBackend, inner: Callable[..., object], params: object, hparams: object, args: Args) -> None:
+def _check_influence(
+    backend: JaxBackend, inner: Callable[..., object], params: object, hparams: object, args: Args
+) -> None:
+    """Raise a ValueError if ∂L/∂w does not depend on hparams. Warn about single leaves."""
     slope = backend.inner_slope(inner, params, hparams, args)
     used = dependence(trace(slope, params, hparams), params)
     if not any(used.hparams):

@@ -13,11 +13,27 @@ from bilevel.operators.linear_operator import LinearOperator
 from bilevel.results import SolverInfo
 from bilevel.spaces.array import Args, H, P
 from bilevel_jax.backend import JaxBackend, backend, jvp_in_hparams, vjp_in_hparams
-from bilevel_jax.closures import Moving
 from bilevel_jax.failure_callback import tell_failure
+from bilevel_jax.partition import Rest, Static
 from bilevel_jax.second_derivatives import explained
 
 Run = Callable[..., Any]  # (function, *arguments): calls function(backend, *arguments), perhaps compiled
+
+
+@dataclass(frozen=True)
+class Moving(Static):
+    """L as a function of w and of the other leaves that move, given by their places. The key of a cached jit."""
+
+    loss: Callable[..., object]
+    structure: Any
+    places: tuple[int, ...]
+
+    def __call__(self, params: object, moving: list[jax.Array], constants: Sequence[object]) -> object:
+        leaves = list(constants)
+        for i, leaf in zip(self.places, moving, strict=True):
+            leaves.insert(i, leaf)
+        hparams, call, captured, _ = jax.tree.unflatten(self.structure, leaves)
+        return self.loss(params, hparams, call, captured)
 
 
 @dataclass(frozen=True)
@@ -26,28 +42,25 @@ class Minimizer:
 
     Attributes:
         loss: (w, λ, call, captured) -> L.
-        structure: the structure of (λ, call, captured, options of the solver).
-        others: its leaves that are not arrays, and None in place of each array.
+        rest: (λ, call, captured, options of the solver) without its arrays.
         make_solver: options -> solver.
         on_failure: as in `implicit_minimizer`.
         run: calls a function of the backend.
     """
 
     loss: Callable[..., object]
-    structure: Any
-    others: Sequence[object]
+    rest: Rest
     make_solver: Callable[[list[object]], LinearSolver[object]]
     on_failure: OnFailure
     run: Run
 
     def at(self, params: P, arrays: Sequence[jax.Array], moves: Sequence[int]) -> "System[P]":
         """Return the linear system at a point. ``moves`` are the numbers of the arrays by which to differentiate."""
-        supply, places = iter(arrays), [i for i, other in enumerate(self.others) if other is None]
-        leaves = [next(supply) if other is None else other for other in self.others]
+        places = [i for i, other in enumerate(self.rest.others) if other is None]
         moving = tuple(places[i] for i in moves)
-        constants = [leaf for i, leaf in enumerate(leaves) if i not in moving]
-        loss = Moving(self.loss, self.structure, moving)
-        options = jax.tree.unflatten(self.structure, leaves)[-1]
+        constants = [leaf for i, leaf in enumerate(self.rest.fill(arrays)) if i not in moving]
+        loss = Moving(self.loss, self.rest.structure, moving)
+        options = self.rest.join(arrays)[-1]
         return System(self, (loss, params, [arrays[i] for i in moves], (constants,)), options)
 
 

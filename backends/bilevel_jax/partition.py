@@ -1,12 +1,12 @@
-"""Divide the arguments of a compiled function into arrays, which may change, and a static rest."""
+"""Divide trees into arrays and a rest. For a compiled function, the rest is static."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from functools import cache
 from inspect import signature
 from types import BuiltinFunctionType, FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -47,6 +47,29 @@ def combine(static: Divided, arrays: Iterator[object]) -> Any:
     """Return the tree that `partition` has divided."""
     structure, leaves = static
     return jax.tree.unflatten(structure, [_join(leaf, arrays) for leaf in leaves])
+
+
+class Rest(NamedTuple):
+    """A tree without its arrays: its structure, and its leaves with None in place of each array."""
+
+    structure: Any
+    others: list[object]
+
+    def fill(self, arrays: Sequence[object]) -> list[object]:
+        """Return the leaves with these arrays."""
+        supply = iter(arrays)
+        return [next(supply) if other is None else other for other in self.others]
+
+    def join(self, arrays: Sequence[object]) -> Any:
+        """Return the tree with these arrays."""
+        return jax.tree.unflatten(self.structure, self.fill(arrays))
+
+
+def split_arrays(tree: object) -> tuple[list[jax.Array], Rest]:
+    """Return the arrays of a tree, and the rest of it."""
+    leaves, structure = jax.tree.flatten(tree)
+    arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
+    return arrays, Rest(structure, [None if isinstance(leaf, jax.Array) else leaf for leaf in leaves])
 
 
 def _split(leaf: object, arrays: list[object]) -> object:

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from typing_extensions import override
 
 from bilevel.backend import Data
-from bilevel.convergence import callers_level
 from bilevel.linearization import LinearizedMap, OuterDerivatives
+from bilevel.messages import callers_level
 from bilevel.problems.model_loss import ModelLoss
 from bilevel.spaces.array import Args, H, P, V
 from bilevel.spaces.tree import leaves, leaves_with_paths, with_leaves

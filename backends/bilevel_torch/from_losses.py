@@ -8,11 +8,11 @@ import torch
 
 from bilevel.config import get_linear_solver
 from bilevel.convergence import OnFailure, check_on_failure, report
-from bilevel.dependence import warn_of_dependence
+from bilevel.dependence import Names, warn_of_dependence
 from bilevel.hypergradient import SolverSpec, combine
 from bilevel.inspection.derivatives import Derivatives
 from bilevel.inspection.entries import entries
-from bilevel.inspection.not_finite import described, first_not_finite
+from bilevel.inspection.not_finite import described, find_not_finite
 from bilevel.linearization import LinearizedMap, OuterDerivatives
 from bilevel.methods.implicit import Implicit, pull_back
 from bilevel.operators.lanczos import spectrum
@@ -35,7 +35,7 @@ from bilevel_torch.graph import nodes_of
 from bilevel_torch.placement import add_to_grad
 from bilevel_torch.trees import TensorTree, fill, prune, tree_of
 
-LABELS = "inner_loss", "the gradient of inner_loss by params", "outer_loss"
+NAMES = Names("inner_loss", "the gradient of inner_loss by params", "outer_loss")
 
 
 def backward(
@@ -155,14 +155,14 @@ def hypergradient(
         v = None if v is None else prune(v, frozen)
         pulled = pull_back(backend, linear_solver, A, at, cotangent, v)
         hg = combine(backend, value, direct, pulled, h)
-        warn_of_dependence(backend, trained, h, used, pulled.dependence, LABELS)
+        warn_of_dependence(backend, trained, h, used, pulled.dependence, NAMES)
         method = Implicit(linear_solver)
 
         def locate() -> str:
             u = A.space.normal(1)
             found = Derivatives(at.residual, A(u), at.vjp_hparams(u), cotangent, direct)
             losses = float(inner_loss.detach()), float(outer_loss.detach())
-            return described(first_not_finite(backend, {"params": w, "hparams": h}, *losses, entries(backend, found)))
+            return described(find_not_finite(backend, {"params": w, "hparams": h}, *losses, entries(backend, found)))
 
         info = report(backend, hg.info, method, on_failure, curvature=lambda: spectrum(A), locate=locate)
         zeros = tree_map(lambda t: t.new_zeros(()).expand_as(t), w)  # views of one entry each
@@ -209,8 +209,8 @@ def _linearize(
         with torch.enable_grad():
             inner, outer = inner_loss * loss_scale, outer_loss * loss_scale
     # The losses may share part of their graphs.
-    of_outer = backend.outer_of(outer, params, hparams, LABELS[2], retain_graph=True)
-    of_inner = backend.inner_of(inner, params, hparams, LABELS[0])
+    of_outer = backend.outer_of(outer, params, hparams, NAMES.outer, retain_graph=True)
+    of_inner = backend.inner_of(inner, params, hparams, NAMES.inner)
     if loss_scale != 1.0:
         of_outer, of_inner = _unscaled(backend, of_outer, of_inner, loss_scale)
 

@@ -30,10 +30,15 @@ Tensors = Sequence[torch.Tensor]
 
 @dataclass
 class Training:
-    """A call of a training. All the tensors in the arguments are inputs of the rules below.
+    """A call of a training. All the tensors in its arguments are inputs of the rules below.
 
-    ``found``, ``frozen`` and ``aux`` are results: the tree of params, the flags of its frozen parameters, and the
-    auxiliary results of the runs. Under vmap, there are several runs.
+    A tensor *moves* if PyTorch asks for a derivative by it. In this file, λ is the list of the moving tensors.
+
+    Attributes:
+        given: the arguments of the call. The methods replace their tensors by other tensors in the same order.
+        structure: set by `run`: a tree like params, with 0 for each leaf.
+        frozen: set by `run`: whether each leaf of params is a frozen parameter.
+        aux: the auxiliary results of the runs, of which there are several under vmap.
     """
 
     train: Callable[..., Any]
@@ -42,7 +47,7 @@ class Training:
     on_failure: OnFailure
     has_aux: bool
     given: Arguments
-    found: Any = None
+    structure: Any = None
     frozen: Sequence[bool] = ()
     aux: list[Any] = field(default_factory=list)
     backend: ClassVar[TorchBackend] = TorchBackend()
@@ -50,7 +55,7 @@ class Training:
     def __call__(self) -> tuple[Any, Any]:
         """Run the training. Return params, which PyTorch can differentiate, and the auxiliary result."""
         out = _Minimum.apply(self, *filter(_is_tensor, leaves(self.given)))
-        return with_leaves(self.found, out), self.aux.pop()
+        return with_leaves(self.structure, out), self.aux.pop()
 
     def run(self, tensors: Tensors) -> Tensors:
         """Run the training on detached tensors. Return the leaves of params."""
@@ -58,56 +63,56 @@ class Training:
         with torch.enable_grad():
             result = self.train(given.hparams, *given.args, **given.shared, **given.own)
         params, aux = check_training_result(self.backend, training_name(self.train), result, self.has_aux)
-        found = leaves(params)
+        trained = leaves(params)
         self.aux.append(tree_map(lambda leaf: leaf.detach() if _is_tensor(leaf) else leaf, aux))
-        self.found = tree_map(lambda _: 0, params)
-        trained = any(t.requires_grad for t in found)
-        self.frozen = [trained and isinstance(t, torch.nn.Parameter) and not t.requires_grad for t in found]
-        return tuple(t.detach() for t in found)
+        self.structure = tree_map(lambda _: 0, params)
+        # If none requires a gradient, the training has detached its result, and no leaf is frozen.
+        flagged = any(t.requires_grad for t in trained)
+        self.frozen = [flagged and isinstance(t, torch.nn.Parameter) and not t.requires_grad for t in trained]
+        return tuple(t.detach() for t in trained)
 
-    def pull(self, varied: Sequence[bool], grads: Tensors, params: Tensors, tensors: Tensors) -> Tensors:
-        """Return the derivatives of F by the varied tensors, from the derivatives by params."""
+    def pull(self, moves: Sequence[bool], grads: Tensors, params: Tensors, tensors: Tensors) -> Tensors:
+        """Return the derivatives of F by the moving tensors, from the derivatives by params."""
         with no_grad_no_autocast(params):
-            at, A, moving = self._linearize(varied, params, tensors)
-            cotangent = prune(with_leaves(self.found, grads), self.frozen)
+            at, A, lam = self._linearize(moves, params, tensors)
+            cotangent = prune(with_leaves(self.structure, grads), self.frozen)
             pulled = pull_back(self.backend, self.solver, A, at, cotangent, None)
             value: Any = torch.zeros(())  # F is unknown here
-            hg = combine(self.backend, value, None, pulled, moving)
-            self._report(hg.info, A, varied, pulled.dependence)
+            hg = combine(self.backend, value, None, pulled, lam)
+            self._report(hg.info, A, moves, pulled.dependence)
             return tuple(hg.grad)
 
-    def push(self, varied: Sequence[bool], changes: Tensors, params: Tensors, tensors: Tensors) -> Tensors:
-        """Return the derivatives of params along changes of the varied tensors: −[∂²L/∂w²]⁻¹ (∂²L/∂λ∂w) u."""
+    def push(self, moves: Sequence[bool], changes: Tensors, params: Tensors, tensors: Tensors) -> Tensors:
+        """Return the derivatives of params along changes u of the moving tensors: −[∂²L/∂w²]⁻¹ (∂²L/∂λ∂w) u."""
         with no_grad_no_autocast(params):
-            at, A, moving = self._linearize(varied, params, tensors)
+            at, A, lam = self._linearize(moves, params, tensors)
             if at.jvp_hparams is None or at.dependence is None or not any((used := at.dependence()).hparams):
-                raise ValueError(f"∂L/∂w does not depend on {leaf_names(self.backend, 'hparams', moving)}.")
+                raise ValueError(f"∂L/∂w does not depend on {leaf_names(self.backend, 'hparams', lam)}.")
             change, info = self.solver.solve(self.solver.init(A), A, at.jvp_hparams(list(changes)), None)
-            self._report(info, A, varied, used)
-            found = fill(with_leaves(self.found, map(torch.zeros_like, params)), A.space.scale(-1.0, change))
+            self._report(info, A, moves, used)
+            found = fill(with_leaves(self.structure, map(torch.zeros_like, params)), A.space.scale(-1.0, change))
             return tuple(leaves(found))
 
     def _linearize(
-        self, varied: Sequence[bool], params: Tensors, tensors: Tensors
+        self, moves: Sequence[bool], params: Tensors, tensors: Tensors
     ) -> tuple[LinearizedMap[Any, list[torch.Tensor]], LinearOperator[Any], list[torch.Tensor]]:
-        copies = [t.detach().requires_grad_() if moves else t for t, moves in zip(tensors, varied, strict=True)]
+        copies = [t.detach().requires_grad_() if moving else t for t, moving in zip(tensors, moves, strict=True)]
         given = self._arguments(copies)
-        moving = [t for t, moves in zip(copies, varied, strict=True) if moves]
-        whole = with_leaves(self.found, [p.detach() for p in params])
+        lam = [t for t, moving in zip(copies, moves, strict=True) if moving]
+        whole = with_leaves(self.structure, [p.detach() for p in params])
         w, _ = as_graph_leaves(prune(whole, self.frozen), ())
         loss = partial(self.inner, **given.shared)
         with tuples_noted(training_name(self.train), whole):
             value = evaluate(loss, fill(whole, w), given.hparams, *given.args)
-        at = self.backend.inner_of(value, w, moving)
-        return at, LinearOperator(self.backend.space(w), at.vjp_params), moving
+        at = self.backend.inner_of(value, w, lam)
+        return at, LinearOperator(self.backend.space(w), at.vjp_params), lam
 
-    def _report(
-        self, info: SolverInfo, A: LinearOperator[Any], varied: Sequence[bool], used: Dependence | None
-    ) -> None:
-        if used is not None:  # it is about the tensors that move; the others count as used
-            moving, hparams = iter(used.hparams), self.given.hparams
-            flags = iter([next(moving) if moves else True for moves in varied])
-            used = used._replace(hparams=[next(flags) if _is_tensor(leaf) else True for leaf in leaves(hparams)])
+    def _report(self, info: SolverInfo, A: LinearOperator[Any], moves: Sequence[bool], used: Dependence | None) -> None:
+        if used is not None:
+            # The flags are about the moving tensors. All other leaves of hparams count as used.
+            hparams, of_moving = self.given.hparams, iter(used.hparams)
+            of_tensors = iter([not moving or next(of_moving) for moving in moves])
+            used = used._replace(hparams=[not _is_tensor(leaf) or next(of_tensors) for leaf in leaves(hparams)])
             warn_of_dependence(self.backend, A.space.like, hparams, None, used)
         report(self.backend, info, Implicit(self.solver), self.on_failure, curvature=lambda: spectrum(A))
 
@@ -118,10 +123,15 @@ class Training:
 
 @dataclass(frozen=True)
 class _Moved:
-    """A training, and which of its tensors move. PyTorch passes such an object through its transforms unchanged."""
+    """A training, and whether each of its tensors moves. PyTorch's transforms pass this object on unchanged."""
 
     training: Training
-    varied: Sequence[bool]
+    moves: Sequence[bool]
+
+    def split(self, tensors: Tensors, first: int) -> tuple[Tensors, Tensors, Tensors]:
+        """Return the first tensors, the leaves of params, and the tensors in the arguments of the training."""
+        last = first + len(self.training.frozen)
+        return tensors[:first], tensors[first:last], tensors[last:]
 
 
 class _Rule(torch.autograd.Function):
@@ -139,6 +149,8 @@ class _Rule(torch.autograd.Function):
 
 
 class _Minimum(_Rule):
+    """(training, tensors of its arguments) -> the leaves of params."""
+
     @staticmethod
     def forward(training: Training, *tensors: torch.Tensor) -> Any:
         return training.run(tensors)
@@ -146,19 +158,19 @@ class _Minimum(_Rule):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
         training, *tensors = inputs
-        varied = ctx.needs_input_grad[1:]
-        ctx.moved, ctx.count = _Moved(training, varied), len(output)
+        moves = ctx.needs_input_grad[1:]
+        ctx.moved, ctx.count = _Moved(training, moves), len(output)
         # Only these must not change before the derivative. PyTorch raises an error if they do.
-        ctx.save_for_backward(*output, *(t for t, moves in zip(tensors, varied, strict=True) if moves))
-        ctx.others = [None if moves else t for t, moves in zip(tensors, varied, strict=True)]
+        ctx.save_for_backward(*output, *(t for t, moving in zip(tensors, moves, strict=True) if moving))
+        ctx.others = [None if moving else t for t, moving in zip(tensors, moves, strict=True)]
         ctx.save_for_forward(*output, *tensors)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        params, moving = ctx.saved_tensors[: ctx.count], iter(ctx.saved_tensors[ctx.count :])
-        tensors = [next(moving) if t is None else t for t in ctx.others]
+        params, saved = ctx.saved_tensors[: ctx.count], iter(ctx.saved_tensors[ctx.count :])
+        tensors = [next(saved) if t is None else t for t in ctx.others]
         pulled = iter(_Pull.apply(ctx.moved, *grads, *params, *tensors))
-        return None, *(next(pulled) if moves else None for moves in ctx.moved.varied)
+        return None, *(next(pulled) if moving else None for moving in ctx.moved.moves)
 
     @staticmethod
     def jvp(ctx: Any, *changes: torch.Tensor | None) -> Any:
@@ -168,19 +180,14 @@ class _Minimum(_Rule):
     @classmethod
     def vmap(cls, info: Any, in_dims: Sequence[int | None], *args: Any) -> Any:
         aux = args[0].aux
-        first = len(aux)
+        before = len(aux)
         result = super().vmap(info, in_dims, *args)
-        aux[first:] = [aux[first:]]
+        aux[before:] = [aux[before:]]  # one result: the list of the results of all rows
         return result
 
 
-class _Pull(_Rule):
-    @staticmethod
-    def forward(moved: _Moved, *tensors: torch.Tensor) -> Any:
-        count = len(moved.training.frozen)
-        grads, params, given = tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
-        with _vectorized_named():
-            return moved.training.pull(moved.varied, grads, params, given)
+class _Derivative(_Rule):
+    """A function without a derivative: a derivative of `_Minimum`."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
@@ -196,16 +203,18 @@ class _Pull(_Rule):
     jvp = backward
 
 
-class _Push(_Rule):
+class _Pull(_Derivative):
     @staticmethod
     def forward(moved: _Moved, *tensors: torch.Tensor) -> Any:
-        first, count = sum(moved.varied), len(moved.training.frozen)
-        params, given = tensors[first : first + count], tensors[first + count :]
         with _vectorized_named():
-            return moved.training.push(moved.varied, tensors[:first], params, given)
+            return moved.training.pull(moved.moves, *moved.split(tensors, len(moved.training.frozen)))
 
-    setup_context = _Pull.setup_context
-    backward = jvp = _Pull.backward
+
+class _Push(_Derivative):
+    @staticmethod
+    def forward(moved: _Moved, *tensors: torch.Tensor) -> Any:
+        with _vectorized_named():
+            return moved.training.push(moved.moves, *moved.split(tensors, sum(moved.moves)))
 
 
 @contextmanager

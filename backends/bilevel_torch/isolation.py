@@ -21,7 +21,7 @@ def isolated(inputs: Inputs[P, H], double: bool) -> Iterator[Callable[[P, H], In
     A loss may use the user's tensors, not its arguments, for example if it runs a module. So ``at`` exchanges the
     contents of the leaf tensors that require gradients for moved copies. A hook also replaces the other tensors of each
     called module: a parameter by a converted copy, a buffer by a copy. The user's memory is never written to, and
-    gradient hooks stay. (A parameter whose dtype changes once by ``.data`` loses the hooks of DDP.)
+    gradient hooks stay. An assignment to ``.data`` is no alternative: if it changes the dtype, DDP's hooks are lost.
     """
     stand_ins, states = _StandIns(double), _random_states()
 
@@ -35,9 +35,9 @@ def isolated(inputs: Inputs[P, H], double: bool) -> Iterator[Callable[[P, H], In
             outer_args=tree_map(stand_ins.convert, inputs.outer_args),
         )
 
-    hook = register_module_forward_pre_hook(stand_ins.enter)
+    hook = register_module_forward_pre_hook(stand_ins.before_call)
     try:
-        with _kept(leaves(inputs[:2])), _float64() if double else nullcontext():
+        with _values_restored(leaves(inputs[:2])), _float64() if double else nullcontext():
             try:
                 yield at
             finally:
@@ -54,7 +54,7 @@ def buffers_isolated() -> Iterator[None]:
 
     def enter(module: torch.nn.Module, args: Args) -> None:
         if torch._C._current_graph_task_id() != -1:  # only in a backward pass: other threads may be training
-            stand_ins.hold(module)
+            stand_ins.replace_in(module)
 
     hook = register_module_forward_pre_hook(enter)
     try:
@@ -65,12 +65,19 @@ def buffers_isolated() -> Iterator[None]:
 
 
 class _StandIns:
-    """Replacements for the contents of tensors, and for the tensors of called modules, until `give_back`."""
+    """Replacements for the contents of tensors, and for the tensors of called modules, until `give_back`.
+
+    Attributes:
+        double: whether the computation is in float64.
+        known: pairs (tensor, stand-in), by the id of the tensor. A stand-in is its own stand-in.
+        replaced: (module, name, tensor, stand-in) for each tensor of a module that a stand-in replaces.
+        exchanged: pairs of tensors that have exchanged their contents.
+    """
 
     def __init__(self, double: bool) -> None:
         self.double = double
-        self.known: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by the id of the original and of the stand-in
-        self.held: list[tuple[torch.nn.Module, str, torch.Tensor, torch.Tensor]] = []
+        self.known: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.replaced: list[tuple[torch.nn.Module, str, torch.Tensor, torch.Tensor]] = []
         self.exchanged: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def convert(self, leaf: object) -> Any:
@@ -78,7 +85,7 @@ class _StandIns:
         return leaf.double() if self.double and _is_floating(leaf) else leaf
 
     def move(self, own: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """Return a variable with this value: the user's tensor with other contents, or else a replacement for it."""
+        """Return a leaf tensor with this value: the user's tensor with other contents if possible, else a stand-in."""
         moved = torch.nn.Parameter(self.convert(value.detach()).clone())
         if own.is_leaf and own.requires_grad:
             try:
@@ -89,12 +96,12 @@ class _StandIns:
             return self._remember(own, own)
         return self._remember(own, moved)
 
-    def enter(self, module: torch.nn.Module, args: Args) -> Any:
-        """Replace the tensors of a module before it runs, and convert its arguments."""
-        self.hold(module)
+    def before_call(self, module: torch.nn.Module, args: Args) -> Any:
+        """Replace the tensors of a module, and return its converted arguments. This is a pre-hook of modules."""
+        self.replace_in(module)
         return tree_map(self.convert, args)
 
-    def hold(self, module: torch.nn.Module) -> None:
+    def replace_in(self, module: torch.nn.Module) -> None:
         """Replace the tensors of a module and of its submodules.
 
         Not all submodules are called: attention reads the weights of its projections.
@@ -108,12 +115,12 @@ class _StandIns:
             for name, own, stand_in in pairs + [(name, own, self._buffer(own)) for name, own in buffers]:
                 if stand_in is not own:
                     setattr(part, name, stand_in)
-                    self.held.append((part, name, own, stand_in))
+                    self.replaced.append((part, name, own, stand_in))
 
     def give_back(self) -> None:
         """Restore the tensors of the modules, except where other code has replaced them since, and all contents."""
-        while self.held:
-            module, name, own, stand_in = self.held.pop()
+        while self.replaced:
+            module, name, own, stand_in = self.replaced.pop()
             if getattr(module, name) is stand_in:
                 setattr(module, name, own)
         while self.exchanged:
@@ -141,9 +148,9 @@ class _StandIns:
 
 
 class _Widened(TorchFunctionMode):
-    """Convert the other floating-point arguments of a function to float64 if it receives a float64 tensor.
+    """Convert all floating-point arguments of a function to float64 if one of them is in float64.
 
-    So a loss may close over float32 data. PyTorch converts the operands of some functions only.
+    So a loss may close over float32 data. PyTorch itself converts the operands of some functions only.
     """
 
     @override
@@ -160,7 +167,7 @@ def _is_floating(leaf: object) -> TypeIs[torch.Tensor]:
 
 
 def _writes(func: object, kwargs: dict[str, object]) -> bool:
-    """Tell whether a function writes to an argument, which must be the user's tensor, not a converted copy."""
+    """Tell whether a function writes to an argument. It must write to the user's tensor, not to a converted copy."""
     name = getattr(func, "__name__", "")
     in_place = name.endswith("_") and not name.endswith("__")
     return in_place or name.startswith(("__i", "__set")) or "out" in kwargs
@@ -168,7 +175,7 @@ def _writes(func: object, kwargs: dict[str, object]) -> bool:
 
 @contextmanager
 def _float64() -> Iterator[None]:
-    """Make new tensors in float64, and let them meet tensors of other dtypes."""
+    """Make new tensors in float64, and convert other tensors that meet them."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
@@ -187,7 +194,7 @@ def _exchange(a: torch.Tensor, b: torch.Tensor) -> None:
 
 
 @contextmanager
-def _kept(tensors: Iterable[torch.Tensor]) -> Iterator[None]:
+def _values_restored(tensors: Iterable[torch.Tensor]) -> Iterator[None]:
     """Restore the values of tensors that an objective has written to, for example by ``clamp_``."""
     before = [(t, t.detach().clone()) for t in tensors]
     try:

@@ -15,14 +15,14 @@ from bilevel.config import get_solver
 from bilevel.diagnosis.agreement import compare, elsewhere, nothing
 from bilevel.diagnosis.best_precision import in_best_precision
 from bilevel.diagnosis.influence import Influence, has_zeros, influence
-from bilevel.diagnosis.kinks import Held, descent, held
+from bilevel.diagnosis.kinks import Held, descent, evidence
 from bilevel.diagnosis.look import look, look_again
 from bilevel.diagnosis.measurements import Repetition
 from bilevel.diagnosis.report import Diagnosis
 from bilevel.errors import DependenceWarning
 from bilevel.hypergradient import SolverSpec, hypergradient
 from bilevel.inspection.entries import Arrays, Entries, copied, entries
-from bilevel.inspection.not_finite import not_finite
+from bilevel.inspection.not_finite import find_in_problem
 from bilevel.linearization import Inputs
 from bilevel.methods.implicit import as_method
 from bilevel.methods.method import Method
@@ -106,7 +106,7 @@ def _diagnose(
         again = backend.run(look_again, problem, inputs, hg.adjoint, first, method.damping)
         inner, value, change, left, undamped, *changes = host(again)
         here = entries(backend, first)
-        wrong = not_finite(backend, problem, inputs, inner, value, here)
+        wrong = find_in_problem(backend, problem, inputs, inner, value, here)
         after = _arrays(backend, inputs)
     if method.differentiates_steps or len(batches) > 1:
         change = left = undamped = float("nan")
@@ -145,7 +145,7 @@ def _look_elsewhere(
         m = replace(m, influence=influence(here, None if there is None else entries(backend, there)))
     if m.is_away and problem.kind != "equation":
         decrease, _ = in_best_precision(backend, inputs, lambda at: descent(backend, problem, inputs, at, m.step))
-        m = replace(m, held=held(point, here.grad, here.product, decrease))
+        m = replace(m, held=evidence(point, here.grad, here.product, decrease))
     return m
 
 

@@ -8,7 +8,7 @@ from bilevel.diagnosis.finding import Finding
 from bilevel.diagnosis.formatting import percent
 from bilevel.diagnosis.influence import without_curvature, without_influence
 from bilevel.diagnosis.measurements import Measured
-from bilevel.inspection.entries import listed
+from bilevel.messages import listed
 from bilevel.results import Status
 
 GRAD_CAUSES = (

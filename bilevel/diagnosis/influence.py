@@ -8,7 +8,8 @@ from typing import NamedTuple
 import numpy as np
 
 from bilevel.diagnosis.finding import Finding
-from bilevel.inspection.entries import Arrays, Entries, Share, listed, shares
+from bilevel.inspection.entries import Arrays, Entries, Share, shares
+from bilevel.messages import listed
 
 
 class Influence(NamedTuple):

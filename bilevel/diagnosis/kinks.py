@@ -8,15 +8,16 @@ import numpy as np
 
 from bilevel.backend import Backend
 from bilevel.diagnosis.finding import Finding
-from bilevel.inspection.entries import Arrays, Share, listed, shares
+from bilevel.inspection.entries import Arrays, Share, shares
 from bilevel.linearization import Inputs
+from bilevel.messages import listed
 from bilevel.problems.protocols import BilevelProblem
 from bilevel.spaces.array import Array, H, P
 
-REST = 0.01  # the largest share of the gradient in entries that nothing holds
-FLAT = 0.1  # the largest share of the expected decrease at a kink
-LONGEST = 0.01  # the longest step relative to params. A kink has no influence below the error of a training
-STEPS = 10.0 ** np.array([-1.0, -1.5, -2.0])  # relative to the longest step, or to the minimum along −∂L/∂w
+REST = 0.01  # the largest share of ‖∂L/∂w‖ in entries that are not at a bound
+FLAT = 0.1  # the largest decrease of L at a kink, relative to the prediction
+LONGEST = 0.01  # the longest step, relative to the norm of params
+STEPS = 10.0 ** np.array([-1.0, -1.5, -2.0])  # relative to the longest step, or to the distance of the minimum
 WAY_OUT = (
     'Write the training step that respects it as bl.FixedPoint(step, outer), with solver="gmres": "Kinks, bounds and '
     'constraints" in docs/problems.md has a proximal step for |w|, and a projected step for a bound.'
@@ -29,9 +30,9 @@ class Held(NamedTuple):
     Attributes:
         descent: the decrease of L along −∂L/∂w, relative to the decrease that the gradient predicts, at the best of
             several small steps: 1 if L is smooth, at most 0 at a minimum with a kink. nan if it is unknown.
-        shares: the entries with a gradient, if they are exactly zero or share the least or largest value of their leaf,
-            and the other entries have almost no gradient; else empty.
-        values: these values.
+        shares: the entries that a bound seems to hold: they have a gradient, and are zero or equal to the least or
+            largest value of their leaf. Empty if the other entries have more than almost no gradient.
+        values: the values of these entries.
     """
 
     descent: float = float("nan")
@@ -72,22 +73,23 @@ class Held(NamedTuple):
         return []
 
 
-def held(point: Arrays, grad: Arrays, product: Arrays, decrease: float | None) -> Held:
-    """Return the evidence from the values of params, ∂L/∂w, a Hessian-vector product, and the result of `descent`."""
+def evidence(params: Arrays, grad: Arrays, product: Arrays, decrease: float | None) -> Held:
+    """Return the evidence from the entries of params, ∂L/∂w and a Hessian-vector product, and from `descent`."""
     found = Held() if decrease is None else Held(decrease)
-    at_bound = {path: _common(point[path]) for path in grad}
-    inside = sum(float((np.where(at_bound[path], 0, g.astype(float)) ** 2).sum()) for path, g in grad.items())
-    whole = sum(float((g.astype(float) ** 2).sum()) for g in grad.values())
-    free = sum(int((~mask & (product[path] != 0)).sum()) for path, mask in at_bound.items())
-    if not free or inside > REST**2 * whole:
+    at_bound = {path: _at_bound(params[path]) for path in grad}
+    rest = sum(float((np.where(at_bound[path], 0, g.astype(float)) ** 2).sum()) for path, g in grad.items())
+    total = sum(float((g.astype(float) ** 2).sum()) for g in grad.values())
+    # Unused weights, whose product is exactly zero, are no evidence.
+    others = sum(int((~mask & (product[path] != 0)).sum()) for path, mask in at_bound.items())
+    if not others or rest > REST**2 * total:
         return found
-    values = {float(v) + 0.0 for path, g in grad.items() for v in point[path][at_bound[path] & (g != 0)]}
+    values = {float(v) + 0.0 for path, g in grad.items() for v in params[path][at_bound[path] & (g != 0)]}
     where = shares(lambda mask, g: mask & (g != 0), at_bound, grad)
     return found._replace(shares=where, values=tuple(sorted(values)))
 
 
-def _common(w: np.ndarray) -> np.ndarray:
-    """Return a mask of the entries that are zero, or share the least or largest value of several entries."""
+def _at_bound(w: np.ndarray) -> np.ndarray:
+    """Return a mask of the entries that are zero, or that have the least or largest value, if several have it."""
     mask = w == 0
     for end in (w.min(initial=np.inf), w.max(initial=-np.inf)):
         same = w == end
@@ -104,8 +106,10 @@ def descent(
 ) -> float:
     """Return `Held.descent`. Steps that rounding hides do not count.
 
-    ``to_minimum`` is the distance of the minimum along −∂L/∂w by the curvature, which may be infinite. Along a tenth of
-    it, a smooth L decreases by 0.95 of the prediction.
+    Args:
+        at: see `Backend.isolated`.
+        to_minimum: the distance of the minimum along −∂L/∂w by the curvature, which may be infinite. Along a tenth of
+            it, a smooth L decreases by 0.95 of the prediction.
     """
     start = at(inputs.params, inputs.hparams)
     space = backend.space(start.params)

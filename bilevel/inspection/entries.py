@@ -1,6 +1,6 @@
 """The entries of a problem's inputs and derivatives on the host, by the paths of their leaves."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -54,17 +54,3 @@ def shares(test: Callable[..., np.ndarray], *trees: Arrays) -> tuple[Share, ...]
     """Return the leaves with entries that pass a test of the arrays of some trees."""
     found = (Share(path, int(test(*(tree[path] for tree in trees)).sum()), x.size) for path, x in trees[0].items())
     return tuple(share for share in found if share.number)
-
-
-def listed(items: Iterable[object], most: int = 4) -> str:
-    """Return some items as text.
-
-    >>> listed("abcdef")
-    'a, b, c, d and 2 more'
-    >>> listed("ab")
-    'a and b'
-    """
-    texts = [str(item) for item in items]
-    if len(texts) > most:
-        return f"{', '.join(texts[:most])} and {len(texts) - most} more"
-    return " and ".join(filter(None, [", ".join(texts[:-1]), *texts[-1:]]))

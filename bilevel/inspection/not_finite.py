@@ -1,14 +1,19 @@
-"""Locate a nan or an infinity, and its likely causes."""
+"""Find the first quantity that is nan or infinite, and its likely causes.
+
+Quantities are in the order of their computation, so the first one is the cause of the others.
+"""
 
 from collections.abc import Iterator
+from math import isfinite
 from typing import NamedTuple
 
 import numpy as np
 
 from bilevel.backend import Backend
 from bilevel.inspection.derivatives import Derivatives, inner_value, linearized
-from bilevel.inspection.entries import Arrays, Entries, Share, copied, entries, listed, shares
+from bilevel.inspection.entries import Arrays, Entries, Share, copied, entries, shares
 from bilevel.linearization import Inputs
+from bilevel.messages import listed
 from bilevel.problems.protocols import BilevelProblem
 from bilevel.spaces.array import Array, H, P
 
@@ -30,7 +35,7 @@ FIRST, SECOND = SINGULAR.format(derivative="derivative"), SINGULAR.format(deriva
 
 
 class NotFinite(NamedTuple):
-    """The first quantity that is nan or infinite, in the order of their computation.
+    """A quantity that is nan or infinite.
 
     Attributes:
         quantity: a description of a loss, a derivative or a product; "" for an argument.
@@ -49,9 +54,9 @@ class NotFinite(NamedTuple):
 
 def locate(backend: Backend, problem: BilevelProblem, inputs: Inputs[P, H]) -> str:
     """Return the first quantity of a problem that is not finite, and its likely causes; "" if all are finite."""
-    inner, value, found = backend.run(_derived, problem, inputs)
-    losses = float(backend.to_host(inner)), float(backend.to_host(value))
-    return described(not_finite(backend, problem, inputs, *losses, entries(backend, found)))
+    inner, outer, found = backend.run(_values_and_derivatives, problem, inputs)
+    losses = float(backend.to_host(inner)), float(backend.to_host(outer))
+    return described(find_in_problem(backend, problem, inputs, *losses, entries(backend, found)))
 
 
 def described(first: NotFinite | None) -> str:
@@ -59,62 +64,68 @@ def described(first: NotFinite | None) -> str:
     return "" if first is None else f"{first} {first.way_out}"
 
 
-def not_finite(
-    backend: Backend, problem: BilevelProblem, inputs: Inputs[P, H], inner: float, value: float, found: Entries
+def find_in_problem(
+    backend: Backend, problem: BilevelProblem, inputs: Inputs[P, H], inner: float, outer: float, found: Entries
 ) -> NotFinite | None:
-    """Return the first quantity of a problem at a point that is not finite. It is the cause of the others.
+    """Return the first quantity of a problem that is not finite. The losses and ``found`` are computed at the inputs.
 
     The inner loss can be the only one: in PyTorch, a mean of cross-entropies over no examples is nan, with a gradient
     of zero.
     """
     trees = (found.grad, found.product, found.cross, found.outer_params, found.outer_hparams)
-    if np.isfinite([inner, value]).all() and all(np.isfinite(x).all() for tree in trees for x in tree.values()):
+    if np.isfinite([inner, outer]).all() and all(np.isfinite(x).all() for tree in trees for x in tree.values()):
         return None
-    return first_not_finite(backend, inputs._asdict(), inner, value, found, problem.kind == "equation")
+    return find_not_finite(backend, inputs._asdict(), inner, outer, found, problem.kind == "equation")
 
 
-def first_not_finite(
-    backend: Backend, arguments: dict[str, object], inner: float, value: float, found: Entries, equation: bool = False
+def find_not_finite(
+    backend: Backend,
+    arguments: dict[str, object],
+    inner: float | None,
+    outer: float,
+    found: Entries,
+    equation: bool = False,
 ) -> NotFinite | None:
-    """Return the first of some quantities that is not finite, in the order of their computation.
+    """Return the first of some quantities that is not finite.
 
     Args:
         arguments: trees of any values, by their names in messages.
-        inner: the inner objective; 0 for an equation.
-        value: the outer objective.
+        inner: the value of the inner objective. None: unknown, or the inner problem is an equation.
+        outer: the value of the outer objective.
         found: the derivatives. A part may be empty.
         equation: whether the inner problem is an equation.
     """
-    return next(_quantities(backend, arguments, inner, value, found, equation), None)
+    return next(_all_not_finite(backend, arguments, inner, outer, found, equation), None)
 
 
-def _quantities(
-    backend: Backend, arguments: dict[str, object], inner: float, value: float, found: Entries, equation: bool
+def _all_not_finite(
+    backend: Backend, arguments: dict[str, object], inner: float | None, outer: float, found: Entries, equation: bool
 ) -> Iterator[NotFinite]:
+    inner_finite, outer_finite = inner is None or isfinite(inner), isfinite(outer)
     for name, tree in arguments.items():
         arrays, way_out = _floating(backend, tree, name), {"params": PARAMS, "hparams": HPARAMS}.get(name, DATA)
-        if not name.endswith("args") or not np.isfinite([inner, value]).all():
-            yield from _in("", arrays, way_out)
+        if not (name.endswith("args") and inner_finite and outer_finite):
+            yield from _not_finite_in("", arrays, way_out)
         elif where := shares(np.isnan, arrays):  # an infinity in data may be intended, as in a mask of attention
             yield NotFinite("", where, way_out)
-    if not np.isfinite(inner):
+    if not inner_finite:
         yield NotFinite("The inner loss is", (), VALUE)
     if equation:
-        yield from _in("The residual is", found.grad, VALUE)
-        about, missing = "The residual is finite, but products with its derivative by", FIRST
+        yield from _not_finite_in("The residual is", found.grad, VALUE)
+        products, way_out = "The residual is finite, but products with its derivative by", FIRST
     else:
-        yield from _in("The inner loss is finite, but its gradient ∂L/∂w is", found.grad, FIRST)
-        about = "The inner loss and its gradient are finite, but products with the derivative of ∂L/∂w by"
-        missing = SECOND
-    if not np.isfinite(value):
+        yield from _not_finite_in("The inner loss is finite, but its gradient ∂L/∂w is", found.grad, FIRST)
+        products = "The inner loss and its gradient are finite, but products with the derivative of ∂L/∂w by"
+        way_out = SECOND
+    if not outer_finite:
         yield NotFinite("The outer loss is", (), VALUE)
-    yield from _in("The outer loss is finite, but its gradient ∂F/∂w is", found.outer_params, FIRST)
-    yield from _in("The outer loss is finite, but its gradient ∂F/∂λ is", found.outer_hparams, FIRST)
-    yield from _in(f"{about} params are", found.product, missing)
-    yield from _in(f"{about} hparams are", found.cross, missing)
+    yield from _not_finite_in("The outer loss is finite, but its gradient ∂F/∂w is", found.outer_params, FIRST)
+    yield from _not_finite_in("The outer loss is finite, but its gradient ∂F/∂λ is", found.outer_hparams, FIRST)
+    yield from _not_finite_in(f"{products} params are", found.product, way_out)
+    yield from _not_finite_in(f"{products} hparams are", found.cross, way_out)
 
 
-def _in(quantity: str, tree: Arrays, way_out: str) -> Iterator[NotFinite]:
+def _not_finite_in(quantity: str, tree: Arrays, way_out: str) -> Iterator[NotFinite]:
     if where := shares(lambda x: ~np.isfinite(x), tree):
         yield NotFinite(quantity, where, way_out)
 
@@ -126,6 +137,8 @@ def _floating(backend: Backend, tree: object, name: str) -> Arrays:
     return {path: array for path, leaf in own.items() for array in copied(backend, leaf, path).values()}
 
 
-def _derived(backend: Backend, problem: BilevelProblem, inputs: Inputs[P, H]) -> tuple[Array, Array, Derivatives[P, H]]:
-    _, value, found = linearized(backend, problem, inputs, backend.space(inputs.params).normal(1))
-    return inner_value(backend, problem, inputs), value, found
+def _values_and_derivatives(
+    backend: Backend, problem: BilevelProblem, inputs: Inputs[P, H]
+) -> tuple[Array, Array, Derivatives[P, H]]:
+    _, outer, found = linearized(backend, problem, inputs, backend.space(inputs.params).normal(1))
+    return inner_value(backend, problem, inputs), outer, found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from bilevel.errors import counted
+from bilevel.messages import counted
 from bilevel.operators.lanczos import Spectrum
 from bilevel.results import SolverInfo, Status
 

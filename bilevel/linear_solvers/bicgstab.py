@@ -24,7 +24,7 @@ class _State(NamedTuple, Generic[V]):
     omega: Array
     best: V  # the x with the smallest residual
     least: Array
-    scale: Array  # the largest norm(A p) / norm(p) so far
+    norm_A: Array  # the largest norm(A p) / norm(p) so far
     steps: Array
     status: Array
     live: Array
@@ -53,7 +53,7 @@ class BiCGStab(Iterative[None]):
         space = A.space
         xp, eps = space.xp, space.eps
 
-        def cycle(x: V, r: V, steps: Array, live: Array, tolerance: Array, scale: Array) -> Cycle[V]:
+        def cycle(x: V, r: V, steps: Array, live: Array, tolerance: Array, norm_A: Array) -> Cycle[V]:
             origin = x
             shadow, start = r, space.dot(r, r)
             shadow_norm = xp.sqrt(start)
@@ -77,8 +77,8 @@ class BiCGStab(Iterative[None]):
                 sound = xp.abs(shadow_v) > eps * shadow_norm * xp.sqrt(vv)
                 finite = xp.isfinite(vv) & (xp.isfinite(tt) | ~sound)
                 sound = sound & (size * eps < shadow_norm)
-                scale = xp.maximum(s.scale, xp.sqrt(vv) / space.norm(p))
-                far, near = reach(shadow_norm, scale, tolerance, space)
+                norm_A = xp.maximum(s.norm_A, xp.sqrt(vv) / space.norm(p))
+                far, near = reach(shadow_norm, norm_A, tolerance, space)
                 distance = space.norm(space.subtract(x, origin))
                 sound = sound & ~(distance > far)
                 ok = s.live & finite & sound
@@ -98,16 +98,16 @@ class BiCGStab(Iterative[None]):
                     omega=xp.where(ok, omega, s.omega),
                     best=space.where(better, x, s.best),
                     least=xp.where(better, size, s.least),
-                    scale=xp.where(s.live & finite, scale, s.scale),
+                    norm_A=xp.where(s.live & finite, norm_A, s.norm_A),
                     steps=xp.where(s.live, s.steps + 1, s.steps),
                     status=xp.where(s.live, status, s.status),
                     live=ok & ~lost & ~done & ~spent,
                 )
 
             one, zeros, status = xp.ones_like(start), space.zeros(), xp.full_like(steps, int(Status.CONVERGED))
-            s = _State(x, r, zeros, zeros, one, one, one, x, shadow_norm, scale, steps, status, live)
+            s = _State(x, r, zeros, zeros, one, one, one, x, shadow_norm, norm_A, steps, status, live)
             s = space.while_loop(lambda s: s.live, step, s, self.maxiter)
-            return Cycle(s.best, s.least, s.steps, s.status, s.scale)
+            return Cycle(s.best, s.least, s.steps, s.status, s.norm_A)
 
         return solve_with_restarts(
             cycle, A, b, x0, maxiter=self.maxiter, rtol=self.rtol, atol=self.atol, rounds=RESTARTS

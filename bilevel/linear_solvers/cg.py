@@ -78,7 +78,7 @@ class CG(Iterative[object]):
             z = M.apply(state, r, self.damping, space)
             return z, space.dot(r, z)
 
-        def cycle(x: V, r: V, steps: Array, live: Array, tolerance: Array, scale: Array) -> Cycle[V]:
+        def cycle(x: V, r: V, steps: Array, live: Array, tolerance: Array, norm_A: Array) -> Cycle[V]:
             start = space.dot(r, r)
             z, rz = precondition(r, start)
 
@@ -123,7 +123,7 @@ class CG(Iterative[object]):
             running = xp.where(xp.isfinite(rz), xp.full_like(steps, int(Status.MAXITER)), int(Status.NON_FINITE))
             pp = start if M is None else space.dot(z, z)
             work = (space.copy(x), space.copy(r), space.copy(z))
-            s = _State(*work, start, rz, pp, scale, steps, running, live & (rz > 0))
+            s = _State(*work, start, rz, pp, norm_A, steps, running, live & (rz > 0))
             s = space.while_loop(lambda s: s.live, step, s, self.maxiter)
             return Cycle(s.x, xp.sqrt(s.rr), s.steps, s.status, s.largest)
 

@@ -19,7 +19,7 @@ class _State(NamedTuple, Generic[V]):
     rotations: Array  # (m+1, m+1), orthogonal: it makes the Hessenberg matrix triangular
     triangle: Array  # (m+1, m+1)
     norm: Array  # of the residual, from the rotations
-    scale: Array  # the largest norm(A q) so far
+    norm_A: Array  # the largest norm(A q) so far
     column: Array  # the number of steps in this cycle
     steps: Array  # of all cycles
     status: Array
@@ -77,7 +77,7 @@ class GMRES(LinearSolver[None]):
         xp, eps = space.xp, space.eps
         dimension = min(self.restart, space.size)
 
-        def cycle(x: V, r: V, steps: Array, live: Array, tolerance: Array, scale: Array) -> Cycle[V]:
+        def cycle(x: V, r: V, steps: Array, live: Array, tolerance: Array, norm_A: Array) -> Cycle[V]:
             size = space.norm(r)
             index, unit = indices(size, dimension + 1, space), identity(size, dimension + 1, space)
             zero = xp.zeros_like(steps)
@@ -112,7 +112,7 @@ class GMRES(LinearSolver[None]):
                     rotations=xp.where(ok, rotations, s.rotations),
                     triangle=xp.where(ok & here[None, :], column[:, None], s.triangle),
                     norm=xp.where(ok, remaining, s.norm),
-                    scale=xp.where(ok, xp.maximum(s.scale, length), s.scale),
+                    norm_A=xp.where(ok, xp.maximum(s.norm_A, length), s.norm_A),
                     column=xp.where(ok, s.column + 1, s.column),
                     steps=xp.where(s.live, s.steps + 1, s.steps),
                     status=xp.where(s.live & ~finite, int(Status.NON_FINITE), s.status),
@@ -124,7 +124,7 @@ class GMRES(LinearSolver[None]):
                 rotations=unit,
                 triangle=unit,
                 norm=size,
-                scale=scale,
+                norm_A=norm_A,
                 column=zero,
                 steps=steps,
                 status=xp.full_like(steps, int(Status.CONVERGED)),  # the product after the cycle confirms it
@@ -137,7 +137,7 @@ class GMRES(LinearSolver[None]):
             triangle = xp.where(given[:, None] & given[None, :], s.triangle, unit)
             weights = xp.where(given, size * s.rotations[:, 0], 0.0)
             solutions = xp.cumsum(xp.linalg.solve(triangle, unit) * weights[None, :], 1)
-            inside = given & (xp.sqrt(xp.sum(solutions**2, 0)) <= reach(size, s.scale, tolerance, space).near)
+            inside = given & (xp.sqrt(xp.sum(solutions**2, 0)) <= reach(size, s.norm_A, tolerance, space).near)
             last, nearest = (xp.max(xp.where(columns, index, -1)) for columns in (given, inside))
 
             def change(column: Array) -> V:
@@ -151,7 +151,7 @@ class GMRES(LinearSolver[None]):
 
             y = space.cond(live & (last > nearest), shorten, change(last))
             x = space.where(live, space.axpy(1.0, y, x), x)
-            return Cycle(x, s.norm, s.steps, s.status, s.scale)
+            return Cycle(x, s.norm, s.steps, s.status, s.norm_A)
 
         return solve_with_restarts(
             cycle, A, b, x0, maxiter=self.most_steps, rtol=self.rtol, rounds=self.max_restarts, progress=0.999

@@ -23,7 +23,7 @@ class _State(NamedTuple, Generic[V]):
     cs: Array
     sn: Array
     eta: Array  # the signed norm of the residual
-    scale: Array  # largest entry of the tridiagonal matrix so far
+    norm_A: Array  # largest entry of the tridiagonal matrix so far
     steps: Array
     status: Array
     live: Array
@@ -50,7 +50,7 @@ class MINRES(Iterative[None]):
         space = A.space
         xp, eps = space.xp, space.eps
 
-        def cycle(x: V, r: V, steps: Array, live: Array, tolerance: Array, scale: Array) -> Cycle[V]:
+        def cycle(x: V, r: V, steps: Array, live: Array, tolerance: Array, norm_A: Array) -> Cycle[V]:
             origin, size = x, space.norm(r)
 
             def step(s: _State[V]) -> _State[V]:
@@ -59,7 +59,7 @@ class MINRES(Iterative[None]):
                 alpha = space.dot(s.q, z)
                 z = space.axpy(-alpha, s.q, z)
                 beta = space.norm(z)
-                scale = xp.maximum(s.scale, xp.maximum(xp.abs(alpha), beta))
+                norm_A = xp.maximum(s.norm_A, xp.maximum(xp.abs(alpha), beta))
                 # Apply the last two rotations, and a new rotation that eliminates beta.
                 delta = s.cs * alpha - s.cs_old * s.sn * s.beta
                 rho1 = xp.sqrt(delta**2 + beta**2)
@@ -68,7 +68,7 @@ class MINRES(Iterative[None]):
                 finite = xp.isfinite(rho1)
                 # If norm(A r) / norm(r) vanishes, x is the least-squares solution of a singular system (Choi, Paige &
                 # Saunders 2011).
-                stationary = xp.sqrt(delta**2 + (s.cs * beta) ** 2) <= eps**0.5 * scale
+                stationary = xp.sqrt(delta**2 + (s.cs * beta) ** 2) <= eps**0.5 * norm_A
                 pivot = xp.where(rho1 > 0, rho1, 1.0)
                 d = space.axpy(-rho3, s.d_old, space.axpy(-rho2, s.d, s.q))
                 d = space.scale(1.0 / pivot, d)
@@ -76,13 +76,13 @@ class MINRES(Iterative[None]):
                 eta = -s.eta * beta / pivot
                 done = xp.abs(eta) <= tolerance
                 # The error of the residual is eps norm(A) norm(x), which grows as x grows in the null space.
-                lost = ~done & (eps * scale * space.norm(x) > 0.2 * xp.abs(s.eta))
+                lost = ~done & (eps * norm_A * space.norm(x) > 0.2 * xp.abs(s.eta))
                 distance = space.norm(space.subtract(x, origin))
-                lost = lost | (~done & (distance > reach(size, scale, tolerance, space).far))
+                lost = lost | (~done & (distance > reach(size, norm_A, tolerance, space).far))
                 ok = s.live & finite & ~stationary & ~lost
                 cs = xp.where(ok, delta / pivot, s.cs)
                 sn = xp.where(ok, beta / pivot, s.sn)
-                exhausted = beta <= eps * scale
+                exhausted = beta <= eps * norm_A
                 status = xp.where(done & ok, int(Status.CONVERGED), s.status)
                 status = xp.where(finite, status, int(Status.NON_FINITE))
                 return _State(
@@ -97,7 +97,7 @@ class MINRES(Iterative[None]):
                     cs=cs,
                     sn=sn,
                     eta=xp.where(ok, eta, s.eta),
-                    scale=xp.where(ok, scale, s.scale),
+                    norm_A=xp.where(ok, norm_A, s.norm_A),
                     steps=xp.where(s.live, s.steps + 1, s.steps),
                     status=xp.where(s.live, status, s.status),
                     live=ok & ~done & ~exhausted & (s.steps + 1 < self.maxiter),
@@ -105,8 +105,8 @@ class MINRES(Iterative[None]):
 
             zero, one, none = xp.zeros_like(size), xp.ones_like(size), space.zeros()
             q, status = space.scale(1.0 / xp.where(live, size, 1.0), r), xp.full_like(steps, int(Status.MAXITER))
-            s = _State(x, none, q, none, none, zero, one, zero, one, zero, size, scale, steps, status, live)
+            s = _State(x, none, q, none, none, zero, one, zero, one, zero, size, norm_A, steps, status, live)
             s = space.while_loop(lambda s: s.live, step, s, self.maxiter)
-            return Cycle(s.x, xp.abs(s.eta), s.steps, s.status, s.scale)
+            return Cycle(s.x, xp.abs(s.eta), s.steps, s.status, s.norm_A)
 
         return solve_with_restarts(cycle, A, b, x0, maxiter=self.maxiter, rtol=self.rtol, atol=self.atol)

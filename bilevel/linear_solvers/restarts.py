@@ -15,7 +15,7 @@ from bilevel.spaces.array import Array, Number, V
 from bilevel.spaces.space import Space
 
 ROUNDS = 4  # cycles; the second usually reaches the precision of the dtype
-DRIFT = 50  # after more steps, the residual of a recurrence is checked
+DRIFT = 50  # after more steps, a product checks the residual of a recurrence
 
 
 @dataclass(frozen=True)
@@ -41,49 +41,60 @@ class Iterative(LinearSolver[S]):
 
 
 class Cycle(NamedTuple, Generic[V]):
-    """The end of one run of a method, from its recurrences, before the check by a product."""
+    """The end of a cycle, before a product checks it.
+
+    Attributes:
+        x: the iterate.
+        residual_norm: the norm of its residual, from the recurrences of the method.
+        steps: the number of steps of all cycles.
+        status: a `Status`.
+        norm_A: a lower bound of ‖A‖, from the products of all cycles.
+    """
 
     x: V
-    norm: Array  # of the residual
-    steps: Array  # of all cycles
+    residual_norm: Array
+    steps: Array
     status: Array
-    scale: Array  # a lower bound of the norm of A, from the products of all cycles
+    norm_A: Array
 
 
 RunCycle = Callable[[V, V, Array, Array, Array, Array], Cycle[V]]
+"""(x, r, steps, live, tolerance, norm_A) -> the end of a cycle that starts from x with the residual r."""
 
 
 class Reach(NamedTuple):
-    """Largest distances from the start of a cycle to its end.
+    """Largest distances from the start of a cycle, with the residual r, to its end x.
+
+    Beyond them, x has moved along a direction that A maps to zero, to rounding.
 
     Attributes:
-        far: ‖r‖ / (‖A‖ eps^(2/3)). Further away, rounding errors leave a residual of eps^(1/3) ‖r‖ or more, and x has
-            moved along a direction that A maps to zero, to rounding. A loose tolerance allows for more.
-        near: ‖r‖ / (‖A‖ √eps), for an x that does not solve the system.
+        far: ‖r‖ / (‖A‖ eps^(2/3)), the limit for any x. Beyond it, rounding errors leave a residual of eps^(1/3) ‖r‖ or
+            more. With a loose tolerance, the limit is larger: tolerance / (‖A‖ eps).
+        near: ‖r‖ / (‖A‖ √eps), the limit for an x that does not solve the system.
     """
 
     far: Array
     near: Array
 
 
-def reach(residual_norm: Array, scale: Array, tolerance: Array, space: Space[V]) -> Reach:
-    """Return the largest distances, by the norm of the first residual and an estimate of the norm of A."""
+def reach(residual_norm: Array, norm_A: Array, tolerance: Array, space: Space[V]) -> Reach:
+    """Return the largest distances. ``residual_norm`` is ‖r‖, and ``norm_A`` is an estimate of ‖A‖."""
     xp, eps = space.xp, space.eps
-    scale = xp.where(scale > 0, scale, 1.0)
+    norm_A = xp.where(norm_A > 0, norm_A, 1.0)
     far = xp.maximum(residual_norm / eps ** (2 / 3), tolerance / eps)
-    return Reach(far / scale, residual_norm / (eps**0.5 * scale))
+    return Reach(far / norm_A, residual_norm / (eps**0.5 * norm_A))
 
 
 class _State(NamedTuple, Generic[V]):
-    start: V  # of the cycle
+    start: V  # the x at the start of the last cycle
     x: V
     r: V
-    norm: Array
+    residual_norm: Array  # of x, from a recurrence or a product
     confirmed: Array  # norm of the last residual from a product
     steps: Array
     status: Array
-    scale: Array
-    live: Array
+    norm_A: Array
+    live: Array  # whether another cycle follows
 
 
 def solve_with_restarts(
@@ -106,9 +117,9 @@ def solve_with_restarts(
     make progress. A cycle is undone if its recurrence reports a smaller residual but the true residual has grown.
 
     Args:
-        cycle: (x, r, steps, live, tolerance, scale) -> `Cycle`, from x with the residual r. If ``live`` is false, it
-            must do nothing. It ends with ``CONVERGED`` below the tolerance, with ``MAXITER`` at ``maxiter`` steps of
-            all cycles, or with another failure.
+        cycle: see `RunCycle`. If ``live`` is false, it must do nothing. It ends with ``CONVERGED`` below the tolerance,
+            with ``MAXITER`` at ``maxiter`` steps of all cycles, or with another failure. ``norm_A`` is the value from
+            the last cycle, or zero.
         A: the operator, with its damping.
         b: the right-hand side.
         x0: a warm start, at one product. It is ignored for b = 0, whose solution is zero.
@@ -126,36 +137,42 @@ def solve_with_restarts(
         tolerance = xp.maximum(relative * rhs_norm, space.eps * rhs_norm)
         tolerance = xp.maximum(tolerance, atol / scale * xp.ones_like(rhs_norm))
 
+        def judged(size: Array) -> Array:
+            """Return the status of an iterate by the norm of its true residual."""
+            unsolved = xp.full_like(size, int(Status.MAXITER), dtype=xp.int32)
+            status = xp.where(size <= tolerance, int(Status.CONVERGED), unsolved)
+            return xp.where(xp.isfinite(size), status, int(Status.NON_FINITE))
+
         def check(s: _State[V]) -> _State[V]:
+            """Compute the true residual, which decides the status and whether another cycle follows."""
             r = A.residual(b, s.x)
             size = space.norm(r)
             claimed, met = s.status == int(Status.CONVERGED), size <= tolerance
-            undecided = claimed | (s.status == int(Status.MAXITER))
-            status = xp.where(met, int(Status.CONVERGED), xp.full_like(s.status, int(Status.MAXITER)))
-            status = xp.where(xp.isfinite(size), status, int(Status.NON_FINITE))
+            failed = ~claimed & (s.status != int(Status.MAXITER))
             # A residual may grow, as in CG, but not if the recurrence reports a smaller one.
-            worse = (size > s.confirmed) & (s.norm <= s.confirmed)
+            worse = (size > s.confirmed) & (s.residual_norm <= s.confirmed)
             return s._replace(
                 x=space.where(worse, s.start, s.x),
                 r=r,
-                norm=xp.where(worse, s.confirmed, size),
+                residual_norm=xp.where(worse, s.confirmed, size),
                 confirmed=size,
-                status=xp.where(undecided, status, s.status),
+                status=xp.where(failed, s.status, judged(size)),
                 live=claimed & ~met & (size < progress * s.confirmed) & (s.steps < maxiter),
             )
 
-        def round_(s: _State[V]) -> _State[V]:
-            end = cycle(s.x, s.r, s.steps, s.live, tolerance, s.scale)
-            short = (end.status == int(Status.MAXITER)) & (end.steps == maxiter) & (end.steps <= DRIFT)
-            doubtful = s.live & ~short
+        def run_and_check(s: _State[V]) -> _State[V]:
+            end = cycle(s.x, s.r, s.steps, s.live, tolerance, s.norm_A)
+            # The residual of a few steps has not drifted yet.
+            trusted = (end.status == int(Status.MAXITER)) & (end.steps == maxiter) & (end.steps <= DRIFT)
+            doubtful = s.live & ~trusted
             s = s._replace(
                 start=s.x,
                 x=end.x,
-                norm=xp.where(s.live, end.norm, s.norm),
+                residual_norm=xp.where(s.live, end.residual_norm, s.residual_norm),
                 steps=end.steps,
                 status=xp.where(s.live, end.status, s.status),
-                scale=xp.where(s.live, end.scale, s.scale),
-                live=s.live & False,
+                norm_A=xp.where(s.live, end.norm_A, s.norm_A),
+                live=xp.zeros_like(s.live),
             )
             return space.cond(doubtful, check, s)
 
@@ -165,20 +182,17 @@ def solve_with_restarts(
             x = space.where(rhs_norm > 0, x0, space.zeros())
             r = space.where(rhs_norm > 0, A.residual(b, x), b)
         size = space.norm(r)
-        met, finite = size <= tolerance, xp.isfinite(size)
-        steps = xp.zeros_like(size, dtype=xp.int32)
-        status = xp.where(met, int(Status.CONVERGED), xp.full_like(steps, int(Status.MAXITER)))
-        status = xp.where(finite, status, int(Status.NON_FINITE))
-        zero = xp.zeros_like(size)
-        s = _State(x, x, r, size, size, steps, status, scale=zero, live=~met & finite & (maxiter > 0))
-        s = space.while_loop(lambda s: s.live, round_, s, rounds)
+        steps, status = xp.zeros_like(size, dtype=xp.int32), judged(size)
+        live = (status == int(Status.MAXITER)) & (maxiter > 0)
+        s = _State(x, x, r, size, size, steps, status, norm_A=xp.zeros_like(size), live=live)
+        s = space.while_loop(lambda s: s.live, run_and_check, s, rounds)
 
         def fill_nan(s: _State[V]) -> _State[V]:
             """Return nan, because nothing can raise under jit."""
-            return s._replace(x=space.scale(float("nan"), b), norm=s.norm + float("nan"))
+            return s._replace(x=space.scale(float("nan"), b), residual_norm=s.residual_norm + float("nan"))
 
         s = space.cond(s.status == int(Status.NON_FINITE), fill_nan, s)
-        return s.x, SolverInfo(s.steps, s.norm, rhs_norm, s.status)
+        return s.x, SolverInfo(s.steps, s.residual_norm, rhs_norm, s.status)
 
     def solve_or_stand_in(b: V, x0: V | None, scale: Array) -> tuple[V, SolverInfo]:
         x, info = solve(b, x0, scale)
@@ -186,9 +200,9 @@ def solve_with_restarts(
             return x, info
         fallback = stand_in
 
-        def replaced(answer: tuple[V, SolverInfo]) -> tuple[V, SolverInfo]:
+        def replaced(zero: tuple[V, SolverInfo]) -> tuple[V, SolverInfo]:
             x = fallback(b)
-            return x, answer[1]._replace(residual_norm=space.norm(A.residual(b, x)))
+            return x, zero[1]._replace(residual_norm=space.norm(A.residual(b, x)))
 
         immediate = (info.status == int(Status.NEGATIVE_CURVATURE)) & (info.steps == 1)
         return space.cond(immediate, replaced, (x, info))

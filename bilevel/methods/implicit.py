@@ -15,15 +15,16 @@ from bilevel.linear_solvers.wrapper import Wrapper
 from bilevel.linearization import LinearizedMap
 from bilevel.methods.method import Level, Method, Pullback, Solution
 from bilevel.operators.linear_operator import LinearOperator
+from bilevel.results import Status
 from bilevel.spaces.array import H, P
 from bilevel.spaces.space import Layout
 
 
 @dataclass(frozen=True)
 class Implicit(Wrapper, Method):
-    """(dw*/dλ)ᵀ c = −(∂r/∂λ)ᵀ v with (∂r/∂w)ᵀ v = c, by a linear solver.
+    """Implicit differentiation: a linear solver computes v of (∂r/∂w)ᵀ v = c. Then (dw*/dλ)ᵀ c = −(∂r/∂λ)ᵀ v.
 
-    Lorraine, Vicol & Duvenaud (AISTATS 2020), theorem 1.
+    Lorraine, Vicol & Duvenaud (AISTATS 2020), theorem 1. The method leaves params where they are.
     """
 
     solver: LinearSolver[Any]
@@ -68,15 +69,18 @@ def pull_back(
 ) -> Pullback[P, H]:
     """Solve A v = cotangent, where A is v -> (∂r/∂w)ᵀ v. Return −(∂r/∂λ)ᵀ v, and v.
 
-    ``at`` is the linearized map. Its residual may be None. ``adjoint0`` is a warm start. Raise a TypeError if A lacks a
-    property that the solver requires.
+    ``at`` is the linearized map. ``adjoint0`` is a warm start. If the residual of the map is known (not None), the info
+    has its norm and the estimate of F(params) − F(w*), and a nan in it sets the status ``NON_FINITE``.
+
+    Raise a TypeError if A lacks a property that the solver requires.
     """
     check_requirements(solver, A)
     adjoint, info = solver.solve(solver.init(A), A, cotangent, adjoint0)
-    error = None
     if at.residual is not None:
-        error = A.space.dot(adjoint, at.residual)
-        info = info._replace(inner_grad_norm=A.space.norm(at.residual), value_error=error)
+        # A Newton step leads to w*: w − w* ≈ (∂r/∂w)⁻¹ r, and F changes by c·(w − w*) ≈ v·r.
+        error, xp = A.space.dot(adjoint, at.residual), A.space.xp
+        status = xp.where(xp.isfinite(error), info.status, int(Status.NON_FINITE))
+        info = info._replace(inner_grad_norm=A.space.norm(at.residual), value_error=error, status=status)
     product = at.vjp_hparams(adjoint)
     grad = None if product is None else backend.space(product).scale(-1.0, product)
-    return Pullback(grad, adjoint, info, at.dependence() if at.dependence else None, error)
+    return Pullback(grad, adjoint, info, at.dependence() if at.dependence else None)

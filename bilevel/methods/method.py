@@ -13,7 +13,7 @@ from bilevel.linearization import Dependence, LinearizedMap
 from bilevel.operators.linear_operator import LinearOperator
 from bilevel.problems.protocols import BilevelProblem
 from bilevel.results import SolverInfo
-from bilevel.spaces.array import Args, Array, H, P
+from bilevel.spaces.array import Args, H, P
 from bilevel.spaces.space import Layout, Space
 
 
@@ -64,14 +64,12 @@ class Pullback(NamedTuple, Generic[P, H]):
         adjoint: v.
         info: information about the solve for v.
         dependence: see `LinearizedMap`. None if it is unknown.
-        value_error: see `SolverInfo`. None if it is unknown. It is nan if r has a nan, so that w is no solution.
     """
 
     hparams: H | None
     adjoint: P
     info: SolverInfo
     dependence: Dependence | None = None
-    value_error: Array | None = None
 
 
 class Solution(NamedTuple, Generic[P, H]):

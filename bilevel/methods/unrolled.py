@@ -18,7 +18,7 @@ from bilevel.results import SolverInfo, Status
 from bilevel.spaces.array import H, Number, P
 from bilevel.spaces.space import Layout, Space
 
-GROWTH = 10.0  # allowed growth of dF/dw backwards through the steps; momentum may cause a small growth
+GROWTH = 10.0  # of dF/dw, backwards through the steps, at most. Momentum may cause a small growth
 MANY_STEPS = 100  # from this number on, the iterates take more memory than the graph of a step
 MANY_HPARAMS = 100  # above this number, reverse mode is always cheaper
 ADAM_STEP_SIZE = 1e-3
@@ -54,9 +54,9 @@ class Unrolled(Method):
     small against ``rhs_norm`` once the steps have converged. If it exceeds ``rhs_norm`` tenfold, the status is
     ``DIVERGED``: the step is too large, or the curvature is negative.
 
-    Forward mode computes these two values as if all steps started at ``hg.params``. There v is an equally good warm
-    start, but ``hg.grad`` does not depend on it. If all steps have the same data, ``info.residual_norm`` is the norm
-    of ∂F/∂w − (∂²L/∂w²) v.
+    Forward mode computes ``hg.adjoint`` and ``info.residual_norm`` as if all steps started at ``hg.params``. This v is
+    an equally good warm start, but ``hg.grad`` does not depend on it. If all steps have the same data,
+    ``info.residual_norm`` is the norm of ∂F/∂w − (∂²L/∂w²) v.
 
     The inner objective is evaluated at other weights than ``params``. So it must compute with its arguments (in
     PyTorch: `torch.func.functional_call`), and without randomness.
@@ -121,11 +121,15 @@ class Unrolled(Method):
 
     @override
     def solve(self, level: Level[P, H], adjoint0: P | None) -> Solution[P, H]:
-        run, influences, used = self._run(level)
+        run, has_influence, used = self._start(level)
         count = self.steps if self.truncation is None else min(self.truncation, self.steps)
         start = run.advance(run.start(level.params), self.steps - count)
-        solution = (self._reverse if self.mode == "reverse" else self._forward)(run, start, count, influences)
-        return Solution(solution.params, lambda c: solution.pullback(c)._replace(dependence=used))
+        solution = (self._reverse if self.mode == "reverse" else self._forward)(run, start, count, has_influence)
+
+        def pullback(cotangent: P) -> Pullback[P, H]:
+            return solution.pullback(cotangent)._replace(dependence=used)
+
+        return Solution(solution.params, pullback)
 
     @override
     def init(self, level: Level[P, H]) -> Number | None:
@@ -146,22 +150,24 @@ class Unrolled(Method):
                 "diverged: Adam's steps magnify differences between starting points. Use a smaller step_size, a larger "
                 "eps (for small gradients, its step is close to a sign function), or truncation."
             )
-        return advice.diverged(0.0, curvature) if symmetric else advice.NO_CONTRACTION
+        return advice.diverged(self.damping, curvature) if symmetric else advice.NO_CONTRACTION
 
-    def _run(self, level: Level[P, H]) -> tuple[Run[P, H], bool, Dependence | None]:
-        """Return the run, whether its steps depend on λ, and on which leaves of λ."""
+    def _start(self, level: Level[P, H]) -> tuple[Run[P, H], bool, Dependence | None]:
+        """Return the run before its first step, whether its steps depend on λ, and on which leaves of λ."""
         space, of_hparams = level.space, level.backend.space(level.hparams)
         at_start = level.linearize()
-        influences = at_start.vjp_hparams(space.zeros()) is not None
+        has_influence = at_start.vjp_hparams(space.zeros()) is not None
         used = None if at_start.dependence is None else at_start.dependence()
         if used is not None:  # the end of a run depends on its start, also where no step changes it
             used = used._replace(params=[True] * len(used.params))
         if self.mode == "forward":
             _check_forward(level, of_hparams)
-        step = self._inner_step(level, at_start, space)
-        return Run(level, space, of_hparams, space.sequence(level.batches), step), influences, used
+        step = self._optimizer_step(level, at_start, space)
+        return Run(level, space, of_hparams, space.sequence(level.batches), step), has_influence, used
 
-    def _inner_step(self, level: Level[P, H], at: LinearizedMap[P, H], space: Space[P]) -> InnerStep[P, Any, Any, Any]:
+    def _optimizer_step(
+        self, level: Level[P, H], at: LinearizedMap[P, H], space: Space[P]
+    ) -> InnerStep[P, Any, Any, Any]:
         step_size: Number = ADAM_STEP_SIZE
         if not isinstance(self.step_size, str):
             step_size = self.step_size
@@ -171,36 +177,36 @@ class Unrolled(Method):
             return Adam(space, step_size, self.beta1, self.beta2, self.eps)
         return HeavyBall(space, step_size, self.momentum)
 
-    def _reverse(self, run: Run[P, H], start: State[P], count: int, influences: bool) -> Solution[P, H]:
+    def _reverse(self, run: Run[P, H], start: State[P], count: int, has_influence: bool) -> Solution[P, H]:
         checkpoint = count >= MANY_STEPS if isinstance(self.checkpoint, str) else self.checkpoint
         recording = Recording(run, start, count, checkpoint, keep=self.checkpoint is False)
 
         def pullback(cotangent: P) -> Pullback[P, H]:
-            a = recording.back(run.adjoint(cotangent, run.of_hparams.zeros() if influences else None))
+            a = recording.back(run.adjoint(cotangent, run.of_hparams.zeros() if has_influence else None))
             return Pullback(a.cross, a.total, self._info(a, cotangent, run.space))
 
         return Solution(recording.end.params, pullback)
 
-    def _forward(self, run: Run[P, H], start: State[P], count: int, influences: bool) -> Solution[P, H]:
+    def _forward(self, run: Run[P, H], start: State[P], count: int, has_influence: bool) -> Solution[P, H]:
         space, of_hparams = run.space, run.of_hparams
-        end, tangents = forward_tangents(run, start, count) if influences else (run.advance(start, count), None)
+        end, tangents = forward_tangents(run, start, count) if has_influence else (run.advance(start, count), None)
 
         def pullback(cotangent: P) -> Pullback[P, H]:
             def add(grad: H, z: Tangent[P, H]) -> tuple[H, None]:
                 return of_hparams.axpy(space.dot(cotangent, z.params), z.hparams, grad), None
 
-            indirect = space.scan(add, of_hparams.zeros(), tangents, of_hparams.size)[0] if influences else None
+            indirect = space.scan(add, of_hparams.zeros(), tangents, of_hparams.size)[0] if has_influence else None
             a = backward_at(run, end, count, run.adjoint(cotangent, None), same_data=len(run.level.batches) == 1)
             return Pullback(indirect, a.total, self._info(a, cotangent, space))
 
         return Solution(end.params, pullback)
 
     def _info(self, a: Adjoint[P, H], cotangent: P, space: Space[P]) -> SolverInfo:
-        xp, left, rhs_norm = space.xp, space.norm(a.params), space.norm(cotangent)
-        steps = xp.full_like(left, self.steps, dtype=xp.int32)
-        status = xp.where(left > GROWTH * rhs_norm, int(Status.DIVERGED), xp.full_like(steps, int(Status.CONVERGED)))
-        status = xp.where(xp.isfinite(left), status, int(Status.NON_FINITE))
-        return SolverInfo(steps, left, rhs_norm, status)
+        xp, at_start, at_end = space.xp, space.norm(a.params), space.norm(cotangent)  # the norms of dF/dw
+        steps = xp.full_like(at_start, self.steps, dtype=xp.int32)
+        status = xp.where(at_start > GROWTH * at_end, int(Status.DIVERGED), xp.full_like(steps, int(Status.CONVERGED)))
+        status = xp.where(xp.isfinite(at_start), status, int(Status.NON_FINITE))
+        return SolverInfo(steps, residual_norm=at_start, rhs_norm=at_end, status=status)
 
 
 def _check_forward(level: Level[P, H], of_hparams: Space[H]) -> None:

@@ -1,4 +1,4 @@
-"""F and its hypergradient as a function for SciPy, with warm starts and a state."""
+"""F and its hypergradient as a function for SciPy. A search starts each solve warm, and can be resumed."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from bilevel.methods.method import Method
 from bilevel.problems.protocols import BilevelProblem
 from bilevel.results import Status
 from bilevel.spaces.array import H, P
-from bilevel.trainings import check_training_result
+from bilevel.trainings import check_fit_result
 
 LOOSEST_RTOL = 1e-2  # of the first linear solves; the gradients are accurate enough for a line search
 TIGHTENING = 0.85  # the largest factor per evaluation, so that the sum of the errors is finite
-EXACT = 1e-4  # largest relative error of F, by an inner problem that is not solved, in a search that succeeds
-FORMAT = 1
+SOLVED = 1e-4  # of F or of its decrease: the largest error by an unsolved inner problem in a search that succeeds
+FORMAT = 1  # of the state
 
 
 class Evaluation(NamedTuple):
@@ -38,7 +38,10 @@ class Evaluation(NamedTuple):
 
 
 class Point(NamedTuple, Generic[P]):
-    """One evaluation. ``params`` and ``adjoint`` are None in a search that repeats a state."""
+    """A point where F was evaluated.
+
+    A repeated evaluation has no ``params`` and ``adjoint``, except at the point where the recorded search ended.
+    """
 
     x: np.ndarray
     value: float
@@ -52,7 +55,12 @@ class Search(Generic[P, H]):
     """F and its hypergradient as a function for SciPy.
 
     Attributes:
+        box: the bounds of the hyperparameters.
         call: further arguments of each hypergradient.
+        history: the record of each evaluation.
+        points: x, F and the hypergradient of each evaluation.
+        recorded: the state of an earlier search. Its evaluations are repeated first, without a call of ``fit``.
+        last: the last evaluation.
         here: the point that was accepted last, the source of warm starts.
     """
 
@@ -73,7 +81,7 @@ class Search(Generic[P, H]):
         self.last: Any = None
 
     def __call__(self, x: np.ndarray) -> tuple[float, np.ndarray]:
-        """Return F and its hypergradient, over the norm of the first one."""
+        """Return F and its hypergradient, both divided by the norm of the first hypergradient."""
         self.last = self.evaluate(x)
         self.here = self.here or self.last
         scale = self.history[0].grad_norm or 1.0
@@ -91,7 +99,7 @@ class Search(Generic[P, H]):
         return {**found, "nfev": len(self.history), "state": self.state()}
 
     def state(self) -> dict[str, Any]:
-        """Return what `load` needs."""
+        """Return the state that `load` accepts."""
         return {
             "format": FORMAT,
             "points": [list(point) for point in self.points],
@@ -102,7 +110,7 @@ class Search(Generic[P, H]):
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Let the search repeat a state.
+        """Make the search repeat the evaluations of a state first.
 
         Raises:
             ValueError: if it is no state of a search.
@@ -114,7 +122,7 @@ class Search(Generic[P, H]):
 
     @property
     def repeated(self) -> bool:
-        """Whether all evaluations are repetitions."""
+        """Whether all evaluations so far were repeated from a state."""
         return self.recorded is not None and len(self.history) <= len(self.recorded["points"])
 
     def evaluate(self, x: np.ndarray) -> Point[P]:
@@ -134,18 +142,17 @@ class Search(Generic[P, H]):
                 "resume: the state is of another search. Pass the same problem, hparams0, method, bounds and options "
                 "as before the interruption."
             )
-        value_, grad_norm, rtol, steps, status, *of_inner = state["history"][len(self.history)]
-        evaluation = Evaluation(value_, grad_norm, rtol, steps, Status(status), *of_inner)
-        if np.array_equal(x, state["x"]):
-            return Point(x, value, grad, state["params"], state["adjoint"]), evaluation
-        return Point(x, value, grad, None, None), evaluation
+        evaluation = Evaluation(*state["history"][len(self.history)])
+        evaluation = evaluation._replace(status=Status(evaluation.status))
+        end = (state["params"], state["adjoint"]) if np.array_equal(x, state["x"]) else (None, None)
+        return Point(x, value, grad, *end), evaluation
 
     def _compute(self, x: np.ndarray) -> tuple[Point[P], Evaluation]:
         backend, warm = self.backend, self.here
         hparams = self.hparams(x)
         method, rtol = self._tightened()
         start: Any = self.copied(warm.params) if warm else self.params0
-        params, _ = check_training_result(backend, "fit", self.fit(hparams, start), only="Return only the params.")
+        params = check_fit_result(backend, self.fit(hparams, start))
         try:
             with warnings.catch_warnings():
                 if any(self.method.failed(evaluation.status) for evaluation in self.history):
@@ -163,8 +170,7 @@ class Search(Generic[P, H]):
         value, grad, info = float(backend.to_host(hg.value)), backend.to_flat(hg.grad), hg.info
         blocked = ((x <= self.box.lb) & (grad > 0)) | ((x >= self.box.ub) & (grad < 0))
         grad_norm = float(np.linalg.norm(np.where(blocked, 0.0, grad)))
-        of_inner = info.inner_grad_norm, info.value_error
-        evaluation = Evaluation(value, grad_norm, rtol, info.steps, info.status, *of_inner)
+        evaluation = Evaluation(value, grad_norm, rtol, info.steps, info.status, info.inner_grad_norm, info.value_error)
         return Point(x, value, grad, self.copied(hg.params), hg.adjoint), evaluation
 
     def unsolved(self) -> str | None:
@@ -174,7 +180,7 @@ class Search(Generic[P, H]):
         errors = [abs(evaluation.value_error) for evaluation in self.history]
         # With a noisy fit, one error may be small by chance.
         error = max(errors[at], float(np.median(errors[-5:])))
-        if not error > EXACT * max(abs(self.here.value), max(values) - self.here.value):
+        if not error > SOLVED * max(abs(self.here.value), max(values) - self.here.value):
             return None
         return (
             f"fit does not solve the inner problem: to first order, the outer objective {self.here.value:.6g} differs "

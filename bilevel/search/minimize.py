@@ -14,9 +14,10 @@ import scipy  # scipy.optimize loads at its first use
 
 from bilevel.backend import Backend
 from bilevel.config import get_solver
-from bilevel.convergence import OnFailure, callers_level
-from bilevel.errors import InnerProblemWarning, suggest
+from bilevel.convergence import OnFailure
+from bilevel.errors import InnerProblemWarning
 from bilevel.hypergradient import SolverSpec
+from bilevel.messages import callers_level, suggest
 from bilevel.methods.implicit import as_method
 from bilevel.problems.protocols import BilevelProblem
 from bilevel.search.evaluations import Search

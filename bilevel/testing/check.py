@@ -13,7 +13,7 @@ from bilevel.problems.protocols import BilevelProblem
 from bilevel.spaces.array import Args
 from bilevel.testing.comparisons import Subject, against_differences, against_exact
 from bilevel.testing.host import check_damping, prepare
-from bilevel.testing.retraining import Fit, check_fit
+from bilevel.testing.retraining import Fit, check_retraining
 
 Reference = Literal["exact", "finite-differences", "retraining"]
 
@@ -71,7 +71,7 @@ def check_hypergradient(
     """
     __tracebackhide__ = True  # pytest shows the caller's line
     check_choice("reference", reference, get_args(Reference))
-    check_fit(fit, damping)
+    check_retraining(fit, damping)
     if (fit is not None) != (reference == "retraining"):
         raise ValueError('fit: pass fit= and reference="retraining" together.')
     check_damping(damping)

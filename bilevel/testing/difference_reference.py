@@ -12,7 +12,7 @@ from bilevel.results import Hypergradient, SolverInfo, Status
 from bilevel.spaces.array import Args, H
 from bilevel.testing.host import HostProblem, prepare
 from bilevel.testing.newton import InnerSolver
-from bilevel.testing.retraining import Fit, Retraining, check_fit
+from bilevel.testing.retraining import Fit, Retraining, check_retraining
 
 MAX_HPARAMS = 200
 SHORTEST = 1e-4  # the shortest step of differences of a training, relative to λ
@@ -151,7 +151,7 @@ def finite_difference_hypergradient(
     >>> finite_difference_hypergradient(problem, np.zeros(2), np.zeros(2)).grad
     array([-0.5, -0.5])
     """
-    check_fit(fit, damping)
+    check_retraining(fit, damping)
     backend, inputs = prepare(params, hparams, inner_args, outer_args, backend, "the reference by finite differences")
     size = backend.space(hparams).size
     if size > MAX_HPARAMS:

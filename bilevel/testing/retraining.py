@@ -6,19 +6,19 @@ from typing import Any
 import numpy as np
 
 from bilevel.testing.host import HostProblem
+from bilevel.trainings import check_fit, check_fit_result
 from bilevel.validation import check_like
 
 Fit = Callable[[Any, Any], Any]
 """(hparams, params0) -> params, as in `bl.minimize`."""
 
 
-def check_fit(fit: object, damping: float) -> None:
-    """Raise a TypeError unless fit is a function or None, and a ValueError if there is damping too."""
-    if fit is not None and not callable(fit):
-        raise TypeError(
-            f"fit: expected a function of (hparams, params0) that returns params, got {type(fit).__name__}."
-        )
-    if fit is not None and damping:
+def check_retraining(fit: object, damping: float) -> None:
+    """Raise a TypeError unless fit is a training or None, and a ValueError if there is damping too."""
+    if fit is None:
+        return
+    check_fit(fit)
+    if damping:
         raise ValueError("damping: a training solves the inner problem without damping. Leave out fit or damping.")
 
 
@@ -37,8 +37,6 @@ class Retraining:
         """Return the params that are trained with λ, of shape (n,)."""
         backend, params = self.host.backend, self.host.inputs.params
         start = self.host.at(self.host.w, lam)
-        found = self.fit(start.hparams, start.params)
-        if found is None:
-            raise ValueError("fit: expected the new params, got None. Does the function return them?")
-        check_like(backend, "the result of fit", found, "params", params)
-        return backend.to_flat(found)
+        trained = check_fit_result(backend, self.fit(start.hparams, start.params))
+        check_like(backend, "the result of fit", trained, "params", params)
+        return backend.to_flat(trained)

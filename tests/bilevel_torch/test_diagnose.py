@@ -7,21 +7,11 @@ import pytest
 import bilevel as bl
 
 torch = pytest.importorskip("torch")
+from torch_losses import Twice  # noqa: E402
+
 import bilevel_torch  # noqa: E402
 
 nn, F = torch.nn, torch.nn.functional
-
-
-class Twice(torch.autograd.Function):
-    """A wrong derivative."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, g):
-        return 2 * g
 
 
 class Loop:

@@ -7,19 +7,9 @@ import bilevel as bl
 torch = pytest.importorskip("torch")
 pytest.importorskip("bilevel_torch")
 
-from torch_losses import X, call, losses, new_decay, small_net  # noqa: E402
+from torch_losses import X, call, losses  # noqa: E402
 
 nn = torch.nn
-
-
-@pytest.fixture
-def net():
-    return small_net()
-
-
-@pytest.fixture
-def decay():
-    return new_decay()
 
 
 def test_one_of_several_without_influence_is_zero(net, decay):

@@ -7,19 +7,9 @@ import bilevel as bl
 torch = pytest.importorskip("torch")
 pytest.importorskip("bilevel_torch")
 
-from torch_losses import Bent, X, call, losses, new_decay, small_net  # noqa: E402
+from torch_losses import Bent, X, call, losses  # noqa: E402
 
 nn, F = torch.nn, torch.nn.functional
-
-
-@pytest.fixture
-def net():
-    return small_net()
-
-
-@pytest.fixture
-def decay():
-    return new_decay()
 
 
 class TestCheckpoints:

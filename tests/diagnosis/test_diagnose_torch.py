@@ -11,6 +11,9 @@ import bilevel as bl
 from bilevel.diagnosis.agreement import DERIVATIVES
 
 torch = pytest.importorskip("torch")
+
+from torch_losses import Twice  # noqa: E402
+
 nn, F = torch.nn, torch.nn.functional
 
 STYLES = ["own", "functional", "copies"]  # net(x), functional_call with the module's own weights, with copies
@@ -456,18 +459,6 @@ def test_a_loss_that_reads_its_arguments_from_a_closure_is_checked(share):
     report = bl.diagnose(problem, w, lam)
     assert report.verified
     assert names(report) == {"not solved"}
-
-
-class Twice(torch.autograd.Function):
-    """A wrong derivative."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, g):
-        return 2 * g
 
 
 @pytest.mark.parametrize("closed", [False, True])

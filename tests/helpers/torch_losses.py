@@ -39,3 +39,15 @@ class Bent(nn.Module):
 
     def forward(self, x):
         return self.second(self.bend(self.first(x)))
+
+
+class Twice(torch.autograd.Function):
+    """A wrong derivative."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return 2 * g

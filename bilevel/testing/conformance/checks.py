@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 from unittest import SkipTest
 
 from bilevel.backend import Backend
-from bilevel.errors import DependenceWarning, InnerProblemWarning, suggest
+from bilevel.errors import DependenceWarning, InnerProblemWarning
+from bilevel.messages import suggest
 
 Law = Callable[[Any], None]
 DTYPES = ("float64", "float32")

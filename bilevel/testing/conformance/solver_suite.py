@@ -4,8 +4,8 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from bilevel.backend import Backend
 from bilevel.config import get_backend, get_solver, list_backends
-from bilevel.errors import suggest
 from bilevel.hypergradient import SolverSpec
+from bilevel.messages import suggest
 from bilevel.methods import Method
 from bilevel.testing.conformance import capabilities, execution, linear, methods, rounding
 from bilevel.testing.conformance.checks import Applied, Check, collect, known_backends

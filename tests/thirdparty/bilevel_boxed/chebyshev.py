@@ -44,7 +44,7 @@ class Chebyshev(bl.LinearSolver[None]):
         space, xp = A.space, A.space.xp
         center, radius = (self.largest + self.smallest) / 2, (self.largest - self.smallest) / 2
 
-        def cycle(x: Any, r: Any, steps: Any, live: Any, tolerance: Any) -> Cycle[Any]:
+        def cycle(x: Any, r: Any, steps: Any, live: Any, tolerance: Any, norm_A: Any) -> Cycle[Any]:
             start = space.norm(r)
 
             def step(s: _State) -> _State:
@@ -64,6 +64,6 @@ class Chebyshev(bl.LinearSolver[None]):
             )
             status = xp.where(s.norm > 1e3 * start, int(bl.Status.DIVERGED), status)
             status = xp.where(xp.isfinite(s.norm), status, int(bl.Status.NON_FINITE))
-            return Cycle(s.x, s.norm, s.steps, status)
+            return Cycle(s.x, s.norm, s.steps, status, norm_A)
 
         return solve_with_restarts(cycle, A, b, x0, maxiter=self.maxiter, rtol=self.rtol)
