@@ -53,6 +53,10 @@ def find_backend(
                 f"jnp.asarray({number})."
             )
         kinds = type(params).__name__, type(hparams).__name__
+        if params is hparams:
+            raise TypeError(
+                f"{names[0]}: expected a tree of NumPy, torch or JAX arrays, got {kinds[0]} without arrays. {TREES}"
+            )
         raise TypeError(
             f"{names[0]} and {names[1]}: expected trees of NumPy, torch or JAX arrays, got {kinds[0]} and {kinds[1]} "
             f"without arrays. {TREES}"

@@ -106,10 +106,13 @@ class Search(Generic[P, H]):
 
         Raises:
             ValueError: if it is no state of a search.
+            TypeError: if its arrays have become lists.
         """
         expected = ["adjoint", "format", "history", "params", "points", "x"]
         if not isinstance(state, Mapping) or sorted(state) != expected or state["format"] != FORMAT:
             raise ValueError("resume: expected the state of a result of bl.minimize (result.state), of this version.")
+        if not all(isinstance(array, np.ndarray) for point in state["points"] for array in point[::2]):
+            raise TypeError("resume: expected arrays in the state. JSON makes lists of them: save it by pickle.")
         self.recorded = state
 
     @property
@@ -142,10 +145,10 @@ class Search(Generic[P, H]):
 
     def _compute(self, x: np.ndarray) -> tuple[Point[P], Evaluation]:
         backend, warm = self.backend, self.here
-        hparams = self.hparams(x)
         method, rtol = self._tightened()
         start: Any = self.copied(warm.params) if warm else self.params0
-        params, _ = check_training_result(backend, "fit", self.fit(hparams, start), only="Return only the params.")
+        fitted = self.fit(self.hparams(x), start)  # a fit may change its arguments
+        params, _ = check_training_result(backend, "fit", fitted, only="Return only the params.")
         try:
             with warnings.catch_warnings():
                 if any(self.method.failed(evaluation.status) for evaluation in self.history):
@@ -154,7 +157,8 @@ class Search(Generic[P, H]):
                     warnings.simplefilter("ignore", DependenceWarning)
                     warnings.simplefilter("ignore", InnerProblemWarning)
                 adjoint0 = warm.adjoint if warm else None
-                hg = hypergradient(self.problem, params, hparams, solver=method, adjoint0=adjoint0, **self.call)
+                at = self.hparams(x)
+                hg = hypergradient(self.problem, params, at, solver=method, adjoint0=adjoint0, **self.call)
         except SolverError as error:
             raise SolverError(
                 f"{error} This was evaluation {len(self.history) + 1} of minimize, at hyperparameters from "
