@@ -34,7 +34,7 @@ def prepare(
         inner_args: further arguments of L. If they are a list of batches, only the first batch is used.
 
     Raises:
-        TypeError, ValueError: for invalid input.
+        TypeError, ValueError: for invalid input, or a `WarmStart`, which prepares its solver.
 
     >>> import numpy as np, bilevel as bl
     >>> problem = bl.problems.quadratic(hessian=np.diag([1.0, 4.0]), coupling=np.eye(2), target=np.ones(2))
@@ -42,6 +42,8 @@ def prepare(
     0.25
     """
     found = get_solver(solver)
+    if found.stateful:
+        raise TypeError("bl.prepare: the solver is a WarmStart, which prepares its solver: pass prepare_every= to it.")
     method = as_method(found)
     backend = find_backend(backend, params, hparams)
     batches = check_inputs(backend, params, hparams, inner_args)
