@@ -201,3 +201,30 @@ class TestFarFromTheSolution:
     @pytest.mark.filterwarnings("error::bilevel.InnerProblemWarning")
     def test_it_stays_quiet_if_failures_are_ignored(self, backend):
         self.call(backend, [0.0, 0.0, 5.0], on_failure="ignore")
+
+
+class TestSolversOfUsers:
+    @pytest.mark.parametrize("result", [None, np.zeros(3), (np.zeros(3), "converged")], ids=["None", "v", "text"])
+    def test_that_return_no_info(self, backend, result):
+        class Short(bl.LinearSolver):
+            def solve(self, state, A, b, x0):
+                return result
+
+        with pytest.raises(
+            TypeError, match=r"^Short\.solve\(state, A, b, x0\) must return \(v, info\), where info is a bl"
+        ):
+            self.call(backend, Short())
+
+    def test_without_a_method_solve(self, backend):
+        class Empty(bl.LinearSolver):
+            pass
+
+        with pytest.raises(NotImplementedError, match=r"Empty has no method solve\(state, A, b, x0\)"):
+            self.call(backend, Empty())
+
+    def call(self, backend, solver):
+        data = tuple(backend.from_numpy(x) for x in DATA)
+        problem = RIDGE if backend.name == "numpy" else bl.Problem(inner, outer)
+        return bl.hypergradient(
+            problem, zeros(backend), zeros(backend), inner_args=data, outer_args=data, solver=solver
+        )

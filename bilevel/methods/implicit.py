@@ -15,6 +15,7 @@ from bilevel.linear_solvers.wrapper import Wrapper
 from bilevel.linearization import LinearizedMap
 from bilevel.methods.method import Level, Method, Pullback, Solution
 from bilevel.operators.linear_operator import LinearOperator
+from bilevel.results import SolverInfo
 from bilevel.spaces.array import H, P
 from bilevel.spaces.space import Layout
 
@@ -72,7 +73,13 @@ def pull_back(
     property that the solver requires.
     """
     check_requirements(solver, A)
-    adjoint, info = solver.solve(solver.init(A), A, cotangent, adjoint0)
+    solved: Any = solver.solve(solver.init(A), A, cotangent, adjoint0)
+    if not isinstance(solved, tuple) or len(solved) != 2 or not isinstance(solved[1], SolverInfo):
+        raise TypeError(
+            f"{solver.name}.solve(state, A, b, x0) must return (v, info), where info is a bl.SolverInfo. It returned "
+            f"an object of type {type(solved).__name__}."
+        )
+    adjoint, info = solved
     if at.residual is not None:
         error = A.space.dot(adjoint, at.residual)
         info = info._replace(inner_grad_norm=A.space.norm(at.residual), value_error=error)
