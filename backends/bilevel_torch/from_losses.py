@@ -137,7 +137,8 @@ def hypergradient(
         UserWarning: if there are several ranks and no backend is given.
     """
     if not (isinstance(loss_scale, Real) and 0 < loss_scale < float("inf")):
-        raise ValueError(f"loss_scale: expected a finite number > 0, got {loss_scale!r}.")
+        hint = " Pass scaler.get_scale()." if isinstance(loss_scale, torch.amp.GradScaler) else ""
+        raise ValueError(f"loss_scale: expected a finite number > 0, got {loss_scale!r}.{hint}")
     check_untransformed()
     backend = this_process() if backend is None else backend
     check_on_failure(on_failure)

@@ -26,6 +26,11 @@ from bilevel_torch.backend import TorchBackend
 from bilevel_torch.trees import fill, prune
 
 Tensors = Sequence[torch.Tensor]
+CHANGED = (
+    "implicit_minimizer: params or arguments of a training have changed in place before its backward pass. If one "
+    "module is trained several times before it, for example for each fold, return copies: "
+    "{name: p.detach().clone() for name, p in net.named_parameters()}."
+)
 
 
 @dataclass
@@ -155,7 +160,12 @@ class _Minimum(_Rule):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        params, moving = ctx.saved_tensors[: ctx.count], iter(ctx.saved_tensors[ctx.count :])
+        try:
+            saved = ctx.saved_tensors
+        except RuntimeError as error:  # PyTorch's error about a change in place
+            error.add_note(CHANGED)
+            raise
+        params, moving = saved[: ctx.count], iter(saved[ctx.count :])
         tensors = [next(moving) if t is None else t for t in ctx.others]
         pulled = iter(_Pull.apply(ctx.moved, *grads, *params, *tensors))
         return None, *(next(pulled) if moves else None for moves in ctx.moved.varied)
