@@ -192,8 +192,11 @@ def depends_on_nothing(backend: Backend, label: str, params: object, hparams: ob
 
 
 @contextmanager
-def wrong_calls_named(problem: object, inner_args: Args, outer_args: Args) -> Iterator[None]:
-    """Explain a TypeError if an objective cannot be called with its arguments."""
+def wrong_calls_named(problem: object, inner_args: Args, outer_args: Args | None) -> Iterator[None]:
+    """Explain a TypeError if an objective cannot be called with its arguments.
+
+    ``outer_args`` is None where the outer objective is not evaluated.
+    """
     try:
         yield
     except TypeError as error:
@@ -202,7 +205,7 @@ def wrong_calls_named(problem: object, inner_args: Args, outer_args: Args) -> It
             raise
         for label, function in functions.items():
             name, args = ("outer_args", outer_args) if label == "outer" else ("inner_args", inner_args)
-            if callable(function) and (why := _misfit(function, args)):
+            if args is not None and callable(function) and (why := _misfit(function, args)):
                 raise TypeError(
                     f"{label} is called with (params, hparams, *{name}), and {name} has {len(args)} entries. Its "
                     f"signature is {why}. Pass its further arguments by {name}=(...)."
