@@ -14,6 +14,7 @@ from bilevel.results import SolverInfo, Status
 from bilevel.spaces.array import Array
 
 FAR = 0.2
+SMALL = 1e-3
 UNSOLVED = (
     "params do not solve the inner problem. To first order, the outer objective differs by more than "
     f"{FAR:.0%} at the solution (info.value_error), and a hypergradient is only right there. Train the inner problem "
@@ -73,17 +74,26 @@ def report(
     return info
 
 
-def warn_if_far(backend: Backend, value: Any, info: SolverInfo) -> None:
+def warn_if_far(backend: Backend, value: Any, info: SolverInfo, params: object) -> None:
     """Warn if, to first order, the outer objective differs by more than a share `FAR` at the solution.
 
-    ``value`` is the outer objective. If it or the info is traced, or if the solve failed, there is no warning.
+    ``value`` is the outer objective. If it or the info is traced, or if the solve failed, there is no warning. If a
+    relative change `SMALL` of params changes the outer objective by more than its value, the value is close to zero and
+    no scale. This change is the scale then.
     """
     error = info.value_error
     if info.status is not Status.CONVERGED or not error:  # a traced status is no `Status`
         return
     outer = backend.to_host(value) if hasattr(value, "dtype") else value
-    if outer is not None and abs(error) > FAR * abs(outer):
+    if outer is None or not abs(error) > FAR * abs(outer):
+        return
+    norm = float(backend.to_host(backend.run(_norm, params)))
+    if abs(error) > FAR * SMALL * info.rhs_norm * norm:
         warnings.warn(InnerProblemWarning(UNSOLVED), stacklevel=callers_level())
+
+
+def _norm(backend: Backend, params: object) -> Array:
+    return backend.space(params).norm(params)
 
 
 def callers_level() -> int:

@@ -110,7 +110,7 @@ def hypergradient(
         hint=" Run bl.diagnose for details.",
     )
     if on_failure != "ignore":
-        warn_if_far(backend, hg.value, info)
+        warn_if_far(backend, hg.value, info, hg.params)
     return hg._replace(info=info)  # pyright: ignore[reportReturnType]
 
 

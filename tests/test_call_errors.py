@@ -43,6 +43,17 @@ class TestFurtherArguments:
         with pytest.raises(TypeError, match=text + signature):
             bl.hypergradient(problem, zeros(backend), zeros(backend), **data)
 
+    def test_that_are_forgotten_elsewhere(self):
+        text = r"^inner is called with \(params, hparams, \*inner_args\), and inner_args has 0 entries\."
+        w = np.zeros(3)
+        for call in (
+            lambda: bl.prepare("neumann", RIDGE, w, w),
+            lambda: bl.diagnose(RIDGE, w, w, outer_args=DATA),
+            lambda: bl.scipy_fit(RIDGE)(w, w),
+        ):
+            with pytest.raises(TypeError, match=text):
+                call()
+
     def test_too_many(self):
         with pytest.raises(TypeError, match=r"inner is called with .* inner_args has 3 entries"):
             bl.hypergradient(RIDGE, np.zeros(3), np.zeros(3), inner_args=(*DATA, 1), outer_args=DATA)
@@ -197,6 +208,40 @@ class TestFarFromTheSolution:
             errors.append(abs(at.info.value_error - actual))
             assert at.info.value_error == pytest.approx(actual, rel=2e-2)
         assert errors[1] <= 0.02 * errors[0]  # of second order
+
+    @pytest.mark.filterwarnings("error::bilevel.InnerProblemWarning")
+    def test_it_stays_quiet_if_the_outer_objective_is_close_to_zero(self, backend):
+        target = backend.from_numpy(np.ones(2))
+        quadratic = bl.problems.quadratic(*(backend.from_numpy(x) for x in (np.eye(2), np.eye(2), np.ones(2))))
+
+        class Shifted:  # like a reward, or a difference to a baseline
+            def __call__(self, w, h):
+                return 0.5 * ((w - target) ** 2).sum() - 0.25
+
+            def grad(self, w, h):
+                return w - target, None
+
+        h = np.array([0.5, 0.5])
+        problem = bl.Problem(quadratic.inner, Shifted())
+        hg = bl.hypergradient(problem, backend.from_numpy(h + 1e-5), backend.from_numpy(h))
+        assert abs(hg.info.value_error) > 0.2 * abs(float(backend.to_host(hg.value)))
+
+    @pytest.mark.filterwarnings("error::bilevel.InnerProblemWarning")
+    def test_it_stays_quiet_with_a_list_of_batches(self, backend):
+        rng = np.random.default_rng(0)
+        X = rng.standard_normal((40, 3))
+        y = X.sum(1) + rng.standard_normal(40)
+        h = np.full(3, -2.0)
+        w = np.linalg.solve(X.T @ X / 40 + np.diag(np.exp(h)), X.T @ y / 40)
+        batches = [tuple(map(backend.from_numpy, (X[i::4], y[i::4]))) for i in range(4)]
+        val = backend.from_numpy(X), backend.from_numpy(X @ w + 1e-2)
+        start, data = backend.from_numpy(h), {"inner_args": batches, "outer_args": val}
+        solver = bl.Neumann(terms=30, step_size=0.2)
+        hg = bl.hypergradient(RIDGE, backend.from_numpy(w), start, solver=solver, **data)
+        assert np.isnan(hg.info.value_error)
+        assert hg.info.inner_grad_norm > 0.1  # of the first batch
+        found = bl.minimize(RIDGE, start, fit=lambda h, _: backend.from_numpy(w), solver=solver, maxiter=1, **data)
+        assert found.status != -1
 
     @pytest.mark.filterwarnings("error::bilevel.InnerProblemWarning")
     def test_it_stays_quiet_if_failures_are_ignored(self, backend):

@@ -81,8 +81,9 @@ def pull_back(
         )
     adjoint, info = solved
     if at.residual is not None:
-        error = A.space.dot(adjoint, at.residual)
-        info = info._replace(inner_grad_norm=A.space.norm(at.residual), value_error=error)
+        info = info._replace(inner_grad_norm=A.space.norm(at.residual))
+        if A.sample is None:  # the residual of one batch is not zero at the solution of all
+            info = info._replace(value_error=A.space.dot(adjoint, at.residual))
     product = at.vjp_hparams(adjoint)
     grad = None if product is None else backend.space(product).scale(-1.0, product)
     return Pullback(grad, adjoint, info, at.dependence() if at.dependence else None)
