@@ -12,6 +12,7 @@ from bilevel.config import get_backend, imported_backends
 from bilevel.linear_solvers.linear_solver import LinearSolver
 from bilevel.methods.method import Method
 from bilevel.problems.protocols import BilevelProblem
+from bilevel.results import Hypergradient
 from bilevel.spaces.array import Args
 
 TREES = (
@@ -112,6 +113,8 @@ def check_trees(backend: Backend, trees: dict[str, object], like: dict[str, str]
     """
     first: tuple[str, str] | None = None
     for name, tree in trees.items():
+        if isinstance(tree, Hypergradient):
+            raise TypeError(f"{name} is a Hypergradient. Pass one of its trees, such as hg.adjoint.")
         leaves = [] if tree is None else backend.leaves(tree)
         if tree is not None and not leaves:
             raise ValueError(f"{name} has no leaves: there is nothing to differentiate.")

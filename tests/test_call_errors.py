@@ -273,3 +273,60 @@ class TestSolversOfUsers:
         return bl.hypergradient(
             problem, zeros(backend), zeros(backend), inner_args=data, outer_args=data, solver=solver
         )
+
+
+class TestWarmStarts:
+    def call(self, backend, adjoint0):
+        data = tuple(backend.from_numpy(x) for x in DATA)
+        problem = RIDGE if backend.name == "numpy" else bl.Problem(inner, outer)
+        w, h = (backend.from_numpy(np.full(3, x)) for x in (0.9, 0.2))
+        return bl.hypergradient(problem, w, h, inner_args=data, outer_args=data, adjoint0=adjoint0)
+
+    def test_that_are_a_hypergradient(self, backend):
+        with pytest.raises(
+            TypeError, match=r"^adjoint0 is a Hypergradient\. Pass one of its trees, such as hg\.adjoint"
+        ):
+            self.call(backend, self.call(backend, None))
+
+    def test_that_are_not_finite(self, backend):
+        with pytest.raises(bl.SolverError, match=r"infinity in 1 of the 3 entries of adjoint0\. Leave adjoint0 out"):
+            self.call(backend, backend.from_numpy(np.array([1.0, np.nan, 1.0])))
+
+
+class TestLinearizations:
+    @pytest.mark.parametrize(
+        ("wrong", "error", "text"),
+        [
+            ({"value": [0.5]}, ValueError, r"value: expected the number F\(w, λ\), got .* of shape \(1,\)"),
+            (
+                {"cross_vjp": lambda v: None},
+                ValueError,
+                r"depends on hparams: grad_hparams is None, and cross_vjp\(v\) has returned None",
+            ),
+        ],
+        ids=["value", "cross_vjp"],
+    )
+    def test_with_a_wrong_field(self, wrong, error, text):
+        right = bl.Linearization(
+            value=0.5, grad_params=np.ones(2), grad_hparams=None, hvp=lambda v: v, cross_vjp=lambda v: v
+        )
+        assert bl.hypergradient_from(right).grad.tolist() == [-1.0, -1.0]
+        with pytest.raises(error, match=text):
+            bl.hypergradient_from(right._replace(**wrong))
+
+    def test_with_an_adjoint_that_is_not_finite(self):
+        right = bl.Linearization(0.5, np.ones(2), None, lambda v: v, lambda v: v)
+        with pytest.raises(bl.SolverError, match=r"in adjoint0 \(all 2 entries\)\. Leave adjoint0 out"):
+            bl.hypergradient_from(right, adjoint0=np.full(2, np.nan))
+
+
+class TestLinearModels:
+    def test_params_that_are_a_list(self):
+        with pytest.raises(TypeError, match=r"^params: expected one array of weights, got list"):
+            bl.minimize(RIDGE, np.zeros(3), fit=lambda h, _: [*np.ones(3)], inner_args=DATA, outer_args=DATA, maxiter=1)
+
+    @pytest.mark.parametrize("problem", [RIDGE, bl.problems.logistic_regression()], ids=["ridge", "logistic"])
+    def test_targets_that_are_names(self, problem):
+        data = DATA[0], np.array(["cat", "dog", "cat"])
+        with pytest.raises(TypeError, match=r"^y: expected numbers, got <U3\. Encode names of classes"):
+            bl.hypergradient(problem, np.zeros(3), np.zeros(3), inner_args=data, outer_args=data)

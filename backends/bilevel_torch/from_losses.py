@@ -12,7 +12,7 @@ from bilevel.dependence import warn_of_dependence
 from bilevel.hypergradient import SolverSpec, combine
 from bilevel.inspection.derivatives import Derivatives
 from bilevel.inspection.entries import entries
-from bilevel.inspection.not_finite import described, first_not_finite
+from bilevel.inspection.not_finite import described, first_not_finite, in_start
 from bilevel.linearization import LinearizedMap, OuterDerivatives
 from bilevel.methods.implicit import Implicit, pull_back
 from bilevel.operators.lanczos import spectrum
@@ -160,6 +160,8 @@ def hypergradient(
         method = Implicit(linear_solver)
 
         def locate() -> str:
+            if start := in_start(backend, v):
+                return start
             u = A.space.normal(1)
             found = Derivatives(at.residual, A(u), at.vjp_hparams(u), cotangent, direct)
             losses = float(inner_loss.detach()), float(outer_loss.detach())

@@ -15,6 +15,7 @@ from bilevel.spaces.array import Array, H, P
 DATA = "Clean the data: drop or impute these entries, or mask them before a computation, not after it."
 PARAMS = "The inner training diverged. Train again with a smaller learning rate."
 HPARAMS = "An outer step diverged, or its hypergradient was not finite. Start again with a smaller outer step."
+START = "Leave adjoint0 out, or pass the adjoint of a solve that did not fail."
 VALUE = (
     "Check for overflow (a training that diverged, a penalty exp(λ) with a large λ), a logarithm or a division of "
     "zero, and nan in arrays that the loss closes over."
@@ -51,6 +52,11 @@ def locate(backend: Backend, problem: BilevelProblem, inputs: Inputs[P, H]) -> s
     """Return the first quantity of a problem that is not finite, and its likely causes; "" if all are finite."""
     value, found = backend.run(_derived, problem, inputs)
     return described(not_finite(backend, problem, inputs, float(backend.to_host(value)), entries(backend, found)))
+
+
+def in_start(backend: Backend, adjoint0: object) -> str:
+    """Return the entries of a warm start that are not finite, and the way out; "" if all are finite."""
+    return described(next(_in("", _floating(backend, adjoint0, "adjoint0"), START), None))
 
 
 def described(first: NotFinite | None) -> str:
