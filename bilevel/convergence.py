@@ -3,6 +3,7 @@
 import sys
 import warnings
 from collections.abc import Callable
+from math import isnan
 from typing import Any, Literal, get_args
 
 from bilevel.backend import Backend
@@ -19,7 +20,8 @@ UNSOLVED = (
     "params do not solve the inner problem. To first order, the outer objective differs by more than "
     f"{FAR:.0%} at the solution (info.value_error), and a hypergradient is only right there. Train the inner problem "
     "further. If a bound or a kink such as |w| holds params where they are, use bl.FixedPoint of a projected or "
-    'proximal step. If the training ends elsewhere on purpose, use solver="unrolled". bl.diagnose tells which it is.'
+    'proximal step. If the training ends elsewhere on purpose, use solver="unrolled". bl.diagnose tells which it is. '
+    'If this is intended, call warnings.simplefilter("ignore", bl.InnerProblemWarning).'
 )
 OnFailure = Literal["raise", "warn", "ignore"]
 
@@ -77,12 +79,16 @@ def report(
 def warn_if_far(backend: Backend, value: Any, info: SolverInfo, params: object) -> None:
     """Warn if, to first order, the outer objective differs by more than a share `FAR` at the solution.
 
-    ``value`` is the outer objective. If it or the info is traced, or if the solve failed, there is no warning. If a
-    relative change `SMALL` of params changes the outer objective by more than its value, the value is close to zero and
-    no scale. This change is the scale then.
+    ``value`` is the outer objective. If it or the info is traced, if the solve failed, or if its residual is unknown
+    (``identity``, whose v has another scale than the solution), there is no warning.
+
+    If a relative change `SMALL` of params changes the outer objective by more than its value, the value is close to
+    zero and no scale. Then this change is the scale.
     """
     error = info.value_error
     if info.status is not Status.CONVERGED or not error:  # a traced status is no `Status`
+        return
+    if isnan(info.residual_norm):
         return
     outer = backend.to_host(value) if hasattr(value, "dtype") else value
     if outer is None or not abs(error) > FAR * abs(outer):

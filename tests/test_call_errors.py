@@ -195,7 +195,9 @@ class TestFarFromTheSolution:
         return bl.hypergradient(RIDGE, backend.from_numpy(np.asarray(w)), h, **data, **options)
 
     def test_it_warns_once_with_the_way_out(self, backend):
-        with pytest.warns(bl.InnerProblemWarning, match=r"^params do not solve.*bl\.FixedPoint.*unrolled"):
+        with pytest.warns(
+            bl.InnerProblemWarning, match=r"^params do not solve.*bl\.FixedPoint.*unrolled.*simplefilter"
+        ):
             hg = self.call(backend, [0.0, 0.0, 5.0])
         assert abs(hg.info.value_error) > 0.2 * float(backend.to_host(hg.value))
 
@@ -208,6 +210,10 @@ class TestFarFromTheSolution:
             errors.append(abs(at.info.value_error - actual))
             assert at.info.value_error == pytest.approx(actual, rel=2e-2)
         assert errors[1] <= 0.02 * errors[0]  # of second order
+
+    @pytest.mark.filterwarnings("error::bilevel.InnerProblemWarning")
+    def test_it_stays_quiet_if_v_is_no_solution(self, backend):
+        self.call(backend, [0.0, 0.0, 5.0], solver="identity")
 
     @pytest.mark.filterwarnings("error::bilevel.InnerProblemWarning")
     def test_it_stays_quiet_if_the_outer_objective_is_close_to_zero(self, backend):

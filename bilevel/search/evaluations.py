@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Generic, NamedTuple
@@ -167,7 +168,8 @@ class Search(Generic[P, H]):
         value, grad, info = float(backend.to_host(hg.value)), backend.to_flat(hg.grad), hg.info
         blocked = ((x <= self.box.lb) & (grad > 0)) | ((x >= self.box.ub) & (grad < 0))
         grad_norm = float(np.linalg.norm(np.where(blocked, 0.0, grad)))
-        of_inner = info.inner_grad_norm, info.value_error
+        unknown = math.isnan(info.residual_norm)  # with ``identity``, v has another scale than the solution
+        of_inner = info.inner_grad_norm, float("nan") if unknown else info.value_error
         evaluation = Evaluation(value, grad_norm, rtol, info.steps, info.status, *of_inner)
         return Point(x, value, grad, self.copied(hg.params), hg.adjoint), evaluation
 
