@@ -68,6 +68,8 @@ def get_solver(spec: object, **overrides: object) -> LinearSolver[Any] | Method:
         except (TypeError, ValueError) as error:
             kind = TypeError if isinstance(error, TypeError) else ValueError
             raise kind(f"{spec}: {error}") from error
+    if isinstance(spec, str) and spec.endswith((".yaml", ".yml", ".json")):
+        raise ValueError(f"solver: {spec!r} is no TOML file. Load other formats, and pass the mapping.")
     if isinstance(spec, str):
         spec = {"name": spec}
     if isinstance(spec, Mapping):
@@ -78,7 +80,7 @@ def get_solver(spec: object, **overrides: object) -> LinearSolver[Any] | Method:
     if not isinstance(spec, LinearSolver | Method):
         raise TypeError(
             "solver: expected a name, a mapping, a TOML file, or an object that subclasses bl.LinearSolver, got "
-            f"{spec!r}. Convert a namespace or a dataclass by vars()."
+            f"{spec!r:.200}. Convert a namespace or a dataclass by vars()."
         )
     if overrides:
         if not dataclasses.is_dataclass(spec):
@@ -125,11 +127,11 @@ def _nested(options: Mapping[str, object]) -> dict[str, Any]:
 
 
 def _read_toml(path: Path) -> Mapping[str, object]:
-    with path.open("rb") as file:
-        try:
-            tables = tomllib.load(file)
-        except ValueError as error:  # wrong syntax or encoding
-            raise ValueError(f"{path}: this is not TOML: {error}.") from error
+    content = path.read_bytes()
+    try:
+        tables = tomllib.loads(content.decode("utf-8-sig"))  # some editors write a byte order mark
+    except ValueError as error:  # wrong syntax or encoding
+        raise ValueError(f"{path}: this is not TOML: {error}.") from error
     table = tables.get("solver")
     if not isinstance(table, dict):
         raise ValueError(f"{path}: expected a table [solver] with a name and options.")

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from math import isnan
 from typing import Any, Literal, get_args
 
 from bilevel.backend import Backend
@@ -14,12 +15,13 @@ from bilevel.results import SolverInfo, Status
 from bilevel.spaces.array import Array
 
 UNSOLVED_SHARE = 0.2  # of F, to first order, with a warning
+SMALL = 1e-3  # change of params; F is close to zero if this changes F by more than its value
 UNSOLVED = (
     "params do not solve the inner problem. To first order, the outer objective differs by more than "
     f"{UNSOLVED_SHARE:.0%} at the solution (info.value_error), and a hypergradient is only right there. Train the "
     "inner problem further. If a bound or a kink such as |w| holds params where they are, use bl.FixedPoint of a "
     'projected or proximal step. If the training ends elsewhere on purpose, use solver="unrolled". bl.diagnose finds '
-    "the cause."
+    'the cause. If this is intended, call warnings.simplefilter("ignore", bl.InnerProblemWarning).'
 )
 OnFailure = Literal["raise", "warn", "ignore"]
 
@@ -78,14 +80,27 @@ def report(
     return info
 
 
-def warn_if_unsolved(backend: Backend, value: Any, info: SolverInfo) -> None:
+def warn_if_unsolved(backend: Backend, value: Any, info: SolverInfo, params: object) -> None:
     """Warn if, to first order, F(params) differs from F(w*) by more than `UNSOLVED_SHARE` of it.
 
-    ``value`` is F(params). If it or the info is traced, or if the solve failed, there is no warning.
+    ``value`` is F(params). If it or the info is traced, if the solve failed, or if its residual is unknown
+    (``identity``, whose v has another scale than the solution), there is no warning.
+
+    If a relative change `SMALL` of params changes F by more than its value, the value is close to zero and no scale.
+    Then this change is the scale.
     """
     error = info.value_error
     if info.status is not Status.CONVERGED or not error:  # a traced status is no `Status`
         return
+    if isnan(info.residual_norm):
+        return
     outer = backend.to_host(value) if hasattr(value, "dtype") else value
-    if outer is not None and abs(error) > UNSOLVED_SHARE * abs(outer):
+    if outer is None or not abs(error) > UNSOLVED_SHARE * abs(outer):
+        return
+    norm = float(backend.to_host(backend.run(_norm, params)))
+    if abs(error) > UNSOLVED_SHARE * SMALL * info.rhs_norm * norm:
         warnings.warn(InnerProblemWarning(UNSOLVED), stacklevel=callers_level())
+
+
+def _norm(backend: Backend, params: object) -> Array:
+    return backend.space(params).norm(params)

@@ -4,13 +4,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from bilevel.backend import Backend
 from bilevel.config import get_linear_solver, get_solver
 from bilevel.convergence import OnFailure, check_on_failure, report, warn_if_unsolved
 from bilevel.dependence import EQUATION, MINIMUM, warn_of_dependence
 from bilevel.inspection.derivatives import Derivatives
 from bilevel.inspection.entries import entries
-from bilevel.inspection.not_finite import described, find_not_finite, locate
+from bilevel.inspection.not_finite import described, find_not_finite, in_start, locate
 from bilevel.linear_solvers.linear_solver import LinearSolver
 from bilevel.linearization import Inputs, Linearization, LinearizedMap, NonSymmetric
 from bilevel.methods.implicit import Implicit, as_method, pull_back
@@ -106,11 +108,13 @@ def hypergradient(
         on_failure,
         symmetric=problem.kind != "equation",
         curvature=lambda: backend.run(_spectrum, problem, params, hparams, batches),
-        locate=lambda: locate(backend, problem, Inputs(params, hparams, batches[0], outer_args)),
+        locate=lambda: (
+            in_start(backend, adjoint0) or locate(backend, problem, Inputs(params, hparams, batches[0], outer_args))
+        ),
         hint=" Run bl.diagnose for details.",
     )
     if on_failure != "ignore":
-        warn_if_unsolved(backend, hg.value, info)
+        warn_if_unsolved(backend, hg.value, info, hg.params)
     return hg._replace(info=info)  # pyright: ignore[reportReturnType]
 
 
@@ -156,6 +160,8 @@ def hypergradient_from(
     value, rhs, direct, hvp, cross_vjp = linearization
     if rhs is None:
         raise ValueError("grad_params is None: pass ∂F/∂w. Only grad_hparams may be None.")
+    if shape := np.shape(value):
+        raise ValueError(f"value: expected the number F(w, λ), got an array or a list of shape {shape}.")
     for name in ("hvp", "cross_vjp"):
         if not callable(product := getattr(linearization, name)):
             raise TypeError(f"{name}: expected a function, such as lambda v: A @ v, got {type(product).__name__}.")
@@ -172,9 +178,16 @@ def hypergradient_from(
     A = LinearOperator(space, checked_hvp, symmetric=not isinstance(hvp, NonSymmetric))
     no_residual: Any = None
     at = LinearizedMap(no_residual, A.mv, cross_vjp)
-    hg = combine(backend, value, direct, pull_back(backend, linear_solver, A, at, rhs, adjoint0), direct)
+    pulled = pull_back(backend, linear_solver, A, at, rhs, adjoint0)
+    if direct is None and pulled.hparams is None:
+        raise ValueError(
+            "Neither F nor ∂L/∂w depends on hparams: grad_hparams is None, and cross_vjp(v) has returned None."
+        )
+    hg = combine(backend, value, direct, pulled, direct)
 
     def locate_here() -> str:
+        if start := in_start(backend, adjoint0):
+            return start
         u = space.normal(1)
         found = Derivatives(None, A(u), cross_vjp(u), rhs, direct)
         number = float(backend.to_host(hg.value) if backend.owns(hg.value) else hg.value)

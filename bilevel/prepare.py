@@ -10,7 +10,7 @@ from bilevel.methods.implicit import Implicit, as_method
 from bilevel.methods.method import Level, Method
 from bilevel.problems.protocols import BilevelProblem
 from bilevel.spaces.array import Args, P
-from bilevel.validation import check_inputs, check_like, check_stateless, find_backend
+from bilevel.validation import check_inputs, check_like, check_stateless, find_backend, wrong_calls_named
 
 
 def prepare(
@@ -34,7 +34,7 @@ def prepare(
         inner_args: further arguments of L. If they are a list of batches, only the first batch is used.
 
     Raises:
-        TypeError, ValueError: for invalid input.
+        TypeError, ValueError: for invalid input, or a `WarmStart`, which prepares its solver.
 
     >>> import numpy as np, bilevel as bl
     >>> problem = bl.problems.quadratic(hessian=np.diag([1.0, 4.0]), coupling=np.eye(2), target=np.ones(2))
@@ -42,11 +42,14 @@ def prepare(
     0.25
     """
     found = get_solver(solver)
+    if found.stateful:
+        raise TypeError("bl.prepare: the solver is a WarmStart, which prepares its solver: pass prepare_every= to it.")
     method = as_method(found)
     backend = find_backend(backend, params, hparams)
     batches = check_inputs(backend, params, hparams, inner_args)
     check_stateless(backend, found)
-    state = backend.run(_init, method, problem, params, hparams, batches)
+    with wrong_calls_named(problem, batches[0], None):
+        state = backend.run(_init, method, problem, params, hparams, batches)
     prepared = method.with_state(state, backend.space(params).layout(params))
     return prepared.solver if isinstance(prepared, Implicit) else prepared
 

@@ -12,6 +12,7 @@ from bilevel.config import get_backend, imported_backends
 from bilevel.linear_solvers.linear_solver import LinearSolver
 from bilevel.methods.method import Method
 from bilevel.problems.protocols import BilevelProblem
+from bilevel.results import Hypergradient
 from bilevel.spaces.array import Args
 
 TREES = (
@@ -53,6 +54,10 @@ def find_backend(
                 f"jnp.asarray({number})."
             )
         kinds = type(params).__name__, type(hparams).__name__
+        if params is hparams:
+            raise TypeError(
+                f"{names[0]}: expected a tree of NumPy, torch or JAX arrays, got {kinds[0]} without arrays. {TREES}"
+            )
         raise TypeError(
             f"{names[0]} and {names[1]}: expected trees of NumPy, torch or JAX arrays, got {kinds[0]} and {kinds[1]} "
             f"without arrays. {TREES}"
@@ -108,6 +113,8 @@ def check_trees(backend: Backend, trees: dict[str, object], like: dict[str, str]
     """
     first: tuple[str, str] | None = None
     for name, tree in trees.items():
+        if isinstance(tree, Hypergradient):
+            raise TypeError(f"{name} is a Hypergradient. Pass one of its trees, such as hg.adjoint.")
         leaves = [] if tree is None else backend.leaves(tree)
         if tree is not None and not leaves:
             raise ValueError(f"{name} has no leaves: there is nothing to differentiate.")
@@ -191,8 +198,11 @@ def depends_on_nothing(backend: Backend, label: str, params: object, hparams: ob
 
 
 @contextmanager
-def wrong_calls_named(problem: object, inner_args: Args, outer_args: Args) -> Iterator[None]:
-    """Explain a TypeError if an objective cannot be called with its arguments."""
+def wrong_calls_named(problem: object, inner_args: Args, outer_args: Args | None) -> Iterator[None]:
+    """Explain a TypeError if an objective cannot be called with its arguments.
+
+    ``outer_args`` is None where the outer objective is not evaluated.
+    """
     try:
         yield
     except TypeError as error:
@@ -201,8 +211,8 @@ def wrong_calls_named(problem: object, inner_args: Args, outer_args: Args) -> It
             raise
         for label, function in functions.items():
             name, args = ("outer_args", outer_args) if label == "outer" else ("inner_args", inner_args)
-            known = signature_of(function) if callable(function) else None
-            if known is not None and not accepts(known, 2 + len(args)):
+            known = signature_of(function) if args is not None and callable(function) else None
+            if args is not None and known is not None and not accepts(known, 2 + len(args)):
                 raise TypeError(
                     f"{label} is called with (params, hparams, *{name}), and {name} has {len(args)} entries. Its "
                     f"signature is ({', '.join(known.parameters)}). Pass its further arguments by {name}=(...)."

@@ -39,7 +39,7 @@ class WarmStart(LinearSolverWrapper[object]):
         counts: number of solves by the name of their status.
 
     Raises:
-        TypeError, ValueError: if an option is invalid, or if the solver is not linear (``unrolled``).
+        TypeError, ValueError: if an option is invalid, or if the solver is a `WarmStart` or not linear (``unrolled``).
 
     >>> import numpy as np, bilevel as bl
     >>> problem = bl.problems.quadratic(hessian=np.diag([1.0, 4.0]), coupling=np.eye(2), target=np.ones(2))
@@ -54,6 +54,8 @@ class WarmStart(LinearSolverWrapper[object]):
 
     def __init__(self, solver: object = "cg", *, extrapolate: bool = False, prepare_every: int | None = None) -> None:
         self.solver: LinearSolver[Any] = get_linear_solver(solver, "WarmStart")
+        if self.solver.stateful:
+            raise TypeError("WarmStart: the solver is a WarmStart. Use it directly, or make one of its solver.")
         self.extrapolate = extrapolate
         self.prepare_every = prepare_every
         if prepare_every is not None:

@@ -43,6 +43,17 @@ class TestFurtherArguments:
         with pytest.raises(TypeError, match=text + signature):
             bl.hypergradient(problem, zeros(backend), zeros(backend), **data)
 
+    def test_that_are_forgotten_elsewhere(self):
+        text = r"^inner is called with \(params, hparams, \*inner_args\), and inner_args has 0 entries\."
+        w = np.zeros(3)
+        for call in (
+            lambda: bl.prepare("neumann", RIDGE, w, w),
+            lambda: bl.diagnose(RIDGE, w, w, outer_args=DATA),
+            lambda: bl.scipy_fit(RIDGE)(w, w),
+        ):
+            with pytest.raises(TypeError, match=text):
+                call()
+
     def test_too_many(self):
         with pytest.raises(TypeError, match=r"inner is called with .* inner_args has 3 entries"):
             bl.hypergradient(RIDGE, np.zeros(3), np.zeros(3), inner_args=(*DATA, 1), outer_args=DATA)
@@ -184,7 +195,9 @@ class TestFarFromTheSolution:
         return bl.hypergradient(RIDGE, backend.from_numpy(np.asarray(w)), h, **data, **options)
 
     def test_it_warns_once_with_the_way_out(self, backend):
-        with pytest.warns(bl.InnerProblemWarning, match=r"^params do not solve.*bl\.FixedPoint.*unrolled"):
+        with pytest.warns(
+            bl.InnerProblemWarning, match=r"^params do not solve.*bl\.FixedPoint.*unrolled.*simplefilter"
+        ):
             hg = self.call(backend, [0.0, 0.0, 5.0])
         assert abs(hg.info.value_error) > 0.2 * float(backend.to_host(hg.value))
 
@@ -199,5 +212,127 @@ class TestFarFromTheSolution:
         assert errors[1] <= 0.02 * errors[0]  # of second order
 
     @pytest.mark.filterwarnings("error::bilevel.InnerProblemWarning")
+    def test_it_stays_quiet_if_v_is_no_solution(self, backend):
+        self.call(backend, [0.0, 0.0, 5.0], solver="identity")
+
+    @pytest.mark.filterwarnings("error::bilevel.InnerProblemWarning")
+    def test_it_stays_quiet_if_the_outer_objective_is_close_to_zero(self, backend):
+        target = backend.from_numpy(np.ones(2))
+        quadratic = bl.problems.quadratic(*(backend.from_numpy(x) for x in (np.eye(2), np.eye(2), np.ones(2))))
+
+        class Shifted:  # like a reward, or a difference to a baseline
+            def __call__(self, w, h):
+                return 0.5 * ((w - target) ** 2).sum() - 0.25
+
+            def grad(self, w, h):
+                return w - target, None
+
+        h = np.array([0.5, 0.5])
+        problem = bl.Problem(quadratic.inner, Shifted())
+        hg = bl.hypergradient(problem, backend.from_numpy(h + 1e-5), backend.from_numpy(h))
+        assert abs(hg.info.value_error) > 0.2 * abs(float(backend.to_host(hg.value)))
+
+    @pytest.mark.filterwarnings("error::bilevel.InnerProblemWarning")
+    def test_it_stays_quiet_with_a_list_of_batches(self, backend):
+        rng = np.random.default_rng(0)
+        X = rng.standard_normal((40, 3))
+        y = X.sum(1) + rng.standard_normal(40)
+        h = np.full(3, -2.0)
+        w = np.linalg.solve(X.T @ X / 40 + np.diag(np.exp(h)), X.T @ y / 40)
+        batches = [tuple(map(backend.from_numpy, (X[i::4], y[i::4]))) for i in range(4)]
+        val = backend.from_numpy(X), backend.from_numpy(X @ w + 1e-2)
+        start, data = backend.from_numpy(h), {"inner_args": batches, "outer_args": val}
+        solver = bl.Neumann(terms=30, step_size=0.2)
+        hg = bl.hypergradient(RIDGE, backend.from_numpy(w), start, solver=solver, **data)
+        assert np.isnan(hg.info.value_error)
+        assert hg.info.inner_grad_norm > 0.1  # of the first batch
+        found = bl.minimize(RIDGE, start, fit=lambda h, _: backend.from_numpy(w), solver=solver, maxiter=1, **data)
+        assert found.status != -1
+
+    @pytest.mark.filterwarnings("error::bilevel.InnerProblemWarning")
     def test_it_stays_quiet_if_failures_are_ignored(self, backend):
         self.call(backend, [0.0, 0.0, 5.0], on_failure="ignore")
+
+
+class TestSolversOfUsers:
+    @pytest.mark.parametrize("result", [None, np.zeros(3), (np.zeros(3), "converged")], ids=["None", "v", "text"])
+    def test_that_return_no_info(self, backend, result):
+        class Short(bl.LinearSolver):
+            def solve(self, state, A, b, x0):
+                return result
+
+        with pytest.raises(
+            TypeError, match=r"^Short\.solve\(state, A, b, x0\) must return \(v, info\), where info is a bl"
+        ):
+            self.call(backend, Short())
+
+    def test_without_a_method_solve(self, backend):
+        class Empty(bl.LinearSolver):
+            pass
+
+        with pytest.raises(NotImplementedError, match=r"Empty has no method solve\(state, A, b, x0\)"):
+            self.call(backend, Empty())
+
+    def call(self, backend, solver):
+        data = tuple(backend.from_numpy(x) for x in DATA)
+        problem = RIDGE if backend.name == "numpy" else bl.Problem(inner, outer)
+        return bl.hypergradient(
+            problem, zeros(backend), zeros(backend), inner_args=data, outer_args=data, solver=solver
+        )
+
+
+class TestWarmStarts:
+    def call(self, backend, adjoint0):
+        data = tuple(backend.from_numpy(x) for x in DATA)
+        problem = RIDGE if backend.name == "numpy" else bl.Problem(inner, outer)
+        w, h = (backend.from_numpy(np.full(3, x)) for x in (0.9, 0.2))
+        return bl.hypergradient(problem, w, h, inner_args=data, outer_args=data, adjoint0=adjoint0)
+
+    def test_that_are_a_hypergradient(self, backend):
+        with pytest.raises(
+            TypeError, match=r"^adjoint0 is a Hypergradient\. Pass one of its trees, such as hg\.adjoint"
+        ):
+            self.call(backend, self.call(backend, None))
+
+    def test_that_are_not_finite(self, backend):
+        with pytest.raises(bl.SolverError, match=r"infinity in 1 of the 3 entries of adjoint0\. Leave adjoint0 out"):
+            self.call(backend, backend.from_numpy(np.array([1.0, np.nan, 1.0])))
+
+
+class TestLinearizations:
+    @pytest.mark.parametrize(
+        ("wrong", "error", "text"),
+        [
+            ({"value": [0.5]}, ValueError, r"value: expected the number F\(w, λ\), got .* of shape \(1,\)"),
+            (
+                {"cross_vjp": lambda v: None},
+                ValueError,
+                r"depends on hparams: grad_hparams is None, and cross_vjp\(v\) has returned None",
+            ),
+        ],
+        ids=["value", "cross_vjp"],
+    )
+    def test_with_a_wrong_field(self, wrong, error, text):
+        right = bl.Linearization(
+            value=0.5, grad_params=np.ones(2), grad_hparams=None, hvp=lambda v: v, cross_vjp=lambda v: v
+        )
+        assert bl.hypergradient_from(right).grad.tolist() == [-1.0, -1.0]
+        with pytest.raises(error, match=text):
+            bl.hypergradient_from(right._replace(**wrong))
+
+    def test_with_an_adjoint_that_is_not_finite(self):
+        right = bl.Linearization(0.5, np.ones(2), None, lambda v: v, lambda v: v)
+        with pytest.raises(bl.SolverError, match=r"in adjoint0 \(all 2 entries\)\. Leave adjoint0 out"):
+            bl.hypergradient_from(right, adjoint0=np.full(2, np.nan))
+
+
+class TestLinearModels:
+    def test_params_that_are_a_list(self):
+        with pytest.raises(TypeError, match=r"^params: expected one array of weights, got list"):
+            bl.minimize(RIDGE, np.zeros(3), fit=lambda h, _: [*np.ones(3)], inner_args=DATA, outer_args=DATA, maxiter=1)
+
+    @pytest.mark.parametrize("problem", [RIDGE, bl.problems.logistic_regression()], ids=["ridge", "logistic"])
+    def test_targets_that_are_names(self, problem):
+        data = DATA[0], np.array(["cat", "dog", "cat"])
+        with pytest.raises(TypeError, match=r"^y: expected numbers, got <U3\. Encode names of classes"):
+            bl.hypergradient(problem, np.zeros(3), np.zeros(3), inner_args=data, outer_args=data)

@@ -95,10 +95,10 @@ class TestNames:
             bl.get_solver({"name": "cg", "preconditioner": {"name": "nystrom", "ranks": 3}})
 
     def test_a_preconditioner_that_is_none(self):
-        for wrong in ("nystrom", 3, bl.NystromPreconditioner):
+        for wrong, hint in (("nystrom", ""), (3, ""), (bl.NystromPreconditioner, "Call the class")):
             with pytest.raises(
                 TypeError,
-                match=r"CG\.preconditioner: expected a function v -> M v, or an object with methods init\(\) and ap",
+                match=rf"CG\.preconditioner: expected a function v -> M v, or an object with methods init\(\) .*{hint}",
             ):
                 bl.CG(preconditioner=wrong)
 
@@ -223,6 +223,16 @@ class TestConfig:
         expected = bl.Neumann(terms=7, step_size=1)
         assert bl.get_solver(file) == bl.get_solver(str(file)) == expected
         assert bl.get_solver(file, terms=2) == bl.Neumann(terms=2, step_size=1)
+
+    def test_a_toml_file_with_a_byte_order_mark(self, tmp_path):
+        file = tmp_path / "solver.toml"
+        file.write_text('[solver]\nname = "cg"\n', "utf-8-sig")  # as Windows may save it
+        assert bl.get_solver(file) == bl.CG()
+
+    @pytest.mark.parametrize("name", ["solver.yaml", "conf/solver.yml", "solver.json"])
+    def test_a_file_of_another_format(self, name):
+        with pytest.raises(ValueError, match=r"is no TOML file\. Load other formats, and pass the mapping"):
+            bl.get_solver(name)
 
     def test_a_toml_file_without_the_table(self, tmp_path):
         file = tmp_path / "solver.toml"

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -55,6 +56,7 @@ def diagnose(
                 f"{name}: expected a function without arguments that computes the loss, got {type(loss).__name__}. "
                 f"bilevel_torch.diagnose evaluates it at other values: pass lambda: ..., or the function itself."
             )
+        _check_call(name, loss)
     w, h = _trainable(tree_of("params", params)), tree_of("hparams", hparams)
     for name, tree in (("params", w), ("hparams", h)):
         _check_leaves(name, tree)
@@ -69,7 +71,24 @@ class _Closure:
     loss: Callable[[], object]
 
     def __call__(self, params: object, hparams: object) -> object:
-        return self.loss()
+        try:
+            return self.loss()
+        except StopIteration as error:
+            raise RuntimeError(
+                "A loss has raised StopIteration. bilevel_torch.diagnose evaluates it several times, for the same "
+                "batch. Take the batch from the iterator outside of the loss."
+            ) from error
+
+
+def _check_call(name: str, loss: Callable[[], object]) -> None:
+    try:
+        signature(loss).bind()
+    except TypeError as error:
+        raise TypeError(
+            f"{name}: expected a function without arguments, as in lambda: loss(net, x, y): {error}."
+        ) from None
+    except ValueError:  # some functions of C have no signature
+        return
 
 
 def _trainable(tree: Any) -> Any:

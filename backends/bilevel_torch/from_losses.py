@@ -12,7 +12,7 @@ from bilevel.dependence import Names, warn_of_dependence
 from bilevel.hypergradient import SolverSpec, combine
 from bilevel.inspection.derivatives import Derivatives
 from bilevel.inspection.entries import entries
-from bilevel.inspection.not_finite import described, find_not_finite
+from bilevel.inspection.not_finite import described, find_not_finite, in_start
 from bilevel.linearization import LinearizedMap, OuterDerivatives
 from bilevel.methods.implicit import Implicit, pull_back
 from bilevel.operators.lanczos import spectrum
@@ -137,7 +137,8 @@ def hypergradient(
         UserWarning: if there are several ranks and no backend is given.
     """
     if not (isinstance(loss_scale, Real) and 0 < loss_scale < float("inf")):
-        raise ValueError(f"loss_scale: expected a finite number > 0, got {loss_scale!r}.")
+        hint = " Pass scaler.get_scale()." if isinstance(loss_scale, torch.amp.GradScaler) else ""
+        raise ValueError(f"loss_scale: expected a finite number > 0, got {loss_scale!r}.{hint}")
     check_untransformed()
     backend = this_process() if backend is None else backend
     check_on_failure(on_failure)
@@ -159,6 +160,8 @@ def hypergradient(
         method = Implicit(linear_solver)
 
         def locate() -> str:
+            if start := in_start(backend, v):
+                return start
             u = A.space.normal(1)
             found = Derivatives(at.residual, A(u), at.vjp_hparams(u), cotangent, direct)
             losses = float(inner_loss.detach()), float(outer_loss.detach())

@@ -60,6 +60,7 @@ def implicit_minimizer(
         floating-point tensors that ``train`` returns. Frozen parameters of a module count as constants, if others are
         not frozen. Compute the outer loss with the result, not with the trained module. Do not change the result in
         place before the backward pass. So a returned parameter of a module must not be trained further before it.
+        If one module has several trainings before the backward pass, return copies.
 
     Raises:
         TypeError, ValueError: if the solver is not linear (``unrolled``), the arguments do not fit ``train`` or

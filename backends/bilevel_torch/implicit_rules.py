@@ -26,6 +26,11 @@ from bilevel_torch.backend import TorchBackend
 from bilevel_torch.trees import fill, prune
 
 Tensors = Sequence[torch.Tensor]
+CHANGED = (
+    "implicit_minimizer: params or arguments of a training have changed in place before its backward pass. If one "
+    "module is trained several times before it, for example for each fold, return copies: "
+    "{name: p.detach().clone() for name, p in net.named_parameters()}."
+)
 
 
 @dataclass
@@ -167,7 +172,12 @@ class _Minimum(_Rule):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        params, saved = ctx.saved_tensors[: ctx.count], iter(ctx.saved_tensors[ctx.count :])
+        try:
+            kept = ctx.saved_tensors
+        except RuntimeError as error:  # PyTorch's error about a change in place
+            error.add_note(CHANGED)
+            raise
+        params, saved = kept[: ctx.count], iter(kept[ctx.count :])
         tensors = [next(saved) if t is None else t for t in ctx.others]
         pulled = iter(_Pull.apply(ctx.moved, *grads, *params, *tensors))
         return None, *(next(pulled) if moving else None for moving in ctx.moved.moves)

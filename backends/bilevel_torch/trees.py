@@ -42,9 +42,14 @@ def tree_of(name: str, given: object) -> Any:
         raise TypeError(
             f"{name}: expected a tensor, or a list, dict or iterable of tensors, got {type(given).__name__}.{hint}"
         )
+    if hasattr(given, "__array__"):
+        raise TypeError(f"{name}: expected a tensor, got {type(given).__name__}. Compute the losses with a tensor.")
     items = given if isinstance(given, list | tuple) else list(given)
     if not items and iter(given) is given:
-        raise ValueError(f"{name}: the iterator is empty. One such as module.parameters() serves only one call.")
+        raise ValueError(
+            f"{name}: the iterator is empty. One such as module.parameters() serves only one call. A module without "
+            "parameters, such as a quantized one, cannot be trained."
+        )
     pairs = [isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str) for item in items]
     return dict(items) if items and all(pairs) else items
 

@@ -29,7 +29,7 @@ from bilevel.methods.method import Method
 from bilevel.operators.lanczos import Spectrum
 from bilevel.problems.protocols import BilevelProblem
 from bilevel.spaces.array import Args, Array, H, P
-from bilevel.validation import check_inputs, check_problem, find_backend
+from bilevel.validation import check_inputs, check_problem, find_backend, wrong_calls_named
 
 
 def diagnose(
@@ -84,7 +84,7 @@ def diagnose(
     batches = check_inputs(found, params, hparams, inner_args, outer_args)
     if found.to_host(found.space(params).max_abs(params)) is None:
         raise TypeError("bl.diagnose reads numbers: call it outside jit, grad and vmap.")
-    with _random_state_kept():
+    with _random_state_kept(), wrong_calls_named(problem, batches[0], outer_args):
         return _diagnose(found, method, problem, Inputs(params, hparams, batches[0], outer_args), batches)
 
 

@@ -20,6 +20,7 @@ from bilevel.spaces.array import Array, H, P
 DATA = "Clean the data: drop or impute these entries, or mask them before a computation, not after it."
 PARAMS = "The inner training diverged. Train again with a smaller learning rate."
 HPARAMS = "An outer step diverged, or its hypergradient was not finite. Start again with a smaller outer step."
+START = "Leave adjoint0 out, or pass the adjoint of a solve that did not fail."
 VALUE = (
     "Check for overflow (a training that diverged, a penalty exp(λ) with a large λ), a logarithm or a division of "
     "zero, a mean over no examples, and nan in arrays that the loss closes over."
@@ -57,6 +58,11 @@ def locate(backend: Backend, problem: BilevelProblem, inputs: Inputs[P, H]) -> s
     inner, outer, found = backend.run(_values_and_derivatives, problem, inputs)
     losses = float(backend.to_host(inner)), float(backend.to_host(outer))
     return described(find_in_problem(backend, problem, inputs, *losses, entries(backend, found)))
+
+
+def in_start(backend: Backend, adjoint0: object) -> str:
+    """Return the entries of a warm start that are not finite, and the way out; "" if all are finite."""
+    return described(next(_not_finite_in("", _floating(backend, adjoint0, "adjoint0"), START), None))
 
 
 def described(first: NotFinite | None) -> str:

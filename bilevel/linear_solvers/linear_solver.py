@@ -55,7 +55,7 @@ class LinearSolver(Solver, Generic[S]):
             b: the right-hand side.
             x0: a warm start, which a direct method may ignore. None: zero.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{self.name} has no method solve(state, A, b, x0), which returns (v, info).")
 
     @property
     def most_steps(self) -> int | None:

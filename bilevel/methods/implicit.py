@@ -15,7 +15,7 @@ from bilevel.linear_solvers.wrapper import Wrapper
 from bilevel.linearization import LinearizedMap
 from bilevel.methods.method import Level, Method, Pullback, Solution
 from bilevel.operators.linear_operator import LinearOperator
-from bilevel.results import Status
+from bilevel.results import SolverInfo, Status
 from bilevel.spaces.array import H, P
 from bilevel.spaces.space import Layout
 
@@ -75,12 +75,20 @@ def pull_back(
     Raise a TypeError if A lacks a property that the solver requires.
     """
     check_requirements(solver, A)
-    adjoint, info = solver.solve(solver.init(A), A, cotangent, adjoint0)
+    solved: Any = solver.solve(solver.init(A), A, cotangent, adjoint0)
+    if not isinstance(solved, tuple) or len(solved) != 2 or not isinstance(solved[1], SolverInfo):
+        raise TypeError(
+            f"{solver.name}.solve(state, A, b, x0) must return (v, info), where info is a bl.SolverInfo. It returned "
+            f"an object of type {type(solved).__name__}."
+        )
+    adjoint, info = solved
     if at.residual is not None:
         # A Newton step leads to w*: w − w* ≈ (∂r/∂w)⁻¹ r, and F changes by c·(w − w*) ≈ v·r.
         error, xp = A.space.dot(adjoint, at.residual), A.space.xp
         status = xp.where(xp.isfinite(error), info.status, int(Status.NON_FINITE))
-        info = info._replace(inner_grad_norm=A.space.norm(at.residual), value_error=error, status=status)
+        info = info._replace(inner_grad_norm=A.space.norm(at.residual), status=status)
+        if A.sample is None:  # the residual of one batch is not zero at the solution of all
+            info = info._replace(value_error=error)
     product = at.vjp_hparams(adjoint)
     grad = None if product is None else backend.space(product).scale(-1.0, product)
     return Pullback(grad, adjoint, info, at.dependence() if at.dependence else None)

@@ -25,8 +25,9 @@ class Preconditioner(Protocol, Generic[S]):
 def check_preconditioner(value: object, solver: str) -> None:
     """Raise a TypeError unless a value is None or an object with the methods of `Preconditioner`."""
     if value is not None and (isinstance(value, type) or not isinstance(value, Preconditioner)):
+        hint = " Call the class." if isinstance(value, type) and issubclass(value, Preconditioner) else ""
         raise TypeError(
             f"{solver}.preconditioner: expected a function v -> M v, or an object with methods init() and apply(), "
-            f"such as bl.DiagonalPreconditioner() or bl.NystromPreconditioner(), got {value!r}. Names are for "
+            f"such as bl.DiagonalPreconditioner() or bl.NystromPreconditioner(), got {value!r}.{hint} Names are for "
             f'bl.get_solver: {{"name": "{solver.lower()}", "preconditioner": "nystrom"}}.'
         )

@@ -157,6 +157,8 @@ def cross_entropy(logits: Any, y: Array) -> Array:
 
 def _scores(X: Array, w: Array) -> Array:
     """Return X @ w. Raise a ValueError with names if the shapes do not fit."""
+    if not hasattr(w, "ndim"):
+        raise TypeError(f"params: expected one array of weights, got {type(w).__name__}.")
     d = X.shape[-1]
     if w.ndim not in (1, 2) or w.shape[0] != d:
         raise ValueError(
@@ -180,6 +182,14 @@ def _errors(prediction: Any, y: Array) -> Array:
 
 
 def _check_shape(y: Array, shape: Any) -> None:
-    """Raise a ValueError for targets that would broadcast to a wrong loss, such as y[:, None] against (n,)."""
+    """Raise a ValueError for targets that would broadcast to a wrong loss, such as y[:, None] against (n,).
+
+    Raise a TypeError for names of classes.
+    """
+    labels: Any = y
+    if isinstance(y, np.ndarray) and labels.dtype.kind in "US":
+        raise TypeError(
+            f"y: expected numbers, got {labels.dtype}. Encode names of classes, as LabelEncoder of scikit-learn does."
+        )
     if tuple(np.shape(y)) != tuple(shape):
         raise ValueError(f"y: expected shape {tuple(shape)}, with the rows of X, got {tuple(np.shape(y))}.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Generic, NamedTuple
@@ -114,10 +115,13 @@ class Search(Generic[P, H]):
 
         Raises:
             ValueError: if it is no state of a search.
+            TypeError: if its arrays have become lists.
         """
         expected = ["adjoint", "format", "history", "params", "points", "x"]
         if not isinstance(state, Mapping) or sorted(state) != expected or state["format"] != FORMAT:
             raise ValueError("resume: expected the state of a result of bl.minimize (result.state), of this version.")
+        if not all(isinstance(array, np.ndarray) for point in state["points"] for array in point[::2]):
+            raise TypeError("resume: expected arrays in the state. JSON makes lists of them: save it by pickle.")
         self.recorded = state
 
     @property
@@ -149,10 +153,10 @@ class Search(Generic[P, H]):
 
     def _compute(self, x: np.ndarray) -> tuple[Point[P], Evaluation]:
         backend, warm = self.backend, self.here
-        hparams = self.hparams(x)
         method, rtol = self._tightened()
         start: Any = self.copied(warm.params) if warm else self.params0
-        params = check_fit_result(backend, self.fit(hparams, start))
+        fitted = self.fit(self.hparams(x), start)  # a fit may change its arguments
+        params = check_fit_result(backend, fitted)
         try:
             with warnings.catch_warnings():
                 if any(self.method.failed(evaluation.status) for evaluation in self.history):
@@ -161,7 +165,8 @@ class Search(Generic[P, H]):
                     warnings.simplefilter("ignore", DependenceWarning)
                     warnings.simplefilter("ignore", InnerProblemWarning)
                 adjoint0 = warm.adjoint if warm else None
-                hg = hypergradient(self.problem, params, hparams, solver=method, adjoint0=adjoint0, **self.call)
+                at = self.hparams(x)
+                hg = hypergradient(self.problem, params, at, solver=method, adjoint0=adjoint0, **self.call)
         except SolverError as error:
             raise SolverError(
                 f"{error} This was evaluation {len(self.history) + 1} of minimize, at hyperparameters from "
@@ -170,7 +175,9 @@ class Search(Generic[P, H]):
         value, grad, info = float(backend.to_host(hg.value)), backend.to_flat(hg.grad), hg.info
         blocked = ((x <= self.box.lb) & (grad > 0)) | ((x >= self.box.ub) & (grad < 0))
         grad_norm = float(np.linalg.norm(np.where(blocked, 0.0, grad)))
-        evaluation = Evaluation(value, grad_norm, rtol, info.steps, info.status, info.inner_grad_norm, info.value_error)
+        unknown = math.isnan(info.residual_norm)  # with ``identity``, v has another scale than the solution
+        of_inner = info.inner_grad_norm, float("nan") if unknown else info.value_error
+        evaluation = Evaluation(value, grad_norm, rtol, info.steps, info.status, *of_inner)
         return Point(x, value, grad, self.copied(hg.params), hg.adjoint), evaluation
 
     def unsolved(self) -> str | None:

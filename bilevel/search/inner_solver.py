@@ -13,7 +13,7 @@ from bilevel.errors import SolverWarning
 from bilevel.problems.gradients import in_params
 from bilevel.problems.problem import Problem
 from bilevel.spaces.array import Args, Array, P
-from bilevel.validation import check_inputs, find_backend
+from bilevel.validation import check_inputs, find_backend, wrong_calls_named
 
 
 def scipy_fit(
@@ -71,7 +71,8 @@ def scipy_fit(
 
         def value_and_grad(x: np.ndarray) -> tuple[float, np.ndarray]:
             flat = backend_.from_numpy(x)
-            value, grad = backend_.run(_value_and_grad, problem, flat, params0, hparams, inner_args)
+            with wrong_calls_named(problem, inner_args, None):
+                value, grad = backend_.run(_value_and_grad, problem, flat, params0, hparams, inner_args)
             return float(backend_.to_host(value)), backend_.to_numpy(grad).astype(np.float64)
 
         found = scipy.optimize.minimize(

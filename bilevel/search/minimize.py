@@ -26,6 +26,10 @@ from bilevel.trainings import check_fit
 from bilevel.validation import find_backend
 
 TAKES_BOUNDS = {"L-BFGS-B": True, "BFGS": False, "CG": False}
+NO_STEP = (
+    "The line search found no step along which the outer objective decreases as the hypergradient predicts. Near a "
+    "minimum, this is the noise of fit. Elsewhere, check that fit uses its hyperparameters, and make it more accurate."
+)
 
 
 def minimize(
@@ -63,7 +67,7 @@ def minimize(
             a model in place, because params are copied.
         params0: the start of the first fit, if it needs a start.
         method: a method of `scipy.optimize.minimize`: L-BFGS-B or, without bounds, CG or BFGS (which stores a matrix).
-        bounds: a pair (low, high) for all entries of λ, a SciPy ``Bounds``, or a pair per entry.
+        bounds: a pair (low, high) for all entries of λ, a SciPy ``Bounds``, or a pair per entry. None is no bound.
         maxiter: maximum number of iterations of the method, at least 1.
         callback: called after each iteration with an ``OptimizeResult`` (``x``, ``params``, ``fun``, ``jac``, ``nit``,
             ``nfev``, ``state``). Raise ``StopIteration`` in it to stop the search.
@@ -129,6 +133,8 @@ def minimize(
     # If the bounds fix all entries, SciPy returns no nit and status.
     ended = {key: found.get(key, 0) for key in ("nit", "success", "status", "message")}
     search.accept(found.x)
+    if ended["status"] == 2:  # in all three methods
+        ended["message"] = f"{NO_STEP} SciPy's message: {found.message}"
     if (unsolved := search.unsolved()) is not None:
         ended |= {"success": False, "status": -1, "message": f"{unsolved} SciPy's message: {found.message}"}
         if on_failure != "ignore":
@@ -156,12 +162,22 @@ def _box(bounds: Any, size: int) -> scipy.optimize.Bounds:
             low, high = bounds
         else:
             low, high = zip(*bounds, strict=True)
-        limits: Any = [np.broadcast_to(np.asarray(bound, float), size) for bound in (low, high)]
+        limits = [_limit(low, -np.inf, size), _limit(high, np.inf, size)]
     except (TypeError, ValueError, KeyError) as error:
         raise ValueError(
-            f"bounds: expected (low, high), scipy.optimize.Bounds or a pair for each of {size} entries, got {bounds!r}."
+            "bounds: expected (low, high), two numbers for all entries, scipy.optimize.Bounds(low, high) with arrays, "
+            f"or a pair for each of {size} entries, got {bounds!r}."
         ) from error
+    if np.isnan(limits).any():
+        raise ValueError(f"bounds: nan is no bound, got {bounds!r}. For an entry without a bound, write None.")
     return scipy.optimize.Bounds(*limits)
+
+
+def _limit(given: Any, absent: float, size: int) -> np.ndarray:
+    """Return the limits of all entries on one side. ``absent`` is the limit in place of None."""
+    given = absent if given is None else given
+    entries = [absent if limit is None else limit for limit in given] if isinstance(given, list | tuple) else given
+    return np.broadcast_to(np.asarray(entries, float), size)
 
 
 @contextmanager

@@ -169,6 +169,20 @@ class TestArguments:
             assert report.params_size == 3 + 3 + 1
             assert report.verified
 
+    @pytest.mark.parametrize("loss", [lambda net: net, lambda x, y: x], ids=["one", "two"])
+    def test_losses_with_arguments_are_refused(self, loss):
+        w, h = (torch.ones(1, requires_grad=True) for _ in range(2))
+        with pytest.raises(
+            TypeError, match=r"outer_loss: expected a function without arguments, .* missing a required"
+        ):
+            bilevel_torch.diagnose(lambda: ((w - h) ** 2).sum(), loss, w, h)
+
+    def test_losses_that_take_the_next_batch_are_refused(self):
+        w, h = (torch.ones(1, requires_grad=True) for _ in range(2))
+        batches = iter([torch.ones(1), torch.ones(1)])
+        with pytest.raises(RuntimeError, match=r"StopIteration\. .* Take the batch from the iterator outside"):
+            bilevel_torch.diagnose(lambda: ((w - h * next(batches)) ** 2).sum(), lambda: (w**2).sum(), w, h)
+
     def test_losses_that_are_already_computed_are_refused(self):
         loop = Loop()
         with pytest.raises(TypeError, match=r"inner_loss: expected a function without arguments .* got Tensor"):

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 
 import bilevel as bl
@@ -326,6 +327,14 @@ def test_hparams(case):
         {"adjoint0": {"w": torch.ones(1)}},
     ),
     unrolled=Case(usual, TypeError, r"Unrolled runs inner steps .* use bl\.hypergradient", {"solver": "unrolled"}),
+    grad_scaler=Case(
+        usual, ValueError, r"loss_scale: .* Pass scaler\.get_scale\(\)", {"loss_scale": torch.amp.GradScaler("cpu")}
+    ),
+    array_as_hparams=Case(
+        lambda net, h: (*losses(net, h), net.parameters(), np.zeros(2)),
+        TypeError,
+        "hparams: expected a tensor, got ndarray",
+    ),
     **{
         f"loss_scale_{scale}": Case(
             usual, ValueError, "loss_scale: expected a finite number > 0", {"loss_scale": scale}

@@ -105,6 +105,22 @@ def test_a_warm_start_serves_one_backward_pass_after_the_other():
     assert relative_error(second, first) <= 1e-5
 
 
+def test_two_trainings_of_one_module_that_return_copies():
+    net = torch.nn.Linear(1, 1, bias=False).double()
+    targets = torch.tensor([1.0, 3.0], dtype=torch.float64)
+
+    @bilevel_torch.implicit_minimizer(lambda w, h, t: ((w["weight"] - t) ** 2 + h.exp() * w["weight"] ** 2).sum())
+    def fold(h, t):
+        with torch.no_grad():
+            net.weight.fill_(t / (1 + h.exp()))
+        return {name: p.detach().clone() for name, p in net.named_parameters()}
+
+    h, closed = (torch.zeros((), dtype=torch.float64, requires_grad=True) for _ in range(2))
+    sum((fold(h, t)["weight"] ** 2).sum() for t in targets).backward()
+    ((targets / (1 + closed.exp())) ** 2).sum().backward()
+    torch.testing.assert_close(h.grad, closed.grad)
+
+
 class TestArguments:
     def test_keywords_are_differentiated_too(self):
         h, closed = hparams(), hparams()
@@ -263,8 +279,9 @@ class TestErrors:
         w = solve(torch.ones((), requires_grad=True))
         with torch.no_grad():
             net.weight.add_(1.0)
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        with pytest.raises(RuntimeError, match="modified by an inplace operation") as caught:
             w["weight"].sum().backward()
+        assert "for each fold, return copies" in caught.value.__notes__[0]
 
     def test_a_failed_solve_warns_and_raises_in_the_backward_pass(self):
         for on_failure, caught in (

@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import traceback
+import warnings
 from functools import partial
 
 # Little optimization: compiling is what takes the time.
@@ -22,6 +23,8 @@ from jax.sharding import PartitionSpec as P
 
 import bilevel as bl
 import bilevel_jax
+
+warnings.simplefilter("ignore", bl.InnerProblemWarning)  # derivatives are compared at any params
 
 AUTO, EXPLICIT = (jax.make_mesh((8,), ("d",), axis_types=(kind,)) for kind in (AxisType.Auto, AxisType.Explicit))
 DATA, SAME = P("d"), P()

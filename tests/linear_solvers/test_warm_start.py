@@ -217,6 +217,13 @@ class TestState:
 
 
 class TestErrors:
+    def test_a_warm_start_in_another_one_or_in_prepare(self):
+        with pytest.raises(TypeError, match=r"WarmStart: the solver is a WarmStart\. Use it directly"):
+            bl.WarmStart(bl.WarmStart("cg"))
+        problem = bl.problems.quadratic(hessian=np.eye(2), coupling=np.eye(2), target=np.ones(2))
+        with pytest.raises(TypeError, match=r"bl\.prepare: the solver is a WarmStart, .* prepare_every="):
+            bl.prepare(bl.WarmStart("neumann"), problem, np.zeros(2), np.zeros(2))
+
     def test_unrolled_solves_no_linear_system(self):
         with pytest.raises(TypeError, match=r"WarmStart needs a linear solver.*Unrolled runs inner steps"):
             bl.WarmStart("unrolled")

@@ -1,5 +1,6 @@
 """The search for hyperparameters, against closed forms and SciPy's own minimum of them."""
 
+import re
 from functools import cache
 from itertools import pairwise
 
@@ -122,8 +123,15 @@ def test_every_method_finds_the_minimum(method):
 
 @pytest.mark.parametrize(
     "bounds",
-    [(-0.5, 1.0), optimize.Bounds(-0.5, 1.0), [(-0.5, 1.0), (-0.5, 1.0)], [[-0.5, 1.0], [-0.5, 1.0]]],
-    ids=["pair", "Bounds", "pairs", "lists"],
+    [
+        (-0.5, 1.0),
+        optimize.Bounds(-0.5, 1.0),
+        [(-0.5, 1.0), (-0.5, 1.0)],
+        [[-0.5, 1.0], [-0.5, 1.0]],
+        (-0.5, None),
+        [(None, 1.0), (-0.5, None)],
+    ],
+    ids=["pair", "Bounds", "pairs", "lists", "None", "None in pairs"],
 )
 def test_bounds_in_every_form(bounds):
     problem = bl.problems.quadratic(hessian=np.eye(2), coupling=np.eye(2), target=np.array([0.5, -1.5]))
@@ -364,6 +372,29 @@ class TestMistakes:
         with pytest.raises(ValueError, match=r"bounds: expected \(low, high\), .* each of 5 entries, got"):
             PerFeature().minimize(bounds=bounds)
 
+    @pytest.mark.parametrize("bounds", [(np.nan, 1.0), [(0.0, 1.0)] * 4 + [(0.0, np.nan)]], ids=str)
+    def test_bounds_that_are_nan(self, bounds):
+        with pytest.raises(ValueError, match=r"bounds: nan is no bound, .* write None"):
+            PerFeature().minimize(bounds=bounds)
+
+    def test_a_fit_that_changes_its_hyperparameters(self):
+        def fit(hparams, params0):
+            params = hparams.copy()
+            hparams += 1.0
+            return params
+
+        problem = bl.problems.quadratic(np.eye(2), np.eye(2), np.array([0.5, -1.5]))
+        found = bl.minimize(problem, np.zeros(2), fit=fit)
+        np.testing.assert_allclose(found.x, [0.5, -1.5], atol=1e-4)  # its params belong to the values before
+        assert found.success
+
+    @pytest.mark.parametrize("method", ["L-BFGS-B", "BFGS", "CG"])
+    def test_a_fit_that_ignores_its_hyperparameters(self, method):
+        problem = bl.problems.quadratic(np.eye(2), np.eye(2), np.array([0.5, -1.5]))
+        found = bl.minimize(problem, np.zeros(2), fit=lambda h, _: np.zeros(2), method=method)
+        assert not found.success
+        assert re.search("check that (fit|it) uses its hyperparameters", found.message)
+
     @pytest.mark.parametrize("maxiter", [0, -1, 2.5, True, None, "5"])  # SciPy's L-BFGS-B takes 0 for 1
     def test_maxiter_that_is_no_number_of_iterations(self, maxiter):
         with pytest.raises(ValueError, match=r"maxiter: expected an integer >= 1, got"):
@@ -382,7 +413,7 @@ class TestMistakes:
             PerFeature().minimize(hparams0=np.zeros(FEATURES, int))
 
     def test_hyperparameters_of_no_framework(self):
-        with pytest.raises(TypeError, match="expected trees of NumPy, torch or JAX arrays"):
+        with pytest.raises(TypeError, match=r"^hparams0: expected a tree of NumPy, torch or JAX arrays, got list"):
             PerFeature().minimize(hparams0=[0.0, 0.0])
 
 

@@ -1,5 +1,6 @@
 """A search that is interrupted and resumed."""
 
+import json
 import pickle
 from functools import partial
 
@@ -68,6 +69,13 @@ def test_a_fit_is_not_repeated():
 def test_what_is_no_state(state):
     with pytest.raises(ValueError, match=r"resume: expected the state of a result of bl.minimize"):
         search(bl.get_backend("numpy"))(resume=state)
+
+
+def test_a_state_whose_arrays_have_become_lists():
+    minimize = search(bl.get_backend("numpy"))
+    state = json.loads(json.dumps(minimize(maxiter=2).state, default=np.ndarray.tolist))
+    with pytest.raises(TypeError, match=r"resume: expected arrays in the state\. JSON makes lists of them"):
+        minimize(maxiter=3, resume=state)
 
 
 def test_a_state_of_another_search():
