@@ -15,13 +15,15 @@ from bilevel.results import SolverInfo, Status
 from bilevel.spaces.array import Array
 
 UNSOLVED_SHARE = 0.2  # of F, to first order, with a warning
+UNTRAINED_SHARE = 0.01  # the same at params of zero, which most often are untrained
 SMALL = 1e-3  # change of params; F is close to zero if this changes F by more than its value
 UNSOLVED = (
     "params do not solve the inner problem. To first order, the outer objective differs by more than "
-    f"{UNSOLVED_SHARE:.0%} at the solution (info.value_error), and a hypergradient is only right there. Train the "
-    "inner problem further. If a bound or a kink such as |w| holds params where they are, use bl.FixedPoint of a "
-    'projected or proximal step. If the training ends elsewhere on purpose, use solver="unrolled". bl.diagnose finds '
-    'the cause. If this is intended, call warnings.simplefilter("ignore", bl.InnerProblemWarning).'
+    f"{UNSOLVED_SHARE:.0%} at the solution ({UNTRAINED_SHARE:.0%} for params of zero; see info.value_error), and a "
+    "hypergradient is only right there. Train the inner problem further. If a bound or a kink such as |w| holds params "
+    "where they are, use bl.FixedPoint of a projected or proximal step. If the training ends elsewhere on purpose, use "
+    'solver="unrolled". bl.diagnose finds the cause. If this is intended, call '
+    'warnings.simplefilter("ignore", bl.InnerProblemWarning).'
 )
 OnFailure = Literal["raise", "warn", "ignore"]
 
@@ -81,7 +83,7 @@ def report(
 
 
 def warn_if_unsolved(backend: Backend, value: Any, info: SolverInfo, params: object) -> None:
-    """Warn if, to first order, F(params) differs from F(w*) by more than `UNSOLVED_SHARE` of it.
+    """Warn if, to first order, F(params) differs from F(w*) by more than `UNSOLVED_SHARE` or `UNTRAINED_SHARE` of it.
 
     ``value`` is F(params). If it or the info is traced, if the solve failed, or if its residual is unknown
     (``identity``, whose v has another scale than the solution), there is no warning.
@@ -95,10 +97,11 @@ def warn_if_unsolved(backend: Backend, value: Any, info: SolverInfo, params: obj
     if isnan(info.residual_norm):
         return
     outer = backend.to_host(value) if hasattr(value, "dtype") else value
-    if outer is None or not abs(error) > UNSOLVED_SHARE * abs(outer):
+    if outer is None or not abs(error) > UNTRAINED_SHARE * abs(outer):
         return
     norm = float(backend.to_host(backend.run(_norm, params)))
-    if abs(error) > UNSOLVED_SHARE * SMALL * info.rhs_norm * norm:
+    share = UNSOLVED_SHARE if norm else UNTRAINED_SHARE
+    if abs(error) > share * max(abs(outer), SMALL * info.rhs_norm * norm):
         warnings.warn(InnerProblemWarning(UNSOLVED), stacklevel=callers_level())
 
 

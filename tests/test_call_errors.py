@@ -201,6 +201,16 @@ class TestFarFromTheSolution:
             hg = self.call(backend, [0.0, 0.0, 5.0])
         assert abs(hg.info.value_error) > 0.2 * float(backend.to_host(hg.value))
 
+    def test_untrained_params_of_zero_warn_earlier(self, backend):
+        rng = np.random.default_rng(0)
+        X, y, X_val = rng.standard_normal((60, 5)), rng.standard_normal(60), rng.standard_normal((60, 5))
+        X, y, X_val, y_val = map(backend.from_numpy, (X, y, X_val, np.ones(60)))
+        h, data = backend.from_numpy(np.full(5, -2.0)), {"inner_args": (X, y), "outer_args": (X_val, y_val)}
+        zero = backend.from_numpy(np.zeros(5))
+        with pytest.warns(bl.InnerProblemWarning, match=r"\(1% for params of zero; see info\.value_error\)"):
+            hg = bl.hypergradient(RIDGE, zero, h, **data)
+        assert 0.01 < abs(hg.info.value_error) / float(backend.to_host(hg.value)) < 0.2
+
     def test_the_estimate_is_first_order(self, backend):
         solution = 1 / (1 + 3 * np.exp(-3.0)) * np.ones(3)
         errors = []

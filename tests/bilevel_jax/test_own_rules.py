@@ -189,3 +189,17 @@ class TestNoSecondDerivative:
 
         with pytest.raises(KeyError, match="mine"):
             bl.hypergradient(bl.Problem(wrong, outer), self.W, H)
+
+
+def test_a_wrong_second_derivative_of_jax_is_found_with_its_cause():
+    """Where the arguments of hypot are equal, its Hessian is zero in JAX 0.10 (findings/)."""
+    problem = bl.Problem(
+        lambda w, h: jnp.hypot(w[0], w[1]) + (jnp.exp(h) * (w - 1) ** 2).sum(), lambda w, h: ((w - 2) ** 2).sum()
+    )
+    w, h = jnp.array([1.0, 1.0]), jnp.array(0.0)
+    hessian = jax.hessian(lambda w: jnp.hypot(w[0], w[1]))(w)
+    if hessian.any():
+        pytest.skip(f"JAX {jax.__version__} has this second derivative")
+    found = {finding.name: finding for finding in bl.diagnose(problem, w, h).findings}
+    assert "inner hvp contradicts differences" in found["wrong derivative"].what
+    assert "hypot or betaln of equal arguments" in found["wrong derivative"].way_out
