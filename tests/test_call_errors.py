@@ -169,6 +169,21 @@ class TestUnsolved:
             found = self.search(backend, fit)
         assert not found.success
 
+    @pytest.mark.parametrize("error", [1e-3, 1.0])
+    def test_rounding_of_float32_is_no_failure(self, backend, error):
+        """Params that differ from the solution by about √eps, as a fit in float32 leaves them, or by much more."""
+        X, y = self.data(bl.get_backend("numpy"))
+        solve = bl.scipy_fit(RIDGE, inner_args=(X, y))
+
+        def fit(h, w):
+            exact = solve(np.asarray(backend.to_numpy(h), np.float64), np.zeros(5))
+            return backend.from_numpy((exact * (1 + error * np.array([1, -1, 1, -1, 1]))).astype(np.float32))
+
+        at = np.full(5, -2.0, np.float32), (X.astype(np.float32), y.astype(np.float32))
+        h, data = backend.from_numpy(at[0]), tuple(map(backend.from_numpy, at[1]))
+        found = bl.minimize(RIDGE, h, fit=fit, maxiter=1, inner_args=data, outer_args=data, on_failure="ignore")
+        assert ("fit does not solve" in found.message) == (error == 1.0)
+
     def test_ignored_warnings_still_give_no_success(self):
         found = self.search(bl.get_backend("numpy"), lambda h, w: np.zeros(5), on_failure="ignore")
         assert not found.success

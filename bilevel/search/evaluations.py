@@ -187,7 +187,9 @@ class Search(Generic[P, H]):
         errors = [abs(evaluation.value_error) for evaluation in self.history]
         # With a noisy fit, one error may be small by chance.
         error = max(errors[at], float(np.median(errors[-5:])))
-        if not error > SOLVED * max(abs(self.here.value), max(values) - self.here.value):
+        # A fit in float32 cannot be more accurate: rounding leaves an error of w of about √eps.
+        share = max(SOLVED, 10 * self.backend.space(self.here.params).eps ** 0.5)
+        if not error > share * max(abs(self.here.value), max(values) - self.here.value):
             return None
         return (
             f"fit does not solve the inner problem: to first order, the outer objective {self.here.value:.6g} differs "
