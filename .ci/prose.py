@@ -30,7 +30,7 @@ Passage = tuple[int, str]  # the number of its first line, and its text
 
 
 def main() -> int:
-    """Check the files and folders in the arguments. Without arguments, check those of ROOTS."""
+    """Check the files and folders in the arguments. Without arguments, check the files that ROOTS matches."""
     top = Path(__file__).parents[1]
     later = {top / name for name in LATER}
     paths = [path for root in ROOTS for path in sorted(top.glob(root)) if path not in later]

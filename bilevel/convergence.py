@@ -59,6 +59,8 @@ def report(
     if numbers.status is None:
         return info
     info = numbers._replace(steps=int(numbers.steps), status=Status(int(numbers.status)))
+    if isnan(info.residual_norm):  # v may have another scale than the solution, as with ``identity``
+        info = info._replace(value_error=float("nan"))
     method.record(info)
     if on_failure == "ignore" or not method.failed(info.status):
         return info
@@ -85,16 +87,14 @@ def report(
 def warn_if_unsolved(backend: Backend, value: Any, info: SolverInfo, params: object) -> None:
     """Warn if, to first order, F(params) differs from F(w*) by more than `UNSOLVED_SHARE` or `UNTRAINED_SHARE` of it.
 
-    ``value`` is F(params). If it or the info is traced, if the solve failed, or if its residual is unknown
-    (``identity``, whose v has another scale than the solution), there is no warning.
+    ``value`` is F(params). If it or the info is traced, if the solve failed, or if ``value_error`` is unknown, there is
+    no warning.
 
     If a relative change `SMALL` of params changes F by more than its value, the value is close to zero and no scale.
     Then this change is the scale.
     """
     error = info.value_error
     if info.status is not Status.CONVERGED or not error:  # a traced status is no `Status`
-        return
-    if isnan(info.residual_norm):
         return
     outer = backend.to_host(value) if hasattr(value, "dtype") else value
     if outer is None or not abs(error) > UNTRAINED_SHARE * abs(outer):

@@ -10,7 +10,7 @@ from bilevel.methods.implicit import Implicit, as_method
 from bilevel.methods.method import Level, Method
 from bilevel.problems.protocols import BilevelProblem
 from bilevel.spaces.array import Args, P
-from bilevel.validation import check_inputs, check_like, check_stateless, find_backend, wrong_calls_named
+from bilevel.validation import check_inputs, check_like, find_backend, wrong_calls_named
 
 
 def prepare(
@@ -47,7 +47,6 @@ def prepare(
     method = as_method(found)
     backend = find_backend(backend, params, hparams)
     batches = check_inputs(backend, params, hparams, inner_args)
-    check_stateless(backend, found)
     with wrong_calls_named(problem, batches[0], None):
         state = backend.run(_init, method, problem, params, hparams, batches)
     prepared = method.with_state(state, backend.space(params).layout(params))

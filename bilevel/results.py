@@ -32,8 +32,8 @@ class SolverInfo(NamedTuple):
         inner_grad_norm: norm of ∂L/∂w at ``params``, or of the residual of a fixed point or root. It is zero at a
             solution of the inner problem, and ``nan`` if it is unknown (``unrolled``, `hypergradient_from`).
         value_error: estimate of F(params) − F(w*), to first order: vᵀ ∂L/∂w, or v times the residual of a fixed point
-            or root. It is zero at a solution of the inner problem, and ``nan`` if it is unknown (also with a list of
-            batches, because ∂L/∂w is of the first batch).
+            or root. It is zero at a solution of the inner problem, and ``nan`` if it is unknown: with a list of
+            batches, because ∂L/∂w is of the first batch, and outside ``jit`` also if ``residual_norm`` is ``nan``.
     """
 
     steps: Any

@@ -44,15 +44,12 @@ def find_backend(
         if backend.owns(leaf)
     ]
     if not owners:
-        if isinstance(hparams, Real) and not isinstance(params, Real):
-            name, number = names[1], hparams
-        else:
-            name, number = names[0], params
-        if isinstance(number, Real):
-            raise TypeError(
-                f"{name} is a number of Python. Write np.array({number}), torch.tensor({number}) or "
-                f"jnp.asarray({number})."
-            )
+        for name, tree in zip(names, (params, hparams), strict=True):
+            if isinstance(tree, Real):
+                raise TypeError(
+                    f"{name} is a number of Python. Write np.array({tree}), torch.tensor({tree}) or "
+                    f"jnp.asarray({tree})."
+                )
         kinds = type(params).__name__, type(hparams).__name__
         if params is hparams:
             raise TypeError(

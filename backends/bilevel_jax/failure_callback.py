@@ -1,6 +1,7 @@
 """A callback for failed solves only. A callback for each solve would take longer than a small solve."""
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import jax
@@ -43,7 +44,12 @@ def _split(arrays: Sequence[jax.Array]) -> tuple[SolverInfo, list[jax.Array]]:
 
 
 def _effects(*_: object, **__: object) -> tuple[list[object], Any]:
-    return [], jax.make_jaxpr(lambda: jax.debug.callback(print))().effects
+    return [], _of_a_callback()
+
+
+@cache
+def _of_a_callback() -> Any:
+    return jax.make_jaxpr(lambda: jax.debug.callback(print))().effects
 
 
 def _worst(arrays: Sequence[jax.Array], axes: Sequence[Any], **options: Any) -> tuple[list[object], list[object]]:

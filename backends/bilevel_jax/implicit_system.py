@@ -7,7 +7,7 @@ from typing import Any, Generic
 import jax
 
 from bilevel.convergence import OnFailure, report
-from bilevel.linear_solvers.linear_solver import LinearSolver, check_requirements
+from bilevel.linear_solvers.linear_solver import LinearSolver, run_solver
 from bilevel.methods.implicit import Implicit
 from bilevel.operators.linear_operator import LinearOperator
 from bilevel.results import SolverInfo
@@ -109,8 +109,7 @@ def _solve(
     rhs: P,
 ) -> tuple[P, SolverInfo]:
     A = LinearOperator(backend.space(params), backend.inner(inner, params, hparams, args).vjp_params)
-    check_requirements(solver, A)
-    return solver.solve(solver.init(A), A, rhs, None)
+    return run_solver(solver, A, rhs)
 
 
 def _hvp(backend: JaxBackend, inner: Callable[..., object], params: P, hparams: object, args: Args, v: P) -> P:

@@ -11,9 +11,9 @@ from bilevel.diagnosis import Diagnosis
 from bilevel.diagnosis import diagnose as diagnose_problem
 from bilevel.hypergradient import SolverSpec
 from bilevel.problems.problem import Problem
-from bilevel.spaces.tree import leaves_with_paths
+from bilevel.spaces.tree import leaves, leaves_with_paths
 from bilevel_torch.backend import TorchBackend
-from bilevel_torch.trees import TensorTree, tree_of
+from bilevel_torch.trees import TensorTree, prune, tree_of
 
 
 def diagnose(
@@ -93,17 +93,8 @@ def _check_call(name: str, loss: Callable[[], object]) -> None:
 
 def _trainable(tree: Any) -> Any:
     """Return the tree without the frozen tensors; the tree itself if all are frozen, for an error."""
-    if isinstance(tree, dict):
-        kept = {key: leaf for key, leaf in tree.items() if not _is_frozen(leaf)}
-    elif isinstance(tree, list | tuple):
-        kept = [leaf for leaf in tree if not _is_frozen(leaf)]
-    else:
-        return tree
-    return kept or tree
-
-
-def _is_frozen(leaf: object) -> bool:
-    return isinstance(leaf, torch.Tensor) and not leaf.requires_grad
+    frozen = [isinstance(leaf, torch.Tensor) and not leaf.requires_grad for leaf in leaves(tree)]
+    return tree if all(frozen) else prune(tree, frozen)
 
 
 def _check_leaves(name: str, tree: object) -> None:

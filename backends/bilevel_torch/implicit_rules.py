@@ -12,7 +12,7 @@ import torch
 from bilevel.convergence import OnFailure, report
 from bilevel.dependence import warn_of_dependence
 from bilevel.hypergradient import combine
-from bilevel.linear_solvers import LinearSolver
+from bilevel.linear_solvers.linear_solver import LinearSolver, run_solver
 from bilevel.linearization import Dependence, LinearizedMap
 from bilevel.methods.implicit import Implicit, pull_back
 from bilevel.operators.lanczos import spectrum
@@ -93,7 +93,7 @@ class Training:
             at, A, lam = self._linearize(moves, params, tensors)
             if at.jvp_hparams is None or at.dependence is None or not any((used := at.dependence()).hparams):
                 raise ValueError(f"∂L/∂w does not depend on {leaf_names(self.backend, 'hparams', lam)}.")
-            change, info = self.solver.solve(self.solver.init(A), A, at.jvp_hparams(list(changes)), None)
+            change, info = run_solver(self.solver, A, at.jvp_hparams(list(changes)))
             self._report(info, A, moves, used)
             found = fill(with_leaves(self.structure, map(torch.zeros_like, params)), A.space.scale(-1.0, change))
             return tuple(leaves(found))

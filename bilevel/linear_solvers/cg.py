@@ -48,8 +48,7 @@ class CG(Iterative[object]):
         atol: absolute tolerance on the residual.
         damping: added to the diagonal of the operator, >= 0, to make the eigenvalues positive.
         preconditioner: a `Preconditioner`, a function v -> M v with M symmetric and positive definite, or None.
-            ``info.steps`` does not count its products. `bl.prepare` computes
-            it once for several calls.
+            ``info.steps`` does not count its products. `bl.prepare` computes it once for several calls.
     """
 
     preconditioner: Preconditioner | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import is_dataclass, replace
-from typing import ClassVar, Generic, Self, TypeVar
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 from typing_extensions import override
 
@@ -69,6 +69,21 @@ class LinearSolver(Solver, Generic[S]):
     @override
     def explain(self, info: SolverInfo, symmetric: bool, curvature: Spectrum[float] | None) -> str:
         return advice.explain(self, info, symmetric, curvature)
+
+
+def run_solver(solver: LinearSolver[Any], A: LinearOperator[V], b: V, x0: V | None = None) -> tuple[V, SolverInfo]:
+    """Return v of A v = b and information about the solve.
+
+    Raise a TypeError if A lacks a property that the solver requires, or if the solver does not return such a pair.
+    """
+    check_requirements(solver, A)
+    solved: Any = solver.solve(solver.init(A), A, b, x0)
+    if not isinstance(solved, tuple) or len(solved) != 2 or not isinstance(solved[1], SolverInfo):
+        raise TypeError(
+            f"{solver.name}.solve(state, A, b, x0) must return (v, info), where info is a bl.SolverInfo. It returned "
+            f"an object of type {type(solved).__name__}."
+        )
+    return solved
 
 
 def check_requirements(solver: LinearSolver[S], A: LinearOperator[V]) -> None:

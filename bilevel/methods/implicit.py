@@ -9,13 +9,13 @@ from typing import Any, Self
 from typing_extensions import override
 
 from bilevel.backend import Backend
-from bilevel.linear_solvers.linear_solver import LinearSolver, check_requirements
+from bilevel.linear_solvers.linear_solver import LinearSolver, check_requirements, run_solver
 from bilevel.linear_solvers.prepared import Prepared
 from bilevel.linear_solvers.wrapper import Wrapper
 from bilevel.linearization import LinearizedMap
 from bilevel.methods.method import Level, Method, Pullback, Solution
 from bilevel.operators.linear_operator import LinearOperator
-from bilevel.results import SolverInfo, Status
+from bilevel.results import Status
 from bilevel.spaces.array import H, P
 from bilevel.spaces.space import Layout
 
@@ -74,14 +74,7 @@ def pull_back(
 
     Raise a TypeError if A lacks a property that the solver requires.
     """
-    check_requirements(solver, A)
-    solved: Any = solver.solve(solver.init(A), A, cotangent, adjoint0)
-    if not isinstance(solved, tuple) or len(solved) != 2 or not isinstance(solved[1], SolverInfo):
-        raise TypeError(
-            f"{solver.name}.solve(state, A, b, x0) must return (v, info), where info is a bl.SolverInfo. It returned "
-            f"an object of type {type(solved).__name__}."
-        )
-    adjoint, info = solved
+    adjoint, info = run_solver(solver, A, cotangent, adjoint0)
     if at.residual is not None:
         # A Newton step leads to w*: w − w* ≈ (∂r/∂w)⁻¹ r, and F changes by c·(w − w*) ≈ v·r.
         error, xp = A.space.dot(adjoint, at.residual), A.space.xp

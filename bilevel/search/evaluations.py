@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Generic, NamedTuple
@@ -155,8 +154,8 @@ class Search(Generic[P, H]):
         backend, warm = self.backend, self.here
         method, rtol = self._tightened()
         start: Any = self.copied(warm.params) if warm else self.params0
-        fitted = self.fit(self.hparams(x), start)  # a fit may change its arguments
-        params = check_fit_result(backend, fitted)
+        params = check_fit_result(backend, self.fit(self.hparams(x), start))
+        hparams = self.hparams(x)  # again, because a fit may change its arguments
         try:
             with warnings.catch_warnings():
                 if any(self.method.failed(evaluation.status) for evaluation in self.history):
@@ -165,8 +164,7 @@ class Search(Generic[P, H]):
                     warnings.simplefilter("ignore", DependenceWarning)
                     warnings.simplefilter("ignore", InnerProblemWarning)
                 adjoint0 = warm.adjoint if warm else None
-                at = self.hparams(x)
-                hg = hypergradient(self.problem, params, at, solver=method, adjoint0=adjoint0, **self.call)
+                hg = hypergradient(self.problem, params, hparams, solver=method, adjoint0=adjoint0, **self.call)
         except SolverError as error:
             raise SolverError(
                 f"{error} This was evaluation {len(self.history) + 1} of minimize, at hyperparameters from "
@@ -175,9 +173,7 @@ class Search(Generic[P, H]):
         value, grad, info = float(backend.to_host(hg.value)), backend.to_flat(hg.grad), hg.info
         blocked = ((x <= self.box.lb) & (grad > 0)) | ((x >= self.box.ub) & (grad < 0))
         grad_norm = float(np.linalg.norm(np.where(blocked, 0.0, grad)))
-        unknown = math.isnan(info.residual_norm)  # with ``identity``, v has another scale than the solution
-        of_inner = info.inner_grad_norm, float("nan") if unknown else info.value_error
-        evaluation = Evaluation(value, grad_norm, rtol, info.steps, info.status, *of_inner)
+        evaluation = Evaluation(value, grad_norm, rtol, info.steps, info.status, info.inner_grad_norm, info.value_error)
         return Point(x, value, grad, self.copied(hg.params), hg.adjoint), evaluation
 
     def unsolved(self) -> str | None:

@@ -221,7 +221,7 @@ class TestTraining:
 
 
 class TestArguments:
-    """Of the training: by keyword, with defaults, and with an auxiliary result."""
+    """The training has keyword arguments, defaults, and an auxiliary result."""
 
     @pytest.mark.parametrize(
         "call",
