@@ -10,6 +10,7 @@ from cases import KINDS, Affine, equation, quadratic
 from frameworks import framework, namespace, symmetric
 from hypothesis import given
 from hypothesis import strategies as st
+from reports import blamed, names, words
 
 import bilevel as bl
 from bilevel import Status
@@ -17,18 +18,6 @@ from bilevel.diagnosis.agreement import DERIVATIVES
 from bilevel.testing import strategies
 
 plain = partial(quadratic, hypers=2, direct=False, offset=False)
-
-
-def words(report):
-    return " ".join(str(report).split())
-
-
-def names(report):
-    return [finding.name for finding in report.findings]
-
-
-def blamed(report):
-    return {a.name for a in report.derivatives.of if a.wrong}
 
 
 # The numbers

@@ -10,6 +10,7 @@ import pytest
 
 import bilevel as bl
 from bilevel.operators.linear_operator import LinearOperator
+from bilevel.spaces.tree import tree_map
 
 FRAMEWORKS = ["numpy", "torch", "jax"]
 DTYPES = [np.float32, np.float64]
@@ -26,6 +27,11 @@ def framework(name: str) -> Any:
 def namespace(backend: Any) -> Any:
     """Return the array namespace of a backend."""
     return backend.space(backend.from_numpy(np.ones(1))).xp
+
+
+def moved(backend: Any, tree: Any) -> Any:
+    """Return a tree of arrays of a framework, in float64."""
+    return tree_map(lambda leaf: backend.from_numpy(np.asarray(leaf, np.float64)), tree)
 
 
 def tolerance(dtype: Any, condition: float = 1.0, factor: float = 100.0) -> float:
