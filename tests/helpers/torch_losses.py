@@ -51,3 +51,8 @@ class Twice(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         return 2 * g
+
+
+def flat(tensors):
+    """Return the entries of tensors as one NumPy array."""
+    return torch.cat([t.detach().reshape(-1) for t in tensors]).numpy()
