@@ -46,8 +46,9 @@ def report(
 ) -> SolverInfo:
     """Return the info of a solve in Python numbers, and warn or raise if the solve failed.
 
-    Traced info is returned unchanged. If the result is not finite, "warn" also raises. Only the text of an error has
-    numbers of the spectrum. So a warning takes no products, and its text stays the same: Python shows it once.
+    Traced info is returned unchanged. Under a derivative of JAX, only some of its numbers are traced, and they stay so.
+    If the result is not finite, "warn" also raises. Only the text of an error has numbers of the spectrum. So a warning
+    takes no products, and its text stays the same: Python shows it once.
 
     Args:
         symmetric: whether the operator is symmetric.
@@ -58,8 +59,10 @@ def report(
     numbers = SolverInfo(*[backend.to_host(x) if hasattr(x, "dtype") else x for x in info])
     if numbers.status is None:
         return info
-    info = numbers._replace(steps=int(numbers.steps), status=Status(int(numbers.status)))
-    if isnan(info.residual_norm):  # v may have another scale than the solution, as with ``identity``
+    known = {name: number for name, number in numbers._asdict().items() if number is not None}
+    info = info._replace(**known | {"steps": int(numbers.steps), "status": Status(int(numbers.status))})
+    traced = None in (numbers.residual_norm, numbers.rhs_norm)
+    if not traced and isnan(numbers.residual_norm):  # v may have another scale than the solution, as with ``identity``
         info = info._replace(value_error=float("nan"))
     method.record(info)
     if on_failure == "ignore" or not method.failed(info.status):
@@ -73,12 +76,14 @@ def report(
     if on_failure == "raise":
         eigenvalues = None
         curved = info.status in (Status.NEGATIVE_CURVATURE, Status.DIVERGED) and symmetric
-        if curved and curvature is not None and not backend.requires_all_ranks:
+        if curved and not traced and curvature is not None and not backend.requires_all_ranks:
             eigenvalues = Spectrum(*[float(backend.to_host(x)) for x in curvature()])
-        raise SolverError(
-            f"{method.name}: {method.explain(info, symmetric, eigenvalues)} The residual is {info.residual_norm:.2g} "
-            f"of a right-hand side of {info.rhs_norm:.2g}, after {counted(info.steps, 'step')}.{hint}"
-        )
+        end = f"after {counted(info.steps, 'step')}."
+        if traced:
+            end = f"It stopped {end}"
+        else:
+            end = f"The residual is {info.residual_norm:.2g} of a right-hand side of {info.rhs_norm:.2g}, {end}"
+        raise SolverError(f"{method.name}: {method.explain(info, symmetric, eigenvalues)} {end}{hint}")
     text = f"{method.name}: {method.explain(info, symmetric, None)} info has the numbers.{hint}"
     warnings.warn(SolverWarning(text), stacklevel=callers_level())
     return info
@@ -94,7 +99,8 @@ def warn_if_unsolved(backend: Backend, value: Any, info: SolverInfo, params: obj
     Then this change is the scale.
     """
     error = info.value_error
-    if info.status is not Status.CONVERGED or not error:  # a traced status is no `Status`
+    known = info.status is Status.CONVERGED and isinstance(error, float)  # traced numbers have other types
+    if not known or not error:
         return
     outer = backend.to_host(value) if hasattr(value, "dtype") else value
     if outer is None or not abs(error) > UNTRAINED_SHARE * abs(outer):

@@ -169,6 +169,21 @@ def test_forward_mode_goes_through_a_solver():
     assert relative_error(jax.jacfwd(grad)(h), jax.jacfwd(exact)(h)) <= 1e-8
 
 
+@pytest.mark.parametrize("solver", ["cg", "neumann", "nystrom"])
+def test_forward_mode_tells_a_failed_solve(solver):
+    """The status is a number there, but norms are traced."""
+    w, h, data = case()
+    problem = bl.Problem(lambda w, h, *data: -inner(w, h, *data), outer)
+
+    def grad(on_failure):
+        return lambda h: bl.hypergradient(problem, w, h, solver=solver, on_failure=on_failure, **data).grad
+
+    with pytest.raises(bl.SolverError, match=r": .*It stopped after"):
+        jax.jacfwd(grad("raise"))(h)
+    with pytest.warns(bl.SolverWarning, match=r": .*info has the numbers"):
+        jax.jacfwd(grad("warn"))(h)
+
+
 @pytest.mark.parametrize("jit", [False, True])
 def test_a_solver_that_keeps_a_state_is_refused(jit):
     w, h, data = case()
