@@ -19,16 +19,21 @@ def check_real(
     least: float = 0.0,
     below: float = float("inf"),
     none: bool = False,
+    auto: bool = False,
 ) -> None:
     """Raise a TypeError unless each option is a number, and a ValueError unless it is finite and within the bounds.
 
-    It must be > ``above``, or else >= ``least``, and < ``below``. With ``none``, it may also be None.
+    It must be > ``above``, or else >= ``least``, and < ``below``. With ``none``, it may also be None, and with ``auto``
+    also "auto".
     """
     bound = f">= {least:g}" if above is None else f"> {above:g}"
     bound += " or None" if none else ""
+    bound += ' or "auto"' if auto else ""
     bound += f" and < {below:g}" if below < float("inf") else ""
     for option in options:
         value = getattr(solver, option)
+        if auto and isinstance(value, str) and value == "auto":
+            continue
         if (none and value is None) or (not is_python_value(value) and hasattr(value, "dtype")):
             continue
         message = f"{type(solver).__name__}.{option}: expected a finite number {bound}, got {value!r}."

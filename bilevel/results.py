@@ -34,6 +34,7 @@ class SolverInfo(NamedTuple):
         value_error: estimate of F(params) − F(w*), to first order: vᵀ ∂L/∂w, or v times the residual of a fixed point
             or root. It is zero at a solution of the inner problem, and ``nan`` if it is unknown: with a list of
             batches, because ∂L/∂w is of the first batch, and outside ``jit`` also if ``residual_norm`` is ``nan``.
+        damping: δ of the solved system (H + δ I) v = ∂F/∂w: the option of the solver, or what "auto" found.
     """
 
     steps: Any
@@ -42,6 +43,7 @@ class SolverInfo(NamedTuple):
     status: Any
     inner_grad_norm: Any = float("nan")
     value_error: Any = float("nan")
+    damping: Any = 0.0
 
     def as_dict(self, prefix: str = "") -> dict[str, float]:
         """Return Python numbers by name, for loggers such as TensorBoard or wandb. Call it outside ``jit``.

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Self
 from typing_extensions import override
 
 from bilevel.config import get_linear_solver
+from bilevel.linear_solvers.auto_damping import solve_with_auto_damping
 from bilevel.linear_solvers.linear_solver import LinearSolver
 from bilevel.linear_solvers.wrapper import LinearSolverWrapper
 from bilevel.operators.linear_operator import LinearOperator
@@ -16,7 +17,8 @@ from bilevel.spaces import tree
 from bilevel.spaces.array import V
 from bilevel.spaces.space import Space
 
-FORMAT = 2
+FORMAT = 3
+KEPT = 0.7  # of an automatic damping, for the next solve: it follows a Hessian that curves down less
 
 
 class WarmStart(LinearSolverWrapper[object]):
@@ -24,6 +26,9 @@ class WarmStart(LinearSolverWrapper[object]):
 
     Pass the same object as ``solver=`` to every call of a loop. It has state. Save the state in your checkpoint
     together with the optimizers' states. Otherwise a resumed run differs from an uninterrupted one.
+
+    With damping="auto", each solve first tries 0.7 of the last damping. So it needs no second solve where the Hessian
+    changes little.
 
     For NumPy and PyTorch. In JAX, state is an argument: pass ``adjoint0=hg.adjoint`` and a solver from `bl.prepare`.
 
@@ -68,6 +73,7 @@ class WarmStart(LinearSolverWrapper[object]):
         self.counts: Counter[str] = Counter()
         self.adjoint: object = None
         self.previous: object = None
+        self.found: Any = None  # the automatic damping of the last solve
         self.state: object = None
         self.loaded: list[object] | None = None
 
@@ -91,7 +97,12 @@ class WarmStart(LinearSolverWrapper[object]):
         if x0 is None and last is not None:
             previous = self._stored(self.previous, space) if self.extrapolate else None
             x0 = last if previous is None else space.subtract(space.scale(2.0, last), previous)
-        adjoint, info = self.solver.solve(state, A, b, x0)
+        if isinstance(self.solver.damping, str):
+            start = None if self.found is None else KEPT * self.found
+            adjoint, info = solve_with_auto_damping(self.solver, state, A, b, x0, start)
+            self.found = info.damping
+        else:
+            adjoint, info = self.solver.solve(state, A, b, x0)
         # Do not store the result of a failed solve that moved away from the solution, as with an indefinite Hessian.
         # Otherwise the next solves would start further and further away.
         status, worse = info.status, info.residual_norm > info.rhs_norm
@@ -120,6 +131,7 @@ class WarmStart(LinearSolverWrapper[object]):
             "counts": dict(self.counts),
             "adjoint": self.adjoint,
             "previous": self.previous,
+            "damping": self.found,
             "state": tree.leaves(self.state) if self.loaded is None else self.loaded,
         }
 
@@ -138,7 +150,7 @@ class WarmStart(LinearSolverWrapper[object]):
         if state["format"] != FORMAT:
             raise ValueError(f"WarmStart.load_state_dict: expected format {FORMAT}, got {state['format']!r}.")
         self.calls, self.counts = state["calls"], Counter(state["counts"])
-        self.adjoint, self.previous = state["adjoint"], state["previous"]
+        self.adjoint, self.previous, self.found = state["adjoint"], state["previous"], state["damping"]
         # All solvers can use the adjoint. Only the same solver can use the prepared state.
         self.state = None
         self.loaded = state["state"] if state["solver"] == repr(self.solver) else []

@@ -109,7 +109,7 @@ class Task:
         hparams, space = self.shared(self.model.start), self.backend.space(self.params0)
         params = self.fit(hparams, self.params0)
 
-        def grad(solver: LinearSolver[Any] | Method) -> Any:
+        def solve(solver: LinearSolver[Any] | Method) -> Any:
             return hypergradient(
                 self.model.problem,
                 params,
@@ -118,11 +118,12 @@ class Task:
                 outer_args=self.validation,
                 solver=solver,
                 backend=self.backend,
-            ).grad
+            )
 
         def norm(tree: object) -> float:
             return float(self.backend.to_host(space.norm(tree)))
 
-        approximate, damping = grad(solver), solver.damping
-        exact = [grad(Exact(damping=d)) for d in ([damping, 0.0] if damping else [0.0])]
-        return [norm(space.subtract(approximate, e)) / norm(e) for e in exact]
+        hg = solve(solver)
+        dampings = [hg.info.damping, 0.0] if hg.info.damping else [0.0]
+        exact = [solve(Exact(damping=damping)).grad for damping in dampings]
+        return [norm(space.subtract(hg.grad, e)) / norm(e) for e in exact]

@@ -103,7 +103,7 @@ def _diagnose(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DependenceWarning)  # the report has a finding about it
             hg = hypergradient(problem, params, hparams, **data, solver=method, backend=backend, on_failure="ignore")
-        again = backend.run(look_again, problem, inputs, hg.adjoint, first, method.damping)
+        again = backend.run(look_again, problem, inputs, hg.adjoint, first, hg.info.damping)
         inner, value, change, left, undamped, *changes = host(again)
         here = entries(backend, first)
         wrong = find_in_problem(backend, problem, inputs, inner, value, here)

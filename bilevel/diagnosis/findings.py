@@ -61,7 +61,7 @@ def findings(m: Measured) -> Iterator[Finding]:
             "Autocast, half precision or a wrong derivative may be the cause." if m.repeatable else "",
         )
     products_wrong = any(a.name == "inner hvp" for a in wrong)
-    flat = [] if products_wrong else without_curvature(m.unsolvable, equation, bool(m.method.damping))
+    flat = [] if products_wrong else without_curvature(m.unsolvable, equation, bool(m.info.damping))
     yield from flat
     kinks = m.held.findings(m.grad_norm) if m.is_away and not any(a.name == "inner grad" for a in wrong) else []
     yield from kinks
@@ -71,6 +71,15 @@ def findings(m: Measured) -> Iterator[Finding]:
         reason = "Rows of zeros make the system singular" if flat else "The formula does not hold there"
         known = f"{m.method.name} ended with {m.info.status.name}. {reason}, so another solver does not help."
         yield Finding("solve failed", known if flat or kinks else _failure(m), "")
+    elif m.damping_found:
+        yield Finding(
+            "negative curvature",
+            "The inner problem curves down at params, or is nearly flat, in some directions. So params is no clear "
+            f"minimum. {m.method.summary} added a damping of {m.info.damping:.2g}. The hypergradient is an "
+            "approximation.",
+            "Train the inner problem further, or use the Gauss-Newton matrix (bl.Problem.from_model) or "
+            'solver="unrolled".',
+        )
     elif m.repeatable and not m.solved and not flat:
         yield Finding(
             "residual",

@@ -122,6 +122,11 @@ class Measured:
         return not self.unchecked and not any(a.wrong for a in self.derivatives.of)
 
     @property
+    def damping_found(self) -> bool:
+        """Whether the solver has an automatic damping, and needed it."""
+        return isinstance(self.method.damping, str) and bool(self.info.damping)
+
+    @property
     def solved(self) -> bool:
         """Whether the true residual confirms that the linear solve converged."""
         rtol = float(self.method.rtol or 0.0)
@@ -153,7 +158,7 @@ class Measured:
         found = self.influence
         if self.method.differentiates_steps:
             return Influence()
-        if not self.method.damping:
+        if not self.info.damping:
             return found
         absent, straight = (
             tuple(share for share in shares if share.number == share.size) for shares in (found.absent, found.straight)

@@ -20,9 +20,9 @@ def explain(solver: LinearSolver[Any], info: SolverInfo, symmetric: bool, curvat
         return _maxiter(solver, info)
     if not symmetric:
         return NO_CONTRACTION
-    damping = float(solver.damping)
+    damping = float(info.damping)
     if info.status == Status.NEGATIVE_CURVATURE:
-        return _negative_curvature(damping, curvature)
+        return _negative_curvature(damping, curvature, isinstance(solver.damping, str))
     return diverged(damping, curvature)
 
 
@@ -47,7 +47,7 @@ def _maxiter(solver: LinearSolver[Any], info: SolverInfo) -> str:
     return f"stopped after {counted(info.steps, 'step')} above its tolerance. {solver.remedy}"
 
 
-def _negative_curvature(damping: float, curvature: Spectrum[float] | None) -> str:
+def _negative_curvature(damping: float, curvature: Spectrum[float] | None, automatic: bool) -> str:
     smallest, largest = _ends(curvature)
     if curvature is not None and smallest >= -1e-6 * abs(largest):
         return _zero_curvature(damping, largest)
@@ -56,8 +56,9 @@ def _negative_curvature(damping: float, curvature: Spectrum[float] | None) -> st
         # The estimate is too close to zero. The present damping was too small.
         spectrum = f" (eigenvalues from about {smallest:.2g} to {largest:.2g})"
         needed = max(-smallest, damping)
+    found = "" if automatic else 'use damping="auto", '
     return (
-        f"met non-positive curvature. The Hessian is not positive definite{spectrum}: "
+        f"met non-positive curvature. The Hessian is not positive definite{spectrum}: {found}"
         f"{_more_damping(damping, needed)}, train the inner problem further, use "
         'solver="minres", which accepts negative eigenvalues, but no zero ones, or use the Gauss-Newton matrix instead '
         "of the Hessian (bl.Problem.from_model)."

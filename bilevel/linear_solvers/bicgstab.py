@@ -5,6 +5,8 @@ from typing import ClassVar, Generic, NamedTuple
 
 from typing_extensions import override
 
+from bilevel.linear_solvers.auto_damping import with_auto_damping
+from bilevel.linear_solvers.cg import CG
 from bilevel.linear_solvers.linear_solver import STEADY
 from bilevel.linear_solvers.restarts import Cycle, Iterative, reach, solve_with_restarts
 from bilevel.operators.linear_operator import LinearOperator
@@ -40,6 +42,7 @@ class BiCGStab(Iterative[None]):
     singular A.
 
     ``info.steps`` counts iterations, of two products each. The warm start and each check take one more product.
+    ``damping="auto"`` needs a symmetric A. `CG` solves first and finds the damping.
 
     Args:
         maxiter, rtol, atol, damping: as in `CG`.
@@ -48,8 +51,13 @@ class BiCGStab(Iterative[None]):
     requires: ClassVar[frozenset[str]] = frozenset({STEADY})
 
     @override
+    def finder(self) -> CG:
+        return CG(maxiter=self.maxiter, rtol=self.rtol, atol=self.atol)
+
+    @override
+    @with_auto_damping
     def solve(self, state: None, A: LinearOperator[V], b: V, x0: V | None) -> tuple[V, SolverInfo]:
-        A = A.damped(self.damping)
+        A = A.damped(self.fixed_damping)
         space = A.space
         xp, eps = space.xp, space.eps
 
@@ -82,7 +90,7 @@ class BiCGStab(Iterative[None]):
                 distance = space.norm(space.subtract(x, origin))
                 sound = sound & ~(distance > far)
                 ok = s.live & finite & sound
-                done, spent = size <= tolerance, s.steps + 1 >= self.maxiter
+                done, spent = size <= A.tolerance(tolerance, x), s.steps + 1 >= self.maxiter
                 better = ok & (size < s.least) & (done | (distance <= near))
                 lost = (omega == 0) | (xp.abs(space.dot(shadow, r)) <= eps * shadow_norm * size)
                 # After a breakdown, the check by a product decides the status.

@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass
 from inspect import isfunction
-from typing import Generic, NamedTuple
+from typing import Generic, Literal, NamedTuple
 
 from typing_extensions import override
 
+from bilevel.linear_solvers.auto_damping import with_auto_damping
 from bilevel.linear_solvers.restarts import Cycle, Iterative, solve_with_restarts
 from bilevel.operators.linear_operator import LinearOperator
 from bilevel.preconditioners.function import FunctionPreconditioner
@@ -34,9 +35,16 @@ class CG(Iterative[object]):
     The solve stops at ``norm(b - A v) <= max(rtol * norm(b), atol)``, SciPy's rule. The status is ``CONVERGED`` only if
     a product confirms this. An ``rtol`` below the dtype's epsilon counts as the epsilon.
 
-    If a direction has no positive curvature (to rounding), the solve stops at the iterate before it, with
-    ``NEGATIVE_CURVATURE``. If this is the first direction, without a warm start, v is b over its absolute curvature,
-    as in truncated Newton methods (Dembo & Steihaug 1983).
+    With ``damping="auto"``, the first solve has no damping. So on a convex problem, v is the undamped solution. If the
+    solve meets negative curvature, as on most networks, 16 products estimate the smallest eigenvalue λmin of H, and
+    the next solve has the damping 2 |λmin|. It also stops if the residual is below a tenth of ``damping * norm(v)``:
+    changing the damping by a tenth explains such an error. ``info.damping`` is the damping of v, and ``info.steps``
+    counts all solves and the estimate. ``maxiter`` limits each solve. At most four solves are made.
+
+    With a number as ``damping``, the solve stops at a direction without positive curvature (to rounding). The result
+    is the iterate before it, with ``NEGATIVE_CURVATURE``. If this is the first direction, without a warm start, v is b
+    over its absolute curvature, as in truncated Newton methods (Dembo & Steihaug 1983). "auto" also ends so if the
+    curvature is zero to rounding.
 
     ``info.steps`` counts iterations, of one product each. A warm start and each check take one more product.
 
@@ -46,11 +54,12 @@ class CG(Iterative[object]):
             unless it solves the system to rounding or breaks down. The status ``MAXITER`` is no failure then, so it
             does not warn or raise.
         atol: absolute tolerance on the residual.
-        damping: added to the diagonal of the operator, >= 0, to make the eigenvalues positive.
+        damping: added to the diagonal of the operator, >= 0, to make the eigenvalues positive; or "auto".
         preconditioner: a `Preconditioner`, a function v -> M v with M symmetric and positive definite, or None.
             ``info.steps`` does not count its products. `bl.prepare` computes it once for several calls.
     """
 
+    damping: float | Literal["auto"] = "auto"
     preconditioner: Preconditioner | None = None
 
     def __post_init__(self) -> None:
@@ -65,8 +74,9 @@ class CG(Iterative[object]):
         return None if self.preconditioner is None else self.preconditioner.init(A)
 
     @override
+    @with_auto_damping
     def solve(self, state: object, A: LinearOperator[V], b: V, x0: V | None) -> tuple[V, SolverInfo]:
-        A = A.damped(self.damping)
+        A = A.damped(self.fixed_damping)
         space, M = A.space, self.preconditioner
         xp, eps = space.xp, space.eps
 
@@ -74,7 +84,7 @@ class CG(Iterative[object]):
             """Return z and r·z."""
             if M is None:
                 return r, rr
-            z = M.apply(state, r, self.damping, space)
+            z = M.apply(state, r, self.fixed_damping, space)
             return z, space.dot(r, z)
 
         def cycle(x: V, r: V, steps: Array, live: Array, tolerance: Array, norm_A: Array) -> Cycle[V]:
@@ -100,7 +110,7 @@ class CG(Iterative[object]):
                 z, rz = precondition(r, rr)
                 beta = rz / s.rz
                 p = space.axpby_where(ok, 1, z, s.p, beta)
-                done = xp.sqrt(rr) <= tolerance
+                done = xp.sqrt(rr) <= A.tolerance(tolerance, x)
                 status = xp.where(done, int(Status.CONVERGED), s.status)
                 status = xp.where(positive, status, int(Status.NEGATIVE_CURVATURE))
                 status = xp.where(finite & xp.isfinite(rz), status, int(Status.NON_FINITE))

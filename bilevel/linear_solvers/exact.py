@@ -65,7 +65,7 @@ class Exact(LinearSolver[None]):
     requires: ClassVar[frozenset[str]] = frozenset({STEADY})
     remedy: ClassVar[str] = "There is no solution: the Hessian is singular to the precision of the dtype. Add damping."
 
-    damping: float = 0.0
+    damping: float = 0.0  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __post_init__(self) -> None:
         check_real(self, "damping", least=0)

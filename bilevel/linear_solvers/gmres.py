@@ -1,10 +1,12 @@
 """GMRES, for operators that are not symmetric."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Generic, NamedTuple
+from typing import ClassVar, Generic, Literal, NamedTuple
 
 from typing_extensions import override
 
+from bilevel.linear_solvers.auto_damping import with_auto_damping
+from bilevel.linear_solvers.cg import CG
 from bilevel.linear_solvers.linear_solver import STEADY, LinearSolver
 from bilevel.linear_solvers.restarts import Cycle, reach, solve_with_restarts
 from bilevel.operators.indices import identity, indices
@@ -46,7 +48,8 @@ class GMRES(LinearSolver[None]):
         restart: dimension of a cycle, >= 1.
         max_restarts: maximum number of cycles, >= 1.
         rtol: relative tolerance on the residual. None: ``restart`` times ``max_restarts`` is a budget, as in `CG`.
-        damping: added to the diagonal of the operator.
+        damping: added to the diagonal of the operator. "auto" needs a symmetric A: `CG` solves first and finds the
+            damping.
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({STEADY})
@@ -58,12 +61,12 @@ class GMRES(LinearSolver[None]):
     restart: int = 30
     max_restarts: int = 10
     rtol: float | None = 1e-5
-    damping: float = 0.0
+    damping: float | Literal["auto"] = 0.0
 
     def __post_init__(self) -> None:
         check_int(self, "restart", "max_restarts", least=1)
         check_real(self, "rtol", none=True)
-        check_real(self, "damping")
+        check_real(self, "damping", auto=True)
 
     @property
     @override
@@ -71,8 +74,13 @@ class GMRES(LinearSolver[None]):
         return self.restart * self.max_restarts
 
     @override
+    def finder(self) -> CG:
+        return CG(maxiter=self.most_steps, rtol=self.rtol)
+
+    @override
+    @with_auto_damping
     def solve(self, state: None, A: LinearOperator[V], b: V, x0: V | None) -> tuple[V, SolverInfo]:
-        A = A.damped(self.damping)
+        A = A.damped(self.fixed_damping)
         space = A.space
         xp, eps = space.xp, space.eps
         dimension = min(self.restart, space.size)

@@ -13,7 +13,7 @@ from bilevel.linear_solvers.solver import Solver
 from bilevel.operators.lanczos import Spectrum
 from bilevel.operators.linear_operator import LinearOperator
 from bilevel.results import SolverInfo
-from bilevel.spaces.array import V
+from bilevel.spaces.array import Number, V
 
 SYMMETRIC = "symmetric"
 """The operator is its own transpose."""
@@ -57,6 +57,14 @@ class LinearSolver(Solver, Generic[S]):
         """
         raise NotImplementedError(f"{self.name} has no method solve(state, A, b, x0), which returns (v, info).")
 
+    def least_damping(self, state: S, A: LinearOperator[V]) -> Number:
+        """Return the smallest automatic damping."""
+        return 0.0
+
+    def finder(self) -> LinearSolver[Any]:
+        """Return the solver that finds the automatic damping: one that stops at negative curvature."""
+        return self
+
     @property
     def most_steps(self) -> int | None:
         """The maximum number of steps of a solve. None: no option limits it."""
@@ -83,7 +91,8 @@ def run_solver(solver: LinearSolver[Any], A: LinearOperator[V], b: V, x0: V | No
             f"{solver.name}.solve(state, A, b, x0) must return (v, info), where info is a bl.SolverInfo. It returned "
             f"an object of type {type(solved).__name__}."
         )
-    return solved
+    x, info = solved
+    return x, info if isinstance(solver.damping, str) else info._replace(damping=solver.damping)
 
 
 def check_requirements(solver: LinearSolver[S], A: LinearOperator[V]) -> None:

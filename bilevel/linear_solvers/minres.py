@@ -5,6 +5,8 @@ from typing import Generic, NamedTuple
 
 from typing_extensions import override
 
+from bilevel.linear_solvers.auto_damping import with_auto_damping
+from bilevel.linear_solvers.cg import CG
 from bilevel.linear_solvers.restarts import Cycle, Iterative, reach, solve_with_restarts
 from bilevel.operators.linear_operator import LinearOperator
 from bilevel.results import SolverInfo, Status
@@ -38,15 +40,20 @@ class MINRES(Iterative[None]):
     least-squares solution, with ``MAXITER``. Rounding errors grow with the square of the condition number κ. So the
     solve also ends with ``MAXITER`` if κ exceeds 1/√eps (3e3 in float32). On definite systems, CG is more accurate.
 
-    The stop rule and ``info.steps`` are as in `CG`.
+    The stop rule and ``info.steps`` are as in `CG`. With ``damping="auto"``, `CG` solves first and finds the damping.
 
     Args:
         maxiter, rtol, atol, damping: as in `CG`.
     """
 
     @override
+    def finder(self) -> CG:
+        return CG(maxiter=self.maxiter, rtol=self.rtol, atol=self.atol)
+
+    @override
+    @with_auto_damping
     def solve(self, state: None, A: LinearOperator[V], b: V, x0: V | None) -> tuple[V, SolverInfo]:
-        A = A.damped(self.damping)
+        A = A.damped(self.fixed_damping)
         space = A.space
         xp, eps = space.xp, space.eps
 
@@ -74,7 +81,7 @@ class MINRES(Iterative[None]):
                 d = space.scale(1.0 / pivot, d)
                 x = space.axpy(s.eta * delta / pivot, d, s.x)
                 eta = -s.eta * beta / pivot
-                done = xp.abs(eta) <= tolerance
+                done = xp.abs(eta) <= A.tolerance(tolerance, x)
                 # The error of the residual is eps norm(A) norm(x), which grows as x grows in the null space.
                 lost = ~done & (eps * norm_A * space.norm(x) > 0.2 * xp.abs(s.eta))
                 distance = space.norm(space.subtract(x, origin))

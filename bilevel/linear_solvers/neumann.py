@@ -5,6 +5,7 @@ from typing import ClassVar, Generic, Literal, NamedTuple
 
 from typing_extensions import override
 
+from bilevel.linear_solvers.auto_damping import with_auto_damping
 from bilevel.linear_solvers.linear_solver import LinearSolver
 from bilevel.operators.lanczos import spectrum
 from bilevel.operators.linear_operator import LinearOperator
@@ -62,7 +63,8 @@ class Neumann(LinearSolver[Number]):
         terms: number of products, >= 0. With 0, v = α b.
         step_size: α > 0. "auto": 1/(λmax + its error bound), from 12 more Lanczos products per call, on the first
             batch; `bl.prepare` takes them once for many calls. At a fixed point, "auto" is 1.
-        damping: added to the diagonal of the operator.
+        damping: added to the diagonal of the operator. "auto": zero, unless the series diverges; then as in `CG`. Few
+            terms need little damping, since they resolve no curvature below λmax / terms.
         rtol: stop early, at ``norm(b - A v) <= rtol * norm(b)``. 0 or None: take all terms.
     """
 
@@ -71,13 +73,13 @@ class Neumann(LinearSolver[Number]):
 
     terms: int = 20
     step_size: float | Literal["auto"] = "auto"
-    damping: float = 0.0
+    damping: float | Literal["auto"] = 0.0
     rtol: float | None = 0.0
 
     def __post_init__(self) -> None:
         check_int(self, "terms", least=0)
         check_step_size(self)
-        check_real(self, "damping")
+        check_real(self, "damping", auto=True)
         check_real(self, "rtol", none=True)
 
     @property
@@ -87,13 +89,15 @@ class Neumann(LinearSolver[Number]):
 
     @override
     def init(self, A: LinearOperator[V]) -> Number:
-        """Return the step size α."""
-        return 1.0 / (1.0 / safe_step(A) + self.damping) if isinstance(self.step_size, str) else self.step_size
+        """Return the step size α for a damping of zero."""
+        return safe_step(A) if isinstance(self.step_size, str) else self.step_size
 
     @override
+    @with_auto_damping
     def solve(self, state: Number, A: LinearOperator[V], b: V, x0: V | None) -> tuple[V, SolverInfo]:
-        A = A.damped(self.damping)
-        return scale_free(lambda b, x0, scale: self._series(state, A, b, x0), b, x0, A.space)
+        alpha = 1.0 / (1.0 / state + self.fixed_damping) if isinstance(self.step_size, str) else state
+        A = A.damped(self.fixed_damping)
+        return scale_free(lambda b, x0, scale: self._series(alpha, A, b, x0), b, x0, A.space)
 
     def _series(self, alpha: Number, A: LinearOperator[V], rhs: V, x0: V | None) -> tuple[V, SolverInfo]:
         space, steady = A.space, A.steady

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Generic, NamedTuple
+from typing import ClassVar, Generic, Literal, NamedTuple
 
 from typing_extensions import override
 
@@ -27,12 +27,13 @@ class Iterative(LinearSolver[S]):
     maxiter: int = 200
     rtol: float | None = 1e-5
     atol: float = 0.0
-    damping: float = 0.0
+    damping: float | Literal["auto"] = 0.0
 
     def __post_init__(self) -> None:
         check_int(self, "maxiter", least=0)
         check_real(self, "rtol", none=True)
-        check_real(self, "atol", "damping")
+        check_real(self, "atol")
+        check_real(self, "damping", auto=True)
 
     @property
     @override
@@ -137,17 +138,17 @@ def solve_with_restarts(
         tolerance = xp.maximum(relative * rhs_norm, space.eps * rhs_norm)
         tolerance = xp.maximum(tolerance, atol / scale * xp.ones_like(rhs_norm))
 
-        def judged(size: Array) -> Array:
+        def judged(size: Array, x: V) -> Array:
             """Return the status of an iterate by the norm of its true residual."""
             unsolved = xp.full_like(size, int(Status.MAXITER), dtype=xp.int32)
-            status = xp.where(size <= tolerance, int(Status.CONVERGED), unsolved)
+            status = xp.where(size <= A.tolerance(tolerance, x), int(Status.CONVERGED), unsolved)
             return xp.where(xp.isfinite(size), status, int(Status.NON_FINITE))
 
         def check(s: _State[V]) -> _State[V]:
             """Compute the true residual, which decides the status and whether another cycle follows."""
             r = A.residual(b, s.x)
             size = space.norm(r)
-            claimed, met = s.status == int(Status.CONVERGED), size <= tolerance
+            claimed, met = s.status == int(Status.CONVERGED), size <= A.tolerance(tolerance, s.x)
             failed = ~claimed & (s.status != int(Status.MAXITER))
             # A residual may grow, as in CG, but not if the recurrence reports a smaller one.
             worse = (size > s.confirmed) & (s.residual_norm <= s.confirmed)
@@ -156,7 +157,7 @@ def solve_with_restarts(
                 r=r,
                 residual_norm=xp.where(worse, s.confirmed, size),
                 confirmed=size,
-                status=xp.where(failed, s.status, judged(size)),
+                status=xp.where(failed, s.status, judged(size, s.x)),
                 live=claimed & ~met & (size < progress * s.confirmed) & (s.steps < maxiter),
             )
 
@@ -182,7 +183,7 @@ def solve_with_restarts(
             x = space.where(rhs_norm > 0, x0, space.zeros())
             r = space.where(rhs_norm > 0, A.residual(b, x), b)
         size = space.norm(r)
-        steps, status = xp.zeros_like(size, dtype=xp.int32), judged(size)
+        steps, status = xp.zeros_like(size, dtype=xp.int32), judged(size, x)
         live = (status == int(Status.MAXITER)) & (maxiter > 0)
         s = _State(x, x, r, size, size, steps, status, norm_A=xp.zeros_like(size), live=live)
         s = space.while_loop(lambda s: s.live, run_and_check, s, rounds)

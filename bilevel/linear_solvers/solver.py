@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 from bilevel.operators.lanczos import Spectrum
 from bilevel.options import summary
@@ -15,13 +15,13 @@ class Solver:
 
     Attributes:
         stateful: whether the object changes with each call. JAX cannot compile such a solver.
-        damping: added to the diagonal of the operator.
+        damping: added to the diagonal of the operator. "auto": found by each solve, which reports it.
         rtol: largest relative residual with the status ``CONVERGED``; 0: no bound. None: the maximum number of steps is
             a budget, and a solve that uses it up has not failed.
     """
 
     stateful: ClassVar[bool] = False
-    damping: float = 0.0
+    damping: float | Literal["auto"] = 0.0
     rtol: float | None = 0.0
 
     @property
@@ -33,6 +33,11 @@ class Solver:
     def summary(self) -> str:
         """The solver with only the options that differ from their defaults."""
         return summary(self)
+
+    @property
+    def fixed_damping(self) -> float:
+        """The damping inside of a solve, where it is a number. It may be an array of the framework."""
+        return self.damping  # pyright: ignore[reportReturnType]
 
     def with_rtol(self, rtol: float) -> Self:
         """Return the solver with another relative tolerance. A solver without a tolerance returns itself."""

@@ -150,7 +150,7 @@ class Unrolled(Method):
                 "diverged: Adam's steps magnify differences between starting points. Use a smaller step_size, a larger "
                 "eps (for small gradients, its step is close to a sign function), or truncation."
             )
-        return advice.diverged(self.damping, curvature) if symmetric else advice.NO_CONTRACTION
+        return advice.diverged(self.fixed_damping, curvature) if symmetric else advice.NO_CONTRACTION
 
     def _start(self, level: Level[P, H]) -> tuple[Run[P, H], bool, Dependence | None]:
         """Return the run before its first step, whether its steps depend on λ, and on which leaves of λ."""

@@ -19,12 +19,14 @@ class LinearOperator(Generic[V]):
         symmetric: whether A is its own transpose. The operators of fixed points and roots are not.
         sample: i -> the product of step i, if each step uses another sample of A, such as the Hessian on a batch of
             data. Then ``mv`` is the product of the first sample. None: all products use the same A.
+        slack: an error of a solution x is accepted if a change of A by this norm explains it.
     """
 
     space: Space[V]
     mv: Callable[[V], V]
     symmetric: bool = True
     sample: Callable[[Array | int], Callable[[V], V]] | None = None
+    slack: Number = 0.0
 
     def __call__(self, v: V) -> V:
         return self.mv(v)
@@ -48,6 +50,16 @@ class LinearOperator(Generic[V]):
             return lambda v: space.axpy(damping, v, product(v))
 
         return replace(self, mv=shift(self.mv), sample=None if sample is None else lambda i: shift(sample(i)))
+
+    def with_slack(self, slack: Number) -> "LinearOperator[V]":
+        """Return the same operator with another slack."""
+        return replace(self, slack=slack)
+
+    def tolerance(self, least: Array, x: V) -> Array:
+        """Return the largest accepted norm(b - A x): slack · norm(x), or ``least`` if this is more."""
+        if is_python_value(self.slack) and self.slack == 0:
+            return least
+        return self.space.xp.maximum(least, self.slack * self.space.norm(x))
 
     def residual(self, b: V, x: V) -> V:
         """Return b - A x, by one product."""

@@ -165,10 +165,17 @@ def ratio(a: Any, b: Any) -> float:
 
 def _cause(subject: Subject, tested: Any, expected: Any, direct: Any, noise: Any = 0.0) -> str:
     info = subject.hg.info
+    damping, automatic = float(info.damping), isinstance(subject.method.damping, str)
+    other_damping = damping != subject.damping and subject.fit is None
+    if other_damping and automatic:
+        return (
+            f"The solver found a damping of {damping:.2g}, but the reference has {subject.damping:.2g}. To check the "
+            f"damped solve, pass damping={damping:.3g} to the solver and to the check."
+        )
     sentence = relation(tested, expected, direct, noise)
     if sentence is not None:
         return sentence
-    if (damping := float(subject.method.damping)) != subject.damping and subject.fit is None:
+    if other_damping:
         return (
             f"The solver has a damping of {damping:.2g}, but the reference has {subject.damping:.2g}. Pass "
             f"damping={damping:.2g} to check the damped solve."

@@ -36,8 +36,8 @@ SPECTRA = {
 }
 
 
-def damped(solver, matrix):
-    return matrix + solver.damping * np.eye(SIZE)
+def damped(info, matrix):
+    return matrix + info.damping * np.eye(SIZE)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
@@ -50,7 +50,7 @@ def test_the_residual_is_that_of_the_system(backend, solver, dtype):
             rhs = (size * rng.standard_normal(SIZE)).astype(dtype)
             for x0 in (None, (size * rng.standard_normal(SIZE)).astype(dtype)):
                 x, info = solve(backend, solver, matrix, rhs, x0)
-                exact = damped(solver, matrix.astype(np.float64))
+                exact = damped(info, matrix.astype(np.float64))
                 x = x.astype(np.float64)
                 true = np.linalg.norm(rhs - exact @ x)
                 rounding = np.linalg.norm(exact, 2) * np.linalg.norm(x) + np.linalg.norm(rhs)

@@ -273,7 +273,7 @@ IMPLICIT = "The implicit term −(∂²L/∂λ∂w)ᵀ v"
         ("cross zero", False, "The hypergradient is zero.", "inner cross_vjp"),
         ("cross zero", True, f"{IMPLICIT} is missing: there is only ∂F/∂λ.", "inner cross_vjp"),
         ("hvp half", False, "They differ by a factor of 2.00", "inner hvp"),
-        ("hvp sign", True, "The solve failed (NEGATIVE_CURVATURE)", "inner hvp"),
+        ("hvp sign", True, "The solver found a damping of", "inner hvp"),
         ("inner grad", True, "there is no reference", "inner grad"),
         ("direct dropped", True, "The direct term ∂F/∂λ is missing: the difference equals it.", "outer grad_hparams"),
         ("direct sign", True, "The direct term ∂F/∂λ has the wrong sign.", "outer grad_hparams"),

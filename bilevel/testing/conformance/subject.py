@@ -76,8 +76,13 @@ class Subject:
 
     @property
     def damping(self) -> float:
-        """Return the solver's damping."""
-        return float(self.solver.damping)
+        """Return the solver's damping; 0 if it is automatic."""
+        return 0.0 if self.automatic else float(self.solver.damping)
+
+    @property
+    def automatic(self) -> bool:
+        """Return whether the solver finds its damping."""
+        return isinstance(self.solver.damping, str)
 
     @property
     def eps(self) -> float:
@@ -148,11 +153,12 @@ class Subject:
     def answer(self, x: object, info: Any) -> Answer:
         """Convert a result to NumPy."""
         numbers = (x if isinstance(x, int | float) else self.backend.to_host(x) for x in info)
-        steps, residual_norm, rhs_norm, status, *_ = numbers
+        steps, residual_norm, rhs_norm, status, _, _, damping = numbers
         where = str(self)
         require(float(steps).is_integer() and steps >= 0, where, "info.steps to count", steps)
         require(status in list(Status), where, "info.status to be a bl.Status", status)
-        info = SolverInfo(int(steps), float(residual_norm), float(rhs_norm), Status(int(status)))
+        numbers = int(steps), float(residual_norm), float(rhs_norm), Status(int(status))
+        info = SolverInfo(*numbers, damping=float(damping))
         leaves = [(path, tuple(leaf.shape), dtype_of(leaf)) for path, leaf in self.backend.leaves(x)]
         return Answer(self.backend.to_flat(x), info, leaves)
 
