@@ -1,6 +1,6 @@
 """Micro-batches in compiled code: one loop for all that have equal shapes."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -10,18 +10,26 @@ from jax import lax
 from bilevel.micro_batches import MicroBatches, axes, examples
 from bilevel.spaces.array import Args, Number
 from bilevel.spaces.space import State, kind_of
-from bilevel_jax.space import JaxSpace
+from bilevel_jax.partition import split_arrays
+from bilevel_jax.space import JaxSpace, in_loop
 
 
 def fold(batches: MicroBatches, body: Callable[[State, Args, Number], State], state: State) -> tuple[State, Number]:
-    """See `bilevel.backend.Backend.fold`."""
-    space, total = JaxSpace(state), 0
+    """See `bilevel.backend.Backend.fold`.
+
+    No loop is unrolled, not even for convolutions on a CPU: XLA may compute unrolled micro-batches at the same time.
+    """
+    total = 0
     for batch, weights in _sliced(batches) if batches.size else _grouped(batches):
         if len(weights) == 1:
-            state = body(state, batch(0), weights[0])
+            # XLA would move the gradient of a single micro-batch out of a solver's loop, and keep its graph in memory.
+            arrays, rest = split_arrays(batch(0))
+            arrays, state = lax.optimization_barrier((arrays, state))
+            state = body(state, rest.join(arrays), weights[0])
         else:
-            xs = jnp.arange(len(weights)), jnp.asarray(weights)
-            state, _ = space.scan(lambda s, x, at=batch: (body(s, at(x[0]), x[1]), None), state, xs, len(weights))
+            with in_loop():
+                xs = jnp.arange(len(weights)), jnp.asarray(weights)
+                state, _ = lax.scan(lambda s, x, at=batch: (body(s, at(x[0]), x[1]), None), state, xs)
         total = total + sum(weights)
     return state, total
 
@@ -59,16 +67,3 @@ def _grouped(batches: MicroBatches) -> Iterator[Group]:
     for group in groups.values():
         items, weights = zip(*group, strict=True)
         yield JaxSpace(None).sequence(items), weights
-
-
-def _flatten(batches: MicroBatches) -> tuple[Any, Any]:
-    key = jax.tree_util.GetAttrKey
-    return ((key("data"), batches.data), (key("weights"), batches.weights)), (batches.size, batches.reduction)
-
-
-def _unflatten(static: tuple[int | None, Any], children: Iterable[Any]) -> MicroBatches:
-    data, weights = children
-    return MicroBatches(data, *static, weights=weights)
-
-
-jax.tree_util.register_pytree_with_keys(MicroBatches, _flatten, _unflatten)
