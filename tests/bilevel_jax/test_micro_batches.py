@@ -93,5 +93,6 @@ def test_memory_is_that_of_one_micro_batch():
         compiled = jax.jit(run).lower(w, h, args).compile()
         memory.append((compiled.memory_analysis().temp_size_in_bytes, len(traces)))
     (one, _), few, many = memory
-    assert few == many
+    assert few[1] == many[1]
+    assert many[0] <= 1.01 * few[0]  # a weight for each micro-batch
     assert many[0] <= 1.1 * one
