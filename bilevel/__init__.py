@@ -10,6 +10,7 @@ from bilevel.hypergradient import hypergradient, hypergradient_from
 from bilevel.linear_solvers import CG, GMRES, MINRES, BiCGStab, Exact, Identity, LinearSolver, Neumann, Nystrom
 from bilevel.linearization import Linearization, NonSymmetric
 from bilevel.methods import Unrolled
+from bilevel.micro_batches import MicroBatches
 from bilevel.preconditioners import DiagonalPreconditioner, NystromPreconditioner
 from bilevel.prepare import extrapolate, prepare
 from bilevel.problems.optimality import FixedPoint, Root
@@ -35,6 +36,7 @@ __all__ = [
     "InnerProblemWarning",
     "LinearSolver",
     "Linearization",
+    "MicroBatches",
     "Neumann",
     "NonSymmetric",
     "Nystrom",

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Concatenate, Literal, ParamSpec
 import numpy as np
 
 from bilevel.linearization import Inputs, LinearizedMap, OuterDerivatives
-from bilevel.spaces.array import Args, H, P, V
-from bilevel.spaces.space import Space
+from bilevel.micro_batches import MicroBatches
+from bilevel.spaces.array import Args, H, Number, P, V
+from bilevel.spaces.space import Space, State
 from bilevel.spaces.tree import leaves_with_paths
 
 if TYPE_CHECKING:
@@ -26,7 +27,8 @@ Data = Literal["inner", "outer"]
 class Backend:
     """A framework with derivatives of objectives and maps, and with trees of arrays as vectors.
 
-    Write a subclass. The methods with a body suit frameworks that run step by step and have no trees.
+    Write a subclass. The methods with a body suit frameworks that run step by step and have no trees. The decorator
+    `bilevel.batch_sums.over_micro_batches` extends a method for one batch of data to `bilevel.MicroBatches`.
 
     Attributes:
         name: the name of the backend and of the framework's top-level module.
@@ -82,6 +84,18 @@ class Backend:
     ) -> LinearizedMap[P, H]:
         """Linearize a map from params to trees like params. ``label`` is the name of the map in errors."""
         raise TypeError(f"{label}: the {self.name} backend has no derivatives of fixed points and roots.")
+
+    def fold(
+        self, batches: MicroBatches, body: Callable[[State, Args, Number], State], state: State
+    ) -> tuple[State, Number]:
+        """Pass a state through body(state, args, weight) for each micro-batch. Return it, and the sum of the weights.
+
+        Only one micro-batch may be in use at a time.
+        """
+        total: Number = 0
+        for args, weight in batches.parts():
+            state, total = body(state, args, weight), total + weight
+        return state, total
 
     def leaves(self, tree: object) -> Sequence[tuple[str, Any]]:
         """Return the leaves with their paths, such as ``"['layer'][0]"``."""

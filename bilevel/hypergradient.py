@@ -65,7 +65,8 @@ def hypergradient(
         hparams: λ, a tree of floating-point arrays of the same framework.
         inner_args: further arguments of L, usually the training data, as a tuple. A list of tuples holds one batch per
             step, in a cycle, for ``neumann`` and ``unrolled``. In JAX, the batches must have equal shapes and dtypes.
-        outer_args: further arguments of F, usually the validation data.
+            `MicroBatches` hold data in parts that are all used in each step, with the memory of one part.
+        outer_args: further arguments of F, usually the validation data: a tuple or `MicroBatches`.
         solver: solver for v: a name, a mapping with ``name`` and options, a TOML file, or a solver object.
         adjoint0: a warm start for v: the ``adjoint`` of an earlier call.
         backend: a name or object. None: the backend of the arrays.

@@ -1,16 +1,18 @@
 """Checks of arguments. Errors name a leaf by its path."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from inspect import Signature, signature
 from numbers import Real
-from typing import Any
+from typing import Any, get_args
 
 from bilevel.backend import Backend
 from bilevel.config import get_backend, imported_backends
 from bilevel.linear_solvers.linear_solver import LinearSolver
 from bilevel.methods.method import Method
+from bilevel.micro_batches import MicroBatches, Reduction
+from bilevel.options import check_choice
 from bilevel.problems.protocols import BilevelProblem
 from bilevel.results import Hypergradient
 from bilevel.spaces.array import Args
@@ -80,7 +82,7 @@ def check_inputs(
 
     Raises:
         TypeError: if a leaf of params or hparams belongs to another framework or is not floating-point, or if arguments
-            are not a tuple. inner_args may also be a list of tuples, one per batch.
+            are not a tuple or `MicroBatches`. inner_args may also be a list of tuples, one per batch.
         ValueError: for empty trees, different devices, an adjoint0 unlike params, or an empty list of batches.
     """
     if params is None or hparams is None:
@@ -95,12 +97,42 @@ def check_inputs(
     else:
         raise ValueError("inner_args: the list has no batch. If there are no arguments, leave inner_args out.")
     for name, value in {**args, "outer_args": outer_args}.items():
-        if not isinstance(value, tuple):
+        if isinstance(value, MicroBatches):
+            check_micro_batches(backend, name, value)
+        elif not isinstance(value, tuple):
             hint = " A list holds one tuple per batch, as in inner_args=[(x0, y0), (x1, y1)]." if name in args else ""
             kind = "an array" if backend.owns(value) else type(value).__name__
             one = f" For a single argument, write {name}=(x,)." if backend.owns(value) else ""
             raise TypeError(f"{name}: expected a tuple of arguments, as in {name}=(x, y), got {kind}.{one}{hint}")
     return list(args.values())  # pyright: ignore[reportReturnType]
+
+
+def check_micro_batches(backend: Backend, name: str, batches: MicroBatches) -> None:
+    """Raise a TypeError or ValueError for options that are out of range, or data that cannot be read twice."""
+    data, size, reduction, weights = batches
+    check_choice("MicroBatches.reduction", reduction, get_args(Reduction))
+    whole = isinstance(data, tuple)
+    if whole != (size is not None):
+        raise TypeError(
+            f"{name}: MicroBatches takes a tuple of whole arrays and size=, as in bl.MicroBatches((x, y), size=250), "
+            f"or a list or a loader of micro-batches without size=. Got {type(data).__name__} and size={size!r}."
+        )
+    if size is not None and not (type(size) is int and size > 0):
+        raise ValueError(f"MicroBatches.size: expected an integer > 0, got {size!r}.")
+    if whole or isinstance(data, list):
+        if weights is not None and not whole and len(weights) != len(data):
+            raise ValueError(f"{name}: MicroBatches has {len(data)} micro-batches and {len(weights)} weights.")
+        return
+    if backend.compiles:
+        raise TypeError(
+            f"{name}: compiled code cannot read a {type(data).__name__}. Pass a list of micro-batches, or whole arrays "
+            "as in bl.MicroBatches((x, y), size=250)."
+        )
+    if backend.owns(data) or not isinstance(data, Iterable) or iter(data) is data:
+        raise TypeError(
+            f"{name}: MicroBatches needs a list of micro-batches, or a loader that can be read again for each product, "
+            f"got {type(data).__name__}. An iterator or generator can be read only once: put its items in a list."
+        )
 
 
 def check_trees(backend: Backend, trees: dict[str, object], like: dict[str, str]) -> None:
@@ -208,6 +240,7 @@ def wrong_calls_named(problem: object, inner_args: Args, outer_args: Args | None
             raise
         for label, function in functions.items():
             name, args = ("outer_args", outer_args) if label == "outer" else ("inner_args", inner_args)
+            args = args.first() if isinstance(args, MicroBatches) else args
             known = signature_of(function) if args is not None and callable(function) else None
             if args is not None and known is not None and not accepts(known, 2 + len(args)):
                 raise TypeError(

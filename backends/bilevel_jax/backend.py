@@ -12,12 +12,16 @@ from jax.core import Tracer
 from typing_extensions import override
 
 from bilevel.backend import Backend, Data, R
+from bilevel.batch_sums import differentiated, linearized, over_micro_batches
 from bilevel.linearization import Dependence, Inputs, LinearizedMap, OuterDerivatives
+from bilevel.micro_batches import MicroBatches
 from bilevel.problems.model_loss import ModelLoss
-from bilevel.spaces.array import Args, H, P, V
+from bilevel.spaces.array import Args, H, Number, P, V
+from bilevel.spaces.space import State
 from bilevel.validation import check_dtypes, check_like, check_scalar, depends_on_nothing, leaf_names
 from bilevel_jax.dependence import dependence, trace
 from bilevel_jax.gauss_newton import gauss_newton
+from bilevel_jax.micro_batches import fold
 from bilevel_jax.partition import Divided, combine, partition
 from bilevel_jax.second_derivatives import linearize
 from bilevel_jax.sharding import check_alike, check_collectives, devices_of
@@ -82,6 +86,7 @@ class JaxBackend(Backend):
         return np.asarray(array)
 
     @override
+    @over_micro_batches(linearized)
     def inner(self, objective: Callable[..., object], params: P, hparams: H, args: Args) -> LinearizedMap[P, H]:
         slope = self.inner_slope(objective, params, hparams, args)
         # Linearized outside the solver's loop, because its body must not trace the loss again.
@@ -89,12 +94,14 @@ class JaxBackend(Backend):
         return _linearized(slope, params, hparams, grad, hvp)
 
     @override
+    @over_micro_batches(linearized)
     def gauss_newton(self, inner: ModelLoss, params: P, hparams: H, args: Args) -> LinearizedMap[P, H]:
         slope = self.inner_slope(inner, params, hparams, args)
         product = gauss_newton(inner, params, hparams, args)
         return _linearized(slope, params, hparams, slope(params, hparams), product)
 
     @override
+    @over_micro_batches(linearized)
     def jacobian(
         self, function: Callable[..., object], params: P, hparams: H, args: Args, label: str
     ) -> LinearizedMap[P, H]:
@@ -127,6 +134,7 @@ class JaxBackend(Backend):
             )
 
     @override
+    @over_micro_batches(differentiated)
     def outer(
         self,
         objective: Callable[..., object],
@@ -150,6 +158,12 @@ class JaxBackend(Backend):
             raise ValueError(f"{depends_on_nothing(self, label, params, hparams)}. Use the arguments inside it.")
         value, grad = jax.value_and_grad(loss)(params, hparams)
         return OuterDerivatives(value, grad, None, used)
+
+    @override
+    def fold(
+        self, batches: MicroBatches, body: Callable[[State, Args, Number], State], state: State
+    ) -> tuple[State, Number]:
+        return fold(batches, body, state)
 
     @override
     def run(self, function: Callable[..., R], *args: Any, **options: Any) -> R:

@@ -109,7 +109,7 @@ class JaxSpace(Space[V]):
         def counted_body(carry: tuple[jax.Array | int, State]) -> tuple[jax.Array | int, State]:
             return carry[0] + 1, body(carry[1])
 
-        with _in_loop():
+        with in_loop():
             return without_reverse_mode(lax.while_loop(counted_live, counted_body, (0, state))[1])
 
     @override
@@ -123,7 +123,7 @@ class JaxSpace(Space[V]):
     ) -> tuple[State, Any]:
         first = None if xs is None else jax.tree.map(lambda a: a[0], xs)
         unroll = 0 < length == _steps_outside(lambda s: body(s, first), state, length)
-        with nullcontext() if unroll else _in_loop():
+        with nullcontext() if unroll else in_loop():
             return lax.scan(body, state, xs, length=length, reverse=reverse, unroll=unroll)
 
     @override
@@ -163,7 +163,8 @@ _looping: ContextVar[bool] = ContextVar("whether the body of a loop is being tra
 
 
 @contextmanager
-def _in_loop() -> Iterator[None]:
+def in_loop() -> Iterator[None]:
+    """Trace the body of a loop in this context, so that no loop inside of it is unrolled."""
     before = _looping.set(True)
     try:
         yield
@@ -180,7 +181,7 @@ def _steps_outside(body: Callable[[X], object], state: X, steps: int) -> int:
     """
     if _looping.get() or jax.default_backend() != "cpu":
         return 0
-    with _in_loop():
+    with in_loop():
         jaxpr = jax.make_jaxpr(body)(state).jaxpr
     names = {equation.primitive.name for equation in equations(jaxpr)}
     if "conv_general_dilated" not in names:

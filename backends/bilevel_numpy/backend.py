@@ -8,6 +8,7 @@ import numpy as np
 from typing_extensions import override
 
 from bilevel.backend import Backend, Data, R
+from bilevel.batch_sums import differentiated, linearized, over_micro_batches
 from bilevel.linearization import Inputs, LinearizedMap, OuterDerivatives
 from bilevel.spaces.array import Args, H, P, V
 from bilevel.spaces.tree import leaves, tree_map
@@ -41,6 +42,7 @@ class NumpyBackend(Backend):
         return np.asarray(array)
 
     @override
+    @over_micro_batches(linearized)
     def inner(self, objective: Any, params: P, hparams: H, args: Args) -> LinearizedMap[P, H]:
         for method in ("grad", "hvp", "cross_vjp"):
             _require(objective, "the inner objective", method)
@@ -67,6 +69,7 @@ class NumpyBackend(Backend):
         return LinearizedMap(grad, hvp, cross_vjp, cross_jvp)
 
     @override
+    @over_micro_batches(linearized)
     def jacobian(self, function: Any, params: P, hparams: H, args: Args, label: str) -> LinearizedMap[P, H]:
         for method in ("vjp_params", "vjp_hparams"):
             _require(function, f"the {label}", method)
@@ -85,6 +88,7 @@ class NumpyBackend(Backend):
         return LinearizedMap(value, vjp_params, vjp_hparams)
 
     @override
+    @over_micro_batches(differentiated)
     def outer(
         self,
         objective: Any,

@@ -11,6 +11,7 @@ from torch.autograd.graph import Node
 from typing_extensions import override
 
 from bilevel.backend import Backend, Data, R
+from bilevel.batch_sums import differentiated, linearized, over_micro_batches
 from bilevel.dependence import warn
 from bilevel.linearization import Dependence, Inputs, LinearizedMap, OuterDerivatives
 from bilevel.problems.model_loss import ModelLoss
@@ -83,6 +84,7 @@ class TorchBackend(Backend):
         return (array.float() if array.dtype == torch.bfloat16 else array).numpy()
 
     @override
+    @over_micro_batches(linearized)
     def inner(self, objective: Callable[..., object], params: P, hparams: H, args: Args) -> LinearizedMap[P, H]:
         _warn_of_frozen(self, params)
         params, hparams = as_graph_leaves(params, hparams)
@@ -111,6 +113,7 @@ class TorchBackend(Backend):
         return _products(grads, params, hparams, _others(nodes, params, hparams, trainable))
 
     @override
+    @over_micro_batches(linearized)
     def gauss_newton(self, inner: ModelLoss, params: P, hparams: H, args: Args) -> LinearizedMap[P, H]:
         params, hparams = as_graph_leaves(params, hparams)
         grads, product = gauss_newton(inner, params, hparams, args)
@@ -118,6 +121,7 @@ class TorchBackend(Backend):
         return _products(grads, params, hparams)._replace(vjp_params=product)
 
     @override
+    @over_micro_batches(linearized)
     def jacobian(
         self, function: Callable[..., object], params: P, hparams: H, args: Args, label: str
     ) -> LinearizedMap[P, H]:
@@ -136,6 +140,7 @@ class TorchBackend(Backend):
             )
 
     @override
+    @over_micro_batches(differentiated)
     def outer(
         self,
         objective: Callable[..., object],

@@ -26,6 +26,9 @@ if dist.is_available():
     import torch.distributed.nn
 
 
+ONE_RANK = TorchBackend()
+
+
 class DataParallel(TorchBackend):
     """The torch backend on several ranks with different batches: the hypergradient of all data, on every rank.
 
@@ -39,6 +42,10 @@ class DataParallel(TorchBackend):
     numbers of samples, in one all-reduce of one flat buffer per dtype. (The mean of the solutions of each rank's
     problem would differ: a mean of inverses is not the inverse of the mean.) All ranks receive the same scalars, so
     their solvers take the same branches.
+
+    With `bilevel.MicroBatches`, a rank first computes the mean over its own micro-batches. So there is still one
+    all-reduce per product, and ranks may have different numbers of micro-batches. ``inner_samples`` and
+    ``outer_samples`` are the totals of the rank.
 
     Compute the losses with the unwrapped module, ``ddp.module``. DDP reduces only in ``loss.backward()``, not in these
     products, and a call of its wrapper can stop the reduction in your training step (``static_graph=True``). In train
@@ -112,6 +119,10 @@ class DataParallel(TorchBackend):
         return AgreedSpace(tree, self.group)
 
     @override
+    def inner(self, objective: Callable[..., object], params: P, hparams: H, args: Args) -> LinearizedMap[P, H]:
+        return self._averaged(ONE_RANK.inner(objective, params, hparams, args), hparams)
+
+    @override
     def inner_of(
         self,
         value: object,
@@ -120,15 +131,31 @@ class DataParallel(TorchBackend):
         label: str = "inner",
         trainable: type[torch.Tensor] = torch.Tensor,
     ) -> LinearizedMap[P, H]:
-        return self._averaged(super().inner_of(value, params, hparams, label, trainable), hparams)
+        return self._averaged(ONE_RANK.inner_of(value, params, hparams, label, trainable), hparams)
 
     @override
     def gauss_newton(self, inner: ModelLoss, params: P, hparams: H, args: Args) -> LinearizedMap[P, H]:
-        return self._averaged(super().gauss_newton(inner, params, hparams, args), hparams)
+        return self._averaged(ONE_RANK.gauss_newton(inner, params, hparams, args), hparams)
 
     @override
     def jacobian(self, *args: object, **options: object) -> LinearizedMap[Any, Any]:
         raise TypeError("DataParallel: fixed points and roots of several ranks' data are not supported.")
+
+    @override
+    def outer(
+        self,
+        objective: Callable[..., object],
+        params: P,
+        hparams: H,
+        args: Args,
+        *,
+        label: str = "outer",
+        data: Data = "outer",
+    ) -> OuterDerivatives[P, H]:
+        def own() -> OuterDerivatives[P, H]:
+            return ONE_RANK.outer(objective, params, hparams, args, label=label, data=data)
+
+        return self._averaged_outer(own, params, hparams, data)
 
     @override
     def outer_of(
@@ -140,9 +167,18 @@ class DataParallel(TorchBackend):
         data: Data = "outer",
         retain_graph: bool = False,
     ) -> OuterDerivatives[P, H]:
+        def own() -> OuterDerivatives[P, H]:
+            return ONE_RANK.outer_of(value, params, hparams, label, data, retain_graph)
+
+        return self._averaged_outer(own, params, hparams, data)
+
+    def _averaged_outer(
+        self, compute: Callable[[], OuterDerivatives[P, H]], params: P, hparams: H, data: Data
+    ) -> OuterDerivatives[P, H]:
+        """Return the value and the gradients averaged over the ranks. First compare the arguments of the ranks."""
         if data == "outer":
             self._check_equal(params=params, hparams=hparams)
-        own = super().outer_of(value, params, hparams, label, data, retain_graph)
+        own = compute()
         share = self._shares(own.value.device)[0 if data == "inner" else 1]  # pyright: ignore
         mean, grad_params = self._mean((own.value, own.grad_params), share)
         return OuterDerivatives(mean, grad_params, self._mean_or_none(own.grad_hparams, hparams, share))

@@ -100,7 +100,8 @@ def check_requirements(solver: LinearSolver[S], A: LinearOperator[V]) -> None:
     if STEADY in solver.requires and A.sample is not None:
         raise TypeError(
             f"inner_args is a list, one batch per product, but {solver.name} needs the same Hessian in all products. "
-            'Use solver="neumann" or "unrolled", or pass one tuple: inner_args=(x, y).'
+            "To use all batches in each product, pass inner_args=bl.MicroBatches(batches). For a new batch in each "
+            'product, use solver="neumann" or "unrolled".'
         )
     if SYMMETRIC in solver.requires and not A.symmetric:
         raise TypeError(

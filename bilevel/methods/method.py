@@ -51,7 +51,10 @@ class Level(Generic[P, H]):
         if len(self.batches) == 1:
             return LinearOperator(self.space, at.vjp_params, symmetric)
         if not symmetric:
-            raise TypeError("inner_args is a list, but a fixed point or a root needs all of the data: pass one tuple.")
+            raise TypeError(
+                "inner_args is a list, one batch per product, but a fixed point or a root needs all of the data: pass "
+                "one tuple, or bl.MicroBatches(batches)."
+            )
         args = self.space.sequence(self.batches)
         return LinearOperator(self.space, at.vjp_params, sample=lambda i: self.linearize(args(i + 1)).vjp_params)
 

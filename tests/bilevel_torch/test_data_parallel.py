@@ -16,7 +16,16 @@ import ranks  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
-CASES = [*ranks.SOLVERS, "unrolled", "forward", "gauss-newton", "one rank's", "an odd machine", "fully_shard"]
+CASES = [
+    *ranks.SOLVERS,
+    "unrolled",
+    "forward",
+    "gauss-newton",
+    "micro-batches",
+    "one rank's",
+    "an odd machine",
+    "fully_shard",
+]
 
 ENDS = """
 import sys, time

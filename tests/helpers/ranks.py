@@ -83,7 +83,7 @@ def loop(net, run, train, val, backend, solver, steps=2):
     return [*net.parameters(), weights, *decays, weights.grad, *(d.grad for d in decays)]
 
 
-def with_functions(net, train, val, backend, solver, from_model=False):
+def with_functions(net, train, val, backend, solver, from_model=False, size=None):
     """The same by functions of params and hparams, as finite differences, unrolling and Gauss-Newton need them."""
 
     def call(params, x):
@@ -101,8 +101,11 @@ def with_functions(net, train, val, backend, solver, from_model=False):
         problem = bl.Problem(lambda w, h, x, y: F.cross_entropy(call(w, x), y) + penalty(w, h), outer)
     params = {name: p.detach() for name, p in net.named_parameters()}
     log_decay = torch.tensor(-2.0, dtype=torch.float64)
+    args = train[:2], val
+    if size:
+        args = [bl.MicroBatches(arrays, size=size) for arrays in args]
     hg = bl.hypergradient(
-        problem, params, log_decay, inner_args=train[:2], outer_args=val, solver=solver, backend=backend
+        problem, params, log_decay, inner_args=args[0], outer_args=args[1], solver=solver, backend=backend
     )
     return [hg.grad, hg.value, *hg.adjoint.values()]
 
@@ -193,6 +196,9 @@ def compute(rank, world):
         results[name] = with_functions(net, train, val, backend_for(train, val, world), solver)
     gauss_newton = with_functions(net, train, val, backend_for(train, val, world), SOLVERS["cg"], from_model=True)
     results["gauss-newton"] = gauss_newton
+    size = None if world == 1 else 3  # so ranks have different numbers of micro-batches
+    backend = backend_for(train, val, world)
+    results["micro-batches"] = with_functions(net, train, val, backend, SOLVERS["cg"], size=size)
     results["one rank's"] = influence_of_one(net, train, val, backend_for(train, val, world), rank, world)
     with odd_machine(rank):
         results["an odd machine"] = [
