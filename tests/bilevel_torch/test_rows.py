@@ -1,5 +1,7 @@
 """Many solves at once in PyTorch: when they run together, and what happens where vmap is not supported."""
 
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -152,3 +154,44 @@ def test_bad_outer_values_are_named():
         many(lambda w, h: w[:0])
     with pytest.raises(ValueError, match="outer depends on neither params nor hparams"):
         many(lambda w, h: w.detach())
+
+
+RANKS = """
+import sys
+import torch, torch.distributed as dist
+import bilevel as bl, bilevel_torch
+
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
+generator = torch.Generator().manual_seed(0)
+x, t = torch.randn(7, 3, generator=generator).double(), torch.randn(4, 3, generator=generator).double()
+w, h = torch.ones(3).double(), torch.ones(3).double()
+problem = bl.Problem(lambda w, h, x: ((x @ w - 1) ** 2).mean() + (h * w**2).sum(), lambda w, h, t: (t @ w) ** 2)
+
+def grads(x, backend):
+    options = {"outer_args": (t,), "solver": bl.CG(rtol=1e-12), "backend": backend, "on_failure": "ignore"}
+    return bl.hypergradients(problem, w, h, inner_args=(x,), **options)
+
+own = x[:2] if rank == 0 else x[2:]
+found, whole = grads(own, bilevel_torch.DataParallel(inner_samples=len(own), outer_samples=4)), grads(x, "torch")
+assert torch.allclose(found.grad, whole.grad, rtol=1e-10), (found.grad, whole.grad)
+assert torch.allclose(found.value, whole.value, rtol=1e-12)
+assert list(found.info.steps) == list(whole.info.steps)
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
+    reason="this torch is built without gloo",
+)
+def test_ranks_with_different_batches_agree_with_one_process(tmp_path):
+    command = [sys.executable, "-c", RANKS]
+    processes = [
+        subprocess.Popen([*command, str(rank), str(tmp_path / "group")], stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    for process in processes:
+        _, said = process.communicate(timeout=120)
+        assert process.returncode == 0, said
