@@ -105,29 +105,22 @@ def report_rows(
 ) -> SolverInfo:
     """Return the info of Q solves as NumPy arrays of shape (Q,), and report the worst of the failed solves by `report`.
 
-    Traced info is returned unchanged. `warn_if_unsolved` judges the sums over the queries. ``values`` are the F_q.
+    Info with traced arrays is returned unchanged. `warn_if_unsolved` judges the sums over the queries. ``values`` are
+    the F_q.
     """
-    if backend.to_host(info.status[0]) is None:
+    if any(backend.to_host(x[0]) is None for x in info):
         return info
     info = SolverInfo(*map(backend.to_numpy, info))
     failed = np.flatnonzero(method.failed(info.status))
     unknown = np.isnan(info.residual_norm)
     info = info._replace(value_error=np.where(unknown, np.nan, info.value_error))
     if on_failure != "ignore" and len(failed):
-        worst = failed[info.status[failed].argmax()]
+        worst = SolverInfo(*[x[failed[info.status[failed].argmax()]] for x in info])
         where = f" for {counted(len(failed), 'query', 'queries')} of {len(info.status)} ({listed(failed)})"
         hint = " bl.hypergradient with one of these queries tells more."
-        report(
-            backend,
-            SolverInfo(*[x[worst] for x in info]),
-            method,
-            on_failure,
-            symmetric=symmetric,
-            where=where,
-            hint=hint,
-        )
+        report(backend, worst, method, on_failure, symmetric=symmetric, where=where, hint=hint)
     elif on_failure != "ignore":
-        total = SolverInfo(*[float(np.abs(x).sum()) for x in info])._replace(status=Status.CONVERGED)
+        total = SolverInfo(*[float(np.abs(x).sum()) for x in info])._replace(status=Status(info.status.max()))
         warn_if_unsolved(backend, np.abs(backend.to_numpy(values)).sum(), total, params)
     return info
 

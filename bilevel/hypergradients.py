@@ -14,7 +14,7 @@ from bilevel.methods.implicit import Implicit, pull_back
 from bilevel.methods.method import Level
 from bilevel.problems.protocols import BilevelProblem
 from bilevel.results import Hypergradient, SolverInfo
-from bilevel.spaces.array import Args, H, P
+from bilevel.spaces.array import Args, Array, H, P
 from bilevel.validation import (
     check_batches,
     check_inputs,
@@ -86,12 +86,9 @@ def hypergradients(
         )
     backend = find_backend(backend, params, hparams)
     batches = check_inputs(backend, params, hparams, inner_args)
-    queries = check_batches(backend, "outer_args", outer_args) if isinstance(outer_args, list) else None
-    first = outer_args[0] if isinstance(outer_args, list) else outer_args
+    first = check_batches(backend, "outer_args", outer_args)[0]
     with wrong_calls_named(problem, batches[0], first):
-        hg = backend.run(
-            _hypergradients, linear, problem, params, hparams, batches, outer_args, queries is not None, adjoint0
-        )
+        hg = backend.run(_hypergradients, linear, problem, params, hparams, batches, outer_args, adjoint0)
     info = report_rows(
         backend, hg.info, hg.value, params, Implicit(linear), on_failure, symmetric=problem.kind != "equation"
     )
@@ -105,13 +102,15 @@ def _hypergradients(
     params: P,
     hparams: H,
     batches: list[Args],
-    outer_args: Any,
-    listed: bool,
+    outer_args: Args | list[Args],
     adjoint0: P | None,
 ) -> Hypergradient[Any, H]:
     backend = backend.by_rows
-    outer = _of_batches if listed else _of_vector
-    values, cotangents, direct, of_outer = outer(backend, problem.outer, params, hparams, outer_args)
+    if isinstance(outer_args, list):
+        queries = _of_batches(backend, problem.outer, params, hparams, outer_args)
+    else:
+        queries = backend.outers(problem.outer, params, hparams, outer_args)
+    values, cotangents, direct, of_outer = queries
     if adjoint0 is not None:
         check_like(backend, "adjoint0", adjoint0, "the stacked gradients of outer by params", cotangents)
     level = Level(backend, problem, params, hparams, batches)
@@ -120,20 +119,15 @@ def _hypergradients(
     check_requirements(solver, A)
     prepared = Prepared(solver, solver.init(A), A.space.layout(params))
 
-    def row(value: Any, cotangent: P, direct: H | None, start: P | None) -> Hypergradient[Any, H]:
-        pulled = pull_back(backend, prepared, A, at, cotangent, start)
-        hg = combine(backend, value, direct, pulled, hparams)
-        full = A.space.xp.full_like
-        return hg._replace(info=SolverInfo(*[full(value, x) if isinstance(x, float) else x for x in hg.info]))
+    def row(value: Array, cotangent: P, direct: H | None, start: P | None) -> Hypergradient[Any, H]:
+        hg = combine(backend, value, direct, pull_back(backend, prepared, A, at, cotangent, start), hparams)
+        known = [A.space.xp.full_like(value, x) if isinstance(x, float) else x for x in hg.info]
+        return hg._replace(info=SolverInfo(*known))
 
     hg = backend.batched(row, values, cotangents, direct, adjoint0)
     names = EQUATION if problem.kind == "equation" else MINIMUM
     warn_of_dependence(backend, params, hparams, of_outer, at.dependence() if at.dependence else None, names)
     return hg
-
-
-def _of_vector(backend: Backend, outer: Any, params: P, hparams: H, args: Args) -> OuterDerivatives[P, H]:
-    return backend.outers(outer, params, hparams, args)
 
 
 def _of_batches(backend: Backend, outer: Any, params: P, hparams: H, batches: list[Args]) -> OuterDerivatives[P, H]:
@@ -147,5 +141,5 @@ def _of_batches(backend: Backend, outer: Any, params: P, hparams: H, batches: li
         return i + 1, found._replace(dependence=None)
 
     rows = space.scan(step, 0, None, len(batches))[1]
-    rows = stacked(backend, rows) if isinstance(rows, list) else rows
+    rows = stacked(backend, rows) if isinstance(rows, list) else rows  # an eager framework returns a list
     return rows._replace(dependence=used[0])

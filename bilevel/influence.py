@@ -67,9 +67,10 @@ def influence(
     ...     def __call__(self, w, lam, t): return t * w
     ...     def grad(self, w, lam, t): return t[:, None], None
     >>> x, t = np.array([1.0, 2.0, 6.0]), np.array([1.0, 10.0])
-    >>> bl.influence(bl.Problem(Mean(), Queries()), np.array([3.0]), np.ones(3), inner_args=(x,), outer_args=(t,))
+    >>> problem = bl.Problem(Mean(), Queries())
+    >>> bl.influence(problem, np.array([3.0]), np.ones(3), inner_args=(x,), outer_args=(t,)).round(3)
     array([[-0.667, -0.333,  1.   ],
-           [-6.67 , -3.33 , 10.   ]])
+           [-6.667, -3.333, 10.   ]])
     """
     backend = find_backend(backend, params, weights)
     if not backend.owns(weights) or len(weights.shape) != 1:
