@@ -7,6 +7,8 @@ from bilevel.config import get_backend, get_solver, list_backends, list_precondi
 from bilevel.diagnosis import diagnose
 from bilevel.errors import DependenceWarning, InnerProblemWarning, SolverError, SolverWarning
 from bilevel.hypergradient import hypergradient, hypergradient_from
+from bilevel.hypergradients import hypergradients
+from bilevel.influence import influence
 from bilevel.linear_solvers import CG, GMRES, MINRES, BiCGStab, Exact, Identity, LinearSolver, Neumann, Nystrom
 from bilevel.linearization import Linearization, NonSymmetric
 from bilevel.methods import Unrolled
@@ -55,6 +57,8 @@ __all__ = [
     "get_solver",
     "hypergradient",
     "hypergradient_from",
+    "hypergradients",
+    "influence",
     "list_backends",
     "list_preconditioners",
     "list_solvers",

@@ -72,6 +72,16 @@ class Backend:
         """
         raise NotImplementedError
 
+    def outers(self, objective: Any, params: P, hparams: H, args: Args) -> OuterDerivatives[P, H]:
+        """Evaluate objective(params, hparams, *args) -> Q values, of shape (Q,), with the first derivatives of each.
+
+        All leaves of the result have a leading axis of length Q, which is at least 1.
+        """
+        raise TypeError(
+            f"outer: the {self.name} backend has no outer objectives with several values. Pass a list with one tuple "
+            "of arguments for each query, outer_args=[(x0, y0), (x1, y1)], and return a scalar."
+        )
+
     def gauss_newton(self, inner: ModelLoss, params: P, hparams: H, args: Args) -> LinearizedMap[P, H]:
         """Linearize ∂L/∂w, with Gauss-Newton products for ``vjp_params``."""
         raise TypeError(
@@ -148,6 +158,21 @@ class Backend:
         """
         return function(self, *args, **options)
 
+    @property
+    def by_rows(self) -> Backend:
+        """The backend for functions that `batched` calls."""
+        return self
+
+    def batched(self, function: Callable[..., R], *stacks: Any) -> R:
+        """Apply a function of trees to each row of stacks, which are trees of arrays with a leading axis.
+
+        Return the stack of its results, which are trees of arrays. The function must take all spaces from `by_rows`. It
+        reads no flags, so that a backend may run all rows together. This default takes one row after the other.
+        """
+        space = self.space(stacks)
+        rows = [space.map(lambda a, i=i: a[i], stacks) for i in range(len(space.leaves(stacks)[0]))]
+        return stacked(self, [function(*row) for row in rows])
+
     @contextmanager
     def isolated(self, inputs: Inputs[P, H], double: bool) -> Iterator[Callable[[P, H], Inputs[P, H]]]:
         """Undo the side effects of objectives on exit: changes of random states, buffers of modules, and inputs.
@@ -160,3 +185,9 @@ class Backend:
         """
         del double
         yield lambda params, hparams: inputs._replace(params=params, hparams=hparams)
+
+
+def stacked(backend: Backend, trees: Sequence[R]) -> R:
+    """Return trees of arrays as one tree, whose leaves have a leading axis."""
+    space = backend.space(trees[0])
+    return space.map(lambda *leaves: space.xp.stack(leaves), *trees)

@@ -5,9 +5,11 @@ from collections.abc import Callable
 from math import isnan
 from typing import Any, Literal, get_args
 
+import numpy as np
+
 from bilevel.backend import Backend
 from bilevel.errors import InnerProblemWarning, SolverError, SolverWarning
-from bilevel.messages import callers_level, counted
+from bilevel.messages import callers_level, counted, listed
 from bilevel.methods.method import Method
 from bilevel.operators.lanczos import Spectrum
 from bilevel.options import check_choice
@@ -43,6 +45,7 @@ def report(
     curvature: Callable[[], Spectrum[Array]] | None = None,
     locate: Callable[[], str] | None = None,
     hint: str = "",
+    where: str = "",
 ) -> SolverInfo:
     """Return the info of a solve in Python numbers, and warn or raise if the solve failed.
 
@@ -55,6 +58,7 @@ def report(
         curvature: a function that estimates the spectrum of the undamped operator.
         locate: a function that names the first quantity that is not finite, or returns "".
         hint: the end of the message, after a space.
+        where: a part of the message after the name of the method.
     """
     numbers = SolverInfo(*[backend.to_host(x) if hasattr(x, "dtype") else x for x in info])
     if numbers.status is None:
@@ -71,7 +75,7 @@ def report(
         located = "" if locate is None or backend.requires_all_ranks else locate()
         why = located or method.explain(info, symmetric, None)
         raise SolverError(
-            f'{method.name}: {why} No hypergradient is returned. on_failure="ignore" returns the nan.{hint}'
+            f'{method.name}{where}: {why} No hypergradient is returned. on_failure="ignore" returns the nan.{hint}'
         )
     if on_failure == "raise":
         eigenvalues = None
@@ -83,9 +87,41 @@ def report(
             end = f"It stopped {end}"
         else:
             end = f"The residual is {info.residual_norm:.2g} of a right-hand side of {info.rhs_norm:.2g}, {end}"
-        raise SolverError(f"{method.name}: {method.explain(info, symmetric, eigenvalues)} {end}{hint}")
-    text = f"{method.name}: {method.explain(info, symmetric, None)} info has the numbers.{hint}"
+        raise SolverError(f"{method.name}{where}: {method.explain(info, symmetric, eigenvalues)} {end}{hint}")
+    text = f"{method.name}{where}: {method.explain(info, symmetric, None)} info has the numbers.{hint}"
     warnings.warn(SolverWarning(text), stacklevel=callers_level())
+    return info
+
+
+def report_rows(
+    backend: Backend,
+    info: SolverInfo,
+    values: Any,
+    params: object,
+    method: Method,
+    on_failure: OnFailure,
+    *,
+    symmetric: bool = True,
+) -> SolverInfo:
+    """Return the info of Q solves as NumPy arrays of shape (Q,), and report the worst of the failed solves by `report`.
+
+    Info with traced arrays is returned unchanged. `warn_if_unsolved` judges the sums over the queries. ``values`` are
+    the F_q.
+    """
+    if any(backend.to_host(x[0]) is None for x in info):
+        return info
+    info = SolverInfo(*map(backend.to_numpy, info))
+    failed = np.flatnonzero(method.failed(info.status))
+    unknown = np.isnan(info.residual_norm)
+    info = info._replace(value_error=np.where(unknown, np.nan, info.value_error))
+    if on_failure != "ignore" and len(failed):
+        worst = SolverInfo(*[x[failed[info.status[failed].argmax()]] for x in info])
+        where = f" for {counted(len(failed), 'query', 'queries')} of {len(info.status)} ({listed(failed)})"
+        hint = " bl.hypergradient with one of these queries tells more."
+        report(backend, worst, method, on_failure, symmetric=symmetric, where=where, hint=hint)
+    elif on_failure != "ignore":
+        total = SolverInfo(*[float(np.abs(x).sum()) for x in info])._replace(status=Status(info.status.max()))
+        warn_if_unsolved(backend, np.abs(backend.to_numpy(values)).sum(), total, params)
     return info
 
 

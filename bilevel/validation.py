@@ -90,21 +90,34 @@ def check_inputs(
     check_trees(backend, {"params": params, "hparams": hparams, "adjoint0": adjoint0}, {"adjoint0": "params"})
     if not backend.space(params).size:
         raise ValueError("params has no entries: all its leaves are empty.")
-    if not isinstance(inner_args, list):
-        args = {"inner_args": inner_args}
-    elif inner_args:
-        args = {f"inner_args[{i}]": batch for i, batch in enumerate(inner_args)}
-    else:
-        raise ValueError("inner_args: the list has no batch. If there are no arguments, leave inner_args out.")
-    for name, value in {**args, "outer_args": outer_args}.items():
-        if isinstance(value, MicroBatches):
-            check_micro_batches(backend, name, value)
-        elif not isinstance(value, tuple):
-            hint = " A list holds one tuple per batch, as in inner_args=[(x0, y0), (x1, y1)]." if name in args else ""
-            kind = "an array" if backend.owns(value) else type(value).__name__
-            one = f" For a single argument, write {name}=(x,)." if backend.owns(value) else ""
-            raise TypeError(f"{name}: expected a tuple of arguments, as in {name}=(x, y), got {kind}.{one}{hint}")
-    return list(args.values())  # pyright: ignore[reportReturnType]
+    batches = check_batches(backend, "inner_args", inner_args)
+    _check_args(backend, "outer_args", outer_args)
+    return batches
+
+
+def check_batches(backend: Backend, name: str, args: object) -> list[Args]:
+    """Return a list of arguments as it is, and one tuple or `MicroBatches` as a list with it.
+
+    Raise a TypeError for other values, and a ValueError for an empty list.
+    """
+    hint = f" A list holds one tuple per batch, as in {name}=[(x0, y0), (x1, y1)]."
+    if not isinstance(args, list):
+        _check_args(backend, name, args, hint)
+        return [args]  # pyright: ignore[reportReturnType]
+    if not args:
+        raise ValueError(f"{name}: the list has no batch. If there are no arguments, leave {name} out.")
+    for i, batch in enumerate(args):
+        _check_args(backend, f"{name}[{i}]", batch, hint)
+    return args
+
+
+def _check_args(backend: Backend, name: str, args: object, hint: str = "") -> None:
+    if isinstance(args, MicroBatches):
+        check_micro_batches(backend, name, args)
+    elif not isinstance(args, tuple):
+        kind = "an array" if backend.owns(args) else type(args).__name__
+        one = f" For a single argument, write {name}=(x,)." if backend.owns(args) else ""
+        raise TypeError(f"{name}: expected a tuple of arguments, as in {name}=(x, y), got {kind}.{one}{hint}")
 
 
 def check_micro_batches(backend: Backend, name: str, batches: MicroBatches) -> None:
@@ -269,10 +282,26 @@ def accepts(known: Signature, count: int) -> bool:
 
 def check_scalar(label: str, value: Any) -> None:
     """Raise a TypeError unless an objective returns a floating-point array, and a ValueError unless its shape is ()."""
-    if not hasattr(value, "shape"):
-        hint = " Return the loss alone, without aux." if isinstance(value, tuple) else ""
-        raise TypeError(f"{label}: expected a scalar array, got {type(value).__name__}.{hint}")
-    if not str(value.dtype).rpartition(".")[2].startswith(("float", "bfloat")):
-        raise TypeError(f"{label}: expected a floating-point scalar, got {value.dtype}, which has no derivative.")
+    _check_floating(label, value, "scalar array")
     if shape := tuple(value.shape):
         raise ValueError(f"{label}: expected a scalar, got an array of shape {shape}. Take its mean or sum.")
+
+
+def check_values(values: Any) -> None:
+    """Raise a TypeError unless outer returns a floating-point array, and a ValueError unless its shape is (Q,)."""
+    _check_floating("outer", values, "vector")
+    if len(shape := tuple(values.shape)) != 1 or not shape[0]:
+        raise ValueError(
+            f"outer: expected an array of Q values, one for each query, got an array of shape {shape}. Return the "
+            "losses of the queries without taking their mean. Or pass a list with one tuple of arguments for each "
+            "query, outer_args=[(x0, y0), (x1, y1)], and return a scalar."
+        )
+
+
+def _check_floating(label: str, value: Any, kind: str) -> None:
+    if not hasattr(value, "shape"):
+        hint = " Return the loss alone, without aux." if isinstance(value, tuple) else ""
+        raise TypeError(f"{label}: expected a {kind}, got {type(value).__name__}.{hint}")
+    if not str(value.dtype).rpartition(".")[2].startswith(("float", "bfloat")):
+        kind = kind.removesuffix(" array")
+        raise TypeError(f"{label}: expected a floating-point {kind}, got {value.dtype}, which has no derivative.")

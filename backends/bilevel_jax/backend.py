@@ -18,7 +18,7 @@ from bilevel.micro_batches import MicroBatches
 from bilevel.problems.model_loss import ModelLoss
 from bilevel.spaces.array import Args, H, Number, P, V
 from bilevel.spaces.space import State
-from bilevel.validation import check_dtypes, check_like, check_scalar, depends_on_nothing, leaf_names
+from bilevel.validation import check_dtypes, check_like, check_scalar, check_values, depends_on_nothing, leaf_names
 from bilevel_jax.dependence import dependence, trace
 from bilevel_jax.gauss_newton import gauss_newton
 from bilevel_jax.micro_batches import fold
@@ -148,16 +148,39 @@ class JaxBackend(Backend):
         def loss(w: P, h: H) -> Any:
             return _scalar(label, objective(w, h, *args), w, h)
 
-        jaxpr = trace(loss, params, hparams)
-        check_collectives(label, jaxpr)
-        used = dependence(jaxpr, params)
+        used = self._used(label, loss, params, hparams)
         if any(used.hparams):
             value, grads = jax.value_and_grad(loss, argnums=(0, 1))(params, hparams)
             return OuterDerivatives(value, grads[0], grads[1], used)
-        if not any(used.params):
-            raise ValueError(f"{depends_on_nothing(self, label, params, hparams)}. Use the arguments inside it.")
         value, grad = jax.value_and_grad(loss)(params, hparams)
         return OuterDerivatives(value, grad, None, used)
+
+    def _used(self, label: str, function: Callable[[P, H], object], params: P, hparams: H) -> Dependence:
+        """Return on which leaves an objective depends. Raise a ValueError if there are none."""
+        jaxpr = trace(function, params, hparams)
+        check_collectives(label, jaxpr)
+        used = dependence(jaxpr, params)
+        if not any(used.params) and not any(used.hparams):
+            raise ValueError(f"{depends_on_nothing(self, label, params, hparams)}. Use the arguments inside it.")
+        return used
+
+    @override
+    def outers(self, objective: Callable[..., object], params: P, hparams: H, args: Args) -> OuterDerivatives[P, H]:
+        def losses(w: P, h: H) -> Any:
+            values = objective(w, h, *args)
+            check_values(values)
+            check_alike("outer", values, w, h)
+            return values
+
+        used = self._used("outer", losses, params, hparams)
+        moving, fixed = ((params, hparams), ()) if any(used.hparams) else ((params,), (hparams,))
+        values, pull = jax.vjp(lambda *moving: losses(*moving, *fixed), *moving)
+        grads = jax.vmap(pull)(jnp.eye(len(values), dtype=values.dtype))
+        return OuterDerivatives(values, grads[0], grads[1] if any(used.hparams) else None, used)
+
+    @override
+    def batched(self, function: Callable[..., R], *stacks: Any) -> R:
+        return jax.vmap(function)(*stacks)
 
     @override
     def fold(

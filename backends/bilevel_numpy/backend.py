@@ -12,7 +12,7 @@ from bilevel.batch_sums import differentiated, linearized, over_micro_batches
 from bilevel.linearization import Inputs, LinearizedMap, OuterDerivatives
 from bilevel.spaces.array import Args, H, P, V
 from bilevel.spaces.tree import leaves, tree_map
-from bilevel.validation import check_dtypes, check_like, check_scalar
+from bilevel.validation import check_dtypes, check_like, check_scalar, check_values
 from bilevel_numpy.space import NumpySpace
 
 
@@ -99,15 +99,34 @@ class NumpyBackend(Backend):
         label: str = "outer",
         data: Data = "outer",
     ) -> OuterDerivatives[P, H]:
+        return self._outer(objective, params, hparams, args, label)
+
+    @override
+    def outers(self, objective: Any, params: P, hparams: H, args: Args) -> OuterDerivatives[P, H]:
+        return self._outer(objective, params, hparams, args, "outer", many=True)
+
+    def _outer(
+        self, objective: Any, params: P, hparams: H, args: Args, label: str, many: bool = False
+    ) -> OuterDerivatives[P, H]:
+        """Evaluate an objective with one value, or with ``many`` values and a leading axis in its gradients."""
         _require(objective, f"the {label} objective", "grad")
         value: Any = np.asarray(objective(params, hparams, *args))
-        check_scalar(label, value)
+        if many:
+            check_values(value)
+        else:
+            check_scalar(label, value)
         grads = objective.grad(params, hparams, *args)
         if not isinstance(grads, tuple) or len(grads) != 2:
             raise TypeError(f"the {label} grad: expected the pair (∂F/∂w, ∂F/∂λ), the second None for zero.")
-        in_params = self._like(f"the {label} grad[0]", grads[0], "params", params)
-        direct = None if grads[1] is None else self._like(f"the {label} grad[1]", grads[1], "hparams", hparams)
-        return OuterDerivatives(value[()], in_params, direct)
+
+        def like(i: int, name: str, reference: V) -> V:
+            if many:
+                reference = tree_map(lambda a: np.broadcast_to(a, (*value.shape, *a.shape)), reference)
+                name = f"{len(value)} rows of {name}"
+            return self._like(f"the {label} grad[{i}]", grads[i], name, reference)
+
+        direct = None if grads[1] is None else like(1, "hparams", hparams)
+        return OuterDerivatives(value[()], like(0, "params", params), direct)
 
     def _like(self, name: str, tree: object, other: str, reference: V) -> V:
         """Return a derivative in the dtypes of its variable, as autodiff does: float64 data would promote float32."""

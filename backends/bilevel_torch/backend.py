@@ -16,8 +16,8 @@ from bilevel.dependence import warn
 from bilevel.linearization import Dependence, Inputs, LinearizedMap, OuterDerivatives
 from bilevel.problems.model_loss import ModelLoss
 from bilevel.spaces.array import Args, H, P, V
-from bilevel.spaces.tree import leaves
-from bilevel.validation import check_dtypes, check_like, depends_on_nothing, leaf_names
+from bilevel.spaces.tree import leaves, with_leaves
+from bilevel.validation import check_dtypes, check_like, check_values, depends_on_nothing, leaf_names
 from bilevel_torch.autograd import (
     LEAF,
     as_graph_leaves,
@@ -168,18 +168,54 @@ class TorchBackend(Backend):
         weights, hypers = leaves(params), leaves(hparams)
         check_recorded(label, nodes_of([loss]), params)
         grads = grad([loss], [*weights, *hypers], None, retain_graph=retain_graph)
-        if all(g is None for g in grads):
+        direct = grads[len(weights) :]
+        used = Dependence(_found(grads[: len(weights)]), _found(direct))
+        self._check_used(label, used, params, hparams)
+        return OuterDerivatives(
+            value=loss.detach(),
+            grad_params=zeros_for_none(grads[: len(weights)], params),
+            grad_hparams=zeros_for_none(direct, hparams) if any(used.hparams) else None,
+            dependence=used,
+        )
+
+    def _check_used(self, label: str, used: Dependence, params: object, hparams: object) -> None:
+        if not any(used.params) and not any(used.hparams):
             raise ValueError(
                 f"{depends_on_nothing(self, label, params, hparams)}. Do not detach it or convert it to a number, and "
                 "run modules with params (by torch.func.functional_call)."
             )
-        direct = grads[len(weights) :]
+
+    @override
+    def outers(self, objective: Callable[..., object], params: P, hparams: H, args: Args) -> OuterDerivatives[P, H]:
+        params, hparams = as_graph_leaves(params, hparams)
+        values: Any = evaluate(objective, params, hparams, *args)
+        check_values(values)
+        check_recorded("outer", nodes_of([values]), params)
+        inputs = [*leaves(params), *leaves(hparams)]
+        used: list[bool] = []
+
+        def pull(seed: torch.Tensor) -> list[torch.Tensor]:
+            grads = grad([values], inputs, [seed], retain_graph=True)
+            used[:] = _found(grads)
+            return zeros_for_none(grads, inputs)
+
+        rows = self.by_rows.batched(pull, torch.eye(len(values), dtype=values.dtype, device=values.device))
+        in_params, direct = rows[: len(leaves(params))], rows[len(leaves(params)) :]
+        found = Dependence(used[: len(in_params)], used[len(in_params) :])
+        self._check_used("outer", found, params, hparams)
         return OuterDerivatives(
-            value=loss.detach(),
-            grad_params=zeros_for_none(grads[: len(weights)], params),
-            grad_hparams=None if all(g is None for g in direct) else zeros_for_none(direct, hparams),
-            dependence=Dependence(_found(grads[: len(weights)]), _found(direct)),
+            value=values.detach(),
+            grad_params=with_leaves(params, in_params),
+            grad_hparams=with_leaves(hparams, direct) if any(found.hparams) else None,
+            dependence=found,
         )
+
+    @property
+    @override
+    def by_rows(self) -> "TorchBackend":
+        from bilevel_torch.rows import RowsBackend  # it imports this module
+
+        return RowsBackend()
 
     @override
     def run(self, function: Callable[..., R], *args: Any, **options: Any) -> R:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from typing_extensions import override
 
-from bilevel.backend import Data
+from bilevel.backend import Data, stacked
 from bilevel.linearization import LinearizedMap, OuterDerivatives
 from bilevel.messages import callers_level
 from bilevel.problems.model_loss import ModelLoss
@@ -182,6 +182,20 @@ class DataParallel(TorchBackend):
         share = self._shares(own.value.device)[0 if data == "inner" else 1]  # pyright: ignore
         mean, grad_params = self._mean((own.value, own.grad_params), share)
         return OuterDerivatives(mean, grad_params, self._mean_or_none(own.grad_hparams, hparams, share))
+
+    @override
+    def outers(self, objective: Any, params: P, hparams: H, args: Args) -> OuterDerivatives[P, H]:
+        self._check_equal(params=params, hparams=hparams)
+        value, grad_params, grad_hparams, _ = super().outers(objective, params, hparams, args)
+        share = self._shares(leaves(grad_params)[0].device)[1]
+        value, grad_params = self._mean((value, grad_params), share)
+        like = stacked(self, [hparams] * len(value))
+        return OuterDerivatives(value, grad_params, self._mean_or_none(grad_hparams, like, share))
+
+    @property
+    @override
+    def by_rows(self) -> TorchBackend:
+        return self  # one row after the other: vmap has no collectives
 
     def _averaged(self, own: LinearizedMap[P, H], hparams: H) -> LinearizedMap[P, H]:
         """Return the map of all ranks' data: values and products averaged over the ranks."""

@@ -139,7 +139,7 @@ class _Moved:
         return tensors[:first], tensors[first:last], tensors[last:]
 
 
-class _Rule(torch.autograd.Function):
+class Rule(torch.autograd.Function):
     """A function that autograd differentiates by a rule. Under vmap, it runs once for each entry of the batch."""
 
     @classmethod
@@ -153,7 +153,7 @@ class _Rule(torch.autograd.Function):
         return stacked, (0,) * len(stacked)
 
 
-class _Minimum(_Rule):
+class _Minimum(Rule):
     """(training, tensors of its arguments) -> the leaves of params."""
 
     @staticmethod
@@ -196,7 +196,7 @@ class _Minimum(_Rule):
         return result
 
 
-class _Derivative(_Rule):
+class _Derivative(Rule):
     """A function without a derivative: a derivative of `_Minimum`."""
 
     @staticmethod

@@ -175,7 +175,9 @@ def test_a_failure_names_the_law_the_system_and_both_numbers():
 
 class TestPromises:
     def test_what_is_not_promised_may_fail_but_not_lie(self):
-        assert not failures(check_solver(bl.CG(), solves=[], backends="numpy"))  # it damps what curves down, and says so
+        assert not failures(
+            check_solver(bl.CG(), solves=[], backends="numpy")
+        )  # it damps what curves down, and says so
         said = failures(check_solver(bl.CG(damping=0.0), solves=["definite", "indefinite"], backends="numpy"))
         assert {"indefinite-numpy-float64", "indefinite-numpy-float32"} <= set(said)
         assert "got      NEGATIVE_CURVATURE" in said["indefinite-numpy-float64"]
