@@ -8,7 +8,7 @@ from benchmarks.attribution.points import Point, Spectral
 
 
 def measures(point: Point, at: Spectral, w: np.ndarray) -> dict[str, float]:
-    """Return numbers without units, by name, for the first objective.
+    """Return numbers by name, for the first objective. They have no units, or those of F.
 
     Args:
         point: the derivatives at w.
@@ -26,6 +26,8 @@ def measures(point: Point, at: Spectral, w: np.ndarray) -> dict[str, float]:
         "‖∂L/∂w‖ / ‖∂F/∂w‖": norm(g) / norm(b),
         "‖∂L/∂w‖ ‖w‖ / L": norm(g) * norm(w) / L,
         "‖∂F/∂w‖ ‖w‖ / F": norm(b) * norm(w) / F,
+        "‖∂F/∂w‖ ‖w‖": norm(b) * norm(w),
+        "‖∂L/∂w‖ ‖w‖ F / L": norm(g) * norm(w) * F / L,
         "value_error / F": abs(g @ v) / F,
         "Newton decrement / L": g @ step / L,
         "‖damped Newton step‖ / ‖w‖": norm(step) / norm(w),

@@ -67,7 +67,7 @@ def mlp(activation: Callable[[Array], Array]) -> Network:
 
 
 def convnet() -> Network:
-    """Return two 3x3 convolutions, the first with stride 2. JAX is slow at convolutions in loops: these are products."""
+    """Return two 3x3 convolutions, written as products, since JAX is slow at convolutions in loops on CPUs."""
     shapes = {"w1": (9, 8), "b1": (8,), "w2": (72, 16), "b2": (16,), "w3": (64, CLASSES), "b3": (CLASSES,)}
 
     def patches(x: Array, stride: int) -> Array:

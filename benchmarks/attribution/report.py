@@ -13,7 +13,8 @@ from benchmarks.attribution.methods import AUTO
 def show(result: dict[str, Any]) -> None:
     """Print all tables."""
     about = result["about"]
-    print(f"\nMeasured on {about['date']} with {about['versions']}, in {about['minutes']} minutes.")
+    versions = ", ".join(f"{package} {number}" for package, number in about["versions"].items())
+    print(f"\nMeasured on {about['date']} in {about['minutes']} minutes with {versions}.")
     for optimizer in ("momentum", "adam"):
         if records := [r for r in result["cosines"] if r["training"]["optimizer"] == optimizer]:
             print(f"\n### Cosine to the derivative of the whole run, {optimizer}\n")
@@ -28,7 +29,7 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
     head = list(head)
     print("| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|")
     for row in rows:
-        print("| " + " | ".join(row) + " |")
+        print("| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |")
 
 
 def _number(x: float, form: str = ".2f") -> str:
