@@ -1,6 +1,6 @@
 """Measure how right hypergradients are on networks whose training has not ended at a minimum.
 
-    python -m benchmarks.attribution                     # some 10 minutes on one core
+    python -m benchmarks.attribution                     # some 15 minutes on a busy core
     python -m benchmarks.attribution --quick             # a minute, too small to mean much
     python -m benchmarks.attribution --from-json FILE    # print the tables again
 
