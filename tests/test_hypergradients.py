@@ -163,20 +163,35 @@ def test_failures_are_reported_once_with_their_queries(backend):
     vectors = np.linalg.eigh(backend.to_numpy(system.data[0]))[1].T  # in the order -1, 1, ...
     w = backend.to_numpy(system.at[0])
     targets = np.stack([w - vectors[2], w - vectors[0], w - vectors[3], w - vectors[0], w - vectors[4]])
+    undamped = bl.CG(damping=0.0)
     expected = "CG for 2 queries of 5 (1 and 3): met non-positive curvature"
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        hg = system.many("cg", targets)
+        hg = system.many(undamped, targets)
     said = [str(w.message) for w in caught if issubclass(w.category, bl.SolverWarning)]
     assert len(said) == 1
     assert said[0].startswith(expected)
     failed = Status.NEGATIVE_CURVATURE
     assert hg.info.status.tolist() == [Status.CONVERGED, failed, Status.CONVERGED, failed, Status.CONVERGED]
     with pytest.raises(bl.SolverError, match=re.escape(expected)):
-        system.many("cg", targets, on_failure="raise")
+        system.many(undamped, targets, on_failure="raise")
     with warnings.catch_warnings():
         warnings.simplefilter("error", bl.SolverWarning)
-        system.many("cg", targets, on_failure="ignore")
+        system.many(undamped, targets, on_failure="ignore")
+
+
+def test_each_query_finds_its_damping(backend):
+    """The queries 1 and 3 meet a negative eigenvalue. The others do not."""
+    system = System(backend, eigenvalues=(1.0, 2.0, 3.0, 1.5, 2.5, -1.0))
+    vectors = np.linalg.eigh(backend.to_numpy(system.data[0]))[1].T  # in the order -1, 1, ...
+    w = backend.to_numpy(system.at[0])
+    targets = np.stack([w - vectors[2], w - vectors[0] - vectors[1], w - vectors[3], w - vectors[0], w - vectors[4]])
+    hg = system.many("cg", targets)
+    assert hg.info.status.tolist() == [Status.CONVERGED] * 5
+    np.testing.assert_allclose(hg.info.damping, [0, 2, 0, 2, 0], atol=1e-6)
+    one_by_one = [system.many("cg", targets[q : q + 1]) for q in range(5)]
+    for q, one in enumerate(one_by_one):
+        assert relative_error(backend.to_numpy(hg.adjoint)[q], backend.to_numpy(one.adjoint)[0]) <= 1e-9
 
 
 def test_a_nan_in_one_query_leaves_the_others_alone(backend):

@@ -1,0 +1,1 @@
+"""How right hypergradients are: against the derivative of a whole training run, and against retraining."""
