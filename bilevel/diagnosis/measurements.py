@@ -122,6 +122,15 @@ class Measured:
         return not self.unchecked and not any(a.wrong for a in self.derivatives.of)
 
     @property
+    def sensitivity(self) -> float:
+        """‖∂F/∂w‖ · ‖params‖: to first order, the largest change of F for a relative change of params by one.
+
+        On networks whose training has not ended at a minimum, it tells how far to trust a hypergradient: the smaller,
+        the better (docs/which-method.md). It has the units of F.
+        """
+        return self.info.rhs_norm * self.params_norm
+
+    @property
     def damping_found(self) -> bool:
         """Whether the solver has an automatic damping, and needed it."""
         return isinstance(self.method.damping, str) and bool(self.info.damping)

@@ -51,7 +51,7 @@ class Diagnosis(Measured):
 def _lines(m: Measured) -> Iterator[tuple[set[str], str, str]]:
     """Yield the names of the findings that mark a line of the table, the label and the text of the line."""
     yield {"not solved", "kink", "not finite"}, "inner problem", how_far(m)
-    yield {"no curvature"}, "curvature", _curvature(m)
+    yield {"no curvature", "negative curvature"}, "curvature", _curvature(m)
     r = m.repetition
     new = f"a product {r.new_product:.1g}, the gradient {r.new_grad:.1g}, the cross product {r.new_cross:.1g}"
     yield {"not repeatable"}, "repetition", f"changes: the same product {r.product:.1g}; linearized again, {new}"
