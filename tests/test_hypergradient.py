@@ -306,7 +306,7 @@ class Counted:
 
 
 @pytest.mark.parametrize(
-    "solver", [bl.CG(), bl.CG(maxiter=1), bl.Neumann(step_size=1.0), bl.MINRES(maxiter=2)], ids=repr
+    "solver", [bl.CG(damping=0.0), bl.CG(maxiter=1), bl.Neumann(step_size=1.0), bl.MINRES(maxiter=2)], ids=repr
 )
 def test_a_warning_takes_no_product_and_no_evaluation(backend, solver):
     case, counted = diagonal([-1.0, 2.0, 4.0], backend), Counted(backend)

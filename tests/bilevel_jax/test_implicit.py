@@ -379,7 +379,7 @@ class TestFailure:
                 jax.effects_barrier()
             return [str(warning.message) for warning in caught]
 
-        [text] = told(slopes, bl.CG(maxiter=1))
+        [text] = told(slopes, bl.CG(maxiter=1, damping=0.0))
         assert "met non-positive curvature" in text
         [text] = told(slopes[::2], bl.CG(maxiter=1))
         assert "above its tolerance" in text
@@ -398,8 +398,11 @@ class TestFailure:
             run_jitted(jax.vmap(jax.grad(total), (None, 0)), jnp.ones(2), dampings)
 
     def test_negative_curvature_is_named(self):
-        solve = bilevel_jax.implicit_minimizer(lambda w, h: jnp.sum(h * w) - jnp.sum(w**2))(lambda h: h / 2)
-        with pytest.warns(bl.SolverWarning, match="Hessian is not positive definite: add damping, train"):
+        concave = bilevel_jax.implicit_minimizer(
+            lambda w, h: jnp.sum(h * w) - jnp.sum(w**2), solver=bl.CG(damping=0.0)
+        )
+        solve = concave(lambda h: h / 2)
+        with pytest.warns(bl.SolverWarning, match='definite: use damping="auto", add damping, train'):
             jax.grad(lambda h: solve(h).sum())(jnp.ones(2))
 
     def test_nan_raises_and_is_never_a_number(self, case):

