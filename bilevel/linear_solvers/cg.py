@@ -36,7 +36,7 @@ class CG(Iterative[object]):
     a product confirms this. An ``rtol`` below the dtype's epsilon counts as the epsilon.
 
     With ``damping="auto"``, the first solve has no damping. So on a convex problem, v is the undamped solution. If the
-    solve meets negative curvature, as on most networks, 16 products estimate the smallest eigenvalue λmin of H, and
+    solve meets negative curvature, as on most networks, 12 products estimate the smallest eigenvalue λmin of H, and
     the next solve has the damping 2 |λmin|. It also stops if the residual is below a tenth of ``damping * norm(v)``:
     changing the damping by a tenth explains such an error. ``info.damping`` is the damping of v, and ``info.steps``
     counts all solves and the estimate. ``maxiter`` limits each solve. At most four solves are made.

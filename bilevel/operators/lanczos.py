@@ -7,7 +7,6 @@ from bilevel.operators.linear_operator import LinearOperator
 from bilevel.spaces.array import Array, V
 
 PRODUCTS = 12
-NEGATIVE_PRODUCTS = 16
 LATE = 4  # the last products, whose change of an estimate tells how much is missing
 NOISE = 100  # times eps and the norm of A: a curvature below it is zero to rounding
 SEED = 0
@@ -49,13 +48,13 @@ def spectrum(A: LinearOperator[V], products: int = PRODUCTS) -> Spectrum[Array]:
 
 
 def negative_curvature(A: LinearOperator[V], start: V) -> tuple[Array, Array]:
-    """Estimate max(0, −λmin) of the operator, seen from a vector. Return it, and the number of products, at most 16.
+    """Estimate max(0, −λmin) of the operator, seen from a vector. Return it, and the number of products, at most 12.
 
     A Ritz value is no smaller than λmin. So its change by the last 4 products is added, at most doubling it. A value
     that is zero to rounding gives zero. Choose a ``start`` that is rich in directions of small curvature, such as the
     iterate of CG at its first direction of negative curvature.
     """
-    xp, s = A.space.xp, _lanczos(A, start, NEGATIVE_PRODUCTS)
+    xp, s = A.space.xp, _lanczos(A, start, PRODUCTS)
     ritz, _, nan = _ritz(s, s.k, A)
     before = _ritz(s, xp.maximum(s.k - LATE, xp.ones_like(s.k)), A)[0]
     seen, earlier = -ritz[0], -before[0]
