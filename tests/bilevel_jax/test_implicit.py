@@ -398,9 +398,7 @@ class TestFailure:
             run_jitted(jax.vmap(jax.grad(total), (None, 0)), jnp.ones(2), dampings)
 
     def test_negative_curvature_is_named(self):
-        concave = bilevel_jax.implicit_minimizer(
-            lambda w, h: jnp.sum(h * w) - jnp.sum(w**2), solver=bl.CG(damping=0.0)
-        )
+        concave = bilevel_jax.implicit_minimizer(lambda w, h: jnp.sum(h * w) - jnp.sum(w**2), solver=bl.CG(damping=0.0))
         solve = concave(lambda h: h / 2)
         with pytest.warns(bl.SolverWarning, match='definite: use damping="auto", add damping, train'):
             jax.grad(lambda h: solve(h).sum())(jnp.ones(2))

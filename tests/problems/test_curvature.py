@@ -159,8 +159,8 @@ class TestGaussNewton:
         params = {name: 3 * w for name, w in params.items()}
         hparams["decay"] = {name: h - 4 for name, h in hparams["decay"].items()}
         args = {"inner_args": train, "outer_args": val}
+        problem = classifier(namespace(autodiff), curvature="hessian")
         with pytest.warns(bl.SolverWarning, match=r"met non-positive curvature.*Gauss-Newton.*bl\.Problem\.from_model"):
-            problem = classifier(namespace(autodiff), curvature="hessian")
             bl.hypergradient(problem, params, hparams, **args, solver=bl.CG(damping=0.0))
         solver = bl.CG(rtol=1e-4, maxiter=400)
         hg = bl.hypergradient(classifier(namespace(autodiff)), params, hparams, solver=solver, **args)
