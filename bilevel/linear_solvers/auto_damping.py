@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple
 
 from bilevel.operators.lanczos import negative_curvature
 from bilevel.operators.linear_operator import LinearOperator
+from bilevel.options import is_python_value
 from bilevel.results import SolverInfo, Status
 from bilevel.spaces.array import Array, Number, V
 
 if TYPE_CHECKING:
     from bilevel.linear_solvers.linear_solver import LinearSolver
 
-AUTO = "auto"
 FACTOR = 2.0  # of |λmin|. Measured: from 1.1 to 2.5 the results differ little, and below 1 they are useless.
 SLACK = 0.1  # of the damping
 ATTEMPTS = 4
@@ -66,8 +66,11 @@ def solve_with_auto_damping(
             "not symmetric, and a list of batches has another operator for each product. Give the damping as a number."
         )
     space, xp = A.space, A.space.xp
-    finder = solver.finder()
-    start = solver.least_damping(state, A) if start is None else start
+    finder, least = solver.finder(), solver.least_damping(state, A)
+    if start is None:
+        start = least
+    elif not is_python_value(least):
+        start = xp.maximum(start * xp.ones_like(least), least)
 
     def damped(solver: LinearSolver[Any], damping: Number) -> LinearSolver[Any]:
         return replace(solver, damping=damping)  # pyright: ignore[reportArgumentType]

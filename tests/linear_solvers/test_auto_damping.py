@@ -184,6 +184,14 @@ def test_a_kept_damping_follows_the_hessian(name):
     assert flat.hypergradient(solver).info.damping == dampings[0]
 
 
+@pytest.mark.parametrize("name", ["numpy", "torch"])
+def test_a_kept_damping_does_not_fall_below_the_sketch(name):
+    case = cases.quadratic(framework(name), np.geomspace(0.1, 4, 12))
+    solver = bl.WarmStart(bl.Nystrom(rank=6, rtol=None, damping="auto"))
+    dampings = {float(case.hypergradient(solver).info.damping) for _ in range(3)}
+    assert len(dampings) == 1
+
+
 @pytest.mark.parametrize("name", ["neumann", "gmres", "bicgstab"])
 def test_other_operators_need_a_number(backend, name):
     matrix, rhs = symmetric(INDEFINITE), rhs_of(12)
