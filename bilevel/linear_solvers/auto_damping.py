@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from bilevel.linear_solvers.linear_solver import LinearSolver
 
 FACTOR = 2.0  # of |λmin|. Measured: from 1.1 to 2.5 the results differ little, and below 1 they are useless.
+SAFE = 1.1  # times |λmin|: a smaller damping is too small
 SLACK = 0.1  # of the damping
 ATTEMPTS = 4
 
@@ -51,14 +52,17 @@ def solve_with_auto_damping(
 ) -> tuple[V, SolverInfo]:
     """Solve (A + δI) v = b, first with the δ of ``start``. If A + δI curves down, solve again with δ = 2 |λmin|.
 
+    A solve that ends above its tolerance has perhaps not met a negative curvature that is there. So λmin decides then,
+    too: few steps of CG on a network end in iterates that are large in directions of almost no curvature.
+
     An inner training that ends early leaves the directions of curvature −λ that it had no time to descend: λ is at
     most about 1 / (step size · number of steps). The derivative of gradient descent resolves no curvature below this
     limit either: its filter (1 − (1 − ηh)ᵀ) / h of the eigenvalues h has the value ηT at zero, as 1 / (h + δ) with
     δ = 1 / (ηT) has. So |λmin| tells the right size of δ, without knowledge of the training (early stopping as a
     ridge penalty: Ali, Kolter & Tibshirani, AISTATS 2019).
 
-    |λmin| is estimated by Lanczos' method from the v that met negative curvature. That v is rich in directions of
-    small curvature. An error of the solve that a change of δ by a tenth would explain is accepted.
+    |λmin| is estimated by Lanczos' method from the v of the failed solve, which is rich in directions of small
+    curvature. An error of the solve that a change of δ by a tenth would explain is accepted.
     """
     if not A.steady:
         raise TypeError(
@@ -77,15 +81,19 @@ def solve_with_auto_damping(
 
     def attempt(s: _State[V]) -> _State[V]:
         x, info = damped(finder, s.damping).solve(state, A.with_slack(SLACK * s.damping), b, x0)
-        down = (info.status == int(Status.NEGATIVE_CURVATURE)) | (info.status == int(Status.DIVERGED))
+        failed = finder.failed(info.status) & (info.status != int(Status.NON_FINITE))
         steps = s.steps + info.steps
-        after = _State(x, steps, info.residual_norm, info.rhs_norm, info.status, s.damping, s.damping, down)
-        return space.cond(down, raise_damping, after)
+        after = _State(x, steps, info.residual_norm, info.rhs_norm, info.status, s.damping, s.damping, failed)
+        return space.cond(failed, raise_damping, after)
 
     def raise_damping(s: _State[V]) -> _State[V]:
+        """Choose the damping of the next attempt. If there is no reason for a larger one, this was the last attempt."""
         curvature, products = negative_curvature(A, s.x)
-        damping = xp.maximum(FACTOR * curvature, 2.0 * s.damping * xp.ones_like(curvature))
-        return s._replace(steps=s.steps + products, damping=damping, live=damping > 0)
+        met = s.status != int(Status.MAXITER)  # the solve itself met negative curvature
+        least = xp.where(met, 2.0 * s.damping, 0.0)
+        damping = xp.maximum(FACTOR * curvature, least)
+        live = xp.where(met, damping > 0, SAFE * curvature > s.damping)
+        return s._replace(steps=xp.where(live, s.steps + products, s.steps), damping=damping, live=live)
 
     size = space.norm(b)
     zero = xp.zeros_like(size, dtype=xp.int32)

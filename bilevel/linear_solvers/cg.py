@@ -36,10 +36,11 @@ class CG(Iterative[object]):
     a product confirms this. An ``rtol`` below the dtype's epsilon counts as the epsilon.
 
     With ``damping="auto"``, the first solve has no damping. So on a convex problem, v is the undamped solution. If the
-    solve meets negative curvature, as on most networks, 12 products estimate the smallest eigenvalue λmin of H, and
-    the next solve has the damping 2 |λmin|. It also stops if the residual is below a tenth of ``damping * norm(v)``:
-    changing the damping by a tenth explains such an error. ``info.damping`` is the damping of v, and ``info.steps``
-    counts all solves and the estimate. ``maxiter`` limits each solve. At most four solves are made.
+    solve meets negative curvature or ends above its tolerance, as on most networks, 12 products estimate the smallest
+    eigenvalue λmin of H. If it is negative, the next solve has the damping 2 |λmin|. It also stops if the residual is
+    below a tenth of ``damping * norm(v)``: changing the damping by a tenth explains such an error. ``info.damping`` is
+    the damping of v. ``maxiter`` limits each of at most four solves. ``info.steps`` counts all of them, with the
+    estimates that led to another one.
 
     With a number as ``damping``, the solve stops at a direction without positive curvature (to rounding). The result
     is the iterate before it, with ``NEGATIVE_CURVATURE``. If this is the first direction, without a warm start, v is b
