@@ -70,11 +70,9 @@ def solve_with_auto_damping(
             "not symmetric, and a list of batches has another operator for each product. Give the damping as a number."
         )
     space, xp = A.space, A.space.xp
-    finder, least = solver.finder(), solver.least_damping(state, A)
-    if start is None:
-        start = least
-    elif not is_python_value(least):
-        start = xp.maximum(start * xp.ones_like(least), least)
+    finder, first = solver.finder(), solver.least_damping(state, A)
+    if start is not None:
+        first = start if is_python_value(first) else xp.maximum(start * xp.ones_like(first), first)
 
     def damped(solver: LinearSolver[Any], damping: Number) -> LinearSolver[Any]:
         return replace(solver, damping=damping)  # pyright: ignore[reportArgumentType]
@@ -97,7 +95,7 @@ def solve_with_auto_damping(
 
     size = space.norm(b)
     zero = xp.zeros_like(size, dtype=xp.int32)
-    s = _State(b, zero, size, size, zero, start, start, zero == 0)
+    s = _State(b, zero, size, size, zero, first, first, zero == 0)
     s = space.while_loop(lambda s: s.live, lambda s: space.cond(s.live, attempt, s), s, ATTEMPTS)
     info = SolverInfo(s.steps, s.residual_norm, s.rhs_norm, s.status, damping=s.used)
     if finder is solver:
