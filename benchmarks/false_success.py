@@ -18,8 +18,8 @@ from bilevel.results import Status
 KINDS = ["definite", "indefinite", "singular", "nonsymmetric", "nan", "zero right-hand side"]
 RTOLS = [1e-3, 1e-6, 1e-9]
 SYMMETRIC = [
-    bl.CG(),
-    bl.CG(preconditioner=bl.NystromPreconditioner(rank=5)),
+    bl.CG(damping=0.0),
+    bl.CG(damping=0.0, preconditioner=bl.NystromPreconditioner(rank=5)),
     bl.MINRES(),
     bl.Neumann(terms=200, rtol=1),
     bl.Nystrom(),

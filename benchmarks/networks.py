@@ -70,9 +70,9 @@ def solvers(smallest, largest):
     """Return (label, curvature, solver) for a spectrum: damping above the most negative eigenvalue, and so on."""
     above = 1.1 * max(-smallest, 0.0) + 1e-3
     return [
-        ("CG", "hessian", bl.CG()),
+        ("CG", "hessian", bl.CG(damping=0.0)),
         (f"CG, damping {above:.1g}", "hessian", bl.CG(damping=above)),
-        ("CG on Gauss-Newton", "gauss-newton", bl.CG()),
+        ("CG on Gauss-Newton", "gauss-newton", bl.CG(damping=0.0)),
         ("MINRES", "hessian", bl.MINRES()),
         ("GMRES(50)", "hessian", bl.GMRES(restart=50, max_restarts=4)),
         ("BiCGStab", "hessian", bl.BiCGStab()),
@@ -82,11 +82,10 @@ def solvers(smallest, largest):
     ]
 
 
-def main():
-    """Train, and print a table for each network."""
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+def trained():
+    """Yield each network at each stage of its training, as (title, network)."""
     torch.set_num_threads(1)
-    (x, y), val = data()
+    (x, y), _ = data()
     for title, make in (("convolutional network", convnet), ("LSTM", LSTM)):
         torch.manual_seed(0)
         net = make()
@@ -99,7 +98,14 @@ def main():
                 nn.functional.cross_entropy(net(x[batch]), y[batch]).backward()
                 optimizer.step()
             done = steps
-            table(f"{title}, {stage}", net, (x, y), val)
+            yield f"{title}, {stage}", net
+
+
+def main():
+    """Train, and print a table for each network."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    for title, net in trained():
+        table(title, net, *data())
 
 
 def table(title, net, train, val):

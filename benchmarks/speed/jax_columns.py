@@ -26,7 +26,11 @@ def functions(w: Workload, method: str, count: int) -> dict[str, Function]:
             "ours, checkpoints": partial(ours, w, bl.Unrolled(count, w.step_size, checkpoint=True)),
         }
     solve = partial(cg, count) if method == "cg" else partial(neumann, count, w.step_size)
-    solver = bl.CG(maxiter=count, rtol=0.0) if method == "cg" else bl.Neumann(terms=count, step_size=w.step_size)
+    solver = (
+        bl.CG(maxiter=count, rtol=0.0, damping=0.0)
+        if method == "cg"
+        else bl.Neumann(terms=count, step_size=w.step_size)
+    )
     made: dict[str, Function] = {"hand-written": partial(hand_written, w, partial(solve, lax.fori_loop))}
     if count <= UNROLLED_AT_MOST:
         made["hand-written, no loop"] = partial(hand_written, w, partial(solve, python_loop))

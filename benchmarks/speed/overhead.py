@@ -124,7 +124,11 @@ def syncs(spec: dict[str, Any]) -> Iterator[dict[str, Any]]:
         for method in ("neumann", "cg"):
             reads = []
             for count in (few, many):
-                solver = bl.Neumann(count, w.step_size) if method == "neumann" else bl.CG(maxiter=count, rtol=0.0)
+                solver = (
+                    bl.Neumann(count, w.step_size)
+                    if method == "neumann"
+                    else bl.CG(maxiter=count, rtol=0.0, damping=0.0)
+                )
                 inner, outer = w.inner_loss(), w.outer_loss()
                 with Counting() as counting:
                     bilevel_torch.hypergradient(

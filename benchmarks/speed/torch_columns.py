@@ -23,7 +23,11 @@ def columns(w: Workload, method: str, count: int) -> dict[str, Callable[[], Tens
         made |= {"ours, checkpoints": lambda: ours(w, bl.Unrolled(count, w.step_size, checkpoint=True))}
         return _waiting(made, w)
     hand, in_place = {"neumann": (neumann, neumann_in_place), "cg": (cg, cg_in_place)}[method]
-    solver = bl.CG(maxiter=count, rtol=0.0) if method == "cg" else bl.Neumann(terms=count, step_size=w.step_size)
+    solver = (
+        bl.CG(maxiter=count, rtol=0.0, damping=0.0)
+        if method == "cg"
+        else bl.Neumann(terms=count, step_size=w.step_size)
+    )
     made |= {"hand-written": lambda: hand(w, count), "hand-written, in place": lambda: in_place(w, count)}
     made |= {"ours": lambda: ours_from_losses(w, solver), "ours, functions": lambda: ours(w, solver)}
     return _waiting(made, w)

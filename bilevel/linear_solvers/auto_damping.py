@@ -77,9 +77,13 @@ def solve_with_auto_damping(
     def damped(solver: LinearSolver[Any], damping: Number) -> LinearSolver[Any]:
         return replace(solver, damping=damping)  # pyright: ignore[reportArgumentType]
 
+    # A solve without a tolerance takes its budget of steps, and no more products.
+    budget = finder.rtol is None or (is_python_value(finder.rtol) and finder.rtol == 0)
+
     def attempt(s: _State[V]) -> _State[V]:
         x, info = damped(finder, s.damping).solve(state, A.with_slack(SLACK * s.damping), b, x0)
-        failed = finder.failed(info.status) & (info.status != int(Status.NON_FINITE))
+        failed = (info.status == int(Status.NEGATIVE_CURVATURE)) | (info.status == int(Status.DIVERGED))
+        failed = failed if budget else failed | (info.status == int(Status.MAXITER))
         steps = s.steps + info.steps
         after = _State(x, steps, info.residual_norm, info.rhs_norm, info.status, s.damping, s.damping, failed)
         return space.cond(failed, raise_damping, after)

@@ -36,7 +36,7 @@ class CG(Iterative[object]):
     a product confirms this. An ``rtol`` below the dtype's epsilon counts as the epsilon.
 
     With ``damping="auto"``, the first solve has no damping. So on a convex problem, v is the undamped solution. If the
-    solve meets negative curvature or ends above its tolerance, as on most networks, 12 products estimate the smallest
+    solve meets negative curvature or ends above its ``rtol``, as on most networks, 12 products estimate the smallest
     eigenvalue λmin of H. If it is negative, the next solve has the damping 2 |λmin|. It also stops if the residual is
     below a tenth of ``damping * norm(v)``: changing the damping by a tenth explains such an error. ``info.damping`` is
     the damping of v. ``maxiter`` limits each of at most four solves. ``info.steps`` counts all of them, with the

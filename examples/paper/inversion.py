@@ -70,8 +70,8 @@ def compare(
     rows = [
         {"products": k}
         | quality("Neumann", bl.Neumann(terms=k, step_size=step))
-        | quality("CG", bl.CG(maxiter=k, rtol=0.0))
-        | quality("Gauss-Newton CG", bl.CG(maxiter=k, rtol=0.0), GAUSS_NEWTON)
+        | quality("CG", bl.CG(maxiter=k, rtol=0.0, damping=0.0))
+        | quality("Gauss-Newton CG", bl.CG(maxiter=k, rtol=0.0, damping=0.0), GAUSS_NEWTON)
         | quality("clamped CG", ClampedCG(k))
         | (quality("Nyström", bl.Nystrom(rank=k)) if k else {})
         for k in range(sizes["products"])
@@ -103,9 +103,9 @@ def fail(folder: Path | None, seed: int, path: Path) -> dict[str, Any]:
     for name, solver, dtype in (
         ("fixed step", bl.Neumann(terms=20, step_size=STEP), torch.float64),
         ("automatic step", bl.Neumann(terms=20), torch.float64),
-        ("float32 CG", bl.CG(maxiter=500, rtol=1e-5), torch.float32),
-        ("preconditioned CG", bl.CG(maxiter=500, rtol=1e-5, preconditioner=diagonal), torch.float32),
-        ("float64 CG", bl.CG(maxiter=500, rtol=1e-5), torch.float64),
+        ("float32 CG", bl.CG(maxiter=500, rtol=1e-5, damping=0.0), torch.float32),
+        ("preconditioned CG", bl.CG(maxiter=500, rtol=1e-5, damping=0.0, preconditioner=diagonal), torch.float32),
+        ("float64 CG", bl.CG(maxiter=500, rtol=1e-5, damping=0.0), torch.float64),
     ):
         found, info = setting.hypergradient(solver, dtype=dtype)
         result[f"{name} status"] = info.status.name
