@@ -1,6 +1,7 @@
 """Many solves at once, by `torch.func.vmap` over a solver."""
 # pyright: reportIncompatibleMethodOverride=false
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -41,7 +42,10 @@ class RowsBackend(TorchBackend):
             return tuple(leaves(result))
 
         try:
-            results = torch.func.vmap(of_leaves)(*leaves(stacks))
+            with warnings.catch_warnings():
+                # Some operations, such as the LSTM's, run one row after the other. Users cannot change that.
+                warnings.filterwarnings("ignore", message="There is a performance drop")
+                results = torch.func.vmap(of_leaves)(*leaves(stacks))
         except RuntimeError:  # an error of the function itself appears again
             return super().batched(function, *stacks)
         return with_leaves(structure[0], results)

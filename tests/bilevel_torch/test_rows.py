@@ -195,3 +195,32 @@ def test_ranks_with_different_batches_agree_with_one_process(tmp_path):
     for process in processes:
         _, said = process.communicate(timeout=120)
         assert process.returncode == 0, said
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("context", [torch.enable_grad, torch.no_grad])
+def test_an_lstm_gives_the_results_of_single_calls(dtype, context, recwarn):
+    """Its vmap is slow in float32, with a warning of PyTorch's, and raises an error in float64."""
+    torch.manual_seed(0)
+    lstm, head = torch.nn.LSTM(3, 4, batch_first=True).to(dtype), torch.nn.Linear(4, 3).to(dtype)
+    w = {name: p.detach() for name, p in lstm.named_parameters()}
+    x, y = torch.randn(8, 5, 3, dtype=dtype), torch.randint(0, 3, (8,))
+
+    def losses(w, x, y):
+        z = torch.func.functional_call(lstm, w, (x,))[0][:, -1]
+        return torch.nn.functional.cross_entropy(head(z), y, reduction="none")
+
+    def weighted(w, h, x, y):
+        return (h * losses(w, x, y)).mean() + sum((p**2).sum() for p in w.values())
+
+    def queries(w, h, x, y):
+        return losses(w, x, y)
+
+    data = {"inner_args": (x, y), "outer_args": (x[:Q], y[:Q])}
+    with context():
+        hg = bl.hypergradients(bl.Problem(weighted, queries), w, torch.ones(8, dtype=dtype), **data)
+        for q in range(Q):
+            single = bl.Problem(weighted, lambda w, h, x, y, q=q: losses(w, x, y)[q])
+            expected = bl.hypergradient(single, w, torch.ones(8, dtype=dtype), **data).grad
+            torch.testing.assert_close(hg.grad[q], expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+    assert not [str(w.message) for w in recwarn if "performance drop" in str(w.message)]
