@@ -59,7 +59,7 @@ def get_solver(spec: object, **overrides: object) -> LinearSolver[Any] | Method:
         OSError: if the file cannot be read. Errors about its content name the file.
 
     >>> get_solver({"name": "cg", "maxiter": 20}, rtol=1e-8)
-    CG(maxiter=20, rtol=1e-08, atol=0.0, damping=0.0, preconditioner=None)
+    CG(maxiter=20, rtol=1e-08, atol=0.0, damping='auto', preconditioner=None)
     """
     if isinstance(spec, Path) or (isinstance(spec, str) and spec.endswith(".toml")):
         table = _read_toml(Path(spec))

@@ -92,10 +92,10 @@ class JaxSpace(Space[V]):
     def while_loop(
         self, live: Callable[[State], Any], body: Callable[[State], State], state: State, max_steps: int
     ) -> State:
-        # A float of Python would get JAX's default dtype, which scalars of this space need not have.
-        with jax.numpy_dtype_promotion("standard"):  # also if the caller has set "strict"
-            scalar = reduce(jnp.promote_types, [leaf.dtype for leaf in jax.tree.leaves(self.like)], jnp.float32)
-        state = jax.tree.map(lambda x: jnp.asarray(x, scalar) if isinstance(x, float) else x, state)
+        # A float of Python would get JAX's default dtype, and no axis of a shard_map. Scalars of this space have both.
+        if any(isinstance(x, float) for x in jax.tree.leaves(state)):
+            scalar = self.dot(self.like, self.like)
+            state = jax.tree.map(lambda x: jnp.full_like(scalar, x) if isinstance(x, float) else x, state)
         # These steps do not read the flag: a body changes nothing when its flag is down.
         unrolled = min(max_steps, _steps_outside(body, state, max_steps))
         for _ in range(unrolled):

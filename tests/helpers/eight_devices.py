@@ -188,7 +188,10 @@ def an_implicit_minimizer_tells_a_failure_on_one_device():
     curvatures = jnp.ones((8, 2)).at[5].set(-1.0)
 
     def grad(c):
-        solve = bilevel_jax.implicit_minimizer(lambda w, h: jnp.sum(c * w**2) / 2 - jnp.sum(h * w))(lambda h: h / c)
+        def inner(w, h):
+            return jnp.sum(c * w**2) / 2 - jnp.sum(h * w)
+
+        solve = bilevel_jax.implicit_minimizer(inner, solver=bl.CG(damping=0.0))(lambda h: h / c)
         return jax.grad(lambda h: jnp.sum(solve(h)))(jnp.ones_like(c))
 
     def finished():
