@@ -82,8 +82,8 @@ def solve_with_auto_damping(
 
     def attempt(s: _State[V]) -> _State[V]:
         x, info = damped(finder, s.damping).solve(state, A.with_slack(SLACK * s.damping), b, x0)
-        failed = (info.status == int(Status.NEGATIVE_CURVATURE)) | (info.status == int(Status.DIVERGED))
-        failed = failed if budget else failed | (info.status == int(Status.MAXITER))
+        fine = int(Status.MAXITER if budget else Status.CONVERGED)
+        failed = (info.status > fine) & (info.status < int(Status.NON_FINITE))  # statuses have an order
         steps = s.steps + info.steps
         after = _State(x, steps, info.residual_norm, info.rhs_norm, info.status, s.damping, s.damping, failed)
         return space.cond(failed, raise_damping, after)
