@@ -9,7 +9,7 @@
 - error: of the hypergradient in float64, relative to all data at once (target: 1e-10);
 - time: in float32, divided by the time on all data at once (target: 1.1). All of them are warmed up and interleaved;
 - memory: the peak above the data and the compiled program, divided by the peak for one micro-batch as the only data
-  (target: 1.1), with 40 and with 20 micro-batches of 250 images. Each peak is of a process of its own, on Linux.
+  (target: 1.1), with 40 and with 20 micro-batches of 250 images. A separate process measures each peak, on Linux.
 
 The images are random by default. The costs do not depend on the values. ``--data`` is an .npz file with arrays x, of
 shape (n, 784) or (n, 28, 28), and y, of n >= 10,000 numbers below 10.
@@ -157,7 +157,7 @@ JOBS = {"error": error, "time": time_ratio, "peak": peak}
 
 
 def measure(name: str, *arguments: Any) -> float:
-    """Run a job in a process of its own."""
+    """Run a job in a separate process."""
     command = [sys.executable, "-m", "benchmarks.micro_batches", "--job", json.dumps([name, *arguments])]
     env = {**os.environ, **(FRUGAL_MALLOC if name == "peak" else {})}
     return float(subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout)

@@ -5,7 +5,7 @@ import warnings
 
 import numpy as np
 import pytest
-from cases import Affine, mover
+from cases import Affine, SquaredDistance, mover
 from frameworks import DTYPES, framework, relative_error, symmetric, tolerance
 
 import bilevel as bl
@@ -14,16 +14,6 @@ from bilevel.linear_solvers.auto_damping import SLACK
 from bilevel.testing.conformance.problems import QUADRATIC
 
 N, M, Q = 6, 4, 5
-
-
-class Distance:
-    """F = ½‖w − t‖² + d·λ."""
-
-    def __call__(self, w, h, t, d):
-        return 0.5 * ((w - t) @ (w - t)) + d @ h
-
-    def grad(self, w, h, t, d):
-        return w - t, d
 
 
 class Distances:
@@ -37,7 +27,7 @@ class Distances:
 
 
 MANY = bl.Problem(QUADRATIC.inner, Distances())
-SINGLE = bl.Problem(QUADRATIC.inner, Distance())
+SINGLE = bl.Problem(QUADRATIC.inner, SquaredDistance())
 
 
 class System:

@@ -8,7 +8,7 @@ from benchmarks.attribution.points import Point, Spectral
 
 
 def measures(point: Point, at: Spectral, w: np.ndarray) -> dict[str, float]:
-    """Return numbers by name, for the first objective. They have no units, or those of F.
+    """Return numbers by name, for the first objective. They have no units, or the units of F.
 
     Args:
         point: the derivatives at w.

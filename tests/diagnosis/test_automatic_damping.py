@@ -1,4 +1,4 @@
-"""What a report says where the solver found a damping."""
+"""A report tells the damping that the solver found."""
 
 import cases
 import numpy as np
