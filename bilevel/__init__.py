@@ -11,6 +11,7 @@ from bilevel.hypergradients import hypergradients
 from bilevel.influence import influence
 from bilevel.linear_solvers import CG, GMRES, MINRES, BiCGStab, Exact, Identity, LinearSolver, Neumann, Nystrom
 from bilevel.linearization import Linearization, NonSymmetric
+from bilevel.metagradients import Metagradient, Training, metagradient
 from bilevel.methods import Unrolled
 from bilevel.micro_batches import MicroBatches
 from bilevel.preconditioners import DiagonalPreconditioner, NystromPreconditioner
@@ -38,6 +39,7 @@ __all__ = [
     "InnerProblemWarning",
     "LinearSolver",
     "Linearization",
+    "Metagradient",
     "MicroBatches",
     "Neumann",
     "NonSymmetric",
@@ -49,6 +51,7 @@ __all__ = [
     "SolverInfo",
     "SolverWarning",
     "Status",
+    "Training",
     "Unrolled",
     "WarmStart",
     "diagnose",
@@ -62,6 +65,7 @@ __all__ = [
     "list_backends",
     "list_preconditioners",
     "list_solvers",
+    "metagradient",
     "minimize",
     "prepare",
     "problems",

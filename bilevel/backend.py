@@ -13,7 +13,8 @@ from bilevel.linearization import Inputs, LinearizedMap, OuterDerivatives
 from bilevel.micro_batches import MicroBatches
 from bilevel.spaces.array import Args, H, Number, P, V
 from bilevel.spaces.space import Space, State
-from bilevel.spaces.tree import leaves_with_paths
+from bilevel.spaces.tree import leaves_with_paths, tree_map
+from bilevel.steps import Steps
 
 if TYPE_CHECKING:
     from bilevel.problems.model_loss import ModelLoss
@@ -107,9 +108,17 @@ class Backend:
             state, total = body(state, args, weight), total + weight
         return state, total
 
+    def steps(self, step: Callable[..., Any]) -> Steps:
+        """Return the steps of a training run, which `bl.metagradient` differentiates."""
+        raise TypeError(f"step: the {self.name} backend has no derivatives of training steps.")
+
     def leaves(self, tree: object) -> Sequence[tuple[str, Any]]:
         """Return the leaves with their paths, such as ``"['layer'][0]"``."""
         return list(leaves_with_paths(tree))
+
+    def map(self, function: Callable[[Any], Any], tree: V) -> V:
+        """Apply a function to each leaf, which may be anything. Keep the structure."""
+        return tree_map(function, tree)
 
     @abstractmethod
     def is_floating(self, leaf: Any) -> bool:
@@ -140,6 +149,14 @@ class Backend:
     def to_numpy(self, array: Any) -> Any:
         """Return an array as a NumPy array on the host."""
         raise NotImplementedError
+
+    def to_bytes(self, array: Any) -> np.ndarray:
+        """Return an array as a NumPy array that `numpy.save` can store, to the last bit."""
+        return np.array(self.to_numpy(array))
+
+    def from_bytes(self, array: np.ndarray, like: Any) -> Any:
+        """Return the array that `to_bytes` has converted. ``like`` has its shape, dtype and device."""
+        return self.from_numpy(array.reshape(like.shape))
 
     def to_flat(self, tree: object) -> np.ndarray:
         """Return the entries of a tree as a float64 NumPy array of shape (n,)."""

@@ -26,6 +26,7 @@ from bilevel_jax.partition import Divided, combine, partition
 from bilevel_jax.second_derivatives import linearize
 from bilevel_jax.sharding import check_alike, check_collectives, devices_of
 from bilevel_jax.space import JaxSpace
+from bilevel_jax.steps import JaxSteps
 
 try:
     from jax import enable_x64
@@ -58,6 +59,27 @@ class JaxBackend(Backend):
         if isinstance(tree, Iterator):  # such as module.parameters(): no tree, and JAX warns about it
             return [("", tree)]
         return [(jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]]
+
+    @override
+    def steps(self, step: Callable[..., Any]) -> JaxSteps:
+        return JaxSteps(self, step)
+
+    @override
+    def map(self, function: Callable[[Any], Any], tree: V) -> V:
+        return jax.tree.map(function, tree)
+
+    @override
+    def to_bytes(self, array: jax.Array) -> np.ndarray:
+        if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+            return np.asarray(jax.random.key_data(array))
+        return np.frombuffer(np.asarray(array).tobytes(), np.uint8)
+
+    @override
+    def from_bytes(self, array: np.ndarray, like: jax.Array) -> jax.Array:
+        if jnp.issubdtype(like.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(jnp.asarray(array), impl=jax.random.key_impl(like))
+        found = np.frombuffer(array.tobytes(), like.dtype).reshape(like.shape)
+        return jax.device_put(found, like.sharding) if like.committed else jnp.asarray(found)
 
     @override
     def is_floating(self, leaf: jax.Array) -> bool:

@@ -14,6 +14,7 @@ from bilevel.spaces.array import Args, H, P, V
 from bilevel.spaces.tree import leaves, tree_map
 from bilevel.validation import check_dtypes, check_like, check_scalar, check_values
 from bilevel_numpy.space import NumpySpace
+from bilevel_numpy.steps import NumpySteps
 
 
 class NumpyBackend(Backend):
@@ -28,6 +29,10 @@ class NumpyBackend(Backend):
     @override
     def space(self, tree: V) -> NumpySpace[V]:
         return NumpySpace(tree)
+
+    @override
+    def steps(self, step: Callable[..., Any]) -> NumpySteps:
+        return NumpySteps(self, step)
 
     @override
     def is_floating(self, leaf: np.ndarray) -> bool:

@@ -14,6 +14,7 @@ from bilevel_torch.from_losses import backward, hypergradient
 from bilevel_torch.implicit import implicit_minimizer
 from bilevel_torch.placement import place_grad
 from bilevel_torch.space import TorchSpace
+from bilevel_torch.steps import recording
 
 backend = TorchBackend()
 
@@ -27,4 +28,5 @@ __all__ = [
     "hypergradient",
     "implicit_minimizer",
     "place_grad",
+    "recording",
 ]

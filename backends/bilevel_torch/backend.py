@@ -34,6 +34,7 @@ from bilevel_torch.gauss_newton import gauss_newton
 from bilevel_torch.graph import nodes_of, weight_norm_right
 from bilevel_torch.isolation import isolated
 from bilevel_torch.space import TorchSpace
+from bilevel_torch.steps import TorchSteps
 
 
 class TorchBackend(Backend):
@@ -57,6 +58,18 @@ class TorchBackend(Backend):
     @override
     def space(self, tree: V) -> TorchSpace[V]:
         return TorchSpace(tree, self.check_every)
+
+    @override
+    def steps(self, step: Callable[..., Any]) -> TorchSteps:
+        return TorchSteps(self, step)
+
+    @override
+    def to_bytes(self, array: torch.Tensor) -> np.ndarray:
+        return array.detach().cpu().reshape(-1).view(torch.uint8).numpy().copy()
+
+    @override
+    def from_bytes(self, array: np.ndarray, like: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(array.copy()).view(like.dtype).reshape(like.shape).to(like.device)
 
     @override
     def is_floating(self, leaf: torch.Tensor) -> bool:

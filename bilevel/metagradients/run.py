@@ -1,0 +1,128 @@
+"""A run in segments: values forwards, and a cotangent backwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from bilevel.backend import Backend
+from bilevel.metagradients.schedule import Action, Plan, actions
+from bilevel.metagradients.snapshots import Snapshots
+from bilevel.metagradients.training import Batches
+from bilevel.steps import Pulled, Steps
+
+STORED = "state"  # states that the backward pass starts from again
+OBSERVED = "observed"  # states that F needs, by the number of their segment
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run with a first state and hyperparameters, and its stored states.
+
+    Attributes:
+        backend: the framework.
+        steps: the steps of the framework.
+        first: the first state.
+        hparams: λ.
+        batches: the batches.
+        plan: the segments.
+        snapshots: the stored states.
+        observed: the segments before which F needs the state. The end of the run counts as one more segment.
+        tell: called with the number of steps of each segment that is computed.
+    """
+
+    backend: Backend
+    steps: Steps
+    first: Any
+    hparams: Any
+    batches: Batches
+    plan: Plan
+    snapshots: Snapshots
+    observed: Sequence[int]
+    tell: Callable[[int], None]
+
+    def todo(self, end: int) -> list[Action]:
+        """Return the actions that pull a cotangent back from the end of segment ``end`` − 1."""
+        return list(actions(end, self.snapshots.numbers(STORED), self.plan.slots))
+
+    def work(self, todo: Iterable[Action]) -> int:
+        """Return the number of steps that some actions compute."""
+        moved = [a.segment - 1 if a.kind == "advance" else a.segment for a in todo if a.kind in ("advance", "pull")]
+        return sum(self.plan.bounds[k + 1] - self.plan.bounds[k] for k in moved)
+
+    def start(self) -> None:
+        """Store the first state."""
+        self._save(STORED, 0, self.first)
+        self._observe(0, self.first)
+
+    def forwards(self, todo: Iterator[Action]) -> Callable[[list[Any], bool], Pulled]:
+        """Compute the run. Return the function that pulls a cotangent back through the last segment.
+
+        It takes the actions up to the first pull.
+        """
+        state: Any = None
+        for action in todo:
+            if action.kind == "pull":
+                break
+            state = self._do(action, state)
+        last = self.plan.segments - 1
+        state, pull = self.steps.record(state, self.hparams, self._batches(last))
+        self._observe(last + 1, state)
+        self.tell(self._length(last))
+        return pull
+
+    def backwards(
+        self, todo: Iterator[Action], pulled: Pulled, many: bool, keep: Callable[[int, Pulled, Pulled], Pulled]
+    ) -> Pulled:
+        """Pull cotangents back to the first state.
+
+        ``keep`` is called with the number of each segment, the cotangents at its end and what came back through it. It
+        returns the cotangents to go on with.
+        """
+        state: Any = None
+        for action in todo:
+            if action.kind != "pull":
+                state = self._do(action, state)
+                continue
+            k = action.segment
+            found = self.steps.pull_back(state, self.hparams, self._batches(k), pulled.state, many)
+            self.tell(self._length(k))
+            pulled = keep(k, pulled, found)
+        return pulled
+
+    def observations(self) -> list[Any]:
+        """Return the states that F needs, and restore the random states of the end of the run."""
+        return [self._load(OBSERVED, k) for k in self.observed]
+
+    def _do(self, action: Action, state: Any) -> Any:
+        kind, k = action
+        if kind == "load":
+            return self._load(STORED, k)
+        if kind == "advance":
+            state = self.steps.advance(state, self.hparams, self._batches(k - 1))
+            self._observe(k, state)
+            self.tell(self._length(k - 1))
+        elif kind == "save":
+            self._save(STORED, k, state)
+        else:
+            self.snapshots.drop(f"{STORED}-{k}")
+        return state
+
+    def _save(self, kind: str, k: int, state: Any) -> None:
+        self.snapshots.save(f"{kind}-{k}", (state, self.steps.random_state()))
+
+    def _load(self, kind: str, k: int) -> Any:
+        state, random = self.snapshots.load(f"{kind}-{k}", like=(self.first, self.steps.random_state()))
+        self.steps.set_random_state(random)
+        return state
+
+    def _observe(self, k: int, state: Any) -> None:
+        if k in self.observed and k not in self.snapshots.numbers(OBSERVED):
+            self._save(OBSERVED, k, state)
+
+    def _length(self, segment: int) -> int:
+        return self.plan.bounds[segment + 1] - self.plan.bounds[segment]
+
+    def _batches(self, segment: int) -> list[Any]:
+        return [self.batches[t] for t in range(self.plan.bounds[segment], self.plan.bounds[segment + 1])]

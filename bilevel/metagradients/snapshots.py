@@ -1,0 +1,103 @@
+"""Stored states of a run: on the device, on the host, or in a directory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, MutableMapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from typing_extensions import override
+
+from bilevel.backend import Backend
+
+Arrays = list[np.ndarray]
+
+
+class Snapshots:
+    """Trees by name. All trees of one name before the dash have the structure, shapes and dtypes of one tree.
+
+    Args:
+        backend: the framework.
+        store: where the arrays are. A dict: on the host. A `Directory`: in files. None: the trees stay where they are.
+    """
+
+    def __init__(self, backend: Backend, store: MutableMapping[str, Arrays] | None) -> None:
+        self.backend = backend
+        self.store = store
+        self.trees: dict[str, Any] = {}
+
+    def save(self, name: str, tree: object) -> None:
+        """Store a tree."""
+        if self.store is None:
+            self.trees[name] = tree
+        else:
+            self.store[name] = [_encode(self.backend, leaf) for _, leaf in self.backend.leaves(tree)]
+
+    def load(self, name: str, like: Any) -> Any:
+        """Return a stored tree. ``like`` is a tree with its structure, shapes and dtypes."""
+        if self.store is None:
+            return self.trees[name]
+        arrays = iter(self.store[name])
+        return self.backend.map(lambda leaf: _decode(self.backend, next(arrays), leaf), like)
+
+    def drop(self, name: str) -> None:
+        """Forget a tree."""
+        (self.trees if self.store is None else self.store).pop(name)
+
+    def numbers(self, kind: str) -> list[int]:
+        """Return the n of all stored names ``kind``-n."""
+        names = self.trees if self.store is None else self.store
+        return [int(name.partition("-")[2]) for name in names if name.startswith(f"{kind}-")]
+
+
+class Directory(MutableMapping[str, Arrays]):
+    """Lists of arrays in files of a directory. A file appears when it is complete, also if the process is killed."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.mkdir(parents=True, exist_ok=True)
+
+    def _file(self, name: str) -> Path:
+        return self.path / f"{name}.npz"
+
+    @override
+    def __getitem__(self, name: str) -> Arrays:
+        if not self._file(name).exists():
+            raise KeyError(name)
+        with np.load(self._file(name), allow_pickle=False) as file:
+            return [file[str(i)] for i in range(len(file.files))]
+
+    @override
+    def __setitem__(self, name: str, arrays: Arrays) -> None:
+        unfinished = self.path / f"{name}.unfinished"
+        with unfinished.open("wb") as file:
+            np.savez(file, **{str(i): array for i, array in enumerate(arrays)})  # pyright: ignore[reportArgumentType]
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(self._file(name))
+
+    @override
+    def __delitem__(self, name: str) -> None:
+        self._file(name).unlink()
+
+    @override
+    def __iter__(self) -> Iterator[str]:
+        return (file.stem for file in sorted(self.path.glob("*.npz")))
+
+    @override
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+
+def _encode(backend: Backend, leaf: Any) -> np.ndarray:
+    if backend.owns(leaf):
+        return backend.to_bytes(leaf)
+    return np.asarray(leaf if isinstance(leaf, bool | int | float) else 0)
+
+
+def _decode(backend: Backend, array: np.ndarray, like: Any) -> Any:
+    if backend.owns(like):
+        return backend.from_bytes(array, like)
+    return type(like)(array.item()) if isinstance(like, bool | int | float) else like
