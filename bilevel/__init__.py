@@ -4,7 +4,7 @@ from importlib.metadata import version
 
 from bilevel import problems
 from bilevel.config import get_backend, get_solver, list_backends, list_preconditioners, list_solvers
-from bilevel.diagnosis import diagnose
+from bilevel.diagnosis import diagnose, diagnose_training
 from bilevel.errors import DependenceWarning, InnerProblemWarning, SolverError, SolverWarning
 from bilevel.hypergradient import hypergradient, hypergradient_from
 from bilevel.hypergradients import hypergradients
@@ -55,6 +55,7 @@ __all__ = [
     "Unrolled",
     "WarmStart",
     "diagnose",
+    "diagnose_training",
     "extrapolate",
     "get_backend",
     "get_solver",

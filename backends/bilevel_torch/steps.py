@@ -46,9 +46,9 @@ class TorchSteps(Steps):
     def advance(self, state: Any, hparams: Any, batches: Sequence[Any]) -> Any:
         check_untransformed()
         hparams = tree_map(torch.Tensor.detach, hparams)
+        state = tree_map(_copied, state)  # a step may write to its arguments
         with torch.enable_grad(), without_graph():
             for batch in batches:
-                # A step may call autograd.grad by the weights, and may write to its arguments.
                 state = self._next(tree_map(_leaf, state), hparams, batch)
         return tree_map(_detached, state)
 
@@ -56,7 +56,7 @@ class TorchSteps(Steps):
     def record(self, state: Any, hparams: Any, batches: Sequence[Any]) -> tuple[Any, Pull]:
         check_untransformed()
         hparams = tree_map(lambda t: t.detach().requires_grad_(), hparams)
-        first = end = tree_map(_leaf, state)
+        first = end = tree_map(lambda leaf: _leaf(_copied(leaf)), state)
         inputs = [*_floating(first), *leaves(hparams)]
         with torch.enable_grad():
             for batch in batches:
@@ -126,11 +126,15 @@ class TorchSteps(Steps):
             torch.cuda.set_rng_state_all(state[1:])
 
 
+def _copied(leaf: Any) -> Any:
+    return leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf
+
+
 def _leaf(leaf: Any) -> Any:
-    """Return a tensor in new memory, which requires a gradient if it can."""
+    """Return a tensor without a graph, by which a step can differentiate."""
     if not isinstance(leaf, torch.Tensor):
         return leaf
-    return leaf.detach().clone().requires_grad_(leaf.is_floating_point())
+    return leaf.detach().requires_grad_(leaf.is_floating_point())
 
 
 def _detached(leaf: Any) -> Any:

@@ -36,7 +36,7 @@ class Journal:
 
     def __init__(self, backend: Backend, store: str | Path, run: Any, plan: Plan) -> None:
         self.backend = backend
-        self.norms: dict[int, float] = {}
+        self.norms: dict[int, Any] = {}
         self.directory = None if in_memory(store) else Directory(Path(store))
         self.snapshots = Snapshots(backend, {} if store == "host" else self.directory)
         if self.directory is None:
@@ -62,20 +62,20 @@ class Journal:
             return None
         return int(self.directory[PROGRESS][0])
 
-    def keep(self, segment: int, pulled: Pulled, norm: float) -> None:
+    def keep(self, segment: int, pulled: Pulled, norm: Any) -> None:
         """Record the cotangents at the start of a segment, and the norm of the cotangent of the state."""
         self.norms[segment] = norm
         if self.directory is not None:
             arrays = [a for a in (*pulled.state, *pulled.hparams) if a is not None]
             known = np.array([a is not None for a in pulled.hparams])
-            norms = np.array(list(self.norms.items()))
+            norms = np.array([(k, self.backend.to_host(x)) for k, x in self.norms.items()])
             self.directory[PROGRESS] = [np.array(segment), norms, known, *map(self.backend.to_bytes, arrays)]
 
     def kept(self, like: Pulled) -> Pulled:
         """Return what `keep` has recorded last. ``like`` has the shapes and dtypes of the cotangents."""
         assert self.directory is not None
         _, norms, known, *arrays = self.directory[PROGRESS]
-        self.norms.update({int(k): norm for k, norm in norms})
+        self.norms.update({int(k): np.float64(norm) for k, norm in norms})
         supply = iter(arrays)
         state = [self.backend.from_bytes(next(supply), a) for a in like.state]
         cross = [

@@ -109,7 +109,10 @@ def metagradient(
 
     def cost() -> tuple[int, int]:
         size = sum(a.nbytes for a in floats_of(backend, first)) if in_memory(store) else 0
-        return size, step.graph_bytes(first, hparams, data[0])
+        random = step.random_state()
+        graph = step.graph_bytes(first, hparams, data[0])
+        step.set_random_state(random)  # the step has drawn numbers
+        return size, graph
 
     plan = make_plan(checkpoints, block, data.steps, at, cost, memory)
     journal = Journal(backend, store, (first, hparams), plan)
@@ -120,11 +123,12 @@ def metagradient(
     last = run.observations()[-1]
     journal.close()
     grad = _total(backend, hparams, outer, pulled)
-    norms = np.array([journal.norms[k] for k in range(plan.segments + 1)])
-    finite = bool(np.isfinite([*norms, norm(backend, outer.value), norm(backend, grad)]).all())
-    info = MetagradientInfo(data.steps, bar.done, plan.bounds, plan.slots, norms, finite)
+    sizes = [journal.norms[k] for k in range(plan.segments + 1)]
+    *norms, of_value, of_grad = map(backend.to_host, [*sizes, *backend.run(_norms, outer.value, grad)])
+    finite = bool(np.isfinite([*norms, of_value, of_grad]).all())
+    info = MetagradientInfo(data.steps, bar.done, plan.bounds, plan.slots, np.array(norms), finite)
     if not finite and on_failure == "raise":
-        raise SolverError(_not_finite(norm(backend, outer.value), info))
+        raise SolverError(_not_finite(of_value, info))
     return Metagradient(grad, outer.value, last, with_floats(backend, masked(backend, first), pulled.state), info)
 
 
@@ -146,7 +150,7 @@ def _differentiate(run: Run, journal: Journal, training: Training, outer_args: A
     def keep(k: int, before: Pulled, found: Pulled) -> Pulled:
         state = found.state if k not in seeds else [a + b for a, b in zip(found.state, seeds[k], strict=True)]
         pulled = Pulled(state, add(before.hparams, found.hparams))
-        journal.keep(k, pulled, norm(backend, state))
+        journal.keep(k, pulled, *backend.run(_norms, outer.weights_of(state)))
         return pulled
 
     if pull is None:
@@ -156,7 +160,7 @@ def _differentiate(run: Run, journal: Journal, training: Training, outer_args: A
         pulled = journal.kept(Pulled(zero, space.leaves(like)))
     else:
         seed = seeds.get(end, zero)
-        journal.norms[end] = norm(backend, seed)
+        [journal.norms[end]] = backend.run(_norms, outer.weights_of(seed))
         start = Pulled(seed, [])
         pulled = keep(end - 1, start, pull(seed, outer.many))
     return outer, run.backwards(actions, pulled, outer.many, keep)
@@ -201,13 +205,8 @@ def _total(backend: Backend, hparams: H, outer: Outer, pulled: Pulled) -> H:
     return backend.map(lambda _: next(supply), hparams)
 
 
-def norm(backend: Backend, tree: Any) -> float:
-    """Return the norm of a tree on the host."""
-    return float(backend.to_host(backend.run(_norm, tree)))
-
-
-def _norm(backend: Backend, tree: Any) -> Array:
-    return backend.space(tree).norm(tree)
+def _norms(backend: Backend, *trees: Any) -> list[Array]:
+    return [backend.space(tree).norm(tree) for tree in trees]
 
 
 def _not_finite(value: float, info: MetagradientInfo) -> str:

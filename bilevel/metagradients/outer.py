@@ -18,6 +18,7 @@ class Outer(NamedTuple):
         seeds: ∂F/∂(state) for each state, as a list of the floating-point leaves.
         direct: ∂F/∂λ, a tree like hparams. None: F does not depend on λ.
         used: for each leaf of hparams, whether F depends on it.
+        weights: for each floating-point leaf of a state, whether F depends on it.
         many: whether F has several values. Then all derivatives have a leading axis.
     """
 
@@ -25,7 +26,12 @@ class Outer(NamedTuple):
     seeds: list[list[Any]]
     direct: Any
     used: list[bool]
+    weights: list[bool]
     many: bool
+
+    def weights_of(self, floats: list[Any]) -> list[Any]:
+        """Return the floating-point leaves of a state that F depends on. The optimizer's state is not among them."""
+        return [leaf for leaf, used in zip(floats, self.weights, strict=True) if used]
 
 
 class _Queries(Exception):
@@ -37,17 +43,21 @@ def outer_derivatives(
 ) -> Outer:
     """Evaluate outer(state, hparams, *args), or with ``listed`` outer([state, ...], hparams, *args)."""
     try:
-        value, grads, direct, used = backend.run(_evaluate, outer, list(states), hparams, args, listed, False)
+        value, grads, direct, *used = backend.run(_evaluate, outer, list(states), hparams, args, listed, False)
         many = False
     except _Queries:
-        value, grads, direct, used = backend.run(_evaluate, outer, list(states), hparams, args, listed, True)
+        value, grads, direct, *used = backend.run(_evaluate, outer, list(states), hparams, args, listed, True)
         many = True
-    return Outer(value, [floats_of(backend, grad) for grad in grads], direct, list(map(bool, used)), many)
+    seeds = [floats_of(backend, grad) for grad in grads]
+    of_hparams, of_states = (list(map(bool, flags)) for flags in used)
+    count = len(seeds[0])
+    weights = [any(of_states[i::count]) for i in range(count)]
+    return Outer(value, seeds, direct, of_hparams, weights, many)
 
 
 def _evaluate(
     backend: Backend, outer: Callable[..., Any], states: list[Any], hparams: Any, args: Args, listed: bool, many: bool
-) -> tuple[Any, Any, Any, list[bool]]:
+) -> tuple[Any, ...]:
     def whole(floats: Any) -> Any:
         parts = floats if listed else [floats]
         full = [with_floats(backend, a, floats_of(backend, b)) for a, b in zip(states, parts, strict=True)]
@@ -64,8 +74,9 @@ def _evaluate(
     floats = [masked(backend, state) for state in states]
     function = backend.outers if many else backend.outer
     found = function(objective, floats if listed else floats[0], hparams, args)
-    if found.dependence is None:
-        used = [found.grad_hparams is not None] * len(backend.leaves(hparams))
+    grads = found.grad_params if listed else [found.grad_params]
+    if found.dependence is not None:
+        used = list(found.dependence.hparams), list(found.dependence.params)
     else:
-        used = list(found.dependence.hparams)
-    return found.value, found.grad_params if listed else [found.grad_params], found.grad_hparams, used
+        used = [found.grad_hparams is not None] * len(backend.leaves(hparams)), [True] * len(backend.leaves(grads))
+    return found.value, grads, found.grad_hparams, *used

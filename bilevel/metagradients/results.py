@@ -17,7 +17,8 @@ class MetagradientInfo(NamedTuple):
         bounds: the numbers of steps at which the segments of the run begin and end. The graph of one segment at a time
             was in memory.
         stored: the largest number of states that were stored at one time.
-        norms: norms of dF/d(state) at these bounds, a NumPy array. Over all queries, if there are several.
+        norms: norms of dF/dw at these bounds, a NumPy array, where w are the leaves of the state that F depends on.
+            Over all queries, if there are several.
         finite: whether all numbers of the result are finite.
     """
 
@@ -30,7 +31,7 @@ class MetagradientInfo(NamedTuple):
 
     @property
     def growth(self) -> float:
-        """The largest of the norms, relative to the last one. If it is large, the run magnifies small changes."""
+        """The largest of these norms, relative to the last one. If it is large, the run magnifies small changes."""
         return float(self.norms.max() / self.norms[-1])
 
 

@@ -113,7 +113,8 @@ class Run:
         self.snapshots.save(f"{kind}-{k}", (state, self.steps.random_state()))
 
     def _load(self, kind: str, k: int) -> Any:
-        state, random = self.snapshots.load(f"{kind}-{k}", like=(self.first, self.steps.random_state()))
+        like = lambda: (self.first, self.steps.random_state())  # noqa: E731
+        state, random = self.snapshots.load(f"{kind}-{k}", like)
         self.steps.set_random_state(random)
         return state
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +35,12 @@ class Snapshots:
         else:
             self.store[name] = [_encode(self.backend, leaf) for _, leaf in self.backend.leaves(tree)]
 
-    def load(self, name: str, like: Any) -> Any:
-        """Return a stored tree. ``like`` is a tree with its structure, shapes and dtypes."""
+    def load(self, name: str, like: Callable[[], Any]) -> Any:
+        """Return a stored tree. ``like`` returns a tree with its structure, shapes and dtypes."""
         if self.store is None:
             return self.trees[name]
         arrays = iter(self.store[name])
-        return self.backend.map(lambda leaf: _decode(self.backend, next(arrays), leaf), like)
+        return self.backend.map(lambda leaf: _decode(self.backend, next(arrays), leaf), like())
 
     def drop(self, name: str) -> None:
         """Forget a tree."""

@@ -29,7 +29,7 @@ def run(step=noisy, w=None, rate=0.1, **options):
     )
 
 
-@pytest.mark.parametrize("checkpoints", ["none", "all", "sqrt", 1])
+@pytest.mark.parametrize("checkpoints", ["auto", "none", "all", "sqrt", 1])
 @pytest.mark.parametrize("store", ["device", "directory"])
 def test_random_numbers_are_drawn_again_with_the_same_values(checkpoints, store, tmp_path):
     def by_hand(rate):

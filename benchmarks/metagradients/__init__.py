@@ -1,0 +1,1 @@
+"""Metagradients: time, memory and trust."""

@@ -1,0 +1,176 @@
+"""Check whether a metagradient predicts what a change of hyperparameters does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from bilevel.backend import Backend
+from bilevel.diagnosis.training_report import Changes, TrainingDiagnosis
+from bilevel.linearization import Inputs
+from bilevel.metagradients.leaves import floats_of, with_floats
+from bilevel.metagradients.metagradient import metagradient
+from bilevel.metagradients.outer import Outer
+from bilevel.metagradients.results import Metagradient
+from bilevel.metagradients.retrain import retrain
+from bilevel.metagradients.schedule import Checkpoints
+from bilevel.metagradients.training import Batches, Training, as_batches
+from bilevel.spaces.array import Args, H
+from bilevel.validation import find_backend
+
+FIRST = 20  # steps whose metagradient is also computed in float64
+EPS64 = 1e-15
+
+
+def diagnose_training(
+    training: Training,
+    state: object,
+    hparams: object,
+    batches: object = None,
+    *,
+    steps: int | None = None,
+    outer_args: Args = (),
+    size: float = 0.2,
+    directions: int = 2,
+    seed: int = 0,
+    checkpoints: Checkpoints = "auto",
+    memory: int | None = None,
+    backend: Backend | str | None = None,
+) -> TrainingDiagnosis:
+    """Return a report, for printing, on whether a metagradient predicts the effect of a change of hparams.
+
+    A metagradient is the exact derivative of a run. But a run may be rough: then its derivative holds only for changes
+    that are too small to be of use. The report trains again with λ ± ``size``·d for random directions d of ±1 (times
+    the root mean square of each leaf of λ, or 1 for a leaf of zeros), from the same first state, with the same batches
+    and random numbers. It measures
+
+    - the *agreement* of the predicted and the actual changes of F, from 0 to 1. This number ranks runs best by how well
+      their metagradients predict losses after retraining without examples (``benchmarks/metagradients``).
+    - the *metasmoothness*: whether the weights change in the same direction from λ − ``size``·d to λ and on to
+      λ + ``size``·d, from −1 to 1 (Engstrom et al., arXiv 2503.13751, section 4).
+    - the *growth* of dF/dw backwards in time.
+    - the *precision*: the cosine of the metagradient of the first steps to the same in float64.
+
+    It takes 2 ``directions`` + 1 trainings and one metagradient, and short runs for the precision.
+
+    Args:
+        training, state, hparams, batches, steps, outer_args, checkpoints, memory, backend: as in `bl.metagradient`.
+        size: the change of λ, > 0. Choose the size of the changes that you will make. Leaving out 5 % of the examples
+            changes weights of 1 by 0.22 in the root mean square.
+        directions: the number of random directions, >= 1.
+        seed: the seed of the directions.
+
+    Returns:
+        A `TrainingDiagnosis`. ``ok`` is true if there are no ``findings``.
+
+    Raises:
+        TypeError, ValueError: for invalid input.
+
+    >>> import numpy as np, bilevel as bl
+    >>> class Descend:  # w ← w − (w − λ)/2
+    ...     def __call__(self, w, lam, batch): return (w + lam) / 2
+    ...     def vjp_params(self, w, lam, v, batch): return v / 2
+    ...     def vjp_hparams(self, w, lam, v, batch): return v / 2
+    >>> outer = bl.problems.quadratic(np.eye(2), np.eye(2), target=np.zeros(2)).outer
+    >>> report = bl.diagnose_training(bl.Training(Descend(), outer), np.zeros(2), np.ones(2), steps=5)
+    >>> report.ok, round(report.agreement, 6), report.smoothness
+    (True, 1.0, 1.0)
+    """
+    _check(size, directions)
+    found = find_backend(backend, state, hparams, ("state", "hparams"))
+    common: dict[str, Any] = {"outer_args": outer_args, "backend": found, "on_failure": "ignore"}
+    generators = found.steps(training.step)
+    random = generators.random_state()
+    try:
+        hg = metagradient(
+            training, state, hparams, batches, steps=steps, checkpoints=checkpoints, memory=memory, **common
+        )
+        data = as_batches(found, batches, hg.info.steps)
+        block = max(b - a for a, b in pairwise(hg.info.bounds))
+        changes: list[Changes] = []
+        for direction in _directions(found, hparams, directions, np.random.default_rng(seed)):
+            ends: list[tuple[Any, Outer]] = []
+            for sign in (-1.0, 1.0):
+                generators.set_random_state(random)
+                moved = found.space(hparams).axpy(sign * size, direction, hparams)
+                ends.append(retrain(found, training, state, moved, data, outer_args, block))
+            changes.append(_changes(found, hg, ends, direction, size))
+        generators.set_random_state(random)
+        precision, obstacle = _precision(found, training, state, hparams, data, common)
+    finally:
+        generators.set_random_state(random)
+    return TrainingDiagnosis(hg, size, tuple(changes), precision, obstacle)
+
+
+def _check(size: object, directions: object) -> None:
+    if isinstance(size, bool) or not isinstance(size, int | float):
+        raise TypeError(f"size: expected a number > 0, got {size!r}.")
+    if not 0 < size < float("inf"):
+        raise ValueError(f"size: expected a number > 0, got {size!r}.")
+    if type(directions) is not int:
+        raise TypeError(f"directions: expected an integer >= 1, got {directions!r}.")
+    if directions < 1:
+        raise ValueError(f"directions: expected an integer >= 1, got {directions!r}.")
+
+
+def _directions(backend: Backend, hparams: H, count: int, rng: np.random.Generator) -> Iterator[H]:
+    """Yield trees of ±1, times the root mean square of each leaf."""
+    for _ in range(count):
+
+        def draw(leaf: Any) -> Any:
+            array = backend.to_numpy(leaf)
+            scale = float(np.sqrt(np.mean(np.square(array, dtype=np.float64)))) or 1.0
+            return backend.from_numpy(np.asarray(rng.choice([-scale, scale], array.shape), array.dtype))
+
+        yield backend.space(hparams).map(draw, hparams)
+
+
+def _changes(
+    backend: Backend, hg: Metagradient[Any, Any], ends: list[tuple[Any, Outer]], direction: object, size: float
+) -> Changes:
+    """Return predicted and actual changes of F per unit of change of λ, and the metasmoothness."""
+    values = [np.atleast_1d(backend.to_numpy(outer.value)).astype(np.float64) for _, outer in ends]
+    slopes = np.zeros(len(values[0]))
+    for (_, g), (_, d) in zip(backend.leaves(hg.grad), backend.leaves(direction), strict=True):
+        slopes += backend.to_numpy(g).astype(np.float64).reshape(len(slopes), -1) @ backend.to_numpy(d).ravel()
+    weights_of = ends[0][1].weights_of
+    back, here, there = (
+        np.concatenate([backend.to_numpy(a).ravel().astype(np.float64) for a in weights_of(floats_of(backend, state))])
+        for state in (ends[0][0], hg.state, ends[1][0])
+    )
+    return Changes(slopes, (values[1] - values[0]) / (2 * size), _sign_agreement(here - back, there - here))
+
+
+def _sign_agreement(first: np.ndarray, second: np.ndarray) -> float:
+    """Return the mean product of the signs of two changes, weighted by the sizes of the first."""
+    total = np.abs(first).sum()
+    return float((first * np.sign(second)).sum() / total) if total else float("nan")
+
+
+def _precision(
+    backend: Backend, training: Training, state: Any, hparams: Any, data: Batches, common: dict[str, Any]
+) -> tuple[float, str]:
+    """Return the cosine of the metagradient of the first steps to the same in float64, or nan and the reason."""
+    steps = min(FIRST, data.steps)
+    if max(backend.space(tree).eps for tree in (floats_of(backend, state), hparams)) < EPS64:
+        return float("nan"), "the run is in float64"
+    short = Training(
+        training.step, training.outer, None if training.at is None else (*range(len(training.at) - 1), steps)
+    )
+    start, args = backend.steps(training.step).start(state), tuple(data[t] for t in range(steps))
+    floats = floats_of(backend, start)
+    found: list[np.ndarray] = []
+    try:
+        for double in (False, True):
+            with backend.isolated(Inputs(floats, hparams, args, common["outer_args"]), double) as at:
+                params, moved, batches, outer_args = at(floats, hparams)
+                options = common | {"outer_args": outer_args, "checkpoints": "none"}
+                hg = metagradient(short, with_floats(backend, start, params), moved, list(batches), **options)
+                found.append(np.concatenate([backend.to_numpy(g).ravel() for _, g in backend.leaves(hg.grad)]))
+    except Exception as error:  # any error of the user's step in float64
+        return float("nan"), f"{type(error).__name__}: {error}"
+    low, high = (a.astype(np.float64) for a in found)
+    return float(low @ high / (np.linalg.norm(low) * np.linalg.norm(high))), ""
