@@ -14,6 +14,7 @@ from bilevel_torch.from_losses import backward, hypergradient
 from bilevel_torch.implicit import implicit_minimizer
 from bilevel_torch.placement import place_grad
 from bilevel_torch.space import TorchSpace
+from bilevel_torch.training import TrainingState, TrainingStep, replay
 
 backend = TorchBackend()
 
@@ -21,10 +22,13 @@ __all__ = [
     "DataParallel",
     "TorchBackend",
     "TorchSpace",
+    "TrainingState",
+    "TrainingStep",
     "backend",
     "backward",
     "diagnose",
     "hypergradient",
     "implicit_minimizer",
     "place_grad",
+    "replay",
 ]
