@@ -44,7 +44,7 @@ class Caller(nn.Module):
             for name, buffer in after.items():
                 # A layer without a graph leaves the node of the copy, or assigns a tensor that has none.
                 lost = buffer.grad_fn is nodes[name] or not buffer.requires_grad
-                if buffer.is_floating_point() and lost and not _equal(buffers[name], buffer):
+                if buffer.is_floating_point() and lost and not equal(buffers[name], buffer):
                     raise TypeError(self._without_graph(name))
         return result, after
 
@@ -59,7 +59,7 @@ class Caller(nn.Module):
         )
 
 
-def _equal(before: torch.Tensor, after: torch.Tensor) -> bool:
+def equal(before: torch.Tensor, after: torch.Tensor) -> bool:
     """Return whether two tensors have equal values, where nan equals nan."""
     return before.shape == after.shape and bool(((before == after) | (before.isnan() & after.isnan())).all())
 

@@ -1,9 +1,10 @@
-"""Compare an update with the optimizer of the installed torch."""
+"""Checks of the first step: against the optimizer of the installed torch, and of the weights."""
 
 from typing import Any, NamedTuple
 
 import torch
 
+from bilevel_torch.training.calls import Tensors, equal
 from bilevel_torch.training.rules import Options, Slots, rule_of
 from bilevel_torch.training.rules.rule import value
 from bilevel_torch.training.state import to_torch
@@ -40,16 +41,28 @@ def check_update(optimizer: torch.optim.Optimizer, groups: list[list[Update]], o
                 reference.state[param] = state
     reference.step()
     for param, update in pairs:
+        if not param.numel():
+            continue
         before, expected, got = (t.detach() for t in (update.param, param, update.after))
         eps = torch.finfo(param.dtype).eps
         # The bound is coarse: a wrong rule is off by a whole step, and rounding is relative to both terms.
         bound = (1e-4 + 32 * eps) * (expected - before).abs().amax() + 16 * eps * before.abs().amax()
         same = ((got - expected).abs() <= bound) | (got == expected) | (got.isnan() & expected.isnan())
-        if param.numel() and not bool(same.all()):
+        if not bool(same.all()):
             raise RuntimeError(
                 f"{type(optimizer).__name__}: the differentiable rule and the optimizer of torch {torch.__version__} "
                 f"differ by {(got - expected).abs().amax().item():.2g} in the first step. Use another optimizer, and "
                 "report this."
+            )
+
+
+def check_unchanged(before: Tensors, params: Tensors) -> None:
+    """Raise a ValueError if a loss has written to a weight."""
+    for name, param in params.items():
+        if not equal(before[name], param):
+            raise ValueError(
+                f"loss: it changed the weight {name!r} in place, as Embedding(max_norm=...) does. Change the weights "
+                "in the state that the step returns."
             )
 
 

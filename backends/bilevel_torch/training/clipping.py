@@ -18,6 +18,24 @@ def clipped(groups: list[Gradients], options: list[Options]) -> list[Gradients]:
     return [_of_group(gradients, norm, of) for gradients, of in zip(groups, options, strict=True)]
 
 
+def limits_of(**limits: float | None) -> Options:
+    """Return the limits that are given.
+
+    Raises:
+        ValueError: for a limit that is no number > 0, or for two limits.
+    """
+    given = {name: limit for name, limit in limits.items() if limit is not None}
+    for name, limit in given.items():
+        if isinstance(limit, bool) or not isinstance(limit, int | float) or not limit > 0:
+            raise ValueError(
+                f"{name}: expected a number > 0, got {limit!r}. To differentiate by it, return it from the function "
+                "`options`."
+            )
+    if len(given) > 1:
+        raise ValueError("clip_norm and clip_value: give one of them.")
+    return given
+
+
 def _of_group(gradients: Gradients, norm: torch.Tensor | None, options: Options) -> Gradients:
     if "clip_value" in options:
         limit = options["clip_value"]

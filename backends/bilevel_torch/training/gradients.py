@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from bilevel_torch.autograd import grad
 from bilevel_torch.training.calls import Caller, Tensors
 
 
@@ -16,22 +17,33 @@ def gradients(
     hparams: Any,
     batches: Sequence[Any],
     record: bool,
+    check: bool,
 ) -> tuple[Tensors, Tensors]:
     """Return the gradient of the mean loss of the batches, and the buffers after them. One backward pass per batch.
 
     A weight that no loss uses has no entry, as its ``.grad`` is None in a loop.
+
+    Args:
+        check: whether to find an `autograd.Function` that hides its second derivative. It takes time.
     """
+    inputs = list(params.values())
+
+    def of_batch(model: Any, hparams: Any, batch: Any) -> Sequence[torch.Tensor | None]:
+        """Differentiate while the model has the weights of the state: a checkpoint runs its modules again."""
+        result = _checked(loss(model, hparams, batch)) / len(batches)
+        if check:
+            return grad([result], inputs, None, create_graph=True)
+        return torch.autograd.grad(result, inputs, create_graph=record, allow_unused=True)
+
     total: Tensors = {}
     for batch in batches:
-        result, buffers = caller.call(params, buffers, loss, (hparams, batch), record)
-        scaled = _checked(result) / len(batches) if len(batches) > 1 else _checked(result)
-        grads = torch.autograd.grad(scaled, list(params.values()), create_graph=record, allow_unused=True)
-        for name, grad in zip(params, grads, strict=True):
-            if grad is None:
+        found, buffers = caller.call(params, buffers, of_batch, (hparams, batch), record)
+        for name, gradient in zip(params, found, strict=True):
+            if gradient is None:
                 continue
-            if grad.layout != torch.strided:
+            if gradient.layout != torch.strided:
                 raise TypeError(f"{name}: its gradient is sparse. Construct the embedding with sparse=False.")
-            total[name] = total[name] + grad if name in total else grad
+            total[name] = total[name] + gradient if name in total else gradient
     if not total:
         raise ValueError(
             "loss: it does not depend on any weight that the optimizer trains. Call the model that loss receives as "

@@ -48,6 +48,11 @@ class Schedule:
             self._steps.append(last if now == last else now)  # most schedules are constant at the end
         return self._steps[step]
 
+    def is_at(self, step: int, scheduler: LRScheduler) -> bool:
+        """Return whether a scheduler has made some steps since the construction."""
+        expected = self.state_dict(step) or {}
+        return expected.get("last_epoch") == scheduler.state_dict().get("last_epoch")
+
     def state_dict(self, step: int) -> dict[str, Any] | None:
         """Return the scheduler's state after some steps. None: there is no scheduler."""
         if self._first is None:

@@ -7,12 +7,14 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from bilevel.spaces.tree import leaves
 from bilevel_torch.training.calls import Caller, Tensors, modes, modes_of
-from bilevel_torch.training.check import Update, check_update
-from bilevel_torch.training.clipping import clipped
+from bilevel_torch.training.check import Update, check_unchanged, check_update
+from bilevel_torch.training.clipping import clipped, limits_of
 from bilevel_torch.training.gradients import gradients, micro_batches
 from bilevel_torch.training.groups import OptionsFunction, flags_of, numbers_of, replaced
 from bilevel_torch.training.names import check_modules, trained_names
+from bilevel_torch.training.recomputation import check_graph
 from bilevel_torch.training.recording import recording
 from bilevel_torch.training.rules import Options, Slots, rule_of
 from bilevel_torch.training.schedule import Schedule
@@ -31,7 +33,8 @@ class TrainingStep:
     do not change.
 
     The training mode of each module, its frozen parameters and the options of the optimizer are those at the
-    construction. Hooks of parameters and of the optimizer do not run.
+    construction. Hooks of parameters and of the optimizer do not run. A derivative repeats steps, so the loss may
+    depend only on its arguments and on the random state of torch.
 
     Args:
         model: the module. Its mode, ``train()`` or ``eval()``, is the mode of each step.
@@ -78,7 +81,7 @@ class TrainingStep:
     ) -> None:
         self._rule = rule_of(optimizer)
         check_modules(model)
-        self._limits = _limits(clip_norm=clip_norm, clip_value=clip_value)
+        self._limits = limits_of(clip_norm=clip_norm, clip_value=clip_value)
         if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
             raise ValueError(f"accumulate: expected a number of micro-batches >= 1, got {accumulate!r}.")
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
@@ -87,19 +90,24 @@ class TrainingStep:
         self._flags, self._schedule = flags_of(optimizer), Schedule(optimizer, scheduler)
         self._caller, self._training = Caller(model), modes_of(model)
         self._loaded = 0  # the step at which the model, the optimizer and the scheduler are
-        self._checked = False
+        self._checked = self._graph_checked = False
 
     def init(self) -> TrainingState:
         """Return the state from the present values of the model and the optimizer, as copies.
 
         Raises:
-            ValueError: if the options of the optimizer have changed since the construction or the last `load`.
+            ValueError: if the optimizer's options or the scheduler have changed since the construction or the last
+                `load`.
         """
         numbers = self._schedule.at(self._loaded)
         if (now := numbers_of(self.optimizer)) != numbers:
             raise ValueError(
                 f"optimizer: its options have changed since this TrainingStep was constructed: {numbers} before, {now} "
                 "now. Construct a new TrainingStep."
+            )
+        if self.scheduler is not None and not self._schedule.is_at(self._loaded, self.scheduler):
+            raise ValueError(
+                "scheduler: it has moved since this TrainingStep was constructed. Construct a new TrainingStep."
             )
         params = dict(self.model.named_parameters())
         slots = {
@@ -146,10 +154,16 @@ class TrainingStep:
 
         The result carries a graph to the state, also through running statistics. Use it for outer objectives. The model
         and the state do not change.
+
+        Raises:
+            RuntimeError: for a result that carries a graph, if the function uses `torch.utils.checkpoint`.
         """
         record = torch.is_grad_enabled() and any(buffer.requires_grad for buffer in state.buffers.values())
         with modes(self.model, dict.fromkeys(self._training, False)):
-            return self._caller.call(state.params, state.buffers, function, args, record)[0]
+            result = self._caller.call(state.params, state.buffers, function, args, record)[0]
+            outputs = [leaf for leaf in leaves(result) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+            check_graph("function", self._caller, state.params, state.buffers, outputs)
+        return result
 
     def __call__(self, state: TrainingState, hparams: Any, batch: Any) -> TrainingState:
         """Return the state after one step. While `recording` is True, it carries a graph to ``state`` and ``hparams``.
@@ -157,13 +171,20 @@ class TrainingStep:
         Raises:
             TypeError, ValueError: for a loss, a batch or options that do not fit; for a buffer that changes without a
             graph.
-            RuntimeError: in the first call, if the optimizer of torch makes another step from the same gradient.
+            RuntimeError: in the first call, if the optimizer of torch makes another step from the same gradient. In
+                the first call with a graph, if the gradient has no derivative, or if the loss uses
+                `torch.utils.checkpoint`.
         """
         record = recording.get()
+        check = record and not self._graph_checked
         batches = micro_batches(batch, self._accumulate)
+        before = None if self._checked else {name: param.detach().clone() for name, param in state.params.items()}
         with torch.enable_grad(), modes(self.model, self._training):
             params = {name: _input(param, record) for name, param in state.params.items()}
-            grads, buffers = gradients(self._caller, params, state.buffers, self._loss, hparams, batches, record)
+            grads, buffers = gradients(self._caller, params, state.buffers, self._loss, hparams, batches, record, check)
+            if check:
+                check_graph("loss", self._caller, params, state.buffers, [g for g in grads.values() if g.requires_grad])
+                self._graph_checked = True
         with torch.set_grad_enabled(record):
             options = self._options_at(hparams, state.step)
             of_groups = [{name: grads[name] for name in names if name in grads} for names in self._names]
@@ -171,7 +192,8 @@ class TrainingStep:
             after, slots = self._updated(params, state.optimizer, of_groups, options)
         if not record:
             after, buffers = ({name: t.detach() for name, t in tensors.items()} for tensors in (after, buffers))
-        if not self._checked:
+        if before is not None:
+            check_unchanged(before, state.params)
             updates = [
                 [Update(params[name], grads_.get(name), state.optimizer[name], after[name]) for name in names]
                 for names, grads_ in zip(self._names, of_groups, strict=True)
@@ -211,17 +233,3 @@ def _input(param: torch.Tensor, record: bool) -> torch.Tensor:
 def _like(before: Any, after: Any) -> Any:
     """Return a slot in the dtype that it had: options may be tensors of a wider one."""
     return after.to(before.dtype) if isinstance(after, torch.Tensor) else after
-
-
-def _limits(**limits: float | None) -> Options:
-    """Return the limits that are given."""
-    given = {name: limit for name, limit in limits.items() if limit is not None}
-    for name, limit in given.items():
-        if isinstance(limit, bool) or not isinstance(limit, int | float) or not limit > 0:
-            raise ValueError(
-                f"{name}: expected a number > 0, got {limit!r}. To differentiate by it, return it from the function "
-                "`options`."
-            )
-    if len(given) > 1:
-        raise ValueError("clip_norm and clip_value: give one of them.")
-    return given

@@ -167,6 +167,11 @@ CALLS = {
         TypeError,
         r"betas of param group 0: expected a tuple of 2 numbers or 0-d tensors, got 0\.9",
     ),
+    "max norm": (
+        lambda: first(new(model=nn.Embedding(3, 2, max_norm=0.1)), torch.tensor([1])),
+        ValueError,
+        r"loss: it changed the weight 'weight' in place, as Embedding\(max_norm.* in the state that the step returns",
+    ),
     "sparse": (
         lambda: first(new(model=nn.Embedding(3, 2, sparse=True)), torch.tensor([1])),
         TypeError,
@@ -189,4 +194,15 @@ def test_options_that_changed_since_the_construction():
     with pytest.raises(
         ValueError, match=r"optimizer: its options have changed .*'lr': 0\.1.*'lr': 0\.2.* new TrainingStep"
     ):
+        step.init()
+
+
+def test_a_scheduler_that_moved_since_the_construction():
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 10)
+    step = TrainingStep(model, optimizer, quadratic, scheduler=scheduler)
+    optimizer.step()
+    scheduler.step()
+    with pytest.raises(ValueError, match=r"scheduler: it has moved .* Construct a new TrainingStep"):
         step.init()
