@@ -14,7 +14,7 @@ from bilevel_torch.from_losses import backward, hypergradient
 from bilevel_torch.implicit import implicit_minimizer
 from bilevel_torch.placement import place_grad
 from bilevel_torch.space import TorchSpace
-from bilevel_torch.steps import recording
+from bilevel_torch.training import TrainingState, TrainingStep, recording, replay
 
 backend = TorchBackend()
 
@@ -22,6 +22,8 @@ __all__ = [
     "DataParallel",
     "TorchBackend",
     "TorchSpace",
+    "TrainingState",
+    "TrainingStep",
     "backend",
     "backward",
     "diagnose",
@@ -29,4 +31,5 @@ __all__ = [
     "implicit_minimizer",
     "place_grad",
     "recording",
+    "replay",
 ]

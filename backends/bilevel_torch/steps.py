@@ -1,8 +1,6 @@
 """Training steps in torch: values without a graph, and parts of a run with a graph."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,26 +11,7 @@ from bilevel.spaces.tree import leaves, tree_map
 from bilevel.steps import Pull, Pulled, Steps
 from bilevel.validation import check_dtypes, check_like
 from bilevel_torch.autograd import check_untransformed, grad, no_grad_no_autocast
-
-_recording: ContextVar[bool] = ContextVar("whether the steps of a run are differentiated", default=True)
-
-
-def recording() -> bool:
-    """Return whether a step needs a graph: False while `bl.metagradient` only computes the values of a run.
-
-    Pass it as ``create_graph`` of `torch.autograd.grad` inside a step.
-    """
-    return _recording.get()
-
-
-@contextmanager
-def without_graph() -> Iterator[None]:
-    """Compute steps in this context by their values."""
-    before = _recording.set(False)
-    try:
-        yield
-    finally:
-        _recording.reset(before)
+from bilevel_torch.training.recording import without_graph
 
 
 class TorchSteps(Steps):

@@ -1,4 +1,4 @@
-"""Time and memory of metagradients: ratios in one run. Run it alone, as ``OMP_NUM_THREADS=1 python -m benchmarks.metagradients``.
+"""Time, memory and trust of metagradients: ratios in one run.
 
 python -m benchmarks.metagradients           # all tables
 python -m benchmarks.metagradients torch     # one of: torch, maml, jax, long, trust
