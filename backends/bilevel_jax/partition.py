@@ -5,7 +5,7 @@ from dataclasses import fields, is_dataclass
 from enum import Enum
 from functools import cache
 from inspect import signature
-from types import BuiltinFunctionType, FunctionType
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +16,17 @@ from bilevel.methods import Method
 from bilevel.preconditioners import Preconditioner
 from bilevel.problems.protocols import BilevelProblem
 
-_FUNCTIONS = (FunctionType, BuiltinFunctionType, np.ufunc, jax.custom_jvp, jax.custom_vjp, type(jax.jit(lambda: 0)))
+_NUMBERS = (jax.Array, np.floating, float)
+_NUMERIC = "biufcV"  # kinds of dtypes; V: bfloat16 and the like
+_FUNCTIONS = (
+    FunctionType,
+    BuiltinFunctionType,
+    MethodType,
+    np.ufunc,
+    jax.custom_jvp,
+    jax.custom_vjp,
+    type(jax.jit(lambda: 0)),
+)
 _CONSTANTS = (bool, int, float, str, bytes, type(None), Enum, type, np.dtype, np.integer, np.bool_, *_FUNCTIONS)
 _SOLVERS = (LinearSolver, Method, Preconditioner)
 
@@ -73,15 +83,15 @@ def split_arrays(tree: object) -> tuple[list[jax.Array], Rest]:
 
 
 def _split(leaf: object, arrays: list[object]) -> object:
+    # Arrays are first, since each leaf of each call passes here, and a test for a protocol takes long.
+    if isinstance(leaf, _NUMBERS) or (isinstance(leaf, np.ndarray) and leaf.dtype.kind in _NUMERIC):
+        arrays.append(leaf)
+        return _DYNAMIC
     if isinstance(leaf, _SOLVERS) and not isinstance(leaf, type):
         # Only a frozen dataclass is safe to compare and to rebuild.
         if not is_dataclass(leaf) or not _rebuildable(type(leaf)):
             raise TypeError(f"{type(leaf).__name__} cannot be rebuilt from its fields.")
         return type(leaf), tuple((field.name, _option(getattr(leaf, field.name), arrays)) for field in fields(leaf))
-    number = isinstance(leaf, jax.Array | np.floating | float)
-    if number or (isinstance(leaf, np.ndarray) and leaf.dtype.kind in "biufcV"):  # V: bfloat16 and similar dtypes
-        arrays.append(leaf)
-        return _DYNAMIC
     if not isinstance(leaf, (*_CONSTANTS, Static, BilevelProblem)):
         raise TypeError(f"{type(leaf).__name__} cannot be compared by its value.")
     return None, (type(leaf), leaf)  # 1 is not True

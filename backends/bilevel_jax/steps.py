@@ -15,7 +15,6 @@ from jax.tree_util import Partial
 from typing_extensions import override
 
 from bilevel.backend import Backend
-from bilevel.spaces.space import kind_of
 from bilevel.steps import Pull, Pulled, Steps, add
 from bilevel.validation import check_dtypes, check_like
 from bilevel_jax.dependence import dependence, trace
@@ -115,7 +114,10 @@ def _on_host(batch: Any) -> Any:
 def _stack(parts: Sequence[Any]) -> Any:
     if not hasattr(parts[0], "shape"):
         return parts[0]
-    return np.stack(parts) if isinstance(parts[0], np.ndarray) else jnp.stack(parts)
+    return jnp.stack(parts) if isinstance(parts[0], jax.Array) else np.stack(parts)
+
+
+_NUMBERS = (bool, int, float, np.ndarray, np.generic, jax.Array)
 
 
 def _as_array(leaf: Any) -> Any:
@@ -125,7 +127,7 @@ def _as_array(leaf: Any) -> Any:
             "bl.metagradient stores states outside of compiled code, so it cannot be called under jit, grad or vmap. "
             'Call it outside, or use bl.hypergradient with solver="unrolled".'
         )
-    if not isinstance(leaf, bool | int | float | np.ndarray | np.generic | jax.Array) or _is_key(leaf):
+    if not isinstance(leaf, _NUMBERS) or (isinstance(leaf, jax.Array) and (_is_key(leaf) or not leaf.weak_type)):
         return leaf
     return lax.convert_element_type(jnp.asarray(leaf), jnp.result_type(leaf))
 
@@ -135,7 +137,7 @@ def _is_key(leaf: Any) -> bool:
 
 
 def _kinds(tree: Any) -> list[Any]:
-    return [kind_of(leaf) for leaf in jax.tree.leaves(tree)]
+    return [(leaf.shape, leaf.dtype) if hasattr(leaf, "dtype") else leaf for leaf in jax.tree.leaves(tree)]
 
 
 def _arrays(tree: Any) -> list[jax.Array]:
