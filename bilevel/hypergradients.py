@@ -7,15 +7,15 @@ from bilevel.config import get_linear_solver
 from bilevel.convergence import OnFailure, check_on_failure, report_rows
 from bilevel.dependence import EQUATION, MINIMUM, warn_of_dependence
 from bilevel.hypergradient import SolverSpec, combine
-from bilevel.linear_solvers.linear_solver import LinearSolver, check_requirements
-from bilevel.linear_solvers.prepared import Prepared
+from bilevel.linear_solvers.linear_solver import LinearSolver, run_solver_on_rows
 from bilevel.linearization import OuterDerivatives
-from bilevel.methods.implicit import Implicit, pull_back
+from bilevel.methods.implicit import Implicit, pull_back_adjoint
 from bilevel.methods.method import Level
 from bilevel.micro_batches import MicroBatches
 from bilevel.problems.protocols import BilevelProblem
 from bilevel.results import Hypergradient, SolverInfo
 from bilevel.spaces.array import Args, Array, H, P
+from bilevel.spaces.rows import Rows
 from bilevel.validation import (
     check_batches,
     check_inputs,
@@ -110,7 +110,7 @@ def _hypergradients(
     outer_args: Args | list[Args],
     adjoint0: P | None,
 ) -> Hypergradient[Any, H]:
-    backend = backend.by_rows
+    outside, backend = backend, backend.by_rows
     if isinstance(outer_args, list):
         queries = _of_batches(backend, problem.outer, params, hparams, outer_args)
     else:
@@ -121,15 +121,15 @@ def _hypergradients(
     level = Level(backend, problem, params, hparams, batches)
     at = level.linearize()
     A = level.operator(at)
-    check_requirements(solver, A)
-    prepared = Prepared(solver, solver.init(A), A.space.layout(params))
+    rows = Rows(A.space, outside.space(cotangents), backend.batched)
+    adjoints, info = run_solver_on_rows(solver, A, cotangents, adjoint0, rows)
 
-    def row(value: Array, cotangent: P, direct: H | None, start: P | None) -> Hypergradient[Any, H]:
-        hg = combine(backend, value, direct, pull_back(backend, prepared, A, at, cotangent, start), hparams)
+    def row(value: Array, direct: H | None, adjoint: P, info: SolverInfo) -> Hypergradient[Any, H]:
+        hg = combine(backend, value, direct, pull_back_adjoint(backend, A, at, adjoint, info), hparams)
         known = [A.space.xp.full_like(value, x) if isinstance(x, float) else x for x in hg.info]
         return hg._replace(info=SolverInfo(*known))
 
-    hg = backend.batched(row, values, cotangents, direct, adjoint0)
+    hg = backend.batched(row, values, direct, adjoints, info)
     names = EQUATION if problem.kind == "equation" else MINIMUM
     warn_of_dependence(backend, params, hparams, of_outer, at.dependence() if at.dependence else None, names)
     return hg
