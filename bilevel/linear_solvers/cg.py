@@ -53,6 +53,10 @@ class CG(Iterative[object]):
 
     ``info.steps`` counts iterations, of one product each. A warm start and each check take one more product.
 
+    `bl.hypergradients` solves its systems by block CG (O'Leary, Linear Algebra Appl. 1980), unless ``rtol`` is None. A
+    step is one product per system, and minimizes the errors over the directions of all systems. So there are fewer
+    steps. "auto" finds one damping for all systems that need one.
+
     Args:
         maxiter: maximum number of iterations, >= 0.
         rtol: relative tolerance on the residual. None: ``maxiter`` is a budget. The solve takes ``maxiter`` iterations
