@@ -42,12 +42,13 @@ def hypergradients(
 
     The result equals Q calls of `hypergradient`. The inner problem is linearized once, and the solver's preliminary
     work (a sketch, a step size) is done once. torch and JAX run the Q solves together, with products for all queries at
-    once (``vmap``). ``cg`` with a tolerance solves them by block CG, where each query uses the directions of all: it
-    takes a third of the products. It finds one damping "auto" for all queries that need one. A query that the block
-    cannot solve, and each query of another solver, has its own scalars and stops for itself. In torch, a loss or solver with an operation
-    that does not support ``vmap`` is solved for one query after the other, and so are all problems in NumPy. The memory
-    is Q times the memory of one solve, plus Q times the values that one product computes. To limit it, call this
-    function for parts of the queries.
+    once (``vmap``). In torch, a loss or solver with an operation that does not support ``vmap`` is solved for one query
+    after the other, and so are all problems in NumPy. The memory is Q times the memory of one solve, plus Q times the
+    values that one product computes. To limit it, call this function for parts of the queries.
+
+    ``cg`` with a tolerance is block CG: each query uses the search directions of all queries, which saves most of the
+    products. With ``damping="auto"``, all queries that need a damping have the same one. A query that the block cannot
+    solve is solved again, for itself. Other solvers solve each query for itself.
 
     Args:
         problem: as in `hypergradient`. Its outer objective returns the values F_q of the queries as an array of shape

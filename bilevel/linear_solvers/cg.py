@@ -8,6 +8,7 @@ from typing_extensions import override
 
 from bilevel.linear_solvers.auto_damping import SLACK, solve_rows_with_auto_damping, with_auto_damping
 from bilevel.linear_solvers.block_cg import solve_block
+from bilevel.linear_solvers.linear_solver import in_arrays
 from bilevel.linear_solvers.restarts import Cycle, Iterative, solve_with_restarts
 from bilevel.operators.linear_operator import LinearOperator
 from bilevel.operators.scaling import power_of_two
@@ -168,13 +169,16 @@ class CG(Iterative[object]):
         tolerance: Number = rtol
         scale = power_of_two(largest, space)[0]
         b, x0 = rows.scale(1 / scale, b), x0 if x0 is None else rows.scale(1 / scale, x0)
-        auto = isinstance(self.damping, str)
+        auto, M = isinstance(self.damping, str), self.preconditioner
 
         def block(damping: Number, b: V, x0: V | None) -> tuple[V, SolverInfo, V]:
-            M, damped = self.preconditioner, A.damped(damping)
+            damped = A.damped(damping)
 
             def precondition(r: V) -> V:
-                return r if M is None else rows.batched(lambda r: M.apply(state, r, damping, space), r)
+                if M is None:
+                    return r
+                apply = M.apply
+                return rows.batched(lambda r: apply(state, r, damping, space), r)
 
             return solve_block(
                 damped.with_slack(SLACK * damping) if auto else damped,
@@ -196,8 +200,8 @@ class CG(Iterative[object]):
 
         def alone(b: V, x0: V | None, damping: Array, scale: Array) -> tuple[V, SolverInfo]:
             solver = replace(self, damping=damping, atol=self.atol / scale)  # pyright: ignore[reportArgumentType]
-            x, info = solver.solve(state, A, b, x0)
-            return x, info._replace(inner_grad_norm=damping * 0, value_error=damping * 0, damping=damping)
+            x, info = in_arrays(solver.solve(state, A, b, x0), space, b)
+            return x, info._replace(damping=damping)
 
         def solve_alone(solved: tuple[V, SolverInfo]) -> tuple[V, SolverInfo]:
             x, info = solved

@@ -65,7 +65,7 @@ class LinearSolver(Solver, Generic[S]):
 
         By default, it maps `solve` over the rows.
         """
-        return rows.batched(lambda b, x0: _in_arrays(_checked(self, state, A, b, x0), A.space, b), b, x0)
+        return rows.batched(lambda b, x0: in_arrays(_checked(self, state, A, b, x0), A.space, b), b, x0)
 
     def least_damping(self, state: S, A: LinearOperator[V]) -> Number:
         """Return the smallest automatic damping."""
@@ -122,7 +122,7 @@ def _checked(
     return solved
 
 
-def _in_arrays(solved: tuple[V, SolverInfo], space: Space[V], b: V) -> tuple[V, SolverInfo]:
+def in_arrays(solved: tuple[V, SolverInfo], space: Space[V], b: V) -> tuple[V, SolverInfo]:
     """Return arrays in place of the Python numbers of an info."""
     (x, info), xp, like = solved, space.xp, space.dot(b, b)
     return x, SolverInfo(*[xp.full_like(like, n) if is_python_value(n) else n for n in info])
