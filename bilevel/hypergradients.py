@@ -7,15 +7,15 @@ from bilevel.config import get_linear_solver
 from bilevel.convergence import OnFailure, check_on_failure, report_rows
 from bilevel.dependence import EQUATION, MINIMUM, warn_of_dependence
 from bilevel.hypergradient import SolverSpec, combine
-from bilevel.linear_solvers.linear_solver import LinearSolver, check_requirements
-from bilevel.linear_solvers.prepared import Prepared
+from bilevel.linear_solvers.linear_solver import LinearSolver, run_solver_on_rows
 from bilevel.linearization import OuterDerivatives
-from bilevel.methods.implicit import Implicit, pull_back
+from bilevel.methods.implicit import Implicit, pull_back_adjoint
 from bilevel.methods.method import Level
 from bilevel.micro_batches import MicroBatches
 from bilevel.problems.protocols import BilevelProblem
 from bilevel.results import Hypergradient, SolverInfo
 from bilevel.spaces.array import Args, Array, H, P
+from bilevel.spaces.rows import Rows
 from bilevel.validation import (
     check_batches,
     check_inputs,
@@ -42,10 +42,13 @@ def hypergradients(
 
     The result equals Q calls of `hypergradient`. The inner problem is linearized once, and the solver's preliminary
     work (a sketch, a step size) is done once. torch and JAX run the Q solves together, with products for all queries at
-    once (``vmap``). Each solve has its own scalars and stops for itself. In torch, a loss or solver with an operation
-    that does not support ``vmap`` is solved for one query after the other, and so are all problems in NumPy. The memory
-    is Q times the memory of one solve, plus Q times the values that one product computes. To limit it, call this
-    function for parts of the queries.
+    once (``vmap``). In torch, a loss or solver with an operation that does not support ``vmap`` is solved for one query
+    after the other, and so are all problems in NumPy. The memory is Q times the memory of one solve, plus Q times the
+    values that one product computes. To limit it, call this function for parts of the queries.
+
+    ``cg`` with a tolerance is block CG: each query uses the search directions of all queries, which saves most of the
+    products. With ``damping="auto"``, all queries that need a damping have the same one. A query that the block cannot
+    solve is solved again, for itself. Other solvers solve each query for itself.
 
     Args:
         problem: as in `hypergradient`. Its outer objective returns the values F_q of the queries as an array of shape
@@ -110,7 +113,7 @@ def _hypergradients(
     outer_args: Args | list[Args],
     adjoint0: P | None,
 ) -> Hypergradient[Any, H]:
-    backend = backend.by_rows
+    outside, backend = backend, backend.by_rows
     if isinstance(outer_args, list):
         queries = _of_batches(backend, problem.outer, params, hparams, outer_args)
     else:
@@ -121,15 +124,15 @@ def _hypergradients(
     level = Level(backend, problem, params, hparams, batches)
     at = level.linearize()
     A = level.operator(at)
-    check_requirements(solver, A)
-    prepared = Prepared(solver, solver.init(A), A.space.layout(params))
+    rows = Rows(A.space, outside.space(cotangents), backend.batched)
+    adjoints, info = run_solver_on_rows(solver, A, cotangents, adjoint0, rows)
 
-    def row(value: Array, cotangent: P, direct: H | None, start: P | None) -> Hypergradient[Any, H]:
-        hg = combine(backend, value, direct, pull_back(backend, prepared, A, at, cotangent, start), hparams)
+    def row(value: Array, direct: H | None, adjoint: P, info: SolverInfo) -> Hypergradient[Any, H]:
+        hg = combine(backend, value, direct, pull_back_adjoint(backend, A, at, adjoint, info), hparams)
         known = [A.space.xp.full_like(value, x) if isinstance(x, float) else x for x in hg.info]
         return hg._replace(info=SolverInfo(*known))
 
-    hg = backend.batched(row, values, cotangents, direct, adjoint0)
+    hg = backend.batched(row, values, direct, adjoints, info)
     names = EQUATION if problem.kind == "equation" else MINIMUM
     warn_of_dependence(backend, params, hparams, of_outer, at.dependence() if at.dependence else None, names)
     return hg

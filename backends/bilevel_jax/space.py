@@ -89,6 +89,14 @@ class JaxSpace(Space[V]):
         )
 
     @override
+    def gram(self, rows: Any, others: Any) -> Any:
+        return jax.vmap(lambda row: self.stack_dot(others, row))(rows)
+
+    @override
+    def combine(self, matrix: Any, rows: Any) -> Any:
+        return jax.vmap(lambda coefficients: self.linear_combination(coefficients, rows))(matrix)
+
+    @override
     def while_loop(
         self, live: Callable[[State], Any], body: Callable[[State], State], state: State, max_steps: int
     ) -> State:

@@ -76,6 +76,14 @@ class NumpySpace(Space[V]):
         return tree_map(lambda s: np.tensordot(self.cast(coefficients, s), s, 1), stack)
 
     @override
+    def gram(self, rows: Any, others: Any) -> Any:
+        parts = []
+        for a, b in zip(self.leaves(rows), self.leaves(others), strict=True):
+            dtype, shape = np.result_type(a.dtype, b.dtype, np.float32), (len(a), a[0].size)
+            parts.append(a.reshape(shape).astype(dtype, copy=False) @ b.reshape(shape).astype(dtype, copy=False).T)
+        return np.add.reduce(parts)
+
+    @override
     def while_loop(
         self, live: Callable[[State], Array], body: Callable[[State], State], state: State, max_steps: int
     ) -> State:

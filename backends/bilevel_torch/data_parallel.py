@@ -265,6 +265,10 @@ class AgreedSpace(TorchSpace[V]):
         return self._broadcast_from_first(super().stack_dot(stack, x))
 
     @override
+    def gram(self, rows: object, others: object) -> torch.Tensor:
+        return self._broadcast_from_first(super().gram(rows, others))
+
+    @override
     def max_abs(self, x: V) -> torch.Tensor:
         return self._broadcast_from_first(super().max_abs(x))
 

@@ -135,6 +135,12 @@ class TorchSpace(Space[V]):
         return tree_map(lambda s: torch.tensordot(coefficients.to(s.dtype), s, 1), stack)
 
     @override
+    def gram(self, rows: Any, others: Any) -> Any:
+        pairs = zip(leaves(rows), leaves(others), strict=True)
+        parts = [_product(a.reshape(len(a), a[0].numel()), b.reshape(len(b), b[0].numel()).T) for a, b in pairs]
+        return sum(parts[1:], start=parts[0])
+
+    @override
     def while_loop(
         self, live: Callable[[State], Any], body: Callable[[State], State], state: State, max_steps: int
     ) -> State:
@@ -157,8 +163,13 @@ class TorchSpace(Space[V]):
 
 
 def _rows_dot(rows: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
-    """Return the dot product of an array with a vector, or with each row of a matrix, summed in at least float32."""
-    if not (rows.dtype == a.dtype and a.dtype in WIDE):
-        dtype = torch.promote_types(torch.promote_types(rows.dtype, a.dtype), torch.float32)
-        rows, a = rows.to(dtype), a.to(dtype)
-    return rows @ a.reshape(-1)
+    """Return the dot product of an array with a vector, or with each row of a matrix."""
+    return _product(rows, a.reshape(-1))
+
+
+def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Return a product of matrices or vectors, summed in at least float32."""
+    if not (a.dtype == b.dtype and a.dtype in WIDE):
+        dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+        a, b = a.to(dtype), b.to(dtype)
+    return a @ b

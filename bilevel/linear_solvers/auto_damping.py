@@ -12,6 +12,7 @@ from bilevel.operators.linear_operator import LinearOperator
 from bilevel.options import is_python_value
 from bilevel.results import SolverInfo, Status
 from bilevel.spaces.array import Array, Number, V
+from bilevel.spaces.rows import Rows
 
 if TYPE_CHECKING:
     from bilevel.linear_solvers.linear_solver import LinearSolver
@@ -29,6 +30,13 @@ class _State(NamedTuple, Generic[V]):
     rhs_norm: Array
     status: Array
     used: Number  # the damping of x
+    damping: Number  # of the next attempt
+    live: Array
+
+
+class _Rows(NamedTuple, Generic[V]):
+    x: V
+    info: SolverInfo  # with the damping of each x
     damping: Number  # of the next attempt
     live: Array
 
@@ -106,3 +114,50 @@ def solve_with_auto_damping(
         return s.x, info
     x, last = damped(solver, s.used).solve(state, A.with_slack(SLACK * s.used), b, s.x)
     return x, last._replace(steps=s.steps + last.steps, damping=s.used)
+
+
+def solve_rows_with_auto_damping(
+    solve: Callable[[Number, V, V | None], tuple[V, SolverInfo, V]],
+    A: LinearOperator[V],
+    b: V,
+    x0: V | None,
+    rows: Rows[V],
+) -> tuple[V, SolverInfo]:
+    """Solve (A + δI) v = b for all rows of b, as `solve_with_auto_damping` does, with one δ for all rows that need it.
+
+    A row that is solved keeps its v and its damping. |λmin| belongs to A, so one estimate by 12 products serves all
+    other rows. It starts from the direction of the smallest curvature that the solve has found.
+
+    Args:
+        solve: (δ, b, x0) -> rows of the solutions of (A + δI) v = b, the info, with arrays of shape (Q,), and a
+            direction of small curvature.
+        A, b, x0, rows: as in `LinearSolver.solve_rows`.
+    """
+    whole, xp = rows.whole, A.space.xp
+
+    def attempt(s: _Rows[V]) -> _Rows[V]:
+        open_ = s.info.status != int(Status.CONVERGED)
+        x, info, lowest = solve(s.damping, rows.where(open_, b, whole.zeros()), x0)
+        merged = [xp.where(open_, new, old) for new, old in zip(info, s.info, strict=True)]
+        info = SolverInfo(*merged)._replace(
+            steps=s.info.steps + xp.where(open_, info.steps, 0), damping=xp.where(open_, s.damping, s.info.damping)
+        )
+        failed = (info.status > int(Status.CONVERGED)) & (info.status < int(Status.NON_FINITE))
+        after = _Rows(rows.where(open_, x, s.x), info, s.damping, xp.any(failed))
+        return whole.cond(after.live, lambda s: raise_damping(s, failed, lowest), after)
+
+    def raise_damping(s: _Rows[V], failed: Array, lowest: V) -> _Rows[V]:
+        curvature, products = negative_curvature(A, lowest)
+        met = xp.any(s.info.status == int(Status.NEGATIVE_CURVATURE))
+        damping = xp.maximum(FACTOR * curvature, xp.where(met, 2.0 * s.damping, 0.0))
+        live = xp.where(met, damping > 0, SAFE * curvature > s.damping)
+        steps = xp.where(live & failed, s.info.steps + products, s.info.steps)
+        return _Rows(s.x, s.info._replace(steps=steps), damping, live)
+
+    sizes = rows.norms(b)
+    zero, nan = xp.zeros_like(sizes), xp.full_like(sizes, float("nan"))
+    count = xp.zeros_like(sizes, dtype=xp.int32)
+    info = SolverInfo(count, sizes, sizes, count + int(Status.MAXITER), nan, nan, zero)
+    s = _Rows(b, info, zero[0], zero[0] == 0)
+    s = whole.while_loop(lambda s: s.live, lambda s: whole.cond(s.live, attempt, s), s, ATTEMPTS)
+    return s.x, s.info

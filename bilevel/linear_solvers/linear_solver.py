@@ -12,8 +12,11 @@ from bilevel.linear_solvers import advice
 from bilevel.linear_solvers.solver import Solver
 from bilevel.operators.lanczos import Spectrum
 from bilevel.operators.linear_operator import LinearOperator
+from bilevel.options import is_python_value
 from bilevel.results import SolverInfo
 from bilevel.spaces.array import Number, V
+from bilevel.spaces.rows import Rows
+from bilevel.spaces.space import Space
 
 SYMMETRIC = "symmetric"
 """The operator is its own transpose."""
@@ -57,6 +60,13 @@ class LinearSolver(Solver, Generic[S]):
         """
         raise NotImplementedError(f"{self.name} has no method solve(state, A, b, x0), which returns (v, info).")
 
+    def solve_rows(self, state: S, A: LinearOperator[V], b: V, x0: V | None, rows: Rows[V]) -> tuple[V, SolverInfo]:
+        """Return the solutions for many right-hand sides, the rows of ``b``, and the info with arrays of shape (Q,).
+
+        By default, it maps `solve` over the rows.
+        """
+        return rows.batched(lambda b, x0: in_arrays(_checked(self, state, A, b, x0), A.space, b), b, x0)
+
     def least_damping(self, state: S, A: LinearOperator[V]) -> Number:
         """Return the smallest automatic damping."""
         return 0.0
@@ -85,14 +95,37 @@ def run_solver(solver: LinearSolver[Any], A: LinearOperator[V], b: V, x0: V | No
     Raise a TypeError if A lacks a property that the solver requires, or if the solver does not return such a pair.
     """
     check_requirements(solver, A)
-    solved: Any = solver.solve(solver.init(A), A, b, x0)
+    x, info = _checked(solver, solver.init(A), A, b, x0)
+    return x, info if isinstance(solver.damping, str) else info._replace(damping=solver.damping)
+
+
+def run_solver_on_rows(
+    solver: LinearSolver[Any], A: LinearOperator[V], b: V, x0: V | None, rows: Rows[V]
+) -> tuple[V, SolverInfo]:
+    """Return the rows of v and information about the solves, as `run_solver` does."""
+    check_requirements(solver, A)
+    x, info = solver.solve_rows(solver.init(A), A, b, x0, rows)
+    if isinstance(solver.damping, str):
+        return x, info
+    return x, info._replace(damping=A.space.xp.full_like(info.rhs_norm, solver.damping))
+
+
+def _checked(
+    solver: LinearSolver[Any], state: object, A: LinearOperator[V], b: V, x0: V | None
+) -> tuple[V, SolverInfo]:
+    solved: Any = solver.solve(state, A, b, x0)
     if not isinstance(solved, tuple) or len(solved) != 2 or not isinstance(solved[1], SolverInfo):
         raise TypeError(
             f"{solver.name}.solve(state, A, b, x0) must return (v, info), where info is a bl.SolverInfo. It returned "
             f"an object of type {type(solved).__name__}."
         )
-    x, info = solved
-    return x, info if isinstance(solver.damping, str) else info._replace(damping=solver.damping)
+    return solved
+
+
+def in_arrays(solved: tuple[V, SolverInfo], space: Space[V], b: V) -> tuple[V, SolverInfo]:
+    """Return arrays in place of the Python numbers of an info."""
+    (x, info), xp, like = solved, space.xp, space.dot(b, b)
+    return x, SolverInfo(*[xp.full_like(like, n) if is_python_value(n) else n for n in info])
 
 
 def check_requirements(solver: LinearSolver[S], A: LinearOperator[V]) -> None:

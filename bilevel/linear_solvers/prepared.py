@@ -11,6 +11,7 @@ from bilevel.operators.linear_operator import LinearOperator
 from bilevel.results import SolverInfo
 from bilevel.spaces.array import V
 from bilevel.spaces.layout import compare_layouts
+from bilevel.spaces.rows import Rows
 from bilevel.spaces.space import Layout
 
 
@@ -37,6 +38,10 @@ class Prepared(LinearSolverWrapper[S]):
     @override
     def solve(self, state: S, A: LinearOperator[V], b: V, x0: V | None) -> tuple[V, SolverInfo]:
         return self.solver.solve(state, A, b, x0)
+
+    @override
+    def solve_rows(self, state: S, A: LinearOperator[V], b: V, x0: V | None, rows: Rows[V]) -> tuple[V, SolverInfo]:
+        return self.solver.solve_rows(state, A, b, x0, rows)
 
     @override
     def with_rtol(self, rtol: float) -> Self:

@@ -15,7 +15,7 @@ from bilevel.linear_solvers.wrapper import Wrapper
 from bilevel.linearization import LinearizedMap
 from bilevel.methods.method import Level, Method, Pullback, Solution
 from bilevel.operators.linear_operator import LinearOperator
-from bilevel.results import Status
+from bilevel.results import SolverInfo, Status
 from bilevel.spaces.array import H, P
 from bilevel.spaces.space import Layout
 
@@ -74,7 +74,13 @@ def pull_back(
 
     Raise a TypeError if A lacks a property that the solver requires.
     """
-    adjoint, info = run_solver(solver, A, cotangent, adjoint0)
+    return pull_back_adjoint(backend, A, at, *run_solver(solver, A, cotangent, adjoint0))
+
+
+def pull_back_adjoint(
+    backend: Backend, A: LinearOperator[P], at: LinearizedMap[P, H], adjoint: P, info: SolverInfo
+) -> Pullback[P, H]:
+    """Return −(∂r/∂λ)ᵀ v for a v that is solved. See `pull_back`."""
     if at.residual is not None:
         # A Newton step leads to w*: w − w* ≈ (∂r/∂w)⁻¹ r, and F changes by c·(w − w*) ≈ v·r.
         error, xp = A.space.dot(adjoint, at.residual), A.space.xp

@@ -7,6 +7,15 @@ from bilevel.spaces.array import Array, V
 from bilevel.spaces.space import Space
 
 
+def power_of_two(largest: Array, space: Space[V]) -> tuple[Array, Array]:
+    """Return the scale of a vector with the largest entry ``largest``, and whether it is not 1. See `scale_free`."""
+    xp = space.xp
+    exponent = xp.floor(xp.log2(xp.where(largest > 0, largest, 1.0)))
+    extreme = (xp.abs(exponent) > 30) & xp.isfinite(exponent)
+    most = 120.0 if xp.finfo(exponent.dtype).bits == 32 else 1000.0  # so that 1 / scale is finite
+    return xp.exp2(xp.clip(xp.where(extreme, exponent, 0.0), -most, most)), extreme
+
+
 def scale_free(
     solve: Callable[[V, V | None, Array], tuple[V, SolverInfo]], rhs: V, x0: V | None, space: Space[V]
 ) -> tuple[V, SolverInfo]:
@@ -14,12 +23,7 @@ def scale_free(
 
     The scale is a power of two, so scaling is exact. It is 1 unless the largest entry is outside 2^±30.
     """
-    xp = space.xp
-    largest = space.max_abs(rhs)
-    exponent = xp.floor(xp.log2(xp.where(largest > 0, largest, 1.0)))
-    extreme = (xp.abs(exponent) > 30) & xp.isfinite(exponent)
-    most = 120.0 if xp.finfo(exponent.dtype).bits == 32 else 1000.0  # so that 1 / scale is finite
-    scale = xp.exp2(xp.clip(xp.where(extreme, exponent, 0.0), -most, most))
+    scale, extreme = power_of_two(space.max_abs(rhs), space)
 
     def scaled(factor: Array, v: V) -> V:
         return space.cond(extreme, lambda v: space.scale(factor, v), v)  # no copy if the scale is 1

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, reduce
 from math import prod
+from operator import add
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -161,6 +162,17 @@ class Space(Generic[V]):
             total = self.axpy(coefficients[k], x, total)
         return total
 
+    # Rows are vectors in one tree, whose leaves have a leading axis. This space is of all rows, or of one.
+
+    def gram(self, rows: Any, others: Any) -> Array:
+        """Return the matrix of the dots of rows with other rows."""
+        pairs = zip(self.leaves(rows), self.leaves(others), strict=True)
+        return reduce(add, [_matrix(a) @ _matrix(b).T for a, b in pairs])
+
+    def combine(self, matrix: Array, rows: Any) -> Any:
+        """Return Σ_j matrix[i, j] · row j as row i."""
+        return self.map(lambda a: self.xp.tensordot(self.cast(matrix, a), a, 1), rows)
+
     # In this class, loops run in Python.
 
     def while_loop(
@@ -201,3 +213,7 @@ class Space(Generic[V]):
         rows = self.xp.eye(self.size, dtype=self.ravel(self.like).dtype)
         columns = [self.ravel(operator(self.unravel(row))) for row in rows]
         return self.xp.stack(columns).T
+
+
+def _matrix(rows: Any) -> Any:
+    return rows.reshape(len(rows), prod(rows.shape[1:]))
