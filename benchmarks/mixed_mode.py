@@ -3,8 +3,8 @@
     python -m benchmarks.mixed_mode
 
 The derivative is by a weight for each training example, through steps of Adam. Each row stores other parts of the run.
-"Memory" is the temporary memory of the compiled program, as XLA's analysis reports it. It does not depend on the load of
-the machine. "Time" is the best of a few runs.
+"Memory" is the temporary memory of the compiled program, as XLA reports it. It does not depend on the load of the
+machine. "Time" is the best of a few runs.
 """
 
 import argparse

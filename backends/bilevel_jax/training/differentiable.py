@@ -43,14 +43,13 @@ def differentiable(optimizer: T) -> T:
     -0.0222
     """
     check_optimizer("optimizer", optimizer)
-    optimizer: Any = optimizer
-    update = optimizer.update
-    if isinstance(update, _Update):
-        return optimizer
-    if hasattr(optimizer, "_replace"):
-        return optimizer._replace(update=_Update(update))
-    other = copy(optimizer)  # optax.MultiSteps, which has methods and no fields
-    other.update = _Update(update)
+    rule: Any = optimizer
+    if isinstance(rule.update, _Update):
+        return rule
+    if hasattr(rule, "_replace"):
+        return rule._replace(update=_Update(rule.update))
+    other = copy(rule)  # optax.MultiSteps, which has methods and no fields
+    other.update = _Update(rule.update)
     return other
 
 
