@@ -14,7 +14,9 @@ T = TypeVar("T")
 
 
 def differentiable(optimizer: T) -> T:
-    """Return an optimizer with the same values to the last bit, whose derivatives are right.
+    """Return an optimizer with the same values, whose derivatives are right.
+
+    The values are equal to the last bit in compiled code, and to rounding elsewhere.
 
     The update is traced, and evaluated with other derivatives:
 

@@ -32,7 +32,7 @@ class TrainingStep(Static):
     """A step of training, (state, hparams, batch) -> state, with derivatives that are right and need little memory.
 
     The values are optax's. Each step computes the gradient of the loss, updates the optimizer, and adds the update to
-    params. `differentiable` replaces the derivatives of the optimizer, and `mixed_mode_grad` those of the gradient.
+    params. `differentiable` replaces the derivatives of the optimizer, and `mixed_mode_grad` differentiates the gradient.
     Two steps are equal if their fields are equal, so make the loss and the optimizer once.
 
     Args:
