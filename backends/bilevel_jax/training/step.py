@@ -32,8 +32,8 @@ class TrainingStep(Static):
     """A step of training, (state, hparams, batch) -> state, with derivatives that are right and need little memory.
 
     The values are optax's. Each step computes the gradient of the loss, updates the optimizer, and adds the update to
-    params. `differentiable` replaces the derivatives of the optimizer, and `mixed_mode_grad` differentiates the gradient.
-    Two steps are equal if their fields are equal, so make the loss and the optimizer once.
+    params. The derivatives of the update are as in `differentiable`, and the derivatives of the gradient are as in
+    `mixed_mode_grad`. Two steps are equal if their fields are equal, so make the loss and the optimizer once.
 
     Args:
         loss: a function (params, hparams, batch) -> scalar. With ``has_aux``, it is a function
