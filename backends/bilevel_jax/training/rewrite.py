@@ -43,7 +43,9 @@ def _bind(equation: JaxprEqn, args: list[Any]) -> Any:
         return jax.checkpoint(function, prevent_cse=params["prevent_cse"], policy=params["policy"])(*args)
     if name in _NESTED:
         params = {key: _rewrite(value) for key, value in params.items()}
-    out = primitive.bind(*args, **primitive.get_bind_params(params))
+    bound: Any = primitive.get_bind_params(params)
+    functions, params = bound if isinstance(bound, tuple) else ((), bound)  # a tuple up to JAX 0.9
+    out = primitive.bind(*functions, *args, **params)
     return out if primitive.multiple_results else [out]
 
 
