@@ -8,5 +8,17 @@ if find_spec("jax") is None:
 from bilevel_jax.backend import JaxBackend, backend
 from bilevel_jax.implicit import implicit_minimizer
 from bilevel_jax.space import JaxSpace
+from bilevel_jax.training.differentiable import differentiable
+from bilevel_jax.training.mixed_mode import mixed_mode_grad
+from bilevel_jax.training.step import TrainingState, TrainingStep
 
-__all__ = ["JaxBackend", "JaxSpace", "backend", "implicit_minimizer"]
+__all__ = [
+    "JaxBackend",
+    "JaxSpace",
+    "TrainingState",
+    "TrainingStep",
+    "backend",
+    "differentiable",
+    "implicit_minimizer",
+    "mixed_mode_grad",
+]

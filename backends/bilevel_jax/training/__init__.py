@@ -1,0 +1,1 @@
+"""Training steps whose runs can be differentiated."""
