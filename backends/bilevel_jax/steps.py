@@ -26,7 +26,7 @@ COMPILED = 128
 
 @dataclass(frozen=True)
 class JaxSteps(Steps):
-    """Steps that are compiled in blocks. The body of each loop is a checkpoint: a block stores one state per step."""
+    """Steps that are compiled in blocks."""
 
     backend: Backend
     step: Callable[..., Any]
@@ -74,7 +74,13 @@ class JaxSteps(Steps):
 
     @override
     def graph_bytes(self, state: Any, hparams: Any, batch: Any) -> int:
-        return sum(leaf.nbytes for leaf in jax.tree.leaves((state, batch)) if hasattr(leaf, "nbytes"))
+        arrays: list[object] = []
+        static = partition((state, hparams, jax.tree.map(_as_array, batch), 1, True), arrays)
+
+        def pull(arrays: list[object]) -> Any:
+            return _record(self, *combine(static, iter(arrays)))[1]
+
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(pull, arrays)))
 
     def _run(self, function: Callable[..., Any], *args: Any) -> Any:
         arrays: list[object] = []
@@ -101,20 +107,23 @@ def _blocks(batches: Sequence[Any]) -> Iterator[Block]:
     if all(batch is batches[0] for batch in batches):
         yield jax.tree.map(_as_array, batches[0]), len(batches), True
         return
-    for _, group in groupby(map(_on_host, batches), lambda batch: (jax.tree.structure(batch), _kinds(batch))):
-        items = list(group)
-        stacked = jax.tree.map(lambda *parts: _stack(parts), *items)
-        yield stacked, len(items), False
+    flat = [jax.tree.flatten(batch) for batch in batches]
+    for (structure, _), group in groupby(flat, lambda batch: (batch[1], [*map(_kind, batch[0])])):
+        rows = [leaves for leaves, _ in group]
+        yield jax.tree.unflatten(structure, [*map(_stack, zip(*rows, strict=True))]), len(rows), False
 
 
-def _on_host(batch: Any) -> Any:
-    return jax.tree.map(lambda a: np.asarray(a) if isinstance(a, bool | int | float) else a, batch)
+def _kind(leaf: Any) -> Any:
+    """Return shape and dtype of an array, the class of a number, or any other leaf itself."""
+    if hasattr(leaf, "dtype"):
+        return leaf.shape, leaf.dtype
+    return type(leaf) if isinstance(leaf, bool | int | float) else leaf
 
 
 def _stack(parts: Sequence[Any]) -> Any:
-    if not hasattr(parts[0], "shape"):
-        return parts[0]
-    return jnp.stack(parts) if isinstance(parts[0], jax.Array) else np.stack(parts)
+    if isinstance(parts[0], jax.Array):
+        return jnp.stack(parts)
+    return np.array(parts) if isinstance(parts[0], _NUMBERS) else parts[0]
 
 
 _NUMBERS = (bool, int, float, np.ndarray, np.generic, jax.Array)
@@ -137,7 +146,7 @@ def _is_key(leaf: Any) -> bool:
 
 
 def _kinds(tree: Any) -> list[Any]:
-    return [(leaf.shape, leaf.dtype) if hasattr(leaf, "dtype") else leaf for leaf in jax.tree.leaves(tree)]
+    return [_kind(leaf) for leaf in jax.tree.leaves(tree)]
 
 
 def _arrays(tree: Any) -> list[jax.Array]:
@@ -164,7 +173,6 @@ def _advance(steps: JaxSteps, state: Any, hparams: Any, data: Any, count: int, s
     def body(arrays: list[jax.Array], batch: Any) -> tuple[list[jax.Array], None]:
         return _arrays(steps.next(_with_arrays(state, arrays), hparams, data if shared else batch)), None
 
-    body = jax.checkpoint(body, prevent_cse=False)
     return JaxSpace(None).scan(body, _arrays(state), None if shared else data, count)[0]
 
 

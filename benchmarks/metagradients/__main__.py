@@ -1,7 +1,7 @@
 """Time, memory and trust of metagradients: ratios in one run.
 
-OMP_NUM_THREADS=1 python -m benchmarks.metagradients          # all tables but trust, in some minutes
-OMP_NUM_THREADS=1 python -m benchmarks.metagradients torch    # one of: torch, maml, jax, jax-memory, long, trust
+OMP_NUM_THREADS=1 python -m benchmarks.metagradients          # all tables but the last two, in some minutes
+OMP_NUM_THREADS=1 python -m benchmarks.metagradients torch    # one of: torch, maml, jax, jax-memory, long, trust, lds
 
 Run it alone. `.venv-peers` (see the Makefile) also has TorchOpt and higher.
 """
@@ -9,6 +9,7 @@ Run it alone. `.venv-peers` (see the Makefile) also has TorchOpt and higher.
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -28,8 +29,9 @@ def main(names: list[str]) -> None:
         "jax-memory": jax_memory,
         "long": long_run.main,
         "trust": trust,
+        "lds": lds,
     }
-    for name in names or [name for name in tables if name != "trust"]:
+    for name in names or [name for name in tables if name not in ("trust", "lds")]:
         print(f"## {name}\n", flush=True)
         tables[name]()
         print(flush=True)
@@ -95,6 +97,7 @@ def in_jax() -> None:
         columns: dict[str, Callable[[], Any]] = {"training": digits.train}
         columns |= {f"{way} by hand": partial(digits.by_hand, way) for way in digits.compiled}
         columns |= {f'"{c}"': partial(digits.ours, checkpoints=c) for c in ("none", "sqrt", "log")}
+        columns |= {"20 queries, sqrt": partial(digits.ours, digits.each, checkpoints="sqrt")}
         print(f"{steps} steps, 64-32-10\n")
         table({name: partial(as_list, call) for name, call in columns.items()}, "remat by hand", 20)
 
@@ -133,6 +136,18 @@ def trust() -> None:
 
     jax.config.update("jax_enable_x64", True)
     trust.main()
+
+
+def lds() -> None:
+    """Print the linear datamodeling scores of metagradients for three seeds."""
+    import jax
+
+    from benchmarks.metagradients.trust import SMOOTH, row
+
+    jax.config.update("jax_enable_x64", True)
+    for name, training in SMOOTH:
+        found = [row(name, replace(training, seed=seed))["lds"] for seed in range(3)]
+        print(f"{name}, {training}: {', '.join(f'{x:.3f}' for x in found)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ RECIPES = [
     ("attention", Training(160, rate=0.01)),
     ("attention", Training(160, rate=0.05)),
 ]
+SMOOTH = RECIPES[0], ("MLP, tanh", Training(160, rate=0.05, batch=600)), RECIPES[5]
 LOW = ("MLP, tanh", Training(160, rate=0.05))  # in bfloat16
 
 
