@@ -16,7 +16,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 PEERS := .venv-peers
 
-.PHONY: demo test test-all test-oldest test-newest docs lint paper bench dist clean
+.PHONY: demo test test-all test-oldest test-newest docs docs-site lint paper bench dist clean
 
 demo: $(INSTALLED)
 	$(BIN)/bilevel demo --backend numpy --out demo-output/
@@ -53,6 +53,15 @@ test-oldest test-newest: test-%: .venv-%/.installed
 
 docs: $(INSTALLED)
 	$(BIN)/pytest README.md docs
+
+# The documentation with the API reference, in site/. It needs no framework: docstrings are read from the sources.
+docs-site: .venv-docs-site/.installed
+	NO_MKDOCS_2_WARNING=1 .venv-docs-site/bin/mkdocs build
+
+.venv-docs-site/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-docs-site
+	.venv-docs-site/bin/pip install --constraint constraints.txt --editable '.[docs-site]'
+	@touch $@
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -94,5 +103,5 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-* .cache .hypothesis .import_linter_cache .pytest_cache .ruff_cache build dist demo-output
+	rm -rf .venv .venv-* .cache .hypothesis .import_linter_cache .pytest_cache .ruff_cache build dist site demo-output
 	find bilevel backends tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -55,7 +55,7 @@ def influence(
         TypeError, ValueError, SolverError: as in `hypergradients`, and if ``weights`` is not one array of shape (N,).
 
     Warns:
-        As in `hypergradients`.
+        SolverWarning, InnerProblemWarning, DependenceWarning: as in `hypergradients`.
 
     >>> import numpy as np, bilevel as bl
     >>> class Mean:  # L = Σ λ_i (w − x_i)² / 2, so w* = Σ λ_i x_i / Σ λ_i

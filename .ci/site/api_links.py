@@ -1,0 +1,62 @@
+"""The API reference: entries by public names, and links to them from code in the text. These are hooks of MkDocs."""
+
+import re
+from typing import TYPE_CHECKING
+
+from public_names import ENTRY, entries, public_names
+
+if TYPE_CHECKING:
+    from mkdocs.config.defaults import MkDocsConfig
+    from mkdocs.structure.files import Files
+    from mkdocs.structure.pages import Page
+
+PLACES = public_names()
+# Anchors of entries. An object with several public names has one entry.
+ANCHORS = {name: place for name, place in PLACES.items() if place in {PLACES[entry] for _, entry in entries()}}
+PREFIXES = {"api/torch.md": "bilevel_torch.", "api/jax.md": "bilevel_jax.", "api/testing.md": "bilevel.testing."}
+NOT_TEXT = r"<pre.*?</pre>|<a\b.*?</a>|<h[1-6]\b.*?</h[1-6]>"
+CODE = re.compile(rf"{NOT_TEXT}|<code>([\w.]+)(\(.*?\))?</code>", re.DOTALL)
+
+
+def on_page_markdown(markdown: str, page: "Page", config: "MkDocsConfig", files: "Files") -> str:
+    """Turn the public names of entries into the places of their definitions, where mkdocstrings finds them.
+
+    `bilevel.hypergradient` is a function and a module. mkdocstrings would find the module.
+    """
+    level = 3 if "\n## " in markdown else 2  # below the headings of the page
+    if page.file.src_uri.startswith("api/"):
+        return ENTRY.sub(lambda entry: with_heading(entry[1], level), markdown)
+    return markdown
+
+
+def on_page_content(html: str, page: "Page", config: "MkDocsConfig", files: "Files") -> str:
+    """Link public names in code to their entries."""
+    return with_references(html, page.file.src_uri)
+
+
+def with_heading(name: str, level: int) -> str:
+    """Return an entry of mkdocstrings whose heading is a public name. More options may follow it."""
+    options = {"heading": name, "heading_level": level, "toc_label": name.rpartition(".")[2]}
+    return "\n      ".join(
+        [f"::: {PLACES[name]}\n    options:", *(f"{key}: {value}" for key, value in options.items())]
+    )
+
+
+def with_references(html: str, page: str) -> str:
+    """Make links of public names such as `bl.minimize`, and in docs/api also of `minimize`."""
+
+    def refer(code: re.Match[str]) -> str:
+        anchor = ANCHORS.get(full_name(code[1], page)) if code[1] else None
+        return f'<autoref identifier="{anchor}">{code[0]}</autoref>' if anchor else code[0]
+
+    return CODE.sub(refer, html)
+
+
+def full_name(name: str, page: str) -> str:
+    """Return the public name that a name in the text stands for, or a name without an entry."""
+    if name.startswith("bl."):
+        return "bilevel." + name.removeprefix("bl.")
+    if "." in name or not page.startswith("api/") or (name.islower() and "gradient" not in name):
+        return name
+    here = PREFIXES.get(page, "bilevel.") + name
+    return here if here in ANCHORS else f"bilevel.{name}"
