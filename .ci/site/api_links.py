@@ -52,11 +52,12 @@ def with_references(html: str, page: str) -> str:
     return CODE.sub(refer, html)
 
 
-def full_name(name: str, page: str) -> str:
-    """Return the public name that a name in the text stands for, or a name without an entry."""
+def full_name(name: str, page: str) -> str | None:
+    """Return the public name that a name in the text stands for, if there is one."""
     if name.startswith("bl."):
         return "bilevel." + name.removeprefix("bl.")
     if "." in name or not page.startswith("api/") or (name.islower() and "gradient" not in name):
         return name
+    found = [full for full in ANCHORS if full.endswith(f".{name}")]
     here = PREFIXES.get(page, "bilevel.") + name
-    return here if here in ANCHORS else f"bilevel.{name}"
+    return here if here in found else next(iter(found), None)

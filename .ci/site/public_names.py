@@ -36,10 +36,14 @@ ENTRY = re.compile(r"^::: ([\w.]+)(\n    options:)?$", re.MULTILINE)
 
 
 def public_names() -> dict[str, str]:
-    """Return the public names without the names of packages, and where each object is defined: bilevel.cg.CG."""
+    """Return the public names, and where each object is defined: bilevel.linear_solvers.cg.CG.
+
+    Names of packages are left out, and `backend`, the instance in each backend's package. mkdocstrings would take it
+    for the module of this name, so the text of docs/api describes it.
+    """
     names = {f"{package}.{name}": definition(package, name) for package in PACKAGES for name in exported(package)}
     names |= {name: name for name in FOR_EXTENSIONS}
-    return {name: place for name, place in names.items() if name not in PACKAGES}
+    return {name: place for name, place in names.items() if name not in PACKAGES and not name.endswith(".backend")}
 
 
 def entries() -> Iterator[tuple[str, str]]:

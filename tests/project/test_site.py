@@ -74,6 +74,7 @@ def test_links_lead_to_pages_of_the_site(page, link, expected):
         ("api/torch.md", "<code>TrainingStep</code>", "bilevel_torch.training.step.TrainingStep"),
         ("api/jax.md", "<code>TrainingStep</code>", "bilevel_jax.training.step.TrainingStep"),
         ("api/torch.md", "<code>CG</code>", "bilevel.linear_solvers.cg.CG"),
+        ("api/solvers.md", "<code>Preconditioner</code>", "bilevel.preconditioners.preconditioner.Preconditioner"),
         ("api/torch.md", "<code>backend</code>", None),
     ],
 )
