@@ -1,0 +1,24 @@
+"""Run all snippets of docs/coming-from.md, with those of the other libraries, which the test suite leaves out.
+
+Run it in .venv-peers, which `make bench` makes: .venv-peers/bin/python -m benchmarks.coming_from
+It stops with an error if one of our snippets gives another number than the page. Compare what the others print.
+"""
+
+import re
+import warnings
+from pathlib import Path
+
+PAGE = Path(__file__).parents[1] / "docs" / "coming-from.md"
+
+
+def main() -> None:
+    """Run the blocks in their order, in one namespace."""
+    names: dict[str, object] = {"__name__": "page"}
+    for language, block in re.findall(r"^```(python|py)\n(.*?)^```$", PAGE.read_text("utf-8"), re.DOTALL | re.MULTILINE):
+        print("bilevel" if language == "python" else re.findall(r"(?:import|from) (\w+)", block)[0])
+        exec(block, names)
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")  # the other libraries are older than this torch and JAX
+    main()
