@@ -14,7 +14,9 @@ PAGE = Path(__file__).parents[1] / "docs" / "coming-from.md"
 def main() -> None:
     """Run the blocks in their order, in one namespace."""
     names: dict[str, object] = {"__name__": "page"}
-    for language, block in re.findall(r"^```(python|py)\n(.*?)^```$", PAGE.read_text("utf-8"), re.DOTALL | re.MULTILINE):
+    for language, block in re.findall(
+        r"^```(python|py)\n(.*?)^```$", PAGE.read_text("utf-8"), re.DOTALL | re.MULTILINE
+    ):
         print("bilevel" if language == "python" else re.findall(r"(?:import|from) (\w+)", block)[0])
         exec(block, names)
 
