@@ -20,14 +20,18 @@ PACKAGES = [  # in order: an object of several packages has one entry, under its
     "bilevel_torch",
     "bilevel_jax",
 ]
-FOR_EXTENSIONS = [  # public for authors of solvers and backends, and for tests; in no `__all__`
+FURTHER = [  # in no `__all__`: for authors of problems, solvers and backends, for tests, and a result
     "bilevel.backend.Backend",
     "bilevel.linearization.Dependence",
     "bilevel.linearization.LinearizedMap",
     "bilevel.linearization.OuterDerivatives",
     "bilevel.operators.linear_operator.LinearOperator",
     "bilevel.operators.scaling.scale_free",
+    "bilevel.problems.central_differences.finite_differences",
     "bilevel.problems.protocols.BilevelProblem",
+    "bilevel.problems.protocols.InnerProblem",
+    "bilevel.problems.protocols.OuterObjective",
+    "bilevel.search.evaluations.Evaluation",
     "bilevel.spaces.space.Space",
     "bilevel.steps.Steps",
     "bilevel.testing.strategies",
@@ -42,7 +46,7 @@ def public_names() -> dict[str, str]:
     for the module of this name, so the text of docs/api describes it.
     """
     names = {f"{package}.{name}": definition(package, name) for package in PACKAGES for name in exported(package)}
-    names |= {name: name for name in FOR_EXTENSIONS}
+    names |= {name: name for name in FURTHER}
     return {name: place for name, place in names.items() if name not in PACKAGES and not name.endswith(".backend")}
 
 

@@ -26,15 +26,25 @@ FORMAT = 1  # of the state
 
 
 class Evaluation(NamedTuple):
-    """The record of one evaluation of F and its hypergradient in `minimize`."""
+    """The record of one evaluation of F and its hypergradient in `minimize`.
+
+    Attributes:
+        value: F.
+        grad_norm: norm of the hypergradient, without the components that point out of the bounds.
+        rtol: tolerance of the linear solve. None: the solver has none.
+        steps: iterations of the linear solve.
+        status: a `Status`.
+        inner_grad_norm: as in `SolverInfo`; nan if it is unknown.
+        value_error: as in `SolverInfo`; nan if it is unknown.
+    """
 
     value: float
-    grad_norm: float  # of the hypergradient, without the components that point out of the bounds
-    rtol: float | None  # tolerance of the linear solve; None for a solver without one
+    grad_norm: float
+    rtol: float | None
     steps: int
     status: Status
-    inner_grad_norm: float  # see `SolverInfo`; nan if it is unknown
-    value_error: float  # see `SolverInfo`; nan if it is unknown
+    inner_grad_norm: float
+    value_error: float
 
 
 class Point(NamedTuple, Generic[P]):

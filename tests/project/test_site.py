@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 from api_links import with_references
 from markdown_text import docstring_as_markdown, with_indented_items
-from public_names import FOR_EXTENSIONS, entries, exported, public_names
+from public_names import FURTHER, entries, exported, public_names
 from site_pages import with_site_links
 
 
@@ -33,8 +33,8 @@ def test_the_definitions_in_the_sources_are_the_objects_of_the_packages(package)
             assert getattr(importlib.import_module(source), attribute) is getattr(module, name.rpartition(".")[2])
 
 
-def test_the_names_for_extensions_exist():
-    for name in FOR_EXTENSIONS:
+def test_the_further_names_exist():
+    for name in FURTHER:
         module, _, attribute = name.rpartition(".")
         assert hasattr(importlib.import_module(module), attribute) or importlib.import_module(name)
 
@@ -65,8 +65,10 @@ def test_links_lead_to_pages_of_the_site(page, link, expected):
         ("jax.md", "<code>bl.hypergradient</code>", "bilevel.hypergradient.hypergradient"),
         ("jax.md", '<code>bl.CG(rtol=None, name="a")</code>', "bilevel.linear_solvers.cg.CG"),
         ("jax.md", "<code>bilevel.linear_solvers.CG</code>", "bilevel.linear_solvers.cg.CG"),
+        ("jax.md", "<code>@bilevel_jax.implicit_minimizer(f)</code>", "bilevel_jax.implicit.implicit_minimizer"),
+        ("jax.md", "<code>bl.Problem.from_model</code>", "bilevel.problems.problem.Problem.from_model"),
+        ("jax.md", "<code>f(x)</code> <b>g(<code>y)</code>", None),
         ("jax.md", "<code>CG</code>", None),
-        ("jax.md", "<code>bl.no_such_name</code>", None),
         ("jax.md", '<a href="x"><code>bl.CG</code></a>', None),
         ("jax.md", "<h2>About <code>bl.CG</code></h2>", None),
         ("jax.md", "<pre><code>bl.CG</code></pre>", None),
@@ -79,8 +81,18 @@ def test_links_lead_to_pages_of_the_site(page, link, expected):
     ],
 )
 def test_public_names_in_code_link_to_their_entries(page, html, anchor):
-    expected = f'<autoref identifier="{anchor}">{html}</autoref>' if anchor else html
+    optional = " optional" if html == "<code>bl.Problem.from_model</code>" else ""
+    expected = f'<autoref identifier="{anchor}"{optional}>{html}</autoref>' if anchor else html
     assert with_references(html, page) == expected
+
+
+@pytest.mark.parametrize("name", ["bl.no_such_name", "bilevel_torch.no_such_name", "bilevel_jax.no.such.name"])
+def test_names_without_an_entry_are_reported_except_in_the_changelog(name, caplog):
+    html = f"<code>{name}</code>"
+    assert with_references(html, "changelog.md") == html
+    assert caplog.messages == []
+    assert with_references(html, "jax.md") == html
+    assert caplog.messages == [f"jax.md: `{name}` is no public name with an entry in docs/api."]
 
 
 def test_items_of_lists_are_indented_by_four_spaces():
