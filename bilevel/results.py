@@ -9,8 +9,14 @@ from bilevel.spaces.array import H, P
 class Status(IntEnum):
     """The outcome of a solve.
 
-    ``CONVERGED`` means that a residual from a product with the operator meets the tolerance. For a method with a fixed
-    number of terms (``identity``, ``neumann``, ``unrolled``), it means that all terms are summed without a failure.
+    Attributes:
+        CONVERGED: a residual from a product with the operator meets the tolerance. For a method with a fixed number of
+            terms (``identity``, ``neumann``, ``unrolled``), all terms are summed without a failure.
+        MAXITER: the residual is above the tolerance after the last allowed step, or cannot become smaller.
+        NEGATIVE_CURVATURE: the solver needs a positive definite operator, and has found a direction without positive
+            curvature.
+        DIVERGED: the terms of a series or the steps of an unroll have grown.
+        NON_FINITE: a number is nan or infinite.
     """
 
     CONVERGED = 0

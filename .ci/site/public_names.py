@@ -20,8 +20,9 @@ PACKAGES = [  # in order: an object of several packages has one entry, under its
     "bilevel_torch",
     "bilevel_jax",
 ]
-FURTHER = [  # in no `__all__`: for authors of problems, solvers and backends, for tests, and a result
+FURTHER = [  # in no `__all__`: for authors of problems, solvers and backends, for tests, and parts of results
     "bilevel.backend.Backend",
+    "bilevel.diagnosis.measurements.Measured",
     "bilevel.linearization.Dependence",
     "bilevel.linearization.LinearizedMap",
     "bilevel.linearization.OuterDerivatives",

@@ -20,7 +20,13 @@ GRADIENT = "bilevel gradient"
 
 
 class TrainingState(NamedTuple):
-    """The state of a training run: params, the state of the optimizer, and the auxiliary state of the loss."""
+    """The state of a training run.
+
+    Attributes:
+        params: w, the trained arrays.
+        optimizer: the state of the optimizer.
+        aux: the auxiliary state of a loss with ``has_aux``.
+    """
 
     params: Any
     optimizer: Any
