@@ -159,7 +159,7 @@ class TrainingStep:
             RuntimeError: for a result that carries a graph, if the function uses `torch.utils.checkpoint`.
         """
         record = torch.is_grad_enabled() and any(buffer.requires_grad for buffer in state.buffers.values())
-        with modes(self.model, dict.fromkeys(self._training, False)):
+        with modes(dict.fromkeys(self._training, False)):
             result = self._caller.call(state.params, state.buffers, function, args, record)[0]
             outputs = [leaf for leaf in leaves(result) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
             check_graph("function", self._caller, state.params, state.buffers, outputs)
@@ -175,12 +175,15 @@ class TrainingStep:
                 the first call with a graph, if the gradient has no derivative, or if the loss uses
                 `torch.utils.checkpoint`.
         """
-        inputs = leaves([state, hparams]) if recording() and torch.is_grad_enabled() else []
-        record = any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in inputs)
+        record = (
+            recording()
+            and torch.is_grad_enabled()
+            and (_differentiable(state.params) or _differentiable([state, hparams]))
+        )
         check = record and not self._graph_checked
         batches = micro_batches(batch, self._accumulate)
         before = None if self._checked else {name: param.detach().clone() for name, param in state.params.items()}
-        with torch.enable_grad(), modes(self.model, self._training):
+        with torch.enable_grad(), modes(self._training):
             params = {name: _input(param, record) for name, param in state.params.items()}
             grads, buffers = gradients(self._caller, params, state.buffers, self._loss, hparams, batches, record, check)
             if check:
@@ -224,6 +227,11 @@ class TrainingStep:
                 numbers = replaced(i, numbers, self._options(hparams, t, {"index": i, **numbers}))
             groups.append({**flags, **numbers})
         return groups
+
+
+def _differentiable(tree: Any) -> bool:
+    """Return whether a tree has a tensor with a graph."""
+    return any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in leaves(tree))
 
 
 def _input(param: torch.Tensor, record: bool) -> torch.Tensor:
