@@ -2,8 +2,8 @@
 
 python -m benchmarks.metagradients.language --data DIR
 
-DIR is the folder of `examples/paper/data.py`. The training examples are chunks of text, with a weight each. The truth is
-the linear datamodeling score: the rank correlation of predicted and actual losses of 20 chunks of other text, over
+DIR is the folder of `examples/paper/data.py`. The training examples are chunks of text, with a weight each. The truth
+is the linear datamodeling score: the rank correlation of predicted and actual losses of 20 chunks of other text, over
 trainings without 5 % of the examples.
 """
 
@@ -157,6 +157,7 @@ class Language:
         solvers = {
             'CG, damping "auto"': ("hessian", bl.CG(maxiter=20, rtol=1e-2)),
             "Gauss-Newton CG": ("gauss-newton", bl.CG(maxiter=20, rtol=1e-2)),
+            "Gauss-Newton CG, damping 0.1": ("gauss-newton", bl.CG(maxiter=20, rtol=1e-2, damping=0.1)),
             "identity": ("hessian", "identity"),
         }
         for name, (curvature, solver) in solvers.items():

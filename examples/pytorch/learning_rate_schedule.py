@@ -7,7 +7,8 @@ hyperparameters are logarithms: for each of five groups of weights, learning rat
 decay. Three methods have the same time to find a small validation loss at the end of the run. Each starts with the same
 four constant rates.
 
-- metagradient descent: `bl.metagradient` differentiates the run, and Adam changes the logarithms from the best of these.
+- metagradient descent: from the best of these, `bl.metagradient` differentiates the run, and a few trainings choose how
+  far to follow the derivative.
 - random search: schedules with random peaks, warmups and ends, and random decays.
 - greedy hypergradients: each step changes the rates and decays by the derivative of the validation loss after that one
   step. The start and the size of the changes are random.

@@ -9,11 +9,11 @@
   optimizer solves it, here L-BFGS. `implicit_minimizer` differentiates its minimum, not the path to it.
 
 Tasks are sine waves with random amplitudes and phases, ten points each. The table has the loss on new waves before
-adaptation and after each step.
+adaptation and after each step. A step of iMAML is an iteration of L-BFGS. The last column is the loss after the whole
+adaptation.
 """
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,8 @@ from tqdm import tqdm
 
 import bilevel_torch
 
-SHOTS, INNER_STEPS, TASKS = 10, 3, 4  # TASKS: of each step of the first weights
-INNER_RATE, OUTER_RATE, NEARNESS = 0.02, 1e-2, 0.5
+SHOTS, TASKS = 10, 4  # TASKS: of each step of the first weights
+INNER_RATE, OUTER_RATE, NEARNESS, SHOWN = 0.02, 1e-2, 0.5, 6
 Points = tuple[torch.Tensor, torch.Tensor]
 Weights = dict[str, torch.Tensor]
 
@@ -47,6 +47,8 @@ def wave(generator: torch.Generator) -> tuple[Points, Points]:
 class MAML:
     """First weights, and with ``learn_rates`` the rates of the inner steps."""
 
+    steps = 3
+
     def __init__(self, seed: int, learn_rates: bool = False) -> None:
         torch.manual_seed(seed)
         self.net = network()
@@ -64,7 +66,7 @@ class MAML:
     def parameters(self) -> list[torch.Tensor]:
         return [*self.net.parameters(), *([self.log_rates] if self.log_rates.requires_grad else [])]
 
-    def adapt(self, support: Points, steps: int = INNER_STEPS) -> Weights:
+    def adapt(self, support: Points, steps: int = steps) -> Weights:
         """Return weights after some steps, with a graph to the parameters."""
         state = self.first._replace(params=dict(self.net.named_parameters()))
         rates = self.log_rates.exp()
@@ -75,6 +77,8 @@ class MAML:
 
 class ImplicitMAML:
     """First weights, near which the minimum for a wave lies."""
+
+    steps = 15  # at most
 
     def __init__(self, seed: int) -> None:
         torch.manual_seed(seed)
@@ -90,7 +94,7 @@ class ImplicitMAML:
         distance = sum(((weights[name] - first[name]) ** 2).sum() for name in weights)
         return mse_loss(functional_call(self.net, weights, (x,)), y) + NEARNESS / 2 * distance
 
-    def train(self, first: Weights, support: Points, steps: int = 15) -> Weights:
+    def train(self, first: Weights, support: Points, steps: int = steps) -> Weights:
         """Return weights near the minimum."""
         weights = {name: w.detach().clone().requires_grad_() for name, w in first.items()}
         first = {name: w.detach() for name, w in first.items()}
@@ -106,7 +110,7 @@ class ImplicitMAML:
             optimizer.step(closure)
         return weights
 
-    def adapt(self, support: Points, steps: int = 15) -> Weights:
+    def adapt(self, support: Points, steps: int = steps) -> Weights:
         return self.solve(dict(self.net.named_parameters()), support, steps=steps)
 
 
@@ -126,18 +130,17 @@ def learn(method: Any, iterations: int, seed: int, about: str) -> None:
             bar.set_postfix(loss=f"{total.item():.3f}")
 
 
-@torch.no_grad()
-def losses(net: nn.Module, adapt: Callable[[Points, int], Weights], most: int, waves: int = 50) -> list[float]:
-    """Return the mean losses on new waves after 0, 1, ... steps."""
-    found = torch.zeros(most + 1)
-    for steps in range(most + 1):
-        generator = torch.Generator().manual_seed(10**6)  # the same waves for each number of steps
+def losses(method: Any, numbers: list[int], waves: int = 50) -> list[float]:
+    """Return the mean losses on new waves after some numbers of steps."""
+    found = []
+    for steps in numbers:
+        generator, total = torch.Generator().manual_seed(10**6), 0.0  # the same waves for each number of steps
         for _ in range(waves):
             support, (x, y) = wave(generator)
-            with torch.enable_grad():
-                weights = adapt(support, steps)
-            found[steps] += mse_loss(functional_call(net, weights, (x,)), y) / waves
-    return found.tolist()
+            weights = {name: w.detach() for name, w in method.adapt(support, steps).items()}
+            total += float(mse_loss(functional_call(method.net, weights, (x,)), y))
+        found.append(total / waves)
+    return found
 
 
 def main(argv: list[str] | None = None) -> dict[str, list[float]]:
@@ -159,8 +162,8 @@ def main(argv: list[str] | None = None) -> dict[str, list[float]]:
     for name, method in methods.items():
         if name != "random weights":
             learn(method, arguments.iterations, arguments.seed, name)
-        results[name] = losses(method.net, method.adapt, INNER_STEPS + 2)
-    print(f"{'loss after':<18}{'':<4}" + "".join(f"{k:>3} steps" for k in range(INNER_STEPS + 3)))
+        results[name] = losses(method, [*range(SHOWN), method.steps])
+    print(f"{'loss after':<22}" + "".join(f"{k:>3} steps" for k in range(SHOWN)) + "  adapted")
     for name, values in results.items():
         print(f"{name:<22}" + "".join(f"{value:9.3f}" for value in values))
     print("rates of Meta-SGD:", ", ".join(f"{rate:.3f}" for rate in methods["Meta-SGD"].log_rates.exp().tolist()))
@@ -177,7 +180,7 @@ def picture(results: dict[str, list[float]], path: Path) -> None:
     figure = Figure(figsize=(5, 3.5), layout="constrained")
     axes = figure.subplots()
     for name, values in results.items():
-        axes.plot(values, "o-", label=name)
+        axes.plot(values[:-1], "o-", label=name)
     axes.set(xlabel="steps of adaptation", ylabel="loss on new waves")
     axes.legend()
     FigureCanvasAgg(figure).print_png(str(path))
