@@ -203,10 +203,12 @@ def maml(tasks: int = 8, shots: int = 10) -> dict[str, Callable[[], Any]]:
     rates = lambda rate, t, group: {"lr": rate}  # noqa: E731
     training_step = bilevel_torch.TrainingStep(net, torch.optim.SGD(net.parameters(), 0.01), of_net, options=rates)
 
+    untrained = training_step.init()
+
     def module() -> list[torch.Tensor]:
         rate, total = torch.tensor(0.01, requires_grad=True), torch.zeros(())
         for i in range(tasks):
-            state = training_step.init()._replace(params=first)
+            state = untrained._replace(params=first)
             for _ in range(3):
                 state = training_step(state, rate, (x[i, :shots], y[i, :shots]))
             out = torch.func.functional_call(net, state.params, (x[i, shots:],))

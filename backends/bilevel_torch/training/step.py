@@ -175,11 +175,9 @@ class TrainingStep:
                 the first call with a graph, if the gradient has no derivative, or if the loss uses
                 `torch.utils.checkpoint`.
         """
-        record = (
-            recording()
-            and torch.is_grad_enabled()
-            and (_differentiable(state.params) or _differentiable([state, hparams]))
-        )
+        # Most often, the weights tell. To list all leaves takes longer.
+        recorded = any(param.requires_grad for param in state.params.values()) or _recorded([state, hparams])
+        record = recorded and recording() and torch.is_grad_enabled()
         check = record and not self._graph_checked
         batches = micro_batches(batch, self._accumulate)
         before = None if self._checked else {name: param.detach().clone() for name, param in state.params.items()}
@@ -214,7 +212,7 @@ class TrainingStep:
         for of_group, numbers in zip(grads, options, strict=True):
             for name, grad in of_group.items():
                 param, kept = self._rule.update(params[name], grad, slots[name], numbers)
-                params[name] = param.to(params[name].dtype)
+                params[name] = _like(params[name], param)
                 slots[name] = {key: _like(slots[name][key], slot) for key, slot in kept.items()}
         return params, slots
 
@@ -229,7 +227,7 @@ class TrainingStep:
         return groups
 
 
-def _differentiable(tree: Any) -> bool:
+def _recorded(tree: Any) -> bool:
     """Return whether a tree has a tensor with a graph."""
     return any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in leaves(tree))
 
@@ -240,5 +238,5 @@ def _input(param: torch.Tensor, record: bool) -> torch.Tensor:
 
 
 def _like(before: Any, after: Any) -> Any:
-    """Return a slot in the dtype that it had: options may be tensors of a wider one."""
-    return after.to(before.dtype) if isinstance(after, torch.Tensor) else after
+    """Return a weight or slot in the dtype that it had: options may be tensors of a wider one."""
+    return after.to(before.dtype) if isinstance(after, torch.Tensor) and after.dtype != before.dtype else after
