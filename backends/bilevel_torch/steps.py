@@ -25,11 +25,12 @@ class TorchSteps(Steps):
     def advance(self, state: Any, hparams: Any, batches: Sequence[Any]) -> Any:
         check_untransformed()
         hparams = tree_map(torch.Tensor.detach, hparams)
-        state = tree_map(_copied, state)  # a step may write to its arguments
+        end = tree_map(_copied, state)  # a step may write to its arguments
         with torch.enable_grad(), without_graph():
             for batch in batches:
-                state = self._next(tree_map(_leaf, state), hparams, batch)
-        return tree_map(_detached, state)
+                end = self.step(tree_map(_leaf, end), hparams, batch)
+        self._check(state, end)
+        return tree_map(_detached, end)
 
     @override
     def record(self, state: Any, hparams: Any, batches: Sequence[Any]) -> tuple[Any, Pull]:
@@ -39,7 +40,8 @@ class TorchSteps(Steps):
         inputs = [*_floating(first), *leaves(hparams)]
         with torch.enable_grad():
             for batch in batches:
-                end = self._next(end, hparams, batch)
+                end = self.step(end, hparams, batch)
+        self._check(state, end)
         outputs = _floating(end)
         count = len(outputs)
 
@@ -67,18 +69,14 @@ class TorchSteps(Steps):
 
         return tree_map(_detached, end), pull
 
-    def _next(self, state: Any, hparams: Any, batch: Any) -> Any:
-        """Return the next state. Raise unless it has the structure, shapes and dtypes of the state."""
-        after = self.step(state, hparams, batch)
+    def _check(self, state: Any, after: Any) -> None:
+        """Raise unless steps have kept the structure, shapes and dtypes of the state."""
         before, new = leaves(state), leaves(after)
         if len(before) != len(new) or any(map(_differ, before, new)):
-            tensors = [
-                tree_map(lambda leaf: leaf if isinstance(leaf, torch.Tensor) else None, t) for t in (after, state)
-            ]
-            check_like(self.backend, "step", tensors[0], "state", tensors[1])
-            check_dtypes(self.backend, "step", tensors[0], "state", tensors[1])
+            new, before = (tree_map(lambda a: a if isinstance(a, torch.Tensor) else None, t) for t in (after, state))
+            check_like(self.backend, "step", new, "state", before)
+            check_dtypes(self.backend, "step", new, "state", before)
             raise ValueError("step: expected a state with the structure of the state that it was called with.")
-        return after
 
     @override
     def graph_bytes(self, state: Any, hparams: Any, batch: Any) -> int:

@@ -138,7 +138,10 @@ class _Net(torch.nn.Module):
 
 
 def maml(tasks: int = 8, shots: int = 10) -> dict[str, Callable[[], Any]]:
-    """Return MAML by hand and by `bl.metagradient`: 3 steps on sine waves, by the first weights of an MLP 1-40-40-1."""
+    """Return MAML by hand, by `bl.metagradient` and by a loop of `bilevel_torch.TrainingStep`.
+
+    There are 3 steps on sine waves. The derivative is by the first weights of an MLP 1-40-40-1 and the learning rate.
+    """
     g = torch.Generator().manual_seed(0)
     shapes = ((1, 40), (40,), (40, 40), (40,), (40, 1), (1,))
     start = [torch.randn(s, generator=g) / max(s[0], 1) ** 0.5 if len(s) == 2 else torch.zeros(s) for s in shapes]
@@ -173,4 +176,48 @@ def maml(tasks: int = 8, shots: int = 10) -> dict[str, Callable[[], Any]]:
             total = [a + b for a, b in zip(total, [*found.state_grad, found.grad], strict=True)]
         return total
 
-    return {"by hand": by_hand, "bl.metagradient": ours}
+    net = torch.nn.Sequential(
+        *(torch.nn.Linear(1, 40), torch.nn.ReLU(), torch.nn.Linear(40, 40), torch.nn.ReLU(), torch.nn.Linear(40, 1))
+    )
+    with torch.no_grad():
+        for parameter, a in zip(net.parameters(), start, strict=True):
+            parameter.copy_(a.T if a.dim() == 2 else a)
+    first = dict(net.named_parameters())
+
+    def of_net(net: Any, rate: Any, batch: Any) -> torch.Tensor:
+        return ((net(batch[0]) - batch[1]) ** 2).mean()
+
+    def module_by_hand() -> list[torch.Tensor]:
+        rate, total = torch.tensor(0.01, requires_grad=True), torch.zeros(())
+        for i in range(tasks):
+            params = first
+            for _ in range(3):
+                out = torch.func.functional_call(net, params, (x[i, :shots],))
+                inner = ((out - y[i, :shots]) ** 2).mean()
+                g = torch.autograd.grad(inner, list(params.values()), create_graph=True)
+                params = {name: a - rate * b for (name, a), b in zip(params.items(), g, strict=True)}
+            out = torch.func.functional_call(net, params, (x[i, shots:],))
+            total = total + ((out - y[i, shots:]) ** 2).mean()
+        return list(torch.autograd.grad(total, [*first.values(), rate]))
+
+    rates = lambda rate, t, group: {"lr": rate}  # noqa: E731
+    training_step = bilevel_torch.TrainingStep(net, torch.optim.SGD(net.parameters(), 0.01), of_net, options=rates)
+
+    untrained = training_step.init()
+
+    def module() -> list[torch.Tensor]:
+        rate, total = torch.tensor(0.01, requires_grad=True), torch.zeros(())
+        for i in range(tasks):
+            state = untrained._replace(params=first)
+            for _ in range(3):
+                state = training_step(state, rate, (x[i, :shots], y[i, :shots]))
+            out = torch.func.functional_call(net, state.params, (x[i, shots:],))
+            total = total + ((out - y[i, shots:]) ** 2).mean()
+        return list(torch.autograd.grad(total, [*first.values(), rate]))
+
+    return {
+        "by hand": by_hand,
+        "bl.metagradient": ours,
+        "a module by hand": module_by_hand,
+        "bilevel_torch.TrainingStep": module,
+    }

@@ -132,7 +132,7 @@ def _findings(d: TrainingDiagnosis) -> Iterator[Finding]:
     if d.precision < PRECISE:
         yield Finding(
             "precision",
-            f"Rounding errors change the metagradient of the first steps: its cosine to float64 is {d.precision:.3f}.",
+            f"Rounding errors change the metagradient: its cosine to float64 is {d.precision:.3f}.",
             "Train in float32. Or keep weights and optimizer states in float32, and only compute the losses in lower "
             "precision.",
         )

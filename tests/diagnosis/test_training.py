@@ -139,6 +139,7 @@ def test_a_derivative_that_is_not_finite_is_found(backend):
         ({"size": "big"}, TypeError, "size: expected a number > 0, got 'big'"),
         ({"directions": 0}, ValueError, "directions: expected an integer >= 1, got 0"),
         ({"directions": 1.5}, TypeError, "directions: expected an integer >= 1, got 1.5"),
+        ({"precision_steps": -1}, ValueError, "precision_steps: expected an integer >= 0, got -1"),
     ],
 )
 def test_wrong_options_are_named(options, error, message):

@@ -19,6 +19,10 @@ class Caller(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        names = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
+        every = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+        self._tied = len(names) < len(every)  # finding tied weights takes time in each call
+        self._inside = {name: f"model.{name}" for name in names}
 
     @override
     def forward(self, function: Callable[..., Any], *args: Any) -> Any:
@@ -36,10 +40,10 @@ class Caller(nn.Module):
         """
         copies = {name: _copied(buffer, record) for name, buffer in buffers.items()}
         nodes = {name: copy.grad_fn for name, copy in copies.items()}
-        tensors = {_inside(name): tensor for name, tensor in {**params, **copies}.items()}
-        with differentiable_statistics(self.model) if record else nullcontext():
-            result = torch.func.functional_call(self, tensors, (function, *args))
-        after = {name: tensors[_inside(name)] for name in buffers}
+        tensors = {self._inside[name]: tensor for name, tensor in {**params, **copies}.items()}
+        with differentiable_statistics(self.model) if record and buffers else nullcontext():
+            result = torch.func.functional_call(self, tensors, (function, *args), tie_weights=self._tied)
+        after = {name: tensors[self._inside[name]] for name in buffers}
         if record:
             for name, buffer in after.items():
                 # A layer without a graph leaves the node of the copy, or assigns a tensor that has none.
@@ -65,24 +69,25 @@ def equal(before: torch.Tensor, after: torch.Tensor) -> bool:
 
 
 @contextmanager
-def modes(model: nn.Module, training: dict[str, bool]) -> Iterator[None]:
-    """Set the training flag of each module in this context, and restore the flags afterwards."""
-    before = modes_of(model)
+def modes(training: dict[nn.Module, bool]) -> Iterator[None]:
+    """Set the training flags of modules in this context, and restore the flags afterwards."""
+    before = {module: module.training for module in training}
     try:
-        _set_modes(model, training)
+        _set_modes(training)
         yield
     finally:
-        _set_modes(model, before)
+        _set_modes(before)
 
 
-def modes_of(model: nn.Module) -> dict[str, bool]:
+def modes_of(model: nn.Module) -> dict[nn.Module, bool]:
     """Return the training flag of each module."""
-    return {name: module.training for name, module in model.named_modules()}
+    return {module: module.training for module in model.modules()}
 
 
-def _set_modes(model: nn.Module, training: dict[str, bool]) -> None:
-    for name, module in model.named_modules():
-        module.training = training.get(name, module.training)
+def _set_modes(training: dict[nn.Module, bool]) -> None:
+    for module, flag in training.items():
+        if module.training != flag:  # to assign an attribute of a module takes longer than to read it
+            module.training = flag
 
 
 def _copied(buffer: torch.Tensor, record: bool) -> torch.Tensor:
@@ -92,7 +97,3 @@ def _copied(buffer: torch.Tensor, record: bool) -> torch.Tensor:
     if buffer.is_floating_point() and not buffer.requires_grad:
         buffer = buffer.detach().requires_grad_()
     return buffer.clone()
-
-
-def _inside(name: str) -> str:
-    return f"model.{name}"

@@ -30,7 +30,8 @@ def gradients(
 
     def of_batch(model: Any, hparams: Any, batch: Any) -> Sequence[torch.Tensor | None]:
         """Differentiate while the model has the weights of the state: a checkpoint runs its modules again."""
-        result = _checked(loss(model, hparams, batch)) / len(batches)
+        result = _checked(loss(model, hparams, batch))
+        result = result / len(batches) if len(batches) > 1 else result
         if check:
             return grad([result], inputs, None, create_graph=True)
         return torch.autograd.grad(result, inputs, create_graph=record, allow_unused=True)
@@ -76,4 +77,4 @@ def _checked(loss: object) -> torch.Tensor:
             "loss: it has no graph. Compute it with the model that loss receives as its first argument, outside of "
             "torch.no_grad(), and do not detach it."
         )
-    return loss.reshape(())
+    return loss.reshape(()) if loss.dim() else loss

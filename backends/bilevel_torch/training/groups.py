@@ -56,9 +56,10 @@ def replaced(index: int, numbers: Options, given: object) -> Options:
                 f"options: param group {index} has no momentum, so the optimizer keeps no buffer for it. Construct the "
                 "optimizer with a momentum other than 0, for example the value in hparams."
             )
-    if all(name in {**numbers, **given} for name in CLIPS):
+    options = {**numbers, **given}
+    if all(name in options for name in CLIPS):
         raise ValueError(f"options: param group {index} has {' and '.join(CLIPS)}. Give one of them.")
-    return {**numbers, **given}
+    return options
 
 
 def _fixed_for_all(optimizer: torch.optim.Optimizer) -> Options:

@@ -159,7 +159,7 @@ class TrainingStep:
             RuntimeError: for a result that carries a graph, if the function uses `torch.utils.checkpoint`.
         """
         record = torch.is_grad_enabled() and any(buffer.requires_grad for buffer in state.buffers.values())
-        with modes(self.model, dict.fromkeys(self._training, False)):
+        with modes(dict.fromkeys(self._training, False)):
             result = self._caller.call(state.params, state.buffers, function, args, record)[0]
             outputs = [leaf for leaf in leaves(result) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
             check_graph("function", self._caller, state.params, state.buffers, outputs)
@@ -175,12 +175,13 @@ class TrainingStep:
                 the first call with a graph, if the gradient has no derivative, or if the loss uses
                 `torch.utils.checkpoint`.
         """
-        inputs = leaves([state, hparams]) if recording() and torch.is_grad_enabled() else []
-        record = any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in inputs)
+        # Most often, the weights tell. To list all leaves takes longer.
+        recorded = any(param.requires_grad for param in state.params.values()) or _recorded([state, hparams])
+        record = recorded and recording() and torch.is_grad_enabled()
         check = record and not self._graph_checked
         batches = micro_batches(batch, self._accumulate)
         before = None if self._checked else {name: param.detach().clone() for name, param in state.params.items()}
-        with torch.enable_grad(), modes(self.model, self._training):
+        with torch.enable_grad(), modes(self._training):
             params = {name: _input(param, record) for name, param in state.params.items()}
             grads, buffers = gradients(self._caller, params, state.buffers, self._loss, hparams, batches, record, check)
             if check:
@@ -211,7 +212,7 @@ class TrainingStep:
         for of_group, numbers in zip(grads, options, strict=True):
             for name, grad in of_group.items():
                 param, kept = self._rule.update(params[name], grad, slots[name], numbers)
-                params[name] = param.to(params[name].dtype)
+                params[name] = _like(params[name], param)
                 slots[name] = {key: _like(slots[name][key], slot) for key, slot in kept.items()}
         return params, slots
 
@@ -226,11 +227,16 @@ class TrainingStep:
         return groups
 
 
+def _recorded(tree: Any) -> bool:
+    """Return whether a tree has a tensor with a graph."""
+    return any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in leaves(tree))
+
+
 def _input(param: torch.Tensor, record: bool) -> torch.Tensor:
     """Return a weight that the loss can be differentiated by, with its graph only if a graph is recorded."""
     return param if record and param.requires_grad else param.detach().requires_grad_()
 
 
 def _like(before: Any, after: Any) -> Any:
-    """Return a slot in the dtype that it had: options may be tensors of a wider one."""
-    return after.to(before.dtype) if isinstance(after, torch.Tensor) else after
+    """Return a weight or slot in the dtype that it had: options may be tensors of a wider one."""
+    return after.to(before.dtype) if isinstance(after, torch.Tensor) and after.dtype != before.dtype else after

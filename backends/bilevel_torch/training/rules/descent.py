@@ -20,7 +20,9 @@ def sgd(param: torch.Tensor, grad: torch.Tensor, slots: Slots, options: Options)
         buffer = momentum * slots["momentum_buffer"] + dampened if slots["step"] else grad
         slots = {"step": 1, "momentum_buffer": buffer}
         grad = grad + momentum * buffer if options["nesterov"] else buffer
-    return param - options["lr"] * grad, slots
+    lr = options["lr"]
+    # One operation in place of two, if the rate has no derivative.
+    return param - lr * grad if isinstance(lr, torch.Tensor) else torch.sub(param, grad, alpha=lr), slots
 
 
 def start_asgd(param: torch.Tensor, options: Options) -> Slots:
