@@ -12,8 +12,10 @@ if TYPE_CHECKING:
     from mkdocs.structure.pages import Page
 
 PLACES = public_names()
-# Anchors of entries. An object with several public names has one entry.
-ANCHORS = {name: place for name, place in PLACES.items() if place in {PLACES[entry] for _, entry in entries()}}
+LISTED = {PLACES.get(name) for _, name in entries()}
+ANCHORS = {  # an object with several public names has one entry
+    name: place for name, place in PLACES.items() if place in LISTED
+}
 PREFIXES = {"api/torch.md": "bilevel_torch.", "api/jax.md": "bilevel_jax.", "api/testing.md": "bilevel.testing."}
 NOT_TEXT = r"<pre.*?</pre>|<a\b.*?</a>|<h[1-6]\b.*?</h[1-6]>"
 CODE = re.compile(rf"{NOT_TEXT}|<code>@?([\w.]+)(\([^<]*\))?</code>", re.DOTALL)
@@ -40,6 +42,9 @@ def on_page_content(html: str, page: "Page", config: "MkDocsConfig", files: "Fil
 
 def with_heading(name: str, level: int) -> str:
     """Return an entry of mkdocstrings whose heading is a public name. More options may follow it."""
+    if name not in PLACES:
+        log.warning(f"`::: {name}` in docs/api is no public name.")
+        return ""
     options = {"heading": name, "heading_level": level, "toc_label": name.rpartition(".")[2]}
     return "\n      ".join(
         [f"::: {PLACES[name]}\n    options:", *(f"{key}: {value}" for key, value in options.items())]
