@@ -175,6 +175,8 @@ class TrainingStep:
                 the first call with a graph, if the gradient has no derivative, or if the loss uses
                 `torch.utils.checkpoint`.
         """
+        if not isinstance(state, TrainingState):
+            raise TypeError(f"state: expected the result of TrainingStep.init, got {type(state).__name__}.")
         inputs = leaves([state, hparams]) if recording() and torch.is_grad_enabled() else []
         record = any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in inputs)
         check = record and not self._graph_checked
