@@ -212,3 +212,15 @@ def test_states_of_flax_and_equinox():
 def test_mistakes_raise(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+def test_injected_hyperparameters_are_refused():
+    step = TrainingStep(lambda w, h, b: (w**2).sum(), lambda h: optax.inject_hyperparams(optax.sgd)(learning_rate=h))
+    with pytest.raises(ValueError, match=r"optax.inject_hyperparams keeps .* does not depend on hparams. Leave it out"):
+        step.init(jnp.ones(2), jnp.asarray(0.1))
+
+
+def test_a_step_needs_its_own_state():
+    step = TrainingStep(lambda w, h, b: (w**2).sum(), optax.sgd(0.1))
+    with pytest.raises(TypeError, match=r"state: expected the result of TrainingStep.init, got ArrayImpl"):
+        step(jnp.ones(2), None, None)
