@@ -1,0 +1,56 @@
+"""Check that a step and its batches can be computed again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bilevel.backend import Backend
+from bilevel.metagradients.leaves import floats_of
+from bilevel.metagradients.training import Batches
+from bilevel.steps import Steps
+
+SAME = 0.01  # of the length of the step: sums on a GPU may differ in their rounding
+
+
+def check_repeatable(backend: Backend, steps: Steps, state: Any, hparams: Any, batches: Batches, random: Any) -> None:
+    """Compute the first batch twice, and the first step of an eager framework, from the same random states.
+
+    Raises:
+        ValueError: if two of them differ, so that the derivative would be wrong.
+    """
+    pair: list[Any] = []
+    for _ in range(2):
+        steps.set_random_state(random)
+        pair.append(batches[0])
+    if not all(map(_equal, *([leaf for _, leaf in backend.leaves(batch)] for batch in pair))):
+        raise ValueError(
+            "batches: the batch of step 0 differs when it is read again. Parts of a run are computed again, so the "
+            "batch of a step must always be the same. Keep the batches in a list, or draw their random numbers from a "
+            'generator that is seeded with the number of the step. Or store the whole graph: checkpoints="none".'
+        )
+    if backend.compiles:  # a traced step is a function of its arguments
+        return
+    ends: list[list[Any]] = []
+    for _ in range(2):
+        steps.set_random_state(random)
+        ends.append(floats_of(backend, steps.advance(state, hparams, [pair[0]])))
+    others = floats_of(backend, state), [backend.space(a).zeros() for a in ends[0]], ends[1]
+    moved, size, differ = (backend.to_host(backend.run(_distance, ends[0], other)) for other in others)
+    if differ > SAME * moved + backend.space(ends[0]).eps * size:
+        raise ValueError(
+            "step: its result differs when it is computed again with the same arguments. Parts of a run are computed "
+            "again, so a step may depend only on its arguments and on the global random generators of torch. Put all "
+            'values that a step changes into the state. Or store the whole graph: checkpoints="none".'
+        )
+
+
+def _distance(backend: Backend, x: list[Any], y: list[Any]) -> Any:
+    space = backend.space(x)
+    return space.norm(space.axpy(-1.0, x, y))
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Return whether two leaves are equal, as far as this is known."""
+    if not (hasattr(a, "shape") and hasattr(b, "shape")):
+        return a == b or not isinstance(a, int | float | str)
+    return a is b or (a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all()))
