@@ -13,8 +13,9 @@ from bilevel.spaces.tree import leaves, leaves_with_paths, tree_map
 from bilevel.steps import PLAIN, Pull, Pulled, Steps
 from bilevel.validation import check_dtypes, check_like
 from bilevel_torch.autograd import check_untransformed, grad, no_grad_no_autocast
-from bilevel_torch.training.mistakes import check_connected, graph_watched
+from bilevel_torch.training.mistakes import check_connected, graph_watched, warn_of_parameters
 from bilevel_torch.training.recording import without_graph
+from bilevel_torch.training.step import TrainingStep
 
 
 class TorchSteps(Steps):
@@ -23,6 +24,7 @@ class TorchSteps(Steps):
     def __init__(self, backend: Backend, step: Callable[..., Any]) -> None:
         self.backend = backend
         self.step = step
+        self._watched = False
 
     @override
     def start(self, state: Any) -> Any:
@@ -51,6 +53,9 @@ class TorchSteps(Steps):
         inputs = [*_floating(first), *leaves(hparams)]
         with torch.enable_grad(), graph_watched(_floating(first)):
             end = self._next(first, hparams, batches[0])
+        if not self._watched and not isinstance(self.step, TrainingStep):  # its weights without an update are meant
+            warn_of_parameters(_floating(end))
+        self._watched = True
         with torch.enable_grad():
             for batch in batches[1:]:
                 end = self._next(end, hparams, batch)

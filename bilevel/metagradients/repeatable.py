@@ -33,14 +33,16 @@ def check_repeatable(backend: Backend, steps: Steps, state: Any, hparams: Any, b
     ends: list[list[Any]] = []
     for _ in range(2):
         steps.set_random_state(random)
-        ends.append(floats_of(backend, steps.advance(state, hparams, [pair[0]])))
+        floats = floats_of(backend, steps.advance(state, hparams, [pair[0]]))
+        ends.append(backend.space(floats).scale(1.0, floats))  # a copy: the step may write to its result later
     others = floats_of(backend, state), [backend.space(a).zeros() for a in ends[0]], ends[1]
     moved, size, differ = (backend.to_host(backend.run(_distance, ends[0], other)) for other in others)
     if differ > SAME * moved + backend.space(ends[0]).eps * size:
         raise ValueError(
             "step: its result differs when it is computed again with the same arguments. Parts of a run are computed "
             "again, so a step may depend only on its arguments and on the global random generators of torch. Put all "
-            'values that a step changes into the state. Or store the whole graph: checkpoints="none".'
+            "values that a step changes into the state, and do not write to the batch. Or store the whole graph: "
+            'checkpoints="none".'
         )
 
 

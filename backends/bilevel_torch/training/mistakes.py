@@ -6,7 +6,10 @@ from typing import Any
 
 import torch
 
+from bilevel.dependence import MOST_NAMES, warn
+from bilevel.messages import counted, listed
 from bilevel.spaces.tree import leaves_with_paths
+from bilevel_torch.graph import nodes_of
 
 
 @contextmanager
@@ -38,6 +41,18 @@ def graph_watched(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
         raise ValueError(
             "step: it writes to the state in place without a graph, as optimizers of torch do. Return new tensors, as "
             "in w - rate * gradient, or use bilevel_torch.TrainingStep."
+        )
+
+
+def warn_of_parameters(outputs: Sequence[torch.Tensor]) -> None:
+    """Warn if a step depends on parameters of a module, which are outside of its state."""
+    leaves = [getattr(node, "variable", None) for node in nodes_of(outputs)]
+    found = [tuple(leaf.shape) for leaf in leaves if isinstance(leaf, torch.nn.Parameter)]
+    if found:
+        warn(
+            f"step depends on {counted(len(found), 'trainable tensor')} outside of the state and hparams, of shapes "
+            f"{listed(found, MOST_NAMES)}. They count as constants. Call the module with the weights in the state, by "
+            "torch.func.functional_call or bilevel_torch.TrainingStep. Or freeze them by requires_grad_(False)."
         )
 
 

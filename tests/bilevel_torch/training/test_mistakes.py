@@ -154,3 +154,33 @@ def test_a_training_step_needs_its_own_state():
     step = bilevel_torch.TrainingStep(model, torch.optim.SGD(model.parameters(), 0.1), lambda m, h, b: m(b).sum())
     with pytest.raises(TypeError, match=r"state: expected the result of TrainingStep.init, got dict"):
         step(dict(model.named_parameters()), None, torch.ones(1, 1))
+
+
+def test_parameters_outside_of_the_state_are_named():
+    model = torch.nn.Linear(2, 1, dtype=torch.float64)
+    x = torch.ones(3, 2, dtype=torch.float64)
+
+    def step(state, rate, batch):
+        loss = (model(x) ** 2).mean()
+        grads = torch.autograd.grad(loss, list(model.parameters()), create_graph=bilevel_torch.recording())
+        return {name: w - rate * g for (name, w), g in zip(state.items(), grads, strict=True)}
+
+    def whole(state, rate):
+        return sum((w**2).sum() for w in state.values())
+
+    message = r"step depends on 2 trainable tensors outside of .* shapes \(1, 2\) and \(1,\).*functional_call"
+    with pytest.warns(bl.DependenceWarning, match=message):
+        run(step, dict(model.named_parameters()), whole)
+
+
+def test_a_training_loop_in_place_of_a_step_is_found():
+    model = torch.nn.Linear(2, 1, dtype=torch.float64)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+
+    def step(state, rate, batch):
+        (rate * (model(torch.ones(3, 2, dtype=torch.float64)) ** 2).mean()).backward()
+        optimizer.step()
+        return dict(model.named_parameters())
+
+    with pytest.raises(ValueError, match="step: its result differs when it is computed again"):
+        run(step, dict(model.named_parameters()), checkpoints="all")
