@@ -77,8 +77,9 @@ def metagradient(
         block: the number of steps whose graph is stored at one time. None: as ``checkpoints`` says.
         memory: bytes for states and graphs, for "auto". None: 2 GiB.
         store: where the states are stored: "device", "host", or a directory. With a directory, the work continues
-            where it stopped if the process is killed and the call is repeated with the same arguments. The batches
-            must be the same; this is not checked. The directory is empty after the call.
+            where it stopped if the process is killed and the call is repeated with the same arguments. The step, F
+            and the batches must be the same. Only the first batch is compared. The files are deleted at the end, and
+            other files in the directory stay.
         progress: show a bar with the time that is left. It needs the package tqdm.
         backend: a name or object. None: the backend of the arrays.
         on_failure: "raise" an error if the result is not finite, or "ignore" it.
@@ -87,8 +88,8 @@ def metagradient(
         A `Metagradient`: ``grad``, ``value``, ``state``, ``state_grad`` and ``info``.
 
     Raises:
-        TypeError, ValueError: for invalid input, for example if the step changes the structure of the state, or if
-            neither the run nor F depends on λ.
+        TypeError, ValueError: for invalid input, for example if the step changes the structure of the state, if the
+            step or its batch differs when it is computed again, or if neither the run nor F depends on λ.
         SolverError: if the result is not finite.
 
     >>> import numpy as np, bilevel as bl

@@ -127,7 +127,7 @@ def test_a_killed_call_continues_to_the_same_bits(case, outer_args, tmp_path):
 
     whole = case(batches=batches, **options)
     read = -left[0]
-    for kills in range(1, read, 4):
+    for kills in range(1, read, 7):
         left[0] = kills
         for _ in range(100):
             try:
