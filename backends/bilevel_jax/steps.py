@@ -91,7 +91,11 @@ class JaxSteps(Steps):
         if structures[0] != structures[1] or _kinds(after) != _kinds(state):
             arrays = [jax.tree.map(lambda leaf: leaf if hasattr(leaf, "dtype") else None, t) for t in (after, state)]
             check_like(self.backend, "step", arrays[0], "state", arrays[1])
-            check_dtypes(self.backend, "step", arrays[0], "state", arrays[1])
+            try:
+                check_dtypes(self.backend, "step", arrays[0], "state", arrays[1])
+            except TypeError as error:
+                number = jnp.result_type(float)
+                raise TypeError(f"{error} A number of Python in a batch becomes an array of {number}.") from None
             others = [[x for x in jax.tree.leaves(t) if not hasattr(x, "dtype")] for t in (state, after)]
             raise ValueError(
                 f"step: expected a state of the structure {structures[1]} with the constants {others[0]}, got "

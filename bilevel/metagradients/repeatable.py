@@ -30,14 +30,14 @@ def check_repeatable(backend: Backend, steps: Steps, state: Any, hparams: Any, b
         )
     if backend.compiles:  # a traced step is a function of its arguments
         return
-    ends: list[list[Any]] = []
-    for _ in range(2):
-        steps.set_random_state(random)
-        floats = floats_of(backend, steps.advance(state, hparams, [pair[0]]))
-        ends.append(backend.space(floats).scale(1.0, floats))  # a copy: the step may write to its result later
-    others = floats_of(backend, state), [backend.space(a).zeros() for a in ends[0]], ends[1]
-    moved, size, differ = (backend.to_host(backend.run(_distance, ends[0], other)) for other in others)
-    if differ > SAME * moved + backend.space(ends[0]).eps * size:
+    space = backend.space(floats_of(backend, state))
+    steps.set_random_state(random)
+    first = space.scale(1.0, floats_of(backend, steps.advance(state, hparams, [pair[0]])))  # a copy: steps may write
+    steps.set_random_state(random)
+    again = floats_of(backend, steps.advance(state, hparams, [pair[0]]))
+    measured = backend.run(_distances, floats_of(backend, state), first, again)
+    moved, differ, size = map(backend.to_host, measured)
+    if differ > SAME * moved + space.eps * size:
         raise ValueError(
             "step: its result differs when it is computed again with the same arguments. Parts of a run are computed "
             "again, so a step may depend only on its arguments and on the global random generators of torch. Put all "
@@ -46,9 +46,10 @@ def check_repeatable(backend: Backend, steps: Steps, state: Any, hparams: Any, b
         )
 
 
-def _distance(backend: Backend, x: list[Any], y: list[Any]) -> Any:
-    space = backend.space(x)
-    return space.norm(space.axpy(-1.0, x, y))
+def _distances(backend: Backend, start: list[Any], first: list[Any], again: list[Any]) -> tuple[Any, Any, Any]:
+    """Return the length of a step, the distance between its two results, and the norm of the first."""
+    space = backend.space(first)
+    return space.norm(space.axpy(-1.0, start, first)), space.norm(space.axpy(-1.0, again, first)), space.norm(first)
 
 
 def _equal(a: Any, b: Any) -> bool:

@@ -167,3 +167,10 @@ def test_complex_arrays_are_refused_unless_they_are_constants():
 def test_a_constant_that_changes_is_named():
     with pytest.raises(ValueError, match=r"constants \['first'\], got .* with \['later'\]. Only arrays may change"):
         run(lambda state, rate, batch: {"w": state["w"], "phase": "later"}, {"w": jnp.ones(2), "phase": "first"})
+
+
+def test_numbers_in_batches_have_the_default_precision():
+    with pytest.raises(TypeError, match=r"step is float64, but state is float32: .* in a batch .* array of float64"):
+        run(w=jnp.ones(2, jnp.float32), rate=np.float32(0.5))
+    found = run(w=jnp.ones(2, jnp.float32), rate=np.float32(0.5), batches=np.float32([0.1, 0.2]))
+    assert found.grad.dtype == jnp.float32
