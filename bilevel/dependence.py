@@ -95,3 +95,11 @@ def warn(text: str) -> None:
 def _paths(backend: Backend, name: str, tree: object, marks: Sequence[bool]) -> list[str]:
     """Return the paths of the marked leaves."""
     return [name + path for (path, _), mark in zip(backend.leaves(tree), marks, strict=True) if mark]
+
+
+def warn_of_cut() -> None:
+    """Warn that a state does not depend on the state before it."""
+    warn(
+        "step: the next state does not depend on the arrays of the state before, so the derivative ends at this step. "
+        "Do not detach or copy them, and do not apply stop_gradient."
+    )

@@ -6,6 +6,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+PLAIN = (bool, int, float, str)
+"""The types of the leaves of a state that are no arrays and may change from step to step."""
+
 
 class Pulled(NamedTuple):
     """A cotangent of a state, pulled back through some steps.

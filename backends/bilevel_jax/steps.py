@@ -15,6 +15,7 @@ from jax.tree_util import Partial
 from typing_extensions import override
 
 from bilevel.backend import Backend
+from bilevel.dependence import warn_of_cut
 from bilevel.steps import Pull, Pulled, Steps, add
 from bilevel.validation import check_dtypes, check_like
 from bilevel_jax.dependence import dependence, trace
@@ -85,16 +86,33 @@ class JaxSteps(Steps):
     def _run(self, function: Callable[..., Any], *args: Any) -> Any:
         arrays: list[object] = []
         static = partition(args, arrays)
-        return _compiled(function, self, static)(arrays)
+        found = _compiled(function, self, static)(arrays)
+        _check_outside(found)  # an argument, or a value that the step closes over, may be traced
+        return found
 
     def next(self, state: Any, hparams: Any, batch: Any) -> Any:
         """Return the next state. Raise unless it has the structure, shapes and dtypes of the state."""
         after = self.step(state, hparams, batch)
         structures = jax.tree.structure(after), jax.tree.structure(state)
         if structures[0] != structures[1] or _kinds(after) != _kinds(state):
-            check_like(self.backend, "step", after, "state", state)
-            check_dtypes(self.backend, "step", after, "state", state)
-            raise ValueError(f"step: expected a state of the structure {structures[1]}, got {structures[0]}.")
+            arrays = [jax.tree.map(lambda leaf: leaf if hasattr(leaf, "dtype") else None, t) for t in (after, state)]
+            check_like(self.backend, "step", arrays[0], "state", arrays[1])
+            try:
+                check_dtypes(self.backend, "step", arrays[0], "state", arrays[1])
+            except TypeError as error:
+                number = jnp.result_type(float)
+                raise TypeError(f"{error} A number of Python in a batch becomes an array of {number}.") from None
+            others = [[x for x in jax.tree.leaves(t) if not hasattr(x, "dtype")] for t in (state, after)]
+            raise ValueError(
+                f"step: expected a state of the structure {structures[1]} with the constants {others[0]}, got "
+                f"{structures[0]} with {others[1]}. Only arrays may change."
+            )
+        for (path, old), new in zip(self.backend.leaves(state), jax.tree.leaves(after), strict=True):
+            if old is not new and hasattr(old, "dtype") and jnp.issubdtype(old.dtype, jnp.complexfloating):
+                raise TypeError(
+                    f"state{path}: derivatives do not flow through complex arrays. Store its real and imaginary parts, "
+                    "and join them inside the step."
+                )
         return after
 
 
@@ -131,14 +149,19 @@ _NUMBERS = (bool, int, float, np.ndarray, np.generic, jax.Array)
 
 def _as_array(leaf: Any) -> Any:
     """Return a number or array as a JAX array without a weak type. Return any other leaf unchanged."""
-    if isinstance(leaf, Tracer):
+    _check_outside(leaf)
+    if not isinstance(leaf, _NUMBERS) or (isinstance(leaf, jax.Array) and (_is_key(leaf) or not leaf.weak_type)):
+        return leaf
+    return lax.convert_element_type(jnp.asarray(leaf), jnp.result_type(leaf))
+
+
+def _check_outside(tree: Any) -> None:
+    """Raise a TypeError for an array that JAX is tracing."""
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tree)):
         raise TypeError(
             "bl.metagradient stores states outside of compiled code, so it cannot be called under jit, grad or vmap. "
             'Call it outside, or use bl.hypergradient with solver="unrolled".'
         )
-    if not isinstance(leaf, _NUMBERS) or (isinstance(leaf, jax.Array) and (_is_key(leaf) or not leaf.weak_type)):
-        return leaf
-    return lax.convert_element_type(jnp.asarray(leaf), jnp.result_type(leaf))
 
 
 def _is_key(leaf: Any) -> bool:
@@ -171,9 +194,11 @@ def _advance(steps: JaxSteps, state: Any, hparams: Any, data: Any, count: int, s
     """Return the arrays of the state after some steps."""
 
     def body(arrays: list[jax.Array], batch: Any) -> tuple[list[jax.Array], None]:
-        return _arrays(steps.next(_with_arrays(state, arrays), hparams, data if shared else batch)), None
+        return _arrays(steps.next(_with_arrays(state, arrays), hparams, _with_arrays(data, batch))), None
 
-    return JaxSpace(None).scan(body, _arrays(state), None if shared else data, count)[0]
+    if shared:
+        return JaxSpace(None).scan(lambda arrays, _: body(arrays, _arrays(data)), _arrays(state), None, count)[0]
+    return JaxSpace(None).scan(body, _arrays(state), _arrays(data), count)[0]
 
 
 def _record(
@@ -199,9 +224,11 @@ def _record(
         return floats_of(_arrays(steps.next(joined(floats), hparams, batch)))
 
     floats = floats_of(_arrays(state))
-    used = dependence(trace(one, floats, hparams), floats).hparams
+    used = dependence(trace(one, floats, hparams), floats)
+    if not any(used.params):
+        warn_of_cut()
     _, pull, arrays = jax.vjp(run, floats, hparams, has_aux=True)
-    return arrays, Partial(partial(_of_used, tuple(used)), pull)
+    return arrays, Partial(partial(_of_used, tuple(used.hparams)), pull)
 
 
 def _of_used(used: tuple[bool, ...], pull: Callable[[list[Any]], Any], cotangent: list[Any]) -> Any:

@@ -65,10 +65,13 @@ class TorchBackend(Backend):
 
     @override
     def to_bytes(self, array: torch.Tensor) -> np.ndarray:
-        return array.detach().cpu().reshape(-1).view(torch.uint8).numpy().copy()
+        flat = array.detach().cpu().contiguous().reshape(-1)
+        return (flat.view(torch.uint8) if len(flat) else flat.new_zeros(0, dtype=torch.uint8)).numpy().copy()
 
     @override
     def from_bytes(self, array: np.ndarray, like: torch.Tensor) -> torch.Tensor:
+        if not array.size:
+            return torch.empty_like(like)
         return torch.from_numpy(array.copy()).view(like.dtype).reshape(like.shape).to(like.device)
 
     @override

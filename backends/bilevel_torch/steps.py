@@ -3,15 +3,19 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from typing_extensions import override
 
 from bilevel.backend import Backend
-from bilevel.spaces.tree import leaves, tree_map
-from bilevel.steps import Pull, Pulled, Steps
+from bilevel.dependence import warn_of_cut
+from bilevel.spaces.tree import leaves, leaves_with_paths, tree_map
+from bilevel.steps import PLAIN, Pull, Pulled, Steps
 from bilevel.validation import check_dtypes, check_like
 from bilevel_torch.autograd import check_untransformed, grad, no_grad_no_autocast
+from bilevel_torch.training.mistakes import check_connected, graph_watched, warn_of_parameters
 from bilevel_torch.training.recording import without_graph
+from bilevel_torch.training.step import TrainingStep
 
 
 class TorchSteps(Steps):
@@ -20,10 +24,21 @@ class TorchSteps(Steps):
     def __init__(self, backend: Backend, step: Callable[..., Any]) -> None:
         self.backend = backend
         self.step = step
+        self._watched = False
+
+    @override
+    def start(self, state: Any) -> Any:
+        check_untransformed()
+        for path, leaf in leaves_with_paths(state):
+            if isinstance(leaf, torch.Generator | np.random.Generator | np.random.RandomState):
+                raise TypeError(
+                    f"state{path}: a {type(leaf).__name__} cannot be stored with the states of a run. Draw from the "
+                    "global generators of torch, which are restored when steps are computed again."
+                )
+        return state
 
     @override
     def advance(self, state: Any, hparams: Any, batches: Sequence[Any]) -> Any:
-        check_untransformed()
         hparams = tree_map(torch.Tensor.detach, hparams)
         end = tree_map(_copied, state)  # a step may write to its arguments
         with torch.enable_grad(), without_graph():
@@ -34,15 +49,21 @@ class TorchSteps(Steps):
 
     @override
     def record(self, state: Any, hparams: Any, batches: Sequence[Any]) -> tuple[Any, Pull]:
-        check_untransformed()
         hparams = tree_map(lambda t: t.detach().requires_grad_(), hparams)
-        first = end = tree_map(lambda leaf: _leaf(_copied(leaf)), state)
+        first = tree_map(lambda leaf: _leaf(_copied(leaf)), state)
         inputs = [*_floating(first), *leaves(hparams)]
+        with torch.enable_grad(), graph_watched(_floating(first)):
+            end = self.step(first, hparams, batches[0])
+        self._check(state, end)
+        if not self._watched and not isinstance(self.step, TrainingStep):  # its weights without an update are meant
+            warn_of_parameters(_floating(end))
+        self._watched = True
         with torch.enable_grad():
-            for batch in batches:
+            for batch in batches[1:]:
                 end = self.step(end, hparams, batch)
         self._check(state, end)
         outputs = _floating(end)
+        check_connected(end)
         count = len(outputs)
 
         def pull(cotangent: list[Any], many: bool) -> Pulled:
@@ -52,6 +73,8 @@ class TorchSteps(Steps):
             varying = [i for i, t in enumerate(outputs) if t.requires_grad]
             with no_grad_no_autocast(outputs):
                 grads = grad([outputs[i] for i in varying], inputs, [cotangent[i] for i in varying], retain_graph=again)
+            if all(g is None for g in grads[:count]):
+                warn_of_cut()
             moved = [torch.zeros_like(t) if g is None else g for t, g in zip(inputs, grads[:count], strict=False)]
             return Pulled(moved, grads[count:])
 
@@ -71,12 +94,14 @@ class TorchSteps(Steps):
 
     def _check(self, state: Any, after: Any) -> None:
         """Raise unless steps have kept the structure, shapes and dtypes of the state."""
-        before, new = leaves(state), leaves(after)
-        if len(before) != len(new) or any(map(_differ, before, new)):
+        if _kinds(after) != _kinds(state):
             new, before = (tree_map(lambda a: a if isinstance(a, torch.Tensor) else None, t) for t in (after, state))
             check_like(self.backend, "step", new, "state", before)
             check_dtypes(self.backend, "step", new, "state", before)
-            raise ValueError("step: expected a state with the structure of the state that it was called with.")
+            raise ValueError(
+                "step: expected a state with the structure of the state that it was called with. Only tensors, numbers "
+                f"and strings may change. It was called with {_outline(state)} and returned {_outline(after)}."
+            )
 
     @override
     def graph_bytes(self, state: Any, hparams: Any, batch: Any) -> int:
@@ -122,7 +147,16 @@ def _floating(tree: Any) -> list[torch.Tensor]:
     return [leaf for leaf in leaves(tree) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
 
 
-def _differ(before: Any, after: Any) -> bool:
-    if isinstance(before, torch.Tensor) and isinstance(after, torch.Tensor):
-        return before.shape != after.shape or before.dtype != after.dtype
-    return isinstance(before, torch.Tensor) != isinstance(after, torch.Tensor)
+def _kinds(tree: Any) -> Any:
+    """Return what must stay equal in a run: the structure of a state, shapes, dtypes, and objects of other types."""
+    if isinstance(tree, dict):
+        return {key: _kinds(child) for key, child in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree), [_kinds(child) for child in tree]
+    if isinstance(tree, torch.Tensor):
+        return tree.shape, tree.dtype
+    return "plain" if isinstance(tree, PLAIN) else ("object", id(tree))
+
+
+def _outline(tree: Any) -> str:
+    return repr(tree_map(lambda leaf: leaf if isinstance(leaf, PLAIN) else type(leaf).__name__, tree))

@@ -52,7 +52,8 @@ def diagnose_training(
     - the *metasmoothness*: whether the weights change in the same direction from λ − ``size``·d to λ and on to
       λ + ``size``·d, from −1 to 1 (Engstrom et al., arXiv 2503.13751, section 4).
     - the *growth* of dF/dw backwards in time.
-    - the *precision*: the cosine of the metagradient of the first steps to the same in float64.
+    - the *precision*: 2 g·h / (‖g‖² + ‖h‖²) for the metagradient g of the first steps and the same h in float64. If
+      their norms are equal, this is their cosine.
 
     It takes 2 ``directions`` + 1 trainings and one metagradient. The precision takes two metagradients of a part of the
     run, unless it is in float64.
@@ -106,7 +107,7 @@ def diagnose_training(
         precision, obstacle = _precision(found, training, state, hparams, data, first, checkpoints, common)
     finally:
         generators.set_random_state(random)
-    return TrainingDiagnosis(hg, size, tuple(changes), precision, obstacle)
+    return TrainingDiagnosis(hg, size, tuple(changes), precision, obstacle, len(training.at or (0,)))
 
 
 def _check(size: object, directions: object, precision_steps: object) -> None:
@@ -123,14 +124,11 @@ def _check(size: object, directions: object, precision_steps: object) -> None:
 
 def _directions(backend: Backend, hparams: H, count: int, rng: np.random.Generator) -> Iterator[H]:
     """Yield trees of ±1, times the root mean square of each leaf."""
+    leaves = [backend.to_numpy(leaf).astype(np.float64).ravel() for _, leaf in backend.leaves(hparams)]
+    scales = [np.linalg.norm(a) / max(1, a.size) ** 0.5 or 1.0 for a in leaves]
     for _ in range(count):
-
-        def draw(leaf: Any) -> Any:
-            array = backend.to_numpy(leaf)
-            scale = float(np.sqrt(np.mean(np.square(array, dtype=np.float64)))) or 1.0
-            return backend.from_numpy(np.asarray(rng.choice([-scale, scale], array.shape), array.dtype))
-
-        yield backend.space(hparams).map(draw, hparams)
+        signs = [scale * rng.choice([-1.0, 1.0], a.size) for a, scale in zip(leaves, scales, strict=True)]
+        yield backend.from_flat(np.concatenate(signs), hparams)
 
 
 def _changes(
@@ -165,7 +163,7 @@ def _precision(
     checkpoints: Checkpoints,
     common: dict[str, Any],
 ) -> tuple[float, str]:
-    """Return the cosine of the metagradient of the first steps to the same in float64, or nan and the reason."""
+    """Return the agreement of the metagradient of the first steps with float64, or nan and the reason."""
     if not steps:
         return float("nan"), "not checked"
     if max(backend.space(tree).eps for tree in (floats_of(backend, state), hparams)) < EPS64:
@@ -187,4 +185,8 @@ def _precision(
     except Exception as error:  # any error of the user's step in float64
         return float("nan"), f"{type(error).__name__}: {error}"
     low, high = (a.astype(np.float64) for a in found)
-    return float(low @ high / (np.linalg.norm(low) * np.linalg.norm(high))), ""
+    squares = low @ low + high @ high
+    if not np.isfinite(squares) or not squares:
+        kind = "zero" if squares == 0 else "not finite"
+        return float("nan"), f"the metagradient of the first {steps} steps is {kind}"
+    return float(2 * low @ high / squares), ""

@@ -46,8 +46,10 @@ class TrainingDiagnosis:
         metagradient: the metagradient.
         size: the size of the changes of λ.
         changes: a `Changes` for each direction.
-        precision: cosine of the metagradient of the first steps to the same in float64. nan: it is unknown.
+        precision: agreement of the metagradient of the first steps with the same in float64, at most 1. nan: it is
+            unknown.
         obstacle: the reason if the precision is unknown, or "".
+        states: the number of states that F takes. If there are several, dF/dw grows at each, and this is no finding.
     """
 
     metagradient: Metagradient[Any, Any]
@@ -55,6 +57,7 @@ class TrainingDiagnosis:
     changes: tuple[Changes, ...]
     precision: float
     obstacle: str
+    states: int = 1
 
     @property
     def agreement(self) -> float:
@@ -62,7 +65,7 @@ class TrainingDiagnosis:
         predicted = np.concatenate([c.predicted for c in self.changes])
         actual = np.concatenate([c.actual for c in self.changes])
         total = np.linalg.norm(predicted) + np.linalg.norm(actual)
-        return float(1 - np.linalg.norm(predicted - actual) / total) if total else float("nan")
+        return float(1 - np.linalg.norm(predicted - actual) / total) if total else 1.0
 
     @property
     def smoothness(self) -> float:
@@ -99,7 +102,7 @@ def _lines(d: TrainingDiagnosis) -> Iterator[tuple[str, str, str]]:
     yield "not predictive", "agreement", f"{d.agreement:.3f} of predicted and actual changes of F, in {trainings}"
     yield "rough", "metasmoothness", f"{d.smoothness:.3f}"
     yield "growth", "growth", f"{d.growth:.3g} times backwards, over {d.metagradient.info.steps} steps"
-    known = f"cosine {d.precision:.4f} to float64" if not isnan(d.precision) else first_line(d.obstacle, WIDTH)
+    known = f"agreement {d.precision:.4f} with float64" if not isnan(d.precision) else first_line(d.obstacle, WIDTH)
     yield "precision", "precision", known
 
 
@@ -107,6 +110,13 @@ def _findings(d: TrainingDiagnosis) -> Iterator[Finding]:
     if not d.metagradient.info.finite:
         yield Finding(
             "not finite", "The metagradient is not finite.", "bl.metagradient raises an error that tells where."
+        )
+        return
+    if not all(np.isfinite(c.actual).all() for c in d.changes):
+        yield Finding(
+            "not predictive",
+            f"The run diverges where λ changes by {d.size:g}, so the changes of F are unknown.",
+            "Pass a smaller size. " + SMOOTHER,
         )
         return
     if not d.agreement >= PREDICTIVE:
@@ -122,7 +132,7 @@ def _findings(d: TrainingDiagnosis) -> Iterator[Finding]:
             f"The weights do not follow λ smoothly: the metasmoothness is {d.smoothness:.2f}.",
             "" if not d.agreement >= PREDICTIVE else SMOOTHER,
         )
-    if not d.growth <= GROWTH:
+    if d.states == 1 and not d.growth <= GROWTH:
         yield Finding(
             "growth",
             f"dF/dw grows {d.growth:.3g} times backwards: the run magnifies small changes of early weights, as at the "
@@ -132,7 +142,7 @@ def _findings(d: TrainingDiagnosis) -> Iterator[Finding]:
     if d.precision < PRECISE:
         yield Finding(
             "precision",
-            f"Rounding errors change the metagradient: its cosine to float64 is {d.precision:.3f}.",
+            f"Rounding errors change the metagradient: its agreement with float64 is {d.precision:.3f}.",
             "Train in float32. Or keep weights and optimizer states in float32, and only compute the losses in lower "
             "precision.",
         )

@@ -11,7 +11,7 @@ import numpy as np
 from bilevel.backend import Backend
 from bilevel.metagradients.schedule import Plan
 from bilevel.metagradients.snapshots import Directory, Snapshots
-from bilevel.steps import Pulled
+from bilevel.steps import PLAIN, Pulled
 
 KEY = "run"
 PROGRESS = "progress"
@@ -43,11 +43,13 @@ class Journal:
             return
         key = np.frombuffer(_digest(backend, run, plan), np.uint8)
         if KEY not in self.directory:
+            self.directory.clear()  # files that an interrupted `close` has left
             self.directory[KEY] = [key]
         elif not np.array_equal(self.directory[KEY][0], key):
             raise ValueError(
-                f"store: {self.directory.path} has the states of another run: the first state, hparams, checkpoints or "
-                "steps differ. Delete the directory, or choose another one."
+                f"store: {self.directory.path} has the states of another run: the first state, hparams, outer_args, "
+                "the first batch, checkpoints or steps differ. Seed the order of the batches, delete the directory, or "
+                "choose another one."
             )
 
     @property
@@ -86,6 +88,7 @@ class Journal:
     def close(self) -> None:
         """Delete the files."""
         if self.directory is not None:
+            del self.directory[KEY]  # first: without it, the other files are not read again
             self.directory.clear()
 
 
@@ -98,5 +101,13 @@ def _digest(backend: Backend, run: Any, plan: Plan) -> bytes:
     known = sha256(repr(plan).encode())
     for path, leaf in backend.leaves(run):
         known.update(path.encode())
-        known.update(backend.to_bytes(leaf).tobytes() if backend.owns(leaf) else repr(leaf).encode())
+        known.update(_contents(backend, leaf))
     return known.digest()
+
+
+def _contents(backend: Backend, leaf: Any) -> bytes:
+    if backend.owns(leaf):
+        return backend.to_bytes(leaf).tobytes()
+    if isinstance(leaf, np.ndarray):
+        return leaf.tobytes()
+    return (repr(leaf) if isinstance(leaf, PLAIN) else type(leaf).__name__).encode()  # a repr may have an address

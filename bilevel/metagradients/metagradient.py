@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from bilevel.metagradients.journal import Journal, in_memory
 from bilevel.metagradients.leaves import floats_of, masked, with_floats
 from bilevel.metagradients.outer import Outer, outer_derivatives
 from bilevel.metagradients.progress import Bar, progress_bar
+from bilevel.metagradients.repeatable import check_repeatable
 from bilevel.metagradients.results import Metagradient, MetagradientInfo
 from bilevel.metagradients.run import Run
 from bilevel.metagradients.schedule import Checkpoints, make_plan
@@ -22,7 +24,7 @@ from bilevel.metagradients.training import Training, as_batches, check_observed
 from bilevel.options import check_choice
 from bilevel.spaces.array import Args, Array, H, P
 from bilevel.steps import Pulled, add
-from bilevel.validation import check_trees, find_backend
+from bilevel.validation import TREES, check_trees, find_backend
 
 Store = Literal["device", "host"] | str | Path
 
@@ -75,8 +77,9 @@ def metagradient(
         block: the number of steps whose graph is stored at one time. None: as ``checkpoints`` says.
         memory: bytes for states and graphs, for "auto". None: 2 GiB.
         store: where the states are stored: "device", "host", or a directory. With a directory, the work continues
-            where it stopped if the process is killed and the call is repeated with the same arguments. The batches
-            must be the same; this is not checked. The directory is empty after the call.
+            where it stopped if the process is killed and the call is repeated with the same arguments. The step, F
+            and the batches must be the same. Only the first batch is compared. The files are deleted at the end, and
+            other files in the directory stay.
         progress: show a bar with the time that is left. It needs the package tqdm.
         backend: a name or object. None: the backend of the arrays.
         on_failure: "raise" an error if the result is not finite, or "ignore" it.
@@ -85,8 +88,8 @@ def metagradient(
         A `Metagradient`: ``grad``, ``value``, ``state``, ``state_grad`` and ``info``.
 
     Raises:
-        TypeError, ValueError: for invalid input, for example if the step changes the structure of the state, or if
-            neither the run nor F depends on λ.
+        TypeError, ValueError: for invalid input, for example if the step changes the structure of the state, if the
+            step or its batch differs when it is computed again, or if neither the run nor F depends on λ.
         SolverError: if the result is not finite.
 
     >>> import numpy as np, bilevel as bl
@@ -100,6 +103,8 @@ def metagradient(
     array([-0.09375])
     """
     check_choice("on_failure", on_failure, ("raise", "ignore"))
+    if not isinstance(store, str | PathLike) or not str(store):
+        raise TypeError(f'store: expected "device", "host" or the path of a directory, got {store!r}.')
     backend = _check(training, state, hparams, outer_args, backend)
     data = as_batches(backend, batches, steps)
     check_observed(training, data.steps)
@@ -107,16 +112,20 @@ def metagradient(
     first = step.start(state)
     at = (data.steps,) if training.at is None else training.at
 
+    random = step.random_state()
+
     def cost() -> tuple[int, int]:
         size = sum(a.nbytes for a in floats_of(backend, first)) if in_memory(store) else 0
-        random = step.random_state()
-        graph = step.graph_bytes(first, hparams, data[0])
-        step.set_random_state(random)  # the step has drawn numbers
-        return size, graph
+        return size, step.graph_bytes(first, hparams, data[0])
 
     plan = make_plan(checkpoints, block, data.steps, at, cost, memory)
-    journal = Journal(backend, store, (first, hparams), plan)
     places = [plan.bounds.index(t) for t in (*at, data.steps)]
+    step.set_random_state(random)  # the step has drawn numbers
+    batch = None if in_memory(store) else data[0]
+    journal = Journal(backend, store, (first, hparams, outer_args, batch, places), plan)
+    if plan.segments > 1 and not journal.started:
+        check_repeatable(backend, step, first, hparams, data, random)
+    step.set_random_state(random)
     with progress_bar(progress) as bar:
         run = Run(backend, step, first, hparams, data, plan, journal.snapshots, places, bar.add)
         outer, pulled = _differentiate(run, journal, training, outer_args, bar)
@@ -175,7 +184,10 @@ def _check(training: object, state: object, hparams: object, outer_args: object,
     backend = find_backend(spec, state, hparams, ("state", "hparams"))
     check_trees(backend, {"hparams": hparams}, {})
     if not (floats := floats_of(backend, state)):
-        raise ValueError("state has no floating-point arrays, so there is nothing to differentiate.")
+        kinds = listed(sorted({type(leaf).__name__ for _, leaf in backend.leaves(state)})) or "no leaves"
+        raise ValueError(
+            f"state has no floating-point arrays, so there is nothing to differentiate. It has {kinds}. {TREES}"
+        )
     for leaf in floats:
         backend.check_leaf("state", leaf)
     return backend
@@ -197,6 +209,11 @@ def _total(backend: Backend, hparams: H, outer: Outer, pulled: Pulled) -> H:
     )
     if not any(used):
         raise ValueError(f"Neither step nor outer depends on {listed(names)}. {way_out}")
+    if not any(outer.weights):
+        warn(
+            "outer does not depend on the state, so the metagradient is only its derivative by hparams. Evaluate the "
+            "model with the weights in the state, for example by TrainingStep.evaluate or torch.func.functional_call."
+        )
     if not all(used):
         unused = listed(name for name, flag in zip(names, used, strict=True) if not flag)
         warn(f"Neither step nor outer depends on {unused}: the metagradient is zero there. {way_out}")

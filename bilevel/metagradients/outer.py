@@ -30,8 +30,11 @@ class Outer(NamedTuple):
     many: bool
 
     def weights_of(self, floats: list[Any]) -> list[Any]:
-        """Return the floating-point leaves of a state that F depends on. The optimizer's state is not among them."""
-        return [leaf for leaf, used in zip(floats, self.weights, strict=True) if used]
+        """Return the floating-point leaves of a state that F depends on. The optimizer's state is not among them.
+
+        If F depends on none, return all.
+        """
+        return [leaf for leaf, used in zip(floats, self.weights, strict=True) if used or not any(self.weights)]
 
 
 class _Queries(Exception):

@@ -31,8 +31,12 @@ class MetagradientInfo(NamedTuple):
 
     @property
     def growth(self) -> float:
-        """The largest of these norms, relative to the last one. If it is large, the run magnifies small changes."""
-        return float(self.norms.max() / self.norms[-1])
+        """The largest of these norms, relative to the last one that is not zero.
+
+        If it is large, the run magnifies small changes.
+        """
+        known = self.norms[self.norms != 0]
+        return float(known.max() / known[-1]) if known.size else 1.0
 
 
 class Metagradient(NamedTuple, Generic[P, H]):

@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, MutableMapping
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
 from typing_extensions import override
 
 from bilevel.backend import Backend
+from bilevel.steps import PLAIN
 
 Arrays = list[np.ndarray]
+SUFFIX, UNFINISHED = ".bilevel.npz", ".bilevel.unfinished"
 
 
 class Snapshots:
@@ -53,14 +56,28 @@ class Snapshots:
 
 
 class Directory(MutableMapping[str, Arrays]):
-    """Lists of arrays in files of a directory. A file appears when it is complete, also if the process is killed."""
+    """Lists of arrays in files of a directory. A file appears when it is complete, also if the process is killed.
+
+    Other files in the directory stay as they are.
+
+    Raises:
+        ValueError: if the directory cannot be made, or no file can be written in it.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        path.mkdir(parents=True, exist_ok=True)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            with TemporaryFile(dir=path):
+                pass
+        except OSError as error:
+            raise ValueError(
+                f"store: {str(path)!r} is no directory that files can be written in ({error.strerror}). Pass another "
+                'directory, "host" or "device".'
+            ) from error
 
     def _file(self, name: str) -> Path:
-        return self.path / f"{name}.npz"
+        return self.path / f"{name}{SUFFIX}"
 
     @override
     def __getitem__(self, name: str) -> Arrays:
@@ -71,7 +88,7 @@ class Directory(MutableMapping[str, Arrays]):
 
     @override
     def __setitem__(self, name: str, arrays: Arrays) -> None:
-        unfinished = self.path / f"{name}.unfinished"
+        unfinished = self.path / f"{name}{UNFINISHED}"
         with unfinished.open("wb") as file:
             np.savez(file, **{str(i): array for i, array in enumerate(arrays)})  # pyright: ignore[reportArgumentType]
             file.flush()
@@ -84,20 +101,26 @@ class Directory(MutableMapping[str, Arrays]):
 
     @override
     def __iter__(self) -> Iterator[str]:
-        return (file.stem for file in sorted(self.path.glob("*.npz")))
+        return (file.name.removesuffix(SUFFIX) for file in sorted(self.path.glob(f"*{SUFFIX}")))
 
     @override
     def __len__(self) -> int:
         return len(list(iter(self)))
 
+    @override
+    def clear(self) -> None:
+        for suffix in (SUFFIX, UNFINISHED):
+            for file in self.path.glob(f"*{suffix}"):
+                file.unlink()
+
 
 def _encode(backend: Backend, leaf: Any) -> np.ndarray:
     if backend.owns(leaf):
         return backend.to_bytes(leaf)
-    return np.asarray(leaf if isinstance(leaf, bool | int | float) else 0)
+    return np.asarray(leaf if isinstance(leaf, PLAIN) else 0)
 
 
 def _decode(backend: Backend, array: np.ndarray, like: Any) -> Any:
     if backend.owns(like):
         return backend.from_bytes(array, like)
-    return type(like)(array.item()) if isinstance(like, bool | int | float) else like
+    return array.item() if isinstance(like, PLAIN) else like

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from bilevel.backend import Backend
 from bilevel.messages import counted
@@ -48,6 +50,8 @@ class Training:
                 raise TypeError(f"Training.{role}: expected a function {form}, got {got}.")
         if self.at is None:
             return
+        if not isinstance(self.at, Iterable):
+            raise TypeError(f"Training.at: expected numbers of steps, as in (10, 20), got {self.at!r}.")
         object.__setattr__(self, "at", tuple(self.at))
         if not all(type(t) is int for t in self.at):
             raise TypeError(f"Training.at: expected numbers of steps, got {self.at!r}.")
@@ -91,8 +95,8 @@ def as_batches(backend: Backend, batches: object, steps: int | None) -> Batches:
 
 
 def _sequence(backend: Backend, batches: Any) -> Sequence[Any]:
-    if backend.owns(batches) or isinstance(batches, tuple | dict | str):
-        kind = "an array" if backend.owns(batches) else f"a {type(batches).__name__}"
+    if backend.owns(batches) or isinstance(batches, np.ndarray | tuple | dict | str):
+        kind = f"a {type(batches).__name__}" if isinstance(batches, tuple | dict | str) else "an array"
         raise TypeError(
             f"batches: expected a list with one batch for each step, or a function of the step number, got {kind}. If "
             "each step takes the same batch, write [batch] and steps=."

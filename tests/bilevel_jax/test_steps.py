@@ -101,3 +101,76 @@ def test_a_square_root_at_zero_is_located():
     first, training = {"w": jnp.ones(2)}, bl.Training(step, outer)
     with pytest.raises(bl.SolverError, match="not finite between the steps 2 and 3, but the run itself is"):
         bl.metagradient(training, first, jnp.asarray(0.1), batches, checkpoints="all")
+
+
+def step(w, rate, batch):
+    return w * (1 - rate * batch)
+
+
+def total(w, rate):
+    return w.sum()
+
+
+def run(step=step, w=None, rate=0.5, batches=(0.1, 0.2), outer=total, **options):
+    first = jnp.ones(2) if w is None else w
+    return bl.metagradient(bl.Training(step, outer), first, jnp.asarray(rate), list(batches), **options)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        jax.jit(lambda rate: run(rate=rate).grad),
+        jax.grad(lambda rate: run(rate=rate).value),
+        jax.jit(lambda x: run(batches=[x, x + 1]).grad),
+        jax.jit(lambda x: run(lambda w, rate, batch: w * rate * x).grad),
+    ],
+    ids=["jit", "grad", "batches", "closure"],
+)
+def test_calls_inside_of_transforms_are_refused(call):
+    with pytest.raises(TypeError, match="cannot be called under jit, grad or vmap"):
+        call(jnp.asarray(0.5))
+
+
+@pytest.mark.parametrize("names", ["aab", "aaa"])
+def test_text_in_batches_is_constant(names):
+    def by_name(w, rate, batch):
+        return w * (rate if batch["name"] == "a" else rate**2)
+
+    batches = [{"name": name, "x": np.ones(i % 2)} for i, name in enumerate(names)]
+    powers = sum({"a": 1, "b": 2}[name] for name in names)
+    found = run(by_name, batches=batches, checkpoints="sqrt")
+    assert float(found.grad) == pytest.approx(2 * powers * 0.5 ** (powers - 1))
+
+
+def test_a_state_that_is_cut_is_named():
+    with pytest.warns(bl.DependenceWarning, match=r"the next state does not depend on .* stop_gradient"):
+        run(lambda w, rate, batch: step(jax.lax.stop_gradient(w), rate, batch))
+
+
+def test_complex_arrays_are_refused_unless_they_are_constants():
+    first = {"w": jnp.ones(2), "z": jnp.ones(2, complex)}
+
+    def outer(state, rate):
+        return (state["w"] + state["z"].real).sum()
+
+    def turn(state, rate, batch):
+        return {"w": state["w"] * rate, "z": state["z"] * jnp.exp(1j * rate)}
+
+    def keep(state, rate, batch):
+        return {"w": state["w"] * rate * state["z"].real, "z": state["z"]}
+
+    with pytest.raises(TypeError, match=r"state\['z'\]: derivatives do not flow through complex arrays"):
+        run(turn, first, outer=outer)
+    assert float(run(keep, first, outer=outer).grad) == pytest.approx(2 * 2 * 0.5)
+
+
+def test_a_constant_that_changes_is_named():
+    with pytest.raises(ValueError, match=r"constants \['first'\], got .* with \['later'\]. Only arrays may change"):
+        run(lambda state, rate, batch: {"w": state["w"], "phase": "later"}, {"w": jnp.ones(2), "phase": "first"})
+
+
+def test_numbers_in_batches_have_the_default_precision():
+    with pytest.raises(TypeError, match=r"step is float64, but state is float32: .* in a batch .* array of float64"):
+        run(w=jnp.ones(2, jnp.float32), rate=np.float32(0.5))
+    found = run(w=jnp.ones(2, jnp.float32), rate=np.float32(0.5), batches=np.float32([0.1, 0.2]))
+    assert found.grad.dtype == jnp.float32

@@ -93,7 +93,7 @@ def test_low_precision_is_found(name):
     low = bl.diagnose_training(problem, _cast(first, dtype), _cast(hparams, dtype), steps=30, size=0.05)
     assert low.precision < 0.99
     assert "precision" in [finding.name for finding in low.findings]
-    assert "its cosine to float64" in str(low).replace("\n", " ")
+    assert "its agreement with float64" in str(low).replace("\n", " ")
 
 
 def _decays(name):
@@ -163,3 +163,65 @@ def test_several_states_are_compared(backend):
     problem = bl.Training(Step(move), Last(), at=(3, 13))
     report = bl.diagnose_training(problem, start(move), hparams, list(move(*BATCHES)), outer_args=(target,))
     assert report.agreement == pytest.approx(1, abs=1e-9)
+
+
+class Power:
+    """w ← h w, and nan for h above a limit."""
+
+    def __init__(self, limit=np.inf):
+        self.limit = limit
+
+    def __call__(self, w, h, b):
+        return w * h * (1.0 if float(h.max()) < self.limit else np.nan)
+
+    def vjp_params(self, w, h, v, b):
+        return v * h
+
+    def vjp_hparams(self, w, h, v, b):
+        return v * w
+
+
+def test_a_run_that_diverges_for_the_changes_is_found():
+    report = bl.diagnose_training(bl.Training(Power(limit=1.1), Mean()), np.ones(3), np.ones(3), steps=4)
+    assert [finding.name for finding in report.findings] == ["not predictive"]
+    assert "The run diverges where λ changes by 0.2" in str(report)
+    assert bl.diagnose_training(bl.Training(Power(), Mean()), np.ones(3), np.ones(3), steps=2).ok
+
+
+def test_changes_that_are_zero_agree():
+    report = bl.diagnose_training(bl.Training(Power(), Mean()), np.zeros(3), np.ones(3), steps=4)
+    assert report.agreement == 1
+    assert report.ok
+
+
+def test_several_states_and_many_leaves_are_compared_in_low_precision():
+    torch = pytest.importorskip("torch")
+    framework("torch")
+
+    def step(w, h, b):
+        return w - h["rate"] * h["weights"].mean() * (w - h["shift"]) - h["none"].sum()
+
+    hparams = {
+        "rate": torch.tensor(0.1),
+        "weights": torch.ones(5),
+        "shift": torch.zeros(3),
+        "none": torch.zeros(0),
+    }
+    problem = bl.Training(step, lambda states, h: sum((w**2).sum() for w in states), at=range(1, 26))
+    report = bl.diagnose_training(problem, torch.ones(3), hparams, steps=30, size=0.01)
+    assert report.precision == pytest.approx(1, abs=1e-5)
+    assert report.growth > 10  # because F sums over 25 states
+    assert report.ok
+
+
+def test_precision_compares_lengths_too():
+    torch = pytest.importorskip("torch")
+    framework("torch")
+
+    def step(w, h, b):
+        return w * h if w.dtype == torch.float64 else w * h * 0.5
+
+    report = bl.diagnose_training(
+        bl.Training(step, lambda w, h: w.sum()), torch.ones(2), torch.tensor(1.0), steps=1, size=0.01
+    )
+    assert report.precision == pytest.approx(2 * 0.5 / (1 + 0.25))

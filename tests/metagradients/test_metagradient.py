@@ -127,14 +127,14 @@ def test_a_killed_call_continues_to_the_same_bits(case, outer_args, tmp_path):
 
     whole = case(batches=batches, **options)
     read = -left[0]
-    for kills in range(1, read, 4):
+    for kills in range(1, read, 7):
         left[0] = kills
         for _ in range(100):
             try:
                 found = case(batches=batches, store=tmp_path, **options)
                 break
             except Killed:
-                left[0] = kills + 8
+                left[0] = kills + 9
         else:
             raise AssertionError("no call came to its end")
         for name in ("grad", "state", "state_grad"):
@@ -152,7 +152,7 @@ def test_a_directory_with_another_run_is_named(case, tmp_path):
 
     with pytest.raises(Killed):
         case(batches=batches, steps=T, store=tmp_path, checkpoints="sqrt")
-    with pytest.raises(ValueError, match=r"store: .* has the states of another run.*Delete the directory"):
+    with pytest.raises(ValueError, match=r"store: .* has the states of another run.*delete the directory"):
         case(batches=batches, steps=T - 1, store=tmp_path, checkpoints="sqrt")
 
 
@@ -161,6 +161,7 @@ def test_a_directory_with_another_run_is_named(case, tmp_path):
     [
         ({"batches": ()}, TypeError, r"batches: expected a list .* got a tuple. .* write \[batch\] and steps="),
         ({"batches": iter([1])}, TypeError, r"batches: .* got list_iterator. .* list\(loader\)"),
+        ({"batches": np.ones((13, 1))}, TypeError, "batches: .* got an array"),
         ({"batches": []}, ValueError, "batches is empty"),
         ({"batches": lambda t: t}, ValueError, "steps is missing: the batches are a function"),
         ({"steps": 0}, ValueError, "steps: expected an integer >= 1, got 0"),
@@ -177,7 +178,12 @@ def test_wrong_arguments_are_named(case, options, error, message):
 
 @pytest.mark.parametrize(
     ("at", "error", "message"),
-    [((), ValueError, "increasing"), ((3, 3), ValueError, "increasing"), ((1.5,), TypeError, "numbers of steps")],
+    [
+        (5, TypeError, r"as in \(10, 20\), got 5"),
+        ((), ValueError, "increasing"),
+        ((3, 3), ValueError, "increasing"),
+        ((1.5,), TypeError, "numbers of steps"),
+    ],
 )
 def test_wrong_numbers_of_steps_are_named(at, error, message):
     with pytest.raises(error, match=f"Training.at: expected .*{message}"):
@@ -261,6 +267,24 @@ def test_a_state_may_hold_numbers_and_integers(name, tmp_path):
     assert found.state_grad["t"] is found.state_grad["n"] is found.state_grad["note"] is None
 
 
+@pytest.mark.parametrize("name", ["torch", "jax"])
+def test_an_outer_objective_without_the_state_is_named(name):
+    backend = framework(name)
+    move = mover(backend, np.float64)
+    problem = bl.Training(Step(move), lambda state, h: (h**2).sum())
+    with pytest.warns(bl.DependenceWarning, match=r"outer does not depend on the state.*TrainingStep.evaluate"):
+        found = bl.metagradient(problem, start(move), *move(HPARAMS), list(move(*BATCHES)))
+    np.testing.assert_allclose(backend.to_numpy(found.grad), 2 * HPARAMS)
+    assert not found.info.norms.any()
+    assert found.info.growth == 1
+
+
+def test_growth_is_relative_to_the_last_norm_that_is_not_zero(case):
+    found = case(SumOfDistances(), (0,), checkpoints="all").info
+    assert found.norms[1:].tolist() == [0] * T
+    assert found.growth == 1
+
+
 def test_a_bar_shows_the_steps(case, capsys):
     pytest.importorskip("tqdm", reason="the bar is tqdm's")
     case(checkpoints="sqrt", progress=True)
@@ -268,7 +292,7 @@ def test_a_bar_shows_the_steps(case, capsys):
 
 
 def test_a_state_needs_floating_point_arrays(case):
-    with pytest.raises(ValueError, match="state has no floating-point arrays"):
+    with pytest.raises(ValueError, match=r"state has no floating-point arrays.*It has int. A tree consists"):
         bl.metagradient(training(case.move), {"t": 3}, case.hparams, steps=1)
 
 

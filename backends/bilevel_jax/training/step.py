@@ -87,15 +87,18 @@ class TrainingStep(Static):
             aux: the initial state of a loss with ``has_aux``.
 
         Raises:
-            ValueError: if ``optimizer`` is a function and ``hparams`` is absent, or if ``aux`` is given without
-                ``has_aux``.
+            ValueError: if ``optimizer`` is a function and ``hparams`` is absent, or if it returns an
+                `optax.inject_hyperparams`; if ``aux`` is given without ``has_aux``.
         """
         if aux is not None and not self.has_aux:
             raise ValueError("aux: the loss has no auxiliary state. Make the step by TrainingStep(..., has_aux=True).")
         if hparams is None and not is_optimizer(self.optimizer):
             raise ValueError("hparams: the optimizer is a function of hparams. Pass them: step.init(params, hparams).")
         params = jax.tree.map(_strong, params)
-        return TrainingState(params, jax.tree.map(_strong, self._optimizer(hparams).init(params)), aux)
+        inner = jax.tree.map(_strong, self._optimizer(hparams).init(params))
+        if not is_optimizer(self.optimizer):
+            _check_not_injected(inner)
+        return TrainingState(params, inner, aux)
 
     def __call__(self, state: TrainingState, hparams: Any, batch: Any) -> TrainingState:
         """Return the state after one step on a batch.
@@ -104,6 +107,8 @@ class TrainingStep(Static):
             TypeError: if the loss returns no floating-point scalar, or the optimizer has no update.
             ValueError: if the loss returns an array that is no scalar.
         """
+        if not isinstance(state, TrainingState):
+            raise TypeError(f"state: expected the result of TrainingStep.init, got {type(state).__name__}.")
         optimizer = self._optimizer(hparams)
         differentiate = value_and_grad if self.mixed_mode else _reverse_over_reverse
         (value, aux), grad = differentiate(self._loss, state.params, hparams, batch, state.aux)
@@ -135,6 +140,19 @@ class TrainingStep(Static):
         optimizer = self.optimizer(hparams)
         check_optimizer("optimizer(hparams)", optimizer)
         return optimizer
+
+
+def _check_not_injected(state: Any) -> None:
+    """Raise a ValueError for the state of an `optax.inject_hyperparams`."""
+
+    def injected(node: Any) -> bool:
+        return hasattr(node, "hyperparams")
+
+    if any(map(injected, jax.tree.leaves(state, is_leaf=injected))):
+        raise ValueError(
+            "optimizer: optax.inject_hyperparams keeps the hyperparameters of `init` in the state, so a run does not "
+            "depend on hparams. Leave it out: lambda hparams: optax.adam(hparams['rate'])."
+        )
 
 
 def _reverse_over_reverse(loss: Callable[..., tuple[Any, Any]], *args: Any) -> tuple[tuple[Any, Any], Any]:

@@ -48,7 +48,8 @@ def gradients(
     if not total:
         raise ValueError(
             "loss: it does not depend on any weight that the optimizer trains. Call the model that loss receives as "
-            "its first argument, not one from outside."
+            "its first argument, not one from outside. A checkpoint with use_reentrant=True "
+            "hides weights too."
         )
     return total, buffers
 

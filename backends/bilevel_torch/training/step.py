@@ -175,6 +175,8 @@ class TrainingStep:
                 the first call with a graph, if the gradient has no derivative, or if the loss uses
                 `torch.utils.checkpoint`.
         """
+        if not isinstance(state, TrainingState):
+            raise TypeError(f"state: expected the result of TrainingStep.init, got {type(state).__name__}.")
         # Most often, the weights tell. To list all leaves takes longer.
         recorded = any(param.requires_grad for param in state.params.values()) or _recorded([state, hparams])
         record = recorded and recording() and torch.is_grad_enabled()

@@ -55,6 +55,7 @@ def test_batches_and_random_numbers_are_those_of_the_loop(make):
     assert [str(batch) for batch in batches] == expected
 
 
+@pytest.mark.filterwarnings("ignore:Exception ignored.*_at_fork")  # a test of JAX may have run in this process
 @pytest.mark.parametrize("persistent", [False, True])
 def test_workers(persistent):
     def loader():
