@@ -196,6 +196,8 @@ def _advance(steps: JaxSteps, state: Any, hparams: Any, data: Any, count: int, s
     def body(arrays: list[jax.Array], batch: Any) -> tuple[list[jax.Array], None]:
         return _arrays(steps.next(_with_arrays(state, arrays), hparams, _with_arrays(data, batch))), None
 
+    # A block stores one state per step. Without this, the values inside of all its steps take more time to write.
+    body = jax.checkpoint(body, prevent_cse=False)
     if shared:
         return JaxSpace(None).scan(lambda arrays, _: body(arrays, _arrays(data)), _arrays(state), None, count)[0]
     return JaxSpace(None).scan(body, _arrays(state), _arrays(data), count)[0]

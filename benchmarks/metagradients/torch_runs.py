@@ -88,6 +88,9 @@ class Digits:
     def module(self) -> torch.Tensor:
         """Take the user's module and torch.optim.SGD."""
         model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.Tanh(), torch.nn.Linear(32, 10))
+        with torch.no_grad():
+            for param, start in zip(model.parameters(), self.w, strict=True):
+                param.copy_(start.T if start.ndim == 2 else start)
         optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=MOMENTUM)
 
         def loss(model: Any, weights: torch.Tensor, batch: Any) -> torch.Tensor:
