@@ -3,16 +3,14 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import isfinite, isnan
-from textwrap import fill
 
 from bilevel.diagnosis.finding import Finding
 from bilevel.diagnosis.findings import findings, how_far
 from bilevel.diagnosis.formatting import first_line
+from bilevel.diagnosis.layout import LABEL, WIDTH, Line, written
 from bilevel.diagnosis.measurements import Measured
 from bilevel.diagnosis.suggestions import suggestions
 
-WIDTH = 100
-LABEL = 15  # width of the first column
 UNTRUSTED = {"not finite", "other arrays", "wrong derivative", "not symmetric", "no curvature", "kink"}
 """Findings after which other solvers do not help."""
 
@@ -37,19 +35,13 @@ class Diagnosis(Measured):
         return () if {f.name for f in self.findings} & UNTRUSTED else tuple(suggestions(self))
 
     def __str__(self) -> str:
-        found = self.findings
-        heading = f"{len(found)} finding{'s' * (len(found) > 1)}" if found else "no errors were found"
-        marked = {f.name for f in found}
-        lines = [f"{'>' if marks & marked else ' '} {label:<{LABEL}}{text}" for marks, label, text in _lines(self)]
-        texts = [f"{i}. {f.what} {f.way_out}".strip() for i, f in enumerate(found, 1)]
+        further = [f"Suggestion: {suggestion}" for suggestion in self.suggestions]
         if self.unchecked:
-            texts.append(f"Not checked: {', '.join(self.unchecked)}. {_why_unchecked(self)}")
-        texts += [f"Suggestion: {suggestion}" for suggestion in self.suggestions]
-        return "\n\n".join([f"bl.diagnose: {heading}", "\n".join(lines), *(fill(text, WIDTH) for text in texts)])
+            further.insert(0, f"Not checked: {', '.join(self.unchecked)}. {_why_unchecked(self)}")
+        return written("bl.diagnose", self.findings, _lines(self), further)
 
 
-def _lines(m: Measured) -> Iterator[tuple[set[str], str, str]]:
-    """Yield the names of the findings that mark a line of the table, the label and the text of the line."""
+def _lines(m: Measured) -> Iterator[Line]:
     yield {"not solved", "kink", "not finite"}, "inner problem", how_far(m)
     yield {"no curvature", "negative curvature"}, "curvature", _curvature(m)
     r = m.repetition

@@ -3,17 +3,15 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import isnan
-from textwrap import fill
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from bilevel.diagnosis.finding import Finding
 from bilevel.diagnosis.formatting import first_line
+from bilevel.diagnosis.layout import WIDTH, Line, written
 from bilevel.metagradients.results import Metagradient
 
-WIDTH = 100
-LABEL = 15  # width of the first column
 PREDICTIVE = 0.8  # agreement; below, LDS was below 0.8 in the benchmark
 SMOOTH = 0.5  # metasmoothness
 PRECISE = 0.99  # cosine
@@ -88,22 +86,16 @@ class TrainingDiagnosis:
         return tuple(_findings(self))
 
     def __str__(self) -> str:
-        found = self.findings
-        heading = f"{len(found)} finding{'s' * (len(found) > 1)}" if found else "no errors were found"
-        marked = {f.name for f in found}
-        lines = [f"{'>' if mark in marked else ' '} {label:<{LABEL}}{text}" for mark, label, text in _lines(self)]
-        texts = [f"{i}. {f.what} {f.way_out}".strip() for i, f in enumerate(found, 1)]
-        return "\n\n".join([f"bl.diagnose_training: {heading}", "\n".join(lines), *(fill(t, WIDTH) for t in texts)])
+        return written("bl.diagnose_training", self.findings, _lines(self))
 
 
-def _lines(d: TrainingDiagnosis) -> Iterator[tuple[str, str, str]]:
-    """Yield the name of the finding that marks a line, the label and the text."""
+def _lines(d: TrainingDiagnosis) -> Iterator[Line]:
     trainings = f"{2 * len(d.changes)} trainings with λ changed by {d.size:g}"
-    yield "not predictive", "agreement", f"{d.agreement:.3f} of predicted and actual changes of F, in {trainings}"
-    yield "rough", "metasmoothness", f"{d.smoothness:.3f}"
-    yield "growth", "growth", f"{d.growth:.3g} times backwards, over {d.metagradient.info.steps} steps"
+    yield {"not predictive"}, "agreement", f"{d.agreement:.3f} of predicted and actual changes of F, in {trainings}"
+    yield {"rough"}, "metasmoothness", f"{d.smoothness:.3f}"
+    yield {"growth"}, "growth", f"{d.growth:.3g} times backwards, over {d.metagradient.info.steps} steps"
     known = f"agreement {d.precision:.4f} with float64" if not isnan(d.precision) else first_line(d.obstacle, WIDTH)
-    yield "precision", "precision", known
+    yield {"precision"}, "precision", known
 
 
 def _findings(d: TrainingDiagnosis) -> Iterator[Finding]:
