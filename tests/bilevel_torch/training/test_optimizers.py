@@ -1,8 +1,11 @@
 """Each optimizer of torch: values of an ordinary loop, and derivatives against central differences of that loop."""
 
+import pytest
+
+pytest.importorskip("torch")
+
 import copy
 
-import pytest
 import torch
 from torch_training import (
     HORIZONS,

@@ -1,6 +1,9 @@
 """Errors of training steps: each names the culprit and the way out."""
 
 import pytest
+
+pytest.importorskip("torch")
+
 import torch
 from torch import nn
 

@@ -1,6 +1,9 @@
 """Batches that are read again are the batches of the loop."""
 
 import pytest
+
+pytest.importorskip("torch")
+
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, WeightedRandomSampler
 

@@ -1,6 +1,9 @@
 """Each scheduler of torch gives a training step the options of an ordinary loop."""
 
 import pytest
+
+pytest.importorskip("torch")
+
 import torch
 from torch.optim import lr_scheduler
 

@@ -1,8 +1,11 @@
 """Running statistics and other buffers: values of an ordinary loop, derivatives of an outer loss in evaluation mode."""
 
+import pytest
+
+pytest.importorskip("torch")
+
 import copy
 
-import pytest
 import torch
 from torch import nn
 from torch_training import central, recorded, requiring_gradients, train

@@ -1,8 +1,11 @@
 """Training steps of whole loops: schedules, clipping, micro-batches, groups, frozen and tied weights, states."""
 
+import pytest
+
+pytest.importorskip("torch")
+
 import copy
 
-import pytest
 import torch
 from torch import nn
 from torch.optim import lr_scheduler
