@@ -1,10 +1,15 @@
-"""The base class of a framework's training steps, with their derivatives."""
+"""Training steps of a framework with their derivatives, and the leaves that derivatives flow through."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from bilevel.spaces.array import V
+
+if TYPE_CHECKING:
+    from bilevel.backend import Backend
 
 PLAIN = (bool, int, float, str)
 """The types of the leaves of a state that are no arrays and may change from step to step."""
@@ -69,3 +74,24 @@ def add(totals: Sequence[Any], parts: Sequence[Any]) -> list[Any]:
     if not totals or not parts:
         return list(totals or parts)
     return [a if b is None else b if a is None else a + b for a, b in zip(totals, parts, strict=True)]
+
+
+def differentiable(backend: Backend, leaf: Any) -> bool:
+    """Return whether derivatives flow through a leaf."""
+    return backend.owns(leaf) and backend.is_floating(leaf)
+
+
+def floats_of(backend: Backend, tree: Any) -> list[Any]:
+    """Return the floating-point leaves of a tree."""
+    return [leaf for _, leaf in backend.leaves(tree) if differentiable(backend, leaf)]
+
+
+def masked(backend: Backend, tree: V) -> V:
+    """Return a tree with None in place of all leaves that are no floating-point arrays."""
+    return backend.map(lambda leaf: leaf if differentiable(backend, leaf) else None, tree)
+
+
+def with_floats(backend: Backend, tree: V, floats: list[Any]) -> V:
+    """Return a tree with other floating-point leaves."""
+    supply = iter(floats)
+    return backend.map(lambda leaf: next(supply) if differentiable(backend, leaf) else leaf, tree)

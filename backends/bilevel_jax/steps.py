@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from bilevel.backend import Backend
 from bilevel.dependence import warn_of_cut
-from bilevel.steps import Pull, Pulled, Steps, add
+from bilevel.steps import Pull, Pulled, Steps, add, floats_of, with_floats
 from bilevel.validation import check_dtypes, check_like
 from bilevel_jax.dependence import dependence, trace
 from bilevel_jax.partition import Divided, combine, partition
@@ -206,26 +206,17 @@ def _advance(steps: JaxSteps, state: Any, hparams: Any, data: Any, count: int, s
 def _record(
     steps: JaxSteps, state: Any, hparams: Any, data: Any, count: int, shared: bool
 ) -> tuple[list[jax.Array], Callable[[list[Any]], Any]]:
-    floating = [jnp.issubdtype(a.dtype, jnp.floating) for a in _arrays(state)]
-
-    def joined(floats: list[jax.Array]) -> Any:
-        supply, others = iter(floats), _arrays(state)
-        return _with_arrays(
-            state, [next(supply) if is_float else a for a, is_float in zip(others, floating, strict=True)]
-        )
-
-    def floats_of(arrays: Sequence[jax.Array]) -> list[jax.Array]:
-        return [a for a, is_float in zip(arrays, floating, strict=True) if is_float]
+    backend = steps.backend
 
     def run(floats: list[jax.Array], hparams: Any) -> tuple[list[jax.Array], list[jax.Array]]:
-        arrays = _advance(steps, joined(floats), hparams, data, count, shared)
-        return floats_of(arrays), arrays
+        arrays = _advance(steps, with_floats(backend, state, floats), hparams, data, count, shared)
+        return floats_of(backend, arrays), arrays
 
     def one(floats: list[jax.Array], hparams: Any) -> list[jax.Array]:
         batch = data if shared else jax.tree.map(lambda a: a[0] if hasattr(a, "shape") else a, data)
-        return floats_of(_arrays(steps.next(joined(floats), hparams, batch)))
+        return floats_of(backend, steps.next(with_floats(backend, state, floats), hparams, batch))
 
-    floats = floats_of(_arrays(state))
+    floats = floats_of(backend, state)
     used = dependence(trace(one, floats, hparams), floats)
     if not any(used.params):
         warn_of_cut()

@@ -10,7 +10,7 @@ from typing_extensions import override
 from bilevel.backend import Backend
 from bilevel.dependence import warn_of_cut
 from bilevel.spaces.tree import leaves, leaves_with_paths, tree_map
-from bilevel.steps import PLAIN, Pull, Pulled, Steps
+from bilevel.steps import PLAIN, Pull, Pulled, Steps, floats_of
 from bilevel.validation import check_dtypes, check_like
 from bilevel_torch.autograd import check_untransformed, grad, no_grad_no_autocast
 from bilevel_torch.training.mistakes import check_connected, graph_watched, warn_of_parameters
@@ -51,18 +51,20 @@ class TorchSteps(Steps):
     def record(self, state: Any, hparams: Any, batches: Sequence[Any]) -> tuple[Any, Pull]:
         hparams = tree_map(lambda t: t.detach().requires_grad_(), hparams)
         first = tree_map(lambda leaf: _leaf(_copied(leaf)), state)
-        inputs = [*_floating(first), *leaves(hparams)]
-        with torch.enable_grad(), graph_watched(_floating(first)):
+        start = floats_of(self.backend, first)
+        inputs = [*start, *leaves(hparams)]
+        with torch.enable_grad(), graph_watched(start):
             end = self.step(first, hparams, batches[0])
-        self._check(state, end)
-        if not self._watched and not isinstance(self.step, TrainingStep):  # its weights without an update are meant
-            warn_of_parameters(_floating(end))
+        if not self._watched:
+            self._check(state, end)
+            if not isinstance(self.step, TrainingStep):  # its weights without an update are meant
+                warn_of_parameters(floats_of(self.backend, end))
         self._watched = True
         with torch.enable_grad():
             for batch in batches[1:]:
                 end = self.step(end, hparams, batch)
         self._check(state, end)
-        outputs = _floating(end)
+        outputs = floats_of(self.backend, end)
         check_connected(end)
         count = len(outputs)
 
@@ -141,10 +143,6 @@ def _leaf(leaf: Any) -> Any:
 
 def _detached(leaf: Any) -> Any:
     return leaf.detach() if isinstance(leaf, torch.Tensor) else leaf
-
-
-def _floating(tree: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in leaves(tree) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
 
 
 def _kinds(tree: Any) -> Any:

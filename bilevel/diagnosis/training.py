@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,6 @@ import numpy as np
 from bilevel.backend import Backend
 from bilevel.diagnosis.training_report import Changes, TrainingDiagnosis
 from bilevel.linearization import Inputs
-from bilevel.metagradients.leaves import floats_of, with_floats
 from bilevel.metagradients.metagradient import metagradient
 from bilevel.metagradients.outer import Outer
 from bilevel.metagradients.results import Metagradient
@@ -19,6 +17,7 @@ from bilevel.metagradients.retrain import retrain
 from bilevel.metagradients.schedule import Checkpoints
 from bilevel.metagradients.training import Batches, Training, as_batches
 from bilevel.spaces.array import Args, H
+from bilevel.steps import floats_of, with_floats
 from bilevel.validation import find_backend
 
 EPS64 = 1e-15
@@ -85,26 +84,30 @@ def diagnose_training(
     """
     _check(size, directions, precision_steps)
     found = find_backend(backend, state, hparams, ("state", "hparams"))
-    common: dict[str, Any] = {"outer_args": outer_args, "backend": found, "on_failure": "ignore"}
+    common: dict[str, Any] = {
+        "outer_args": outer_args,
+        "checkpoints": checkpoints,
+        "memory": memory,
+        "backend": found,
+        "on_failure": "ignore",
+    }
     generators = found.steps(training.step)
     random = generators.random_state()
     try:
-        hg = metagradient(
-            training, state, hparams, batches, steps=steps, checkpoints=checkpoints, memory=memory, **common
-        )
+        hg = metagradient(training, state, hparams, batches, steps=steps, **common)
         data = as_batches(found, batches, hg.info.steps)
-        block = max(b - a for a, b in pairwise(hg.info.bounds))
         changes: list[Changes] = []
         for direction in _directions(found, hparams, directions, np.random.default_rng(seed)):
             ends: list[tuple[Any, Outer]] = []
             for sign in (-1.0, 1.0):
                 generators.set_random_state(random)
                 moved = found.space(hparams).axpy(sign * size, direction, hparams)
-                ends.append(retrain(found, training, state, moved, data, outer_args, block))
+                ends.append(retrain(found, training, state, moved, data, outer_args, hg.info.bounds))
             changes.append(_changes(found, hg, ends, direction, size))
         generators.set_random_state(random)
         first = min(precision_steps, data.steps)
-        precision, obstacle = _precision(found, training, state, hparams, data, first, checkpoints, common)
+        known = hg if first == data.steps else None
+        precision, obstacle = _precision(found, training, state, hparams, data, first, common, known)
     finally:
         generators.set_random_state(random)
     return TrainingDiagnosis(hg, size, tuple(changes), precision, obstacle, len(training.at or (0,)))
@@ -160,10 +163,13 @@ def _precision(
     hparams: Any,
     data: Batches,
     steps: int,
-    checkpoints: Checkpoints,
     common: dict[str, Any],
+    known: Metagradient[Any, Any] | None,
 ) -> tuple[float, str]:
-    """Return the agreement of the metagradient of the first steps with float64, or nan and the reason."""
+    """Return the agreement of the metagradient of the first steps with float64, or nan and the reason.
+
+    ``known`` is this metagradient, if it has been computed.
+    """
     if not steps:
         return float("nan"), "not checked"
     if max(backend.space(tree).eps for tree in (floats_of(backend, state), hparams)) < EPS64:
@@ -174,17 +180,19 @@ def _precision(
     short = Training(training.step, training.outer, at)
     start, args = backend.steps(training.step).start(state), tuple(data[t] for t in range(steps))
     floats = floats_of(backend, start)
-    found: list[np.ndarray] = []
+
+    def metagradient_in(double: bool) -> Metagradient[Any, Any]:
+        with backend.isolated(Inputs(floats, hparams, args, common["outer_args"]), double) as at:
+            params, moved, batches, outer_args = at(floats, hparams)
+            first = with_floats(backend, start, params)
+            return metagradient(short, first, moved, list(batches), **{**common, "outer_args": outer_args})
+
     try:
-        for double in (False, True):
-            with backend.isolated(Inputs(floats, hparams, args, common["outer_args"]), double) as at:
-                params, moved, batches, outer_args = at(floats, hparams)
-                options = common | {"outer_args": outer_args, "checkpoints": checkpoints}
-                hg = metagradient(short, with_floats(backend, start, params), moved, list(batches), **options)
-                found.append(np.concatenate([backend.to_numpy(g).ravel() for _, g in backend.leaves(hg.grad)]))
+        found = known or metagradient_in(double=False), metagradient_in(double=True)
     except Exception as error:  # any error of the user's step in float64
         return float("nan"), f"{type(error).__name__}: {error}"
-    low, high = (a.astype(np.float64) for a in found)
+    grads = [[backend.to_numpy(g).ravel() for _, g in backend.leaves(hg.grad)] for hg in found]
+    low, high = (np.concatenate(parts).astype(np.float64) for parts in grads)
     squares = low @ low + high @ high
     if not np.isfinite(squares) or not squares:
         kind = "zero" if squares == 0 else "not finite"

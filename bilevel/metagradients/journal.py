@@ -10,7 +10,7 @@ import numpy as np
 
 from bilevel.backend import Backend
 from bilevel.metagradients.schedule import Plan
-from bilevel.metagradients.snapshots import Directory, Snapshots
+from bilevel.metagradients.snapshots import STORED, Directory, Snapshots
 from bilevel.steps import PLAIN, Pulled
 
 KEY = "run"
@@ -55,7 +55,7 @@ class Journal:
     @property
     def started(self) -> bool:
         """Whether the first state is stored."""
-        return 0 in self.snapshots.numbers("state")
+        return 0 in self.snapshots.numbers(STORED)
 
     @property
     def segment(self) -> int | None:

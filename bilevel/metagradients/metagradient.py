@@ -13,7 +13,6 @@ from bilevel.dependence import warn
 from bilevel.errors import SolverError
 from bilevel.messages import counted, listed
 from bilevel.metagradients.journal import Journal, in_memory
-from bilevel.metagradients.leaves import floats_of, masked, with_floats
 from bilevel.metagradients.outer import Outer, outer_derivatives
 from bilevel.metagradients.progress import Bar, progress_bar
 from bilevel.metagradients.repeatable import check_repeatable
@@ -23,7 +22,7 @@ from bilevel.metagradients.schedule import Checkpoints, make_plan
 from bilevel.metagradients.training import Training, as_batches, check_observed
 from bilevel.options import check_choice
 from bilevel.spaces.array import Args, Array, H, P
-from bilevel.steps import Pulled, add
+from bilevel.steps import Pulled, add, floats_of, masked, with_floats
 from bilevel.validation import TREES, check_trees, find_backend
 
 Store = Literal["device", "host"] | str | Path

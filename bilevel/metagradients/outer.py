@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from bilevel.backend import Backend
-from bilevel.metagradients.leaves import floats_of, masked, with_floats
 from bilevel.spaces.array import Args, Array
+from bilevel.steps import floats_of, masked, with_floats
 
 
 class Outer(NamedTuple):

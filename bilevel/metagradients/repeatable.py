@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from bilevel.backend import Backend
-from bilevel.metagradients.leaves import floats_of
 from bilevel.metagradients.training import Batches
-from bilevel.steps import Steps
+from bilevel.steps import Steps, floats_of
 
 SAME = 0.01  # of the length of the step: sums on a GPU may differ in their rounding
 

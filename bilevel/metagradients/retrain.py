@@ -1,5 +1,6 @@
-"""Values of a training run, without derivatives."""
+"""A training run without its derivative."""
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -10,11 +11,16 @@ from bilevel.spaces.array import Args
 
 
 def retrain(
-    backend: Backend, training: Training, state: Any, hparams: Any, batches: Batches, outer_args: Args, block: int
+    backend: Backend,
+    training: Training,
+    state: Any,
+    hparams: Any,
+    batches: Batches,
+    outer_args: Args,
+    bounds: Sequence[int],
 ) -> tuple[Any, Outer]:
-    """Return the last state of a run, and F with its derivatives there. ``block`` steps are computed at a time."""
+    """Return the last state of a run, and F with its derivatives there. ``bounds``: see `Plan`."""
     steps, at = backend.steps(training.step), training.at or (batches.steps,)
-    bounds = sorted({*range(0, batches.steps, block), *at, batches.steps})
     states = {0: steps.start(state)}
     for t, stop in pairwise(bounds):
         states[stop] = steps.advance(states[t], hparams, [batches[i] for i in range(t, stop)])

@@ -8,12 +8,9 @@ from typing import Any
 
 from bilevel.backend import Backend
 from bilevel.metagradients.schedule import Action, Plan, actions
-from bilevel.metagradients.snapshots import Snapshots
+from bilevel.metagradients.snapshots import OBSERVED, STORED, Snapshots
 from bilevel.metagradients.training import Batches
 from bilevel.steps import Pulled, Steps
-
-STORED = "state"  # states that the backward pass starts from again
-OBSERVED = "observed"  # states that F needs, by the number of their segment
 
 
 @dataclass(frozen=True)

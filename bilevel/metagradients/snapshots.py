@@ -15,6 +15,8 @@ from bilevel.backend import Backend
 from bilevel.steps import PLAIN
 
 Arrays = list[np.ndarray]
+STORED = "state"  # the kind of states that the backward pass starts from again
+OBSERVED = "observed"  # the kind of states that F needs
 SUFFIX, UNFINISHED = ".bilevel.npz", ".bilevel.unfinished"
 
 
