@@ -7,7 +7,7 @@ from bilevel.config import get_linear_solver
 from bilevel.convergence import OnFailure, check_on_failure, report_rows
 from bilevel.dependence import EQUATION, MINIMUM, warn_of_dependence
 from bilevel.hypergradient import SolverSpec, combine
-from bilevel.linear_solvers.linear_solver import LinearSolver, run_solver_on_rows
+from bilevel.linear_solvers.linear_solver import LinearSolver, in_arrays, run_solver_on_rows
 from bilevel.linearization import OuterDerivatives
 from bilevel.methods.implicit import Implicit, pull_back_adjoint
 from bilevel.methods.method import Level
@@ -129,8 +129,7 @@ def _hypergradients(
 
     def row(value: Array, direct: H | None, adjoint: P, info: SolverInfo) -> Hypergradient[Any, H]:
         hg = combine(backend, value, direct, pull_back_adjoint(backend, A, at, adjoint, info), hparams)
-        known = [A.space.xp.full_like(value, x) if isinstance(x, float) else x for x in hg.info]
-        return hg._replace(info=SolverInfo(*known))
+        return hg._replace(info=in_arrays(hg.info, value, A.space.xp))
 
     hg = backend.batched(row, values, direct, adjoints, info)
     names = EQUATION if problem.kind == "equation" else MINIMUM

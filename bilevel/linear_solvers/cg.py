@@ -200,8 +200,8 @@ class CG(Iterative[object]):
 
         def alone(b: V, x0: V | None, damping: Array, scale: Array) -> tuple[V, SolverInfo]:
             solver = replace(self, damping=damping, atol=self.atol / scale)  # pyright: ignore[reportArgumentType]
-            x, info = in_arrays(solver.solve(state, A, b, x0), space, b)
-            return x, info._replace(damping=damping)
+            x, info = solver.solve(state, A, b, x0)
+            return x, in_arrays(info, damping, xp)._replace(damping=damping)
 
         def solve_alone(solved: tuple[V, SolverInfo]) -> tuple[V, SolverInfo]:
             x, info = solved

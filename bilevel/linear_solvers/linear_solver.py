@@ -14,9 +14,8 @@ from bilevel.operators.lanczos import Spectrum
 from bilevel.operators.linear_operator import LinearOperator
 from bilevel.options import is_python_value
 from bilevel.results import SolverInfo
-from bilevel.spaces.array import Number, V
+from bilevel.spaces.array import Array, Number, V
 from bilevel.spaces.rows import Rows
-from bilevel.spaces.space import Space
 
 SYMMETRIC = "symmetric"
 """The operator is its own transpose."""
@@ -65,7 +64,13 @@ class LinearSolver(Solver, Generic[S]):
 
         By default, it maps `solve` over the rows.
         """
-        return rows.batched(lambda b, x0: in_arrays(_checked(self, state, A, b, x0), A.space, b), b, x0)
+        space = A.space
+
+        def row(b: V, x0: V | None) -> tuple[V, SolverInfo]:
+            x, info = _checked(self, state, A, b, x0)
+            return x, in_arrays(info, space.dot(b, b), space.xp)
+
+        return rows.batched(row, b, x0)
 
     def least_damping(self, state: S, A: LinearOperator[V]) -> Number:
         """Return the smallest automatic damping."""
@@ -122,10 +127,9 @@ def _checked(
     return solved
 
 
-def in_arrays(solved: tuple[V, SolverInfo], space: Space[V], b: V) -> tuple[V, SolverInfo]:
-    """Return arrays in place of the Python numbers of an info."""
-    (x, info), xp, like = solved, space.xp, space.dot(b, b)
-    return x, SolverInfo(*[xp.full_like(like, n) if is_python_value(n) else n for n in info])
+def in_arrays(info: SolverInfo, like: Array, xp: Any) -> SolverInfo:
+    """Return scalars like an array in place of the Python numbers of an info."""
+    return SolverInfo(*[xp.full_like(like, n) if is_python_value(n) else n for n in info])
 
 
 def check_requirements(solver: LinearSolver[S], A: LinearOperator[V]) -> None:
