@@ -1,4 +1,4 @@
-"""Run all snippets of docs/coming-from.md, with those of the other libraries, which the test suite leaves out.
+"""Run all snippets of docs/coming-from.md. The test suite leaves out the snippets of the other libraries.
 
 Run it in .venv-peers, which `make bench` makes: .venv-peers/bin/python -m benchmarks.coming_from
 It stops with an error if one of our snippets gives another number than the page. Compare what the others print.

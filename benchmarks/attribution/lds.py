@@ -23,6 +23,14 @@ def queries(name: str, data: Digits, count: int) -> Callable[[Array], Array]:
     return lambda w: losses(network(name).logits(w, x), y)
 
 
+def left_out(runs: int, examples: int, seed: int) -> np.ndarray:
+    """Return weights of the examples for each run, of shape (runs, examples): 1, and 0 for the part `LEFT_OUT`."""
+    rng, weights = np.random.default_rng(seed), np.ones((runs, examples))
+    for row in weights:
+        row[rng.choice(examples, int(LEFT_OUT * examples), replace=False)] = 0
+    return weights
+
+
 def spearman(a: ArrayLike, b: ArrayLike) -> float:
     """Return Spearman's correlation of two sequences."""
     return float(np.corrcoef(rankdata(a), rankdata(b))[0, 1])
@@ -53,10 +61,7 @@ def compare(
     data, held_out = digits(examples)
     objectives = queries(name, held_out, count)
     truth = through_run(network(name), training, data, objectives)
-    rng = np.random.default_rng(training.seed)
-    weights = np.ones((runs, examples))
-    for row in weights:
-        row[rng.choice(examples, int(LEFT_OUT * examples), replace=False)] = 0
+    weights = left_out(runs, examples, training.seed)
     actual = retrain(network(name), training, data, objectives, weights)
     at = point(name, data, truth.w, objectives)
     bases = spectral(at, at.hessian), spectral(at, at.gauss_newton)

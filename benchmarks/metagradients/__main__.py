@@ -106,7 +106,7 @@ LARGE = (64, 512, 256, 10)
 
 
 def jax_memory() -> None:
-    """Print the peak memory of 200 steps of Adam on 170,000 weights, each way in a process of its own."""
+    """Print the peak memory of 200 steps of Adam on 170,000 weights. Each way runs in a separate process."""
     for way in ("remat", "nested", "none", "sqrt", "log"):
         command = [sys.executable, "-c", f"from benchmarks.metagradients.__main__ import peak; peak({way!r})"]
         print(subprocess.run(command, capture_output=True, text=True, check=True).stdout, end="", flush=True)

@@ -22,10 +22,10 @@ from torch.nn.functional import cross_entropy, gelu, layer_norm
 
 import bilevel as bl
 import bilevel_torch
-from benchmarks.attribution.lds import score
+from benchmarks.attribution.lds import left_out, score
 from bilevel.diagnosis.training_report import TrainingDiagnosis
 
-LEFT_OUT, SEED = 0.05, 0
+SEED = 0
 Weights = dict[str, torch.Tensor]
 
 
@@ -172,10 +172,8 @@ class Language:
 
 def rows(language: Language) -> tuple[list[tuple[str, float, float]], TrainingDiagnosis]:
     """Return the method, the score and the seconds of each row, and the report on the run."""
-    sizes, rng = language.sizes, np.random.default_rng(SEED)
-    weights = np.ones((sizes.runs, sizes.examples), np.float32)
-    for row in weights:
-        row[rng.choice(sizes.examples, int(LEFT_OUT * sizes.examples), replace=False)] = 0
+    sizes = language.sizes
+    weights = left_out(sizes.runs, sizes.examples, SEED).astype(np.float32)
     actual = torch.stack([language.outer(language.train(torch.as_tensor(row)), row) for row in weights]).numpy()
 
     def scored(hg: Any) -> float:

@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 
 import bilevel as bl
-from benchmarks.attribution.lds import queries, score, spearman
+from benchmarks.attribution.lds import left_out, queries, score, spearman
 from benchmarks.attribution.networks import digits
 from benchmarks.attribution.points import network
 from benchmarks.attribution.runs import MOMENTUM, Training, inner, retrain
 
-EXAMPLES, RUNS, LEFT_OUT, QUERIES = 600, 60, 0.05, 20
+EXAMPLES, RUNS, QUERIES = 600, 60, 20
 BETA2, EPS, TINY = 0.999, 1e-8, 1e-30
 
 RECIPES = [
@@ -81,10 +81,7 @@ def row(name: str, training: Training) -> dict[str, Any]:
     data, held_out = digits(EXAMPLES)
     run, args = problem(name, training)
     report = bl.diagnose_training(run, **args)
-    rng = np.random.default_rng(training.seed)
-    weights = np.ones((RUNS, EXAMPLES))
-    for each in weights:
-        each[rng.choice(EXAMPLES, int(LEFT_OUT * EXAMPLES), replace=False)] = 0
+    weights = left_out(RUNS, EXAMPLES, training.seed)
     actual = retrain(network(name), training, data, queries(name, held_out, QUERIES), weights)
     lds = score(np.asarray(report.metagradient.grad), weights, actual)
     found = {"agreement": report.agreement, "metasmoothness": report.smoothness, "growth": report.growth}
