@@ -257,7 +257,7 @@ def picture(found: dict[str, list[Search]], seconds: float, path: Path) -> None:
         for log_rates, line in zip(searches[0].best.hparams["log_rates"], "-:", strict=True):
             rates.semilogy(torch.linspace(0, 1, POINTS), log_rates.exp(), f"C{i}{line}")
     losses.set(xlabel="seconds", ylabel="best validation loss")
-    rates.set(xlabel="part of the run", ylabel="learning rate")
+    rates.set(xlabel="part of the run", ylabel="learning rate", title="last layer (solid), other weights (dotted)")
     losses.legend()
     FigureCanvasAgg(figure).print_png(str(path))
 
