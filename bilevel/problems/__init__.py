@@ -1,6 +1,6 @@
 """Ready problems with analytic derivatives for the numpy backend. Torch and JAX differentiate the same objects."""
 
-from bilevel.problems.linear import logistic_regression, ridge
+from bilevel.problems.linear import huber, logistic_regression, poisson, ridge, svm
 from bilevel.problems.quadratic import quadratic
 
-__all__ = ["logistic_regression", "quadratic", "ridge"]
+__all__ = ["huber", "logistic_regression", "poisson", "quadratic", "ridge", "svm"]

@@ -1,74 +1,55 @@
 """Linear models with an L2 penalty per weight, per feature or per group of features, or with a shared penalty."""
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-import scipy  # scipy.special loads at its first use
 
+from bilevel.problems.losses import CrossEntropy, Huber, LeastSquares, Loss, Poisson, SquaredHinge
 from bilevel.problems.namespace import namespace
 from bilevel.problems.problem import Problem
 from bilevel.spaces.array import Array
 
 
-class _DataFit(Protocol):
-    """The mean loss of a linear model; X has shape (n, d), dense or scipy.sparse."""
-
-    def __call__(self, w: Array, X: Array, y: Array) -> Array: ...
-    def grad(self, w: Array, X: Array, y: Array) -> Array: ...
-    def hvp(self, w: Array, v: Array, X: Array, y: Array) -> Array: ...
-
-
 @dataclass(frozen=True)
-class _LeastSquares:
-    def __call__(self, w: Array, X: Array, y: Array) -> Array:
-        return 0.5 * (_errors(_scores(X, w), y) ** 2).sum() / len(y)
+class DataFit:
+    """The mean loss of a linear model. X has shape (n, d), dense or scipy.sparse.
 
-    def grad(self, w: Array, X: Array, y: Array) -> Array:
-        return X.T @ _errors(_scores(X, w), y) / len(y)
+    With ``sample_weight`` of shape (n,), it is the weighted mean: an example of weight 2 counts as two examples.
+    """
 
-    def hvp(self, w: Array, v: Array, X: Array, y: Array) -> Array:
-        return X.T @ (X @ v) / len(y)
+    loss: Loss
 
+    def __call__(self, w: Array, X: Array, y: Array, sample_weight: Array | None = None) -> Array:
+        losses: Any = self.loss(_scores(X, w), y)
+        return losses.mean() if sample_weight is None else (_shares(sample_weight, losses) * losses).sum()
 
-@dataclass(frozen=True)
-class _CrossEntropy:
-    def __call__(self, w: Array, X: Array, y: Array) -> Array:
-        return cross_entropy(_scores(X, w), y)
+    def grad(self, w: Array, X: Array, y: Array, sample_weight: Array | None = None) -> Array:
+        return X.T @ _averaged(self.loss.slopes(_scores(X, w), y), sample_weight)
 
-    def grad(self, w: Array, X: Array, y: Array) -> Array:
-        errors: Any = _probabilities(_scores(X, w))
-        _check_shape(y, errors.shape[:1])
-        if w.ndim == 1:
-            errors -= y > 0
-        else:
-            errors[np.arange(len(y)), y] -= 1
-        return X.T @ errors / len(y)
-
-    def hvp(self, w: Array, v: Array, X: Array, y: Array) -> Array:
-        p: Any = _probabilities(_scores(X, w))
-        z = X @ v
-        mean = p * z if w.ndim == 1 else (p * z).sum(1, keepdims=True)
-        return X.T @ (p * (z - mean)) / len(y)
+    def hvp(self, w: Array, v: Array, X: Array, y: Array, sample_weight: Array | None = None) -> Array:
+        dz = X @ v
+        z = dz if self.loss.constant_curvature else X @ w
+        return X.T @ _averaged(self.loss.bend(z, y, dz), sample_weight)
 
 
 @dataclass(frozen=True)
 class _Penalized:
     """Inner objective: fit(w) + ½ Σ exp(λ) w²."""
 
-    fit: _DataFit
+    fit: DataFit
     groups: tuple[int, ...] | None
 
-    def __call__(self, params: Array, hparams: Array, X: Array, y: Array) -> Array:
-        return self.fit(params, X, y) + 0.5 * (self.penalties(params, hparams) * params**2).sum()
+    def __call__(self, params: Array, hparams: Array, *data: Array) -> Array:
+        return self.fit(params, *data) + 0.5 * (self.penalties(params, hparams) * params**2).sum()
 
-    def grad(self, params: Array, hparams: Array, X: Array, y: Array) -> Array:
-        return self.fit.grad(params, X, y) + self.penalties(params, hparams) * params
+    def grad(self, params: Array, hparams: Array, *data: Array) -> Array:
+        return self.fit.grad(params, *data) + self.penalties(params, hparams) * params
 
-    def hvp(self, params: Array, hparams: Array, vector: Array, X: Array, y: Array) -> Array:
-        return self.fit.hvp(params, vector, X, y) + self.penalties(params, hparams) * vector
+    def hvp(self, params: Array, hparams: Array, vector: Array, *data: Array) -> Array:
+        return self.fit.hvp(params, vector, *data) + self.penalties(params, hparams) * vector
 
-    def cross_vjp(self, params: Array, hparams: Array, vector: Array, X: Array, y: Array) -> Array:
+    def cross_vjp(self, params: Array, hparams: Array, vector: Array, *data: Array) -> Array:
         per_weight: Any = self.penalties(params, hparams) * params * vector
         if self.groups is not None:
             per_feature = per_weight.sum(tuple(range(1, params.ndim)))
@@ -77,7 +58,7 @@ class _Penalized:
         total: Any = np.asarray(per_weight.sum(tuple(range(hparams.ndim, params.ndim))))
         return total
 
-    def cross_jvp(self, params: Array, hparams: Array, vector: Array, X: Array, y: Array) -> Array:
+    def cross_jvp(self, params: Array, hparams: Array, vector: Array, *data: Array) -> Array:
         return self.penalties(params, hparams) * self.spread(params, vector) * params
 
     def penalties(self, params: Array, hparams: Array) -> Array:
@@ -103,13 +84,13 @@ class _Penalized:
 class _Unpenalized:
     """Outer objective: fit(w)."""
 
-    fit: _DataFit
+    fit: DataFit
 
-    def __call__(self, params: Array, hparams: Array, X: Array, y: Array) -> Array:
-        return self.fit(params, X, y)
+    def __call__(self, params: Array, hparams: Array, *data: Array) -> Array:
+        return self.fit(params, *data)
 
-    def grad(self, params: Array, hparams: Array, X: Array, y: Array) -> tuple[Array, None]:
-        return self.fit.grad(params, X, y), None
+    def grad(self, params: Array, hparams: Array, *data: Array) -> tuple[Array, None]:
+        return self.fit.grad(params, *data), None
 
 
 def ridge(groups: Any = None) -> Problem:
@@ -118,12 +99,13 @@ def ridge(groups: Any = None) -> Problem:
     L = ½ mean ‖Xw − y‖² + ½ Σ exp(λ) w² on ``inner_args=(X, y)``, and F = ½ mean ‖Xw − y‖² on
     ``outer_args=(X_val, y_val)``. X has shape (n, d); for NumPy, it may be a scipy.sparse matrix. ``params`` has shape
     (d,), or (d, k) for k targets. ``hparams`` are log penalties. Their shape is () (shared), (d,) (per feature), the
-    shape of params (per weight), or, with ``groups``, (number of groups,).
+    shape of params (per weight), or, with ``groups``, (number of groups,). A third argument in ``inner_args`` or
+    ``outer_args``, ``sample_weight`` of shape (n,), makes the mean a weighted mean.
 
     Args:
         groups: for each of the d features, the index of its group.
     """
-    return _problem(_LeastSquares(), groups)
+    return _problem(LeastSquares(), groups)
 
 
 def logistic_regression(groups: Any = None) -> Problem:
@@ -136,23 +118,61 @@ def logistic_regression(groups: Any = None) -> Problem:
     Args:
         groups: for each of the d features, the index of its group.
     """
-    return _problem(_CrossEntropy(), groups)
+    return _problem(CrossEntropy(), groups)
 
 
-def _problem(fit: _DataFit, groups: Any) -> Problem:
+def svm(groups: Any = None) -> Problem:
+    """Return a linear support vector machine with the squared hinge loss, and its penalties as hyperparameters.
+
+    It is `ridge` with the loss ½ max(0, 1 − t xᵀw)², where t is 1 for y > 0 and −1 for other y. ``params`` has shape
+    (d,). Scikit-learn's ``LinearSVC(C, fit_intercept=False)`` has the same minimum for C = 1/(2 n exp(λ)).
+
+    Args:
+        groups: for each of the d features, the index of its group.
+    """
+    return _problem(SquaredHinge(), groups)
+
+
+def huber(groups: Any = None, *, threshold: float = 1.35) -> Problem:
+    """Return Huber's robust regression with its penalties as hyperparameters.
+
+    It is `ridge` with the loss ½ e² for |e| ≤ threshold and threshold (|e| − ½ threshold) for larger errors e = xᵀw − y
+    (Huber 1964). ``params`` has shape (d,).
+
+    Args:
+        groups: for each of the d features, the index of its group.
+        threshold: the largest error that is squared, in the units of y, > 0.
+
+    Raises:
+        ValueError: if ``threshold`` is not positive.
+    """
+    if not threshold > 0:
+        raise ValueError(f"huber: expected a threshold > 0, got {threshold!r}.")
+    return _problem(Huber(threshold), groups)
+
+
+def poisson(groups: Any = None) -> Problem:
+    """Return Poisson regression with its penalties as hyperparameters.
+
+    It is `ridge` with the loss exp(xᵀw) − y xᵀw, for counts y ≥ 0 with the mean exp(xᵀw). ``params`` has shape (d,).
+    Scikit-learn's ``PoissonRegressor(alpha, fit_intercept=False)`` has the same minimum for alpha = exp(λ).
+
+    Args:
+        groups: for each of the d features, the index of its group.
+    """
+    return _problem(Poisson(), groups)
+
+
+def _problem(loss: Loss, groups: Any) -> Problem:
     indices = None if groups is None else tuple(int(g) for g in groups)
+    fit = DataFit(loss)
     return Problem(_Penalized(fit, indices), _Unpenalized(fit))
 
 
 def cross_entropy(logits: Any, y: Array) -> Array:
     """Return the mean cross-entropy in any framework, for logits of shape (n, k) or (n,) and y of shape (n,)."""
-    xp = namespace(logits)
-    _check_shape(y, logits.shape[:1])
-    if logits.ndim == 1:
-        return xp.logaddexp(xp.zeros_like(logits), xp.where(y > 0, -logits, logits)).mean()
-    top = xp.amax(logits, axis=1, keepdims=True)
-    log_total = xp.log(xp.exp(logits - top).sum(1)) + top[:, 0]
-    return (log_total - logits[np.arange(len(y)), y]).mean()
+    losses: Any = CrossEntropy()(logits, y)
+    return losses.mean()
 
 
 def _scores(X: Array, w: Array) -> Array:
@@ -168,28 +188,19 @@ def _scores(X: Array, w: Array) -> Array:
     return X @ w
 
 
-def _probabilities(logits: Any) -> Array:
-    """Return the softmax of logits of shape (n, k), or the probability of the second class of logits of shape (n,)."""
-    if logits.ndim == 1:
-        return scipy.special.expit(logits)
-    p = np.exp(logits - logits.max(1, keepdims=True))
-    return p / p.sum(1, keepdims=True)
-
-
-def _errors(prediction: Any, y: Array) -> Array:
-    _check_shape(y, prediction.shape)
-    return prediction - y
-
-
-def _check_shape(y: Array, shape: Any) -> None:
-    """Raise a ValueError for targets that would broadcast to a wrong loss, such as y[:, None] against (n,).
-
-    Raise a TypeError for names of classes.
-    """
-    labels: Any = y
-    if isinstance(y, np.ndarray) and labels.dtype.kind in "US":
-        raise TypeError(
-            f"y: expected numbers, got {labels.dtype}. Encode names of classes, as LabelEncoder of scikit-learn does."
+def _shares(sample_weight: Array, losses: Array) -> Array:
+    """Return weights that sum to 1."""
+    if tuple(sample_weight.shape) != tuple(losses.shape):
+        raise ValueError(
+            f"sample_weight: expected shape {tuple(losses.shape)}, with the rows of X, got "
+            f"{tuple(sample_weight.shape)}."
         )
-    if tuple(np.shape(y)) != tuple(shape):
-        raise ValueError(f"y: expected shape {tuple(shape)}, with the rows of X, got {tuple(np.shape(y))}.")
+    return sample_weight / sample_weight.sum()
+
+
+def _averaged(slopes: Any, sample_weight: Array | None) -> Array:
+    """Return the part of each example in a mean, for derivatives of shape (n,) or (n, k)."""
+    if sample_weight is None:
+        return slopes / len(slopes)
+    shares: Any = _shares(sample_weight, slopes if slopes.ndim == 1 else slopes[:, 0])
+    return shares * slopes if slopes.ndim == 1 else shares[:, None] * slopes
