@@ -9,8 +9,8 @@ import bilevel as bl
 from bilevel.testing import check_hypergradient
 
 N, D, K = 23, 4, 3
-FOLD = np.arange(N) % K
-FOLDS = [(np.flatnonzero(FOLD != k), np.flatnonzero(FOLD == k)) for k in range(K)]  # of different sizes
+HELD_OUT = [np.arange(k, N, K) for k in range(K)]  # of different sizes
+FOLDS = [(np.setdiff1d(np.arange(N), rows), rows) for rows in HELD_OUT]
 RIDGE = bl.problems.ridge()
 EXACT = bl.CG(rtol=1e-12)
 
