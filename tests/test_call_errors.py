@@ -38,7 +38,9 @@ class TestFurtherArguments:
     )
     def test_that_are_forgotten(self, backend, data, text):
         data = {name: tuple(backend.from_numpy(x) for x in DATA) for name in data}
-        signature = r" Its signature is \(\w+, \w+, X, y\)\. Pass its further arguments by \w+=\(\.\.\.\)"
+        signature = (
+            r" Its signature is \(\w+, \w+, X, y(, sample_weight)?\)\. Pass its further arguments by \w+=\(\.\.\.\)"
+        )
         problem = RIDGE if backend.name == "numpy" else bl.Problem(inner, outer)
         with pytest.raises(TypeError, match=text + signature):
             bl.hypergradient(problem, zeros(backend), zeros(backend), **data)
@@ -55,8 +57,8 @@ class TestFurtherArguments:
                 call()
 
     def test_too_many(self):
-        with pytest.raises(TypeError, match=r"inner is called with .* inner_args has 3 entries"):
-            bl.hypergradient(RIDGE, np.zeros(3), np.zeros(3), inner_args=(*DATA, 1), outer_args=DATA)
+        with pytest.raises(TypeError, match=r"inner is called with .* inner_args has 4 entries"):
+            bl.hypergradient(RIDGE, np.zeros(3), np.zeros(3), inner_args=(*DATA, 1, 1), outer_args=DATA)
 
     def test_of_a_step(self):
         jnp = pytest.importorskip("jax.numpy")

@@ -29,6 +29,7 @@ FURTHER = [  # in no `__all__`: for authors of problems, solvers and backends, f
     "bilevel.operators.linear_operator.LinearOperator",
     "bilevel.operators.scaling.scale_free",
     "bilevel.problems.central_differences.finite_differences",
+    "bilevel.problems.k_fold.KFoldProblem",
     "bilevel.problems.protocols.BilevelProblem",
     "bilevel.problems.protocols.InnerProblem",
     "bilevel.problems.protocols.OuterObjective",

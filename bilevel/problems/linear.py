@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from bilevel.problems.losses import CrossEntropy, Huber, LeastSquares, Loss, Poisson, SquaredHinge
+from bilevel.problems.losses import CrossEntropy, Huber, LeastSquares, Loss, Poisson, SquaredHinge, check_shape
 from bilevel.problems.namespace import namespace
 from bilevel.problems.problem import Problem
 from bilevel.spaces.array import Array
@@ -21,16 +21,15 @@ class DataFit:
     loss: Loss
 
     def __call__(self, w: Array, X: Array, y: Array, sample_weight: Array | None = None) -> Array:
-        losses: Any = self.loss(_scores(X, w), y)
-        return losses.mean() if sample_weight is None else (_shares(sample_weight, losses) * losses).sum()
+        return _divided(self.loss(_scores(X, w), y), sample_weight).sum()
 
     def grad(self, w: Array, X: Array, y: Array, sample_weight: Array | None = None) -> Array:
-        return X.T @ _averaged(self.loss.slopes(_scores(X, w), y), sample_weight)
+        return X.T @ _divided(self.loss.slopes(_scores(X, w), y), sample_weight)
 
     def hvp(self, w: Array, v: Array, X: Array, y: Array, sample_weight: Array | None = None) -> Array:
         dz = X @ v
         z = dz if self.loss.constant_curvature else X @ w
-        return X.T @ _averaged(self.loss.bend(z, y, dz), sample_weight)
+        return X.T @ _divided(self.loss.bend(z, y, dz), sample_weight)
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,8 @@ class _Penalized:
         per_weight: Any = self.penalties(params, hparams) * params * vector
         if self.groups is not None:
             per_feature = per_weight.sum(tuple(range(1, params.ndim)))
-            per_group: Any = np.bincount(self.groups, per_feature, len(hparams))
+            free = np.asarray(self.groups) >= 0
+            per_group: Any = np.bincount(np.asarray(self.groups)[free], per_feature[free], len(hparams))
             return per_group.astype(hparams.dtype)
         total: Any = np.asarray(per_weight.sum(tuple(range(hparams.ndim, params.ndim))))
         return total
@@ -62,15 +62,17 @@ class _Penalized:
         return self.penalties(params, hparams) * self.spread(params, vector) * params
 
     def penalties(self, params: Array, hparams: Array) -> Array:
-        """Return exp(λ) in a shape that broadcasts to the shape of params."""
-        hparams = self.spread(params, hparams)
-        return namespace(hparams).exp(hparams)
-
-    def spread(self, params: Array, hparams: Array) -> Array:
-        """Return λ, or a vector like λ, in a shape that broadcasts to the shape of params."""
+        """Return exp(λ) in a shape that broadcasts to the shape of params. It is 0 for features of group -1."""
         if not hasattr(hparams, "ndim"):
             raise TypeError(f"hparams: expected one array of log penalties, got {type(hparams).__name__}.")
+        return self.spread(params, namespace(hparams).exp(hparams))
+
+    def spread(self, params: Array, hparams: Array) -> Array:
+        """Return a vector like λ, in a shape that broadcasts to params. It is 0 for features of group -1."""
         if self.groups is not None:
+            if -1 in self.groups:
+                xp = namespace(hparams)
+                hparams = xp.concatenate([hparams, xp.zeros_like(hparams[:1])])
             hparams = hparams[np.asarray(self.groups)]
         if tuple(hparams.shape) != tuple(params.shape[: hparams.ndim]):
             raise ValueError(
@@ -103,7 +105,8 @@ def ridge(groups: Any = None) -> Problem:
     ``outer_args``, ``sample_weight`` of shape (n,), makes the mean a weighted mean.
 
     Args:
-        groups: for each of the d features, the index of its group.
+        groups: for each of the d features, the index of its group. Features of group -1 have no penalty, for
+            example a column of ones for the intercept.
     """
     return _problem(LeastSquares(), groups)
 
@@ -113,10 +116,11 @@ def logistic_regression(groups: Any = None) -> Problem:
 
     It is `ridge` with the mean cross-entropy. For two classes, ``params`` has shape (d,), and y is 0 or -1 for the
     first class, 1 for the second. For k classes, ``params`` has shape (d, k), and y holds class numbers. For an
-    intercept, append a column of ones to X.
+    intercept, append a column of ones to X, in group -1.
 
     Args:
-        groups: for each of the d features, the index of its group.
+        groups: for each of the d features, the index of its group. Features of group -1 have no penalty, for
+            example a column of ones for the intercept.
     """
     return _problem(CrossEntropy(), groups)
 
@@ -128,7 +132,8 @@ def svm(groups: Any = None) -> Problem:
     (d,). Scikit-learn's ``LinearSVC(C, fit_intercept=False)`` has the same minimum for C = 1/(2 n exp(λ)).
 
     Args:
-        groups: for each of the d features, the index of its group.
+        groups: for each of the d features, the index of its group. Features of group -1 have no penalty, for
+            example a column of ones for the intercept.
     """
     return _problem(SquaredHinge(), groups)
 
@@ -140,7 +145,8 @@ def huber(groups: Any = None, *, threshold: float = 1.35) -> Problem:
     (Huber 1964). ``params`` has shape (d,).
 
     Args:
-        groups: for each of the d features, the index of its group.
+        groups: for each of the d features, the index of its group. Features of group -1 have no penalty, for
+            example a column of ones for the intercept.
         threshold: the largest error that is squared, in the units of y, > 0.
 
     Raises:
@@ -158,13 +164,16 @@ def poisson(groups: Any = None) -> Problem:
     Scikit-learn's ``PoissonRegressor(alpha, fit_intercept=False)`` has the same minimum for alpha = exp(λ).
 
     Args:
-        groups: for each of the d features, the index of its group.
+        groups: for each of the d features, the index of its group. Features of group -1 have no penalty, for
+            example a column of ones for the intercept.
     """
     return _problem(Poisson(), groups)
 
 
 def _problem(loss: Loss, groups: Any) -> Problem:
     indices = None if groups is None else tuple(int(g) for g in groups)
+    if indices and min(indices) < -1:
+        raise ValueError(f"groups: expected indices from 0, or -1 for no penalty, got {min(indices)}.")
     fit = DataFit(loss)
     return Problem(_Penalized(fit, indices), _Unpenalized(fit))
 
@@ -188,19 +197,10 @@ def _scores(X: Array, w: Array) -> Array:
     return X @ w
 
 
-def _shares(sample_weight: Array, losses: Array) -> Array:
-    """Return weights that sum to 1."""
-    if tuple(sample_weight.shape) != tuple(losses.shape):
-        raise ValueError(
-            f"sample_weight: expected shape {tuple(losses.shape)}, with the rows of X, got "
-            f"{tuple(sample_weight.shape)}."
-        )
-    return sample_weight / sample_weight.sum()
-
-
-def _averaged(slopes: Any, sample_weight: Array | None) -> Array:
-    """Return the part of each example in a mean, for derivatives of shape (n,) or (n, k)."""
+def _divided(terms: Any, sample_weight: Any) -> Any:
+    """Return the terms of the examples, of shape (n, ...), divided by n or multiplied by their share of the weights."""
     if sample_weight is None:
-        return slopes / len(slopes)
-    shares: Any = _shares(sample_weight, slopes if slopes.ndim == 1 else slopes[:, 0])
-    return shares * slopes if slopes.ndim == 1 else shares[:, None] * slopes
+        return terms / terms.shape[0]
+    check_shape(sample_weight, terms.shape[:1], "sample_weight")
+    shares = sample_weight / sample_weight.sum()
+    return terms * shares.reshape(-1, *(1,) * (terms.ndim - 1))

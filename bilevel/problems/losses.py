@@ -143,7 +143,7 @@ def _probabilities(z: Any) -> Any:
     return p / p.sum(1, keepdims=True)
 
 
-def check_shape(y: Any, shape: Any) -> None:
+def check_shape(y: Any, shape: Any, name: str = "y") -> None:
     """Raise a ValueError for targets that would broadcast to a wrong loss, such as y[:, None] against (n,).
 
     Raise a TypeError for names of classes.
@@ -153,4 +153,4 @@ def check_shape(y: Any, shape: Any) -> None:
             f"y: expected numbers, got {y.dtype}. Encode names of classes, as LabelEncoder of scikit-learn does."
         )
     if tuple(np.shape(y)) != tuple(shape):
-        raise ValueError(f"y: expected shape {tuple(shape)}, with the rows of X, got {tuple(np.shape(y))}.")
+        raise ValueError(f"{name}: expected shape {tuple(shape)}, with the rows of X, got {tuple(np.shape(y))}.")

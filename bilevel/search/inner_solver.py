@@ -10,14 +10,13 @@ import scipy  # scipy.optimize loads at its first use
 
 from bilevel.backend import Backend
 from bilevel.errors import SolverWarning
-from bilevel.problems.gradients import in_params
-from bilevel.problems.problem import Problem
+from bilevel.problems.protocols import BilevelProblem
 from bilevel.spaces.array import Args, Array, P
 from bilevel.validation import check_inputs, find_backend, wrong_calls_named
 
 
 def scipy_fit(
-    problem: Problem,
+    problem: BilevelProblem,
     *,
     inner_args: Args = (),
     method: str = "L-BFGS-B",
@@ -33,7 +32,7 @@ def scipy_fit(
     vectors on the host, in float64.
 
     Args:
-        problem: the problem with the inner objective.
+        problem: the problem with the inner objective, also `bilevel.problems.k_fold`, whose folds it solves together.
         inner_args: further arguments of the inner objective.
         method: a method of `scipy.optimize.minimize` with an option ``gtol``, such as L-BFGS-B, BFGS or CG.
         gtol: stop if no entry of the gradient is larger, or if rounding prevents a decrease of the loss.
@@ -54,7 +53,7 @@ def scipy_fit(
     >>> scipy_fit(problem)(np.array([2.0, 4.0]), np.zeros(2))
     array([1., 2.])
     """
-    if not isinstance(problem, Problem):
+    if not isinstance(problem, BilevelProblem) or problem.kind == "equation":
         raise TypeError(
             f"scipy_fit minimizes an inner objective, which {type(problem).__name__} does not have: write a function "
             "fit(hparams, params0) -> params, which for example repeats the step until it converges."
@@ -96,11 +95,12 @@ _OPTIONS = {"l-bfgs-b": {"ftol": 0.0, "maxfun": 10**9}}  # stop only by gtol or 
 
 
 def _value_and_grad(
-    backend: Backend, problem: Problem, flat: Array, like: object, hparams: object, inner_args: Args
+    backend: Backend, problem: BilevelProblem, flat: Array, like: object, hparams: object, inner_args: Args
 ) -> tuple[Array, Array]:
     """Return the inner objective and its gradient at flat params. JAX compiles this function once for all fits."""
     space = backend.space(like)
-    value, grad, *_ = in_params(backend, problem.inner, space.unravel(flat), hparams, inner_args)
+    value, grad = problem.value_and_residual(backend, space.unravel(flat), hparams, inner_args)
+    assert value is not None  # only an equation has none
     return value, space.ravel(grad)
 
 

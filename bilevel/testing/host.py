@@ -10,6 +10,7 @@ from bilevel.backend import Backend
 from bilevel.inspection.derivatives import DERIVATIVES, derivatives
 from bilevel.linear_solvers.exact import check_size
 from bilevel.linearization import Inputs
+from bilevel.problems.k_fold import KFoldProblem
 from bilevel.problems.problem import Problem
 from bilevel.problems.protocols import BilevelProblem
 from bilevel.spaces.array import Args, Array, H, P
@@ -33,6 +34,8 @@ def prepare(
 
 def with_true_hessian(problem: BilevelProblem) -> BilevelProblem:
     """Return the problem without the Gauss-Newton approximation, because a reference must be exact."""
+    if isinstance(problem, KFoldProblem):
+        return replace(problem, problem=with_true_hessian(problem.problem))
     if isinstance(problem, Problem) and problem.curvature == "gauss-newton":
         return replace(problem, curvature="hessian")
     return problem

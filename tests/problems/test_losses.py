@@ -75,43 +75,6 @@ def test_hypergradients_match_differences_of_refits(model):
     assert relative_error(hg.grad, differences) <= 1e-6
 
 
-class TestSampleWeights:
-    @pytest.mark.parametrize("model", ["ridge", "logistic_regression", "svm"])
-    def test_a_weight_of_two_is_a_second_copy(self, model):
-        rng = np.random.default_rng(0)
-        X, counts, w, v = rng.standard_normal((6, 3)), np.array([1, 2, 0, 3, 1, 1]), np.ones(3), np.arange(3.0)
-        y = rng.integers(0, 2, 6).astype(float)
-        weighted, copied = (X, y, counts.astype(float)), (np.repeat(X, counts, 0), np.repeat(y, counts))
-        inner, h = getattr(bl.problems, model)().inner, np.zeros(3)
-        assert inner(w, h, *weighted) == pytest.approx(inner(w, h, *copied), rel=1e-14)
-        assert relative_error(inner.grad(w, h, *weighted), inner.grad(w, h, *copied)) <= 1e-14
-        assert relative_error(inner.hvp(w, h, v, *weighted), inner.hvp(w, h, v, *copied)) <= 1e-14
-
-    def test_several_classes(self):
-        rng = np.random.default_rng(0)
-        X, y, counts = rng.standard_normal((6, 3)), np.array([0, 1, 2, 0, 1, 2]), np.array([1, 2, 0, 3, 1, 1])
-        w, v, h = rng.standard_normal((3, 3)), rng.standard_normal((3, 3)), np.zeros(())
-        inner = bl.problems.logistic_regression().inner
-        weighted, copied = (X, y, counts.astype(float)), (np.repeat(X, counts, 0), np.repeat(y, counts))
-        assert inner(w, h, *weighted) == pytest.approx(inner(w, h, *copied), rel=1e-14)
-        assert relative_error(inner.hvp(w, h, v, *weighted), inner.hvp(w, h, v, *copied)) <= 1e-14
-
-    def test_in_every_framework(self, backend):
-        rng = np.random.default_rng(0)
-        X, y, s, w, h = (backend.from_numpy(rng.uniform(0, 1, shape)) for shape in ((6, 3), 6, 6, 3, 3))
-        hg = bl.hypergradient(bl.problems.ridge(), w, h, inner_args=(X, y, s), outer_args=(X, y, s), solver="exact")
-        A, b, t, v, p = (backend.to_numpy(a) for a in (X, y, s, w, h))
-        H, t = A.T @ ((t / t.sum())[:, None] * A), t / t.sum()
-        expected = -np.exp(p) * v * np.linalg.solve(H + np.diag(np.exp(p)), A.T @ (t * (A @ v - b)))
-        assert relative_error(backend.to_numpy(hg.grad), expected) <= 1e-12
-
-    def test_a_wrong_shape(self):
-        X, y = np.eye(3), np.ones(3)
-        for s in (np.ones(2), np.ones((3, 1))):
-            with pytest.raises(ValueError, match=r"sample_weight: expected shape \(3,\), with the rows of X, got"):
-                bl.problems.ridge().inner(np.ones(3), np.ones(3), X, y, s)
-
-
 class TestScikitLearn:
     """The units of the penalties, as the docstrings state them."""
 
