@@ -21,6 +21,7 @@ from bilevel.problems.problem import Problem
 from bilevel.results import Hypergradient, SolverInfo, Status
 from bilevel.search.inner_solver import scipy_fit
 from bilevel.search.minimize import minimize
+from bilevel.search.newton_fit import newton_fit
 from bilevel.warm_start import WarmStart
 
 __version__ = version("bilevel")
@@ -68,6 +69,7 @@ __all__ = [
     "list_solvers",
     "metagradient",
     "minimize",
+    "newton_fit",
     "prepare",
     "problems",
     "scipy_fit",

@@ -1,5 +1,6 @@
 """Linear models with an L2 penalty per weight, per feature or per group of features, or with a shared penalty."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -176,6 +177,28 @@ def _problem(loss: Loss, groups: Any) -> Problem:
         raise ValueError(f"groups: expected indices from 0, or -1 for no penalty, got {min(indices)}.")
     fit = DataFit(loss)
     return Problem(_Penalized(fit, indices), _Unpenalized(fit))
+
+
+def linear_model(problem: Any) -> tuple[DataFit, Callable[[Array, Any], tuple[Any, Any]]]:
+    """Return the loss of a ready linear model, and a function (params, hparams) -> (l1, l2).
+
+    ``l1`` and ``l2`` are the penalties of each feature, of shape (d,).
+
+    Raises:
+        TypeError: if the problem is no ready linear model.
+    """
+    inner = getattr(problem, "inner", None)
+    if not isinstance(inner, _Penalized):
+        raise TypeError(
+            "newton_fit: expected a ready linear model, such as bl.problems.ridge(), or bl.problems.k_fold of one, got "
+            f"{type(problem).__name__}. For other smooth problems, use bl.scipy_fit."
+        )
+
+    def penalties(params: Array, hparams: Any) -> tuple[Any, Any]:
+        l2 = np.broadcast_to(np.asarray(inner.penalties(params, hparams)), params.shape)
+        return np.zeros_like(l2), l2
+
+    return inner.fit, penalties
 
 
 def cross_entropy(logits: Any, y: Array) -> Array:
