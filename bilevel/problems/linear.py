@@ -6,9 +6,9 @@ from typing import Any, Protocol
 import numpy as np
 import scipy  # scipy.special loads at its first use
 
-from bilevel.problems.namespace import namespace
 from bilevel.problems.problem import Problem
 from bilevel.spaces.array import Array
+from bilevel.spaces.namespace import namespace
 
 
 class _DataFit(Protocol):

@@ -12,6 +12,7 @@ from bilevel.backend import Backend
 from bilevel.errors import SolverWarning
 from bilevel.problems.gradients import in_params
 from bilevel.problems.problem import Problem
+from bilevel.problems.proximal import Projected, Proximal
 from bilevel.spaces.array import Args, Array, P
 from bilevel.validation import check_inputs, find_backend, wrong_calls_named
 
@@ -54,6 +55,11 @@ def scipy_fit(
     >>> scipy_fit(problem)(np.array([2.0, 4.0]), np.zeros(2))
     array([1., 2.])
     """
+    if isinstance(problem, Proximal | Projected):
+        raise TypeError(
+            f"scipy_fit minimizes smooth objectives, and {type(problem).__name__} has kinks or a constraint: use "
+            "bl.proximal_fit(problem, inner_args=...)."
+        )
     if not isinstance(problem, Problem):
         raise TypeError(
             f"scipy_fit minimizes an inner objective, which {type(problem).__name__} does not have: write a function "
