@@ -59,8 +59,8 @@ def hypergradient(
     Other values that they read, such as globals and attributes of ``self``, keep the values of the first trace.
 
     Args:
-        problem: the inner objective L and the outer objective F, or a `FixedPoint` or `Root`, which have an equation in
-            place of ∂L/∂w = 0.
+        problem: the inner objective L and the outer objective F; a `Proximal` or `Projected`, for kinks, bounds and
+            constraints; or a `FixedPoint` or `Root`, which have an equation in place of ∂L/∂w = 0.
         params: w, a tree of floating-point arrays.
         hparams: λ, a tree of floating-point arrays of the same framework.
         inner_args: further arguments of L, usually the training data, as a tuple. A list of tuples holds one batch per

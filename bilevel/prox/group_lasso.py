@@ -51,7 +51,8 @@ class GroupLasso(ProximalOperator):
 
     @override
     def apply(self, v: Any, step: Any, *values: Any) -> Any:
-        xp, square, threshold = namespace(v), self._sums(v * v, values[0]), step * self._of_groups(values[0], v)
+        xp, threshold = namespace(v), step * self._of_groups(values[0], v)
+        square = self._sums(v * v, values[0])
         alive = square > threshold**2
         norm = xp.sqrt(xp.where(alive, square, xp.ones_like(square)))
         shrunk = xp.where(alive, 1 - threshold / norm, xp.zeros_like(square))
