@@ -2,7 +2,7 @@
 
 from importlib.metadata import version
 
-from bilevel import problems
+from bilevel import problems, projections, prox
 from bilevel.config import get_backend, get_solver, list_backends, list_preconditioners, list_solvers
 from bilevel.diagnosis import diagnose, diagnose_training
 from bilevel.errors import DependenceWarning, InnerProblemWarning, SolverError, SolverWarning
@@ -18,10 +18,12 @@ from bilevel.preconditioners import DiagonalPreconditioner, NystromPreconditione
 from bilevel.prepare import extrapolate, prepare
 from bilevel.problems.optimality import FixedPoint, Root
 from bilevel.problems.problem import Problem
+from bilevel.problems.proximal import Projected, Proximal
 from bilevel.results import Hypergradient, SolverInfo, Status
 from bilevel.search.inner_solver import scipy_fit
 from bilevel.search.minimize import minimize
 from bilevel.search.newton_fit import newton_fit
+from bilevel.search.proximal_fit import proximal_fit
 from bilevel.warm_start import WarmStart
 
 __version__ = version("bilevel")
@@ -47,6 +49,8 @@ __all__ = [
     "Nystrom",
     "NystromPreconditioner",
     "Problem",
+    "Projected",
+    "Proximal",
     "Root",
     "SolverError",
     "SolverInfo",
@@ -72,5 +76,8 @@ __all__ = [
     "newton_fit",
     "prepare",
     "problems",
+    "projections",
+    "prox",
+    "proximal_fit",
     "scipy_fit",
 ]

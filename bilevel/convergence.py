@@ -23,9 +23,15 @@ UNSOLVED = (
     "params do not solve the inner problem. To first order, the outer objective differs by more than "
     f"{UNSOLVED_SHARE:.0%} at the solution ({UNTRAINED_SHARE:.0%} for params of zero; see info.value_error), and a "
     "hypergradient is only right there. Train the inner problem further. If a bound or a kink such as |w| holds params "
-    "where they are, use bl.FixedPoint of a projected or proximal step. If the training ends elsewhere on purpose, use "
+    "where they are, use bl.Projected or bl.Proximal. If the training ends elsewhere on purpose, use "
     'solver="unrolled". bl.diagnose finds the cause. If this is intended, call '
     'warnings.simplefilter("ignore", bl.InnerProblemWarning).'
+)
+AT_KINK = (
+    "params is at a kink of the proximal step, to rounding (see info.kinks): an entry is just about to leave or to "
+    "reach a kink, a bound or a constraint. The solution map has no derivative there, and the hypergradient belongs to "
+    "one side of the kink. bl.diagnose names the entries. Change the hyperparameters a little, or solve the inner "
+    'problem more accurately. If this is intended, call warnings.simplefilter("ignore", bl.InnerProblemWarning).'
 )
 OnFailure = Literal["raise", "warn", "ignore"]
 
@@ -126,7 +132,10 @@ def report_rows(
 
 
 def warn_if_unsolved(backend: Backend, value: Any, info: SolverInfo, params: object) -> None:
-    """Warn if, to first order, F(params) differs from F(w*) by more than `UNSOLVED_SHARE` or `UNTRAINED_SHARE` of it.
+    """Warn if params is at a kink of a proximal step, or does not solve the inner problem.
+
+    There is a warning if, to first order, F(params) differs from F(w*) by more than `UNSOLVED_SHARE` or
+    `UNTRAINED_SHARE` of it.
 
     ``value`` is F(params). If it or the info is traced, if the solve failed, or if ``value_error`` is unknown, there is
     no warning.
@@ -134,8 +143,10 @@ def warn_if_unsolved(backend: Backend, value: Any, info: SolverInfo, params: obj
     If a relative change `SMALL` of params changes F by more than its value, the value is close to zero and no scale.
     Then this change is the scale.
     """
+    if isinstance(info.kinks, float) and info.kinks > 0:  # traced numbers have other types
+        warnings.warn(InnerProblemWarning(AT_KINK), stacklevel=callers_level())
     error = info.value_error
-    known = info.status is Status.CONVERGED and isinstance(error, float)  # traced numbers have other types
+    known = info.status is Status.CONVERGED and isinstance(error, float)
     if not known or not error:
         return
     outer = backend.to_host(value) if hasattr(value, "dtype") else value

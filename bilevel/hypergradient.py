@@ -19,7 +19,7 @@ from bilevel.methods.implicit import Implicit, as_method, pull_back
 from bilevel.methods.method import Level, Method, Pullback
 from bilevel.operators.lanczos import Spectrum, spectrum
 from bilevel.operators.linear_operator import LinearOperator
-from bilevel.problems.protocols import BilevelProblem
+from bilevel.problems.protocols import BilevelProblem, has_symmetric_system, is_equation
 from bilevel.results import Hypergradient, Status
 from bilevel.spaces.array import Args, Array, H, P
 from bilevel.validation import (
@@ -59,8 +59,8 @@ def hypergradient(
     Other values that they read, such as globals and attributes of ``self``, keep the values of the first trace.
 
     Args:
-        problem: the inner objective L and the outer objective F, or a `FixedPoint` or `Root`, which have an equation in
-            place of ∂L/∂w = 0.
+        problem: the inner objective L and the outer objective F; a `Proximal` or `Projected`, for kinks, bounds and
+            constraints; or a `FixedPoint` or `Root`, which have an equation in place of ∂L/∂w = 0.
         params: w, a tree of floating-point arrays.
         hparams: λ, a tree of floating-point arrays of the same framework.
         inner_args: further arguments of L, usually the training data, as a tuple. A list of tuples holds one batch per
@@ -107,7 +107,7 @@ def hypergradient(
         hg.info,
         method,
         on_failure,
-        symmetric=problem.kind != "equation",
+        symmetric=has_symmetric_system(problem),
         curvature=lambda: backend.run(_spectrum, problem, params, hparams, batches),
         locate=lambda: (
             in_start(backend, adjoint0) or locate(backend, problem, Inputs(params, hparams, batches[0], outer_args))
@@ -242,7 +242,7 @@ def _hypergradient(
     value, cotangent, direct, of_outer = backend.outer(problem.outer, solution.params, hparams, outer_args)
     pulled = solution.pullback(cotangent)
     hg = combine(backend, value, direct, pulled, hparams)
-    names = EQUATION if problem.kind == "equation" else MINIMUM
+    names = EQUATION if is_equation(problem) else MINIMUM
     warn_of_dependence(backend, params, hparams, of_outer, pulled.dependence, names)
     # Compiled code would return a copy of params that have not moved.
     return hg if solution.params is params else hg._replace(params=solution.params)
@@ -252,4 +252,5 @@ def _spectrum(
     backend: Backend, problem: BilevelProblem, params: object, hparams: object, batches: list[Args]
 ) -> Spectrum[Array]:
     level = Level(backend, problem, params, hparams, batches)
-    return spectrum(level.operator(level.linearize()))
+    at = level.linearize()
+    return spectrum(level.operator(at), project=at.rhs)

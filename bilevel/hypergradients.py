@@ -12,7 +12,7 @@ from bilevel.linearization import OuterDerivatives
 from bilevel.methods.implicit import Implicit, pull_back_adjoint
 from bilevel.methods.method import Level
 from bilevel.micro_batches import MicroBatches
-from bilevel.problems.protocols import BilevelProblem
+from bilevel.problems.protocols import BilevelProblem, has_symmetric_system, is_equation
 from bilevel.results import Hypergradient, SolverInfo
 from bilevel.spaces.array import Args, Array, H, P
 from bilevel.spaces.rows import Rows
@@ -98,7 +98,7 @@ def hypergradients(
     with wrong_calls_named(problem, batches[0], first):
         hg = backend.run(_hypergradients, linear, problem, params, hparams, batches, outer_args, adjoint0)
     info = report_rows(
-        backend, hg.info, hg.value, params, Implicit(linear), on_failure, symmetric=problem.kind != "equation"
+        backend, hg.info, hg.value, params, Implicit(linear), on_failure, symmetric=has_symmetric_system(problem)
     )
     return hg._replace(params=params, info=info)
 
@@ -125,14 +125,16 @@ def _hypergradients(
     at = level.linearize()
     A = level.operator(at)
     rows = Rows(A.space, outside.space(cotangents), backend.batched)
-    adjoints, info = run_solver_on_rows(solver, A, cotangents, adjoint0, rows)
+    rhs = cotangents if at.reduction is None else backend.batched(at.rhs, cotangents)
+    adjoints, info = run_solver_on_rows(solver, A, rhs, adjoint0, rows)
 
-    def row(value: Array, direct: H | None, adjoint: P, info: SolverInfo) -> Hypergradient[Any, H]:
-        hg = combine(backend, value, direct, pull_back_adjoint(backend, A, at, adjoint, info), hparams)
+    def row(value: Array, cotangent: P, direct: H | None, adjoint: P, info: SolverInfo) -> Hypergradient[Any, H]:
+        hg = combine(backend, value, direct, pull_back_adjoint(backend, A, at, cotangent, adjoint, info), hparams)
         return hg._replace(info=in_arrays(hg.info, value, A.space.xp))
 
-    hg = backend.batched(row, values, direct, adjoints, info)
-    names = EQUATION if problem.kind == "equation" else MINIMUM
+    hg = backend.batched(row, values, cotangents, direct, adjoints, info)
+    hg = hg._replace(info=hg.info._replace(kinks=hg.info.kinks + at.count_kinks(level.space)))
+    names = EQUATION if is_equation(problem) else MINIMUM
     warn_of_dependence(backend, params, hparams, of_outer, at.dependence() if at.dependence else None, names)
     return hg
 

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, NamedTuple
 
-from bilevel.spaces.array import Args, Array, H, P, V
+from bilevel.spaces.array import Args, Array, H, Number, P, V
+from bilevel.spaces.space import Space
 
 
 class Linearization(NamedTuple, Generic[P, H]):
@@ -62,6 +63,22 @@ class Dependence(NamedTuple):
     others: Sequence[tuple[int, ...]] = ()
 
 
+class Reduction(NamedTuple, Generic[P]):
+    """A symmetric system A y = b in place of (∂r/∂w)ᵀ v = c.
+
+    Attributes:
+        product: y -> A y.
+        rhs: c -> b.
+        adjoint: (y, c) -> v.
+        kinks: returns a tree like params, with one for each entry where r has no derivative, to rounding, else zero.
+    """
+
+    product: Callable[[P], P]
+    rhs: Callable[[P], P]
+    adjoint: Callable[[P, P], P]
+    kinks: Callable[[], P]
+
+
 class LinearizedMap(NamedTuple, Generic[P, H]):
     """A map r(w, λ) at one point, and products with its Jacobians. r = 0 defines w*.
 
@@ -74,6 +91,7 @@ class LinearizedMap(NamedTuple, Generic[P, H]):
         jvp_hparams: u -> (∂r/∂λ) u, from trees like hparams to trees like params. None if the backend does not have it.
         dependence: returns on which leaves of params the inner objective depends, and on which leaves of hparams r
             depends. It may take a product, unless ``vjp_hparams`` was called before. None if it is unknown.
+        reduction: the symmetric system to solve for v. None: solve (∂r/∂w)ᵀ v = c itself.
     """
 
     residual: P
@@ -81,6 +99,24 @@ class LinearizedMap(NamedTuple, Generic[P, H]):
     vjp_hparams: Callable[[P], H | None]
     jvp_hparams: Callable[[H], P] | None = None
     dependence: Callable[[], Dependence] | None = None
+    reduction: Reduction[P] | None = None
+
+    @property
+    def product(self) -> Callable[[P], P]:
+        """The product of the linear system: ``vjp_params``, or the product of the reduction."""
+        return self.vjp_params if self.reduction is None else self.reduction.product
+
+    def rhs(self, cotangent: P) -> P:
+        """Return the right-hand side of the linear system for a cotangent c of w*."""
+        return cotangent if self.reduction is None else self.reduction.rhs(cotangent)
+
+    def adjoint(self, solution: P, cotangent: P) -> P:
+        """Return v of (∂r/∂w)ᵀ v = c from the solution of the linear system."""
+        return solution if self.reduction is None else self.reduction.adjoint(solution, cotangent)
+
+    def count_kinks(self, space: Space[P]) -> Number:
+        """Return the number of entries of params where r has no derivative; zero if there is no reduction."""
+        return 0.0 if self.reduction is None else space.dot(kinks := self.reduction.kinks(), kinks)
 
 
 class OuterDerivatives(NamedTuple, Generic[P, H]):

@@ -41,6 +41,8 @@ class SolverInfo(NamedTuple):
             or root. It is zero at a solution of the inner problem, and ``nan`` if it is unknown: with a list of
             batches, because ∂L/∂w is of the first batch, and outside ``jit`` also if ``residual_norm`` is ``nan``.
         damping: δ of the solved system (H + δ I) v = ∂F/∂w: the option of the solver, or what "auto" found.
+        kinks: number of entries of params at a kink of the proximal step, to rounding, where w*(λ) has no derivative.
+            It is zero for a `bl.Problem`, a `bl.FixedPoint` and a `bl.Root`, which do not count them.
     """
 
     steps: Any
@@ -50,6 +52,7 @@ class SolverInfo(NamedTuple):
     inner_grad_norm: Any = float("nan")
     value_error: Any = float("nan")
     damping: Any = 0.0
+    kinks: Any = 0.0
 
     def as_dict(self, prefix: str = "") -> dict[str, float]:
         """Return Python numbers by name, for loggers such as TensorBoard or wandb. Call it outside ``jit``.

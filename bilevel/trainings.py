@@ -6,7 +6,7 @@ from inspect import BoundArguments, Parameter, Signature
 from typing import Any, NamedTuple
 
 from bilevel.backend import Backend
-from bilevel.problems.protocols import BilevelProblem
+from bilevel.problems.protocols import BilevelProblem, is_equation
 from bilevel.spaces.array import Args
 from bilevel.validation import TREES, accepts, check_trees, signature_of
 
@@ -24,8 +24,9 @@ def check_inner(inner: object) -> None:
     if not callable(inner):
         way_out = 'Write implicit_minimizer(inner, solver="cg").'
         if isinstance(inner, BilevelProblem):
-            equation = inner.kind == "equation"
-            way_out = "For a fixed point or a root, use bl.hypergradient." if equation else "Pass problem.inner."
+            way_out = "Pass problem.inner."
+            if is_equation(inner):
+                way_out = "For a fixed point, a root or a proximal problem, use bl.hypergradient."
         raise TypeError(
             f"implicit_minimizer: expected the inner loss, a function of (params, hparams), got {_kind(inner)}. "
             + way_out

@@ -28,7 +28,8 @@ def check_problem(problem: object) -> None:
     """Raise a TypeError unless this is a bilevel problem."""
     if not isinstance(problem, BilevelProblem):
         raise TypeError(
-            f"problem: expected bl.Problem(inner, outer), bl.FixedPoint or bl.Root, got {type(problem).__name__}."
+            "problem: expected bl.Problem(inner, outer), bl.Proximal, bl.Projected, bl.FixedPoint or bl.Root, got "
+            f"{type(problem).__name__}."
         )
 
 
@@ -251,6 +252,8 @@ def wrong_calls_named(problem: object, inner_args: Args, outer_args: Args | None
         functions = {f.name: getattr(problem, f.name) for f in fields(problem)} if is_dataclass(problem) else {}
         if "positional argument" not in str(error):  # Python's words for a call that does not fit
             raise
+        for label in ("prox", "project"):  # they receive no inner_args
+            functions.pop(label, None)
         for label, function in functions.items():
             name, args = ("outer_args", outer_args) if label == "outer" else ("inner_args", inner_args)
             args = args.first() if isinstance(args, MicroBatches) else args

@@ -213,7 +213,7 @@ class TestFarFromTheSolution:
 
     def test_it_warns_once_with_the_way_out(self, backend):
         with pytest.warns(
-            bl.InnerProblemWarning, match=r"^params do not solve.*bl\.FixedPoint.*unrolled.*simplefilter"
+            bl.InnerProblemWarning, match=r"^params do not solve.*bl\.Projected or bl\.Proximal.*unrolled.*simplefilter"
         ):
             hg = self.call(backend, [0.0, 0.0, 5.0])
         assert abs(hg.info.value_error) > 0.2 * float(backend.to_host(hg.value))

@@ -159,7 +159,9 @@ class TestDecoration:
         with pytest.raises(TypeError, match=r"got a Problem\. Pass problem\.inner\.$"):
             check_inner(bl.Problem(my_training, my_training))
         for equation in (bl.FixedPoint, bl.Root):
-            with pytest.raises(TypeError, match=r"For a fixed point or a root, use bl\.hypergradient\.$"):
+            with pytest.raises(
+                TypeError, match=r"For a fixed point, a root or a proximal problem, use bl\.hypergradient\.$"
+            ):
                 check_inner(equation(my_training, my_training))
 
     @pytest.mark.parametrize(

@@ -10,6 +10,8 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = [  # in order: an object of several packages has one entry, under its name in the first of them
     "bilevel",
     "bilevel.problems",
+    "bilevel.prox",
+    "bilevel.projections",
     "bilevel.linear_solvers",
     "bilevel.preconditioners",
     "bilevel.methods",
@@ -25,6 +27,7 @@ FURTHER = [  # in no `__all__`: for authors of problems, solvers and backends, f
     "bilevel.diagnosis.measurements.Measured",
     "bilevel.linearization.Dependence",
     "bilevel.linearization.LinearizedMap",
+    "bilevel.linearization.Reduction",
     "bilevel.linearization.OuterDerivatives",
     "bilevel.operators.linear_operator.LinearOperator",
     "bilevel.operators.scaling.scale_free",

@@ -9,8 +9,8 @@ import numpy as np
 from bilevel.linear_solvers import CG
 from bilevel.problems import logistic_regression
 from bilevel.problems.linear import cross_entropy
-from bilevel.problems.namespace import namespace
 from bilevel.problems.problem import Problem
+from bilevel.spaces.namespace import namespace
 
 CLASSES = 10
 

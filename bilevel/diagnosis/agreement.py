@@ -11,7 +11,7 @@ from bilevel.diagnosis.following import changes
 from bilevel.diagnosis.sweep import Agreement, Sweep
 from bilevel.inspection.derivatives import DERIVATIVES, Derivatives, derivatives
 from bilevel.linearization import Inputs
-from bilevel.problems.protocols import BilevelProblem
+from bilevel.problems.protocols import BilevelProblem, is_equation
 from bilevel.spaces.array import Array, H, P, V
 
 STEPS = 5
@@ -33,7 +33,7 @@ class Agreements(NamedTuple):
 def nothing(problem: BilevelProblem, obstacle: str) -> Agreements:
     """Return the result without any comparison."""
     # A residual is not the derivative of an objective, and Gauss-Newton products are not derivatives.
-    left_out = {"equation": "inner grad", "gauss-newton": "inner hvp"}.get(problem.kind)
+    left_out = "inner grad" if is_equation(problem) else {"gauss-newton": "inner hvp"}.get(problem.kind)
     return Agreements(tuple(name for name in DERIVATIVES if name != left_out), (), float("nan"), obstacle)
 
 
@@ -89,7 +89,7 @@ class _Look(Generic[P, H]):
             # At a minimum the gradient vanishes: compare at a distance.
             slope = self._run(_inner, AWAY, 0.0).along_d
             yield self._slope("inner grad", "inner", slope, lambda t: self._run(_inner, AWAY + t, 0.0).value)
-        if self.problem.kind == "equation" and "inner hvp" in names:
+        if is_equation(self.problem) and "inner hvp" in names:
             yield self._slope("inner hvp", "inner grad", transposed, lambda t: self._run(_inner, t, 0.0).along_u)
         elif "inner hvp" in names:
             d, dot = self.directions.d, self.of_params.dot

@@ -21,7 +21,7 @@ from bilevel.diagnosis.measurements import Repetition
 from bilevel.diagnosis.report import Diagnosis
 from bilevel.errors import DependenceWarning
 from bilevel.hypergradient import SolverSpec, hypergradient
-from bilevel.inspection.entries import Arrays, Entries, copied, entries
+from bilevel.inspection.entries import Arrays, Entries, copied, entries, named
 from bilevel.inspection.not_finite import find_in_problem
 from bilevel.linearization import Inputs
 from bilevel.methods.implicit import as_method
@@ -97,7 +97,7 @@ def _diagnose(
     params, hparams, inner_args, outer_args = inputs
     before = _arrays(backend, inputs)
     with backend.isolated(inputs, False):
-        first, numbers = backend.run(look, problem, inputs)
+        first, kinks, numbers = backend.run(look, problem, inputs)
         grad_norm, grad_curvature, params_norm, asymmetry, *ends = host(numbers)
         data: dict[str, Any] = {"inner_args": batches if len(batches) > 1 else inner_args, "outer_args": outer_args}
         with warnings.catch_warnings():
@@ -129,6 +129,7 @@ def _diagnose(
         not_finite=wrong,
         influence=Influence(),
         held=Held(),
+        kinks=named(lambda mark: mark > 0, copied(backend, kinks, "params")),
         written=tuple(path for path, x in before.items() if x.tobytes() != after[path].tobytes()),
         eps=max(backend.space(params).eps, backend.space(hparams).eps),
     )
@@ -140,10 +141,10 @@ def _look_elsewhere(
 ) -> Diagnosis:
     """Add the measurements at other points."""
     m = replace(m, derivatives=compare(backend, problem, inputs))
-    if has_zeros(here):
+    if has_zeros(here) and not m.all_held:
         there, _ = in_best_precision(backend, inputs, lambda at: elsewhere(backend, problem, inputs, at))
         m = replace(m, influence=influence(here, None if there is None else entries(backend, there)))
-    if m.is_away and problem.kind != "equation":
+    if m.is_away and not m.is_equation:
         decrease, _ = in_best_precision(backend, inputs, lambda at: descent(backend, problem, inputs, at, m.step))
         m = replace(m, held=evidence(point, here.grad, here.product, decrease))
     return m

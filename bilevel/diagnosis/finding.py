@@ -8,7 +8,8 @@ class Finding(NamedTuple):
 
     Attributes:
         name: "not finite", "not repeatable", "writes", "other arrays", "no influence", "wrong derivative",
-            "not symmetric", "no curvature", "negative curvature", "kink", "not solved", "solve failed" or "residual".
+            "not symmetric", "at kink", "no curvature", "negative curvature", "kink", "not solved", "solve failed" or
+            "residual".
             For a metagradient:
             "not finite", "not predictive", "rough", "growth" or "precision".
         what: a description of the error.

@@ -38,7 +38,7 @@ CAUSES = {"inner grad": GRAD_CAUSES, "inner hvp": HVP_CAUSES, "inner cross_vjp":
 
 def findings(m: Measured) -> Iterator[Finding]:
     """Yield the findings, the most serious first."""
-    equation = m.curvature == "equation"
+    equation = m.is_equation
     if m.not_finite:
         yield Finding("not finite", str(m.not_finite), m.not_finite.way_out)
         return
@@ -51,7 +51,9 @@ def findings(m: Measured) -> Iterator[Finding]:
         yield _not_repeatable(m)
     elif m.derivatives.changed:
         yield _other_arrays(m)
-    wrong = [a for a in m.derivatives.of if a.wrong]
+    if m.kinks:
+        yield _at_kink(m)
+    wrong = [a for a in m.derivatives.of if a.wrong and not (m.kinks and a.source == "inner grad")]
     yield from (Finding("wrong derivative", a.sentence(), _causes(m, a, wrong)) for a in wrong)
     yield from without_influence(m.influence, equation)
     if m.asymmetry > _rounding(m) and not any(a.name == "inner hvp" and not a.unclear for a in m.derivatives.of):
@@ -92,7 +94,7 @@ def findings(m: Measured) -> Iterator[Finding]:
 def how_far(m: Measured) -> str:
     """Describe the distance from a solution of the inner problem."""
     away = f"{percent(m.distance)} of ‖params‖ away" if m.params_norm else f"{m.step:.2g} away (params is zero)"
-    if m.curvature == "equation":
+    if m.is_equation:
         return f"residual has norm {m.grad_norm:.2g}, and the solution is about {away}"
     if isfinite(m.step):
         return f"gradient has norm {m.grad_norm:.2g}, and the minimum is at least {away}"
@@ -109,6 +111,16 @@ def _writes(m: Measured) -> Finding:
         "autograd does not see the change. bl.diagnose has restored the values.",
         "Common causes are clamp_ in a forward pass, torch.nn.Embedding(max_norm=...), and NumPy functions with out=. "
         "Compute new values instead (clamp without the underscore), or change the weights after the optimizer's step.",
+    )
+
+
+def _at_kink(m: Measured) -> Finding:
+    return Finding(
+        "at kink",
+        f"{listed(m.kinks)} {'is' if len(m.kinks) == 1 else 'are'} at a kink of the proximal step, to rounding: it is "
+        "just about to leave or to reach a kink, a bound or a constraint. The solution map has no derivative there.",
+        "The hypergradient belongs to one side of the kink. Change the hyperparameters a little, or solve the inner "
+        "problem more accurately.",
     )
 
 
@@ -149,11 +161,11 @@ def _causes(m: Measured, a: Agreement, wrong: list[Agreement]) -> str:
 
 def _not_solved(m: Measured) -> Finding:
     gain = f", and solving it would change F by about {percent(m.gain)}" if m.gain else ""
-    if m.curvature == "equation":
+    if m.is_equation:
         fails, there, way_out, more = "solve the equation", "solution", "Iterate further", ""
     else:
         fails, there, way_out = "minimize the inner objective", "minimum", "Train the inner problem further"
-        more = " (If a bound or a constraint holds params, use bl.FixedPoint: docs/problems.md.)"
+        more = " (If a bound or a constraint holds params, use bl.Projected: docs/problems.md.)"
     return Finding(
         "not solved",
         f"params does not {fails}: its {how_far(m)}{gain}. The formula of a hypergradient holds at a {there}. At this "

@@ -19,8 +19,8 @@ FLAT = 0.1  # the largest decrease of L at a kink, relative to the prediction
 LONGEST = 0.01  # the longest step, relative to the norm of params
 STEPS = 10.0 ** np.array([-1.0, -1.5, -2.0])  # relative to the longest step, or to the distance of the minimum
 WAY_OUT = (
-    'Write the training step that respects it as bl.FixedPoint(step, outer), with solver="gmres": "Kinks, bounds and '
-    'constraints" in docs/problems.md has a proximal step for |w|, and a projected step for a bound.'
+    "Use bl.Proximal with the proximal operator of the kink (bl.prox has |w|), or bl.Projected with the projection on "
+    'the constraint (bl.projections has bounds): see "Kinks, bounds and constraints" in docs/problems.md.'
 )
 
 

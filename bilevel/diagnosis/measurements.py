@@ -39,8 +39,8 @@ class Measured:
     For a fixed point or a root, its residual takes the place of ∂L/∂w.
 
     Attributes:
-        curvature: the meaning of H: "hessian", "gauss-newton", "finite-differences", or "equation" for the transposed
-            Jacobian of a fixed point or a root.
+        curvature: the meaning of H: "hessian", "gauss-newton", "finite-differences", "proximal" for the reduced system
+            of a proximal problem, or "equation" for the transposed Jacobian of a fixed point or a root.
         method: the method.
         info: information about the solve.
         residual: norm of b - (H + damping I) v, by a product of a new linearization, relative to b. nan for a method
@@ -60,6 +60,7 @@ class Measured:
         not_finite: the first quantity that is nan or infinite; None if all are finite.
         influence: hyperparameters and params without influence on the inner problem.
         held: the evidence that a kink or a bound holds params.
+        kinks: the entries of params at a kink of a proximal step, where w*(λ) has no derivative.
         written: the leaves of params and hparams that a loss writes to.
         eps: the machine epsilon of params and hparams.
     """
@@ -82,8 +83,19 @@ class Measured:
     not_finite: NotFinite | None
     influence: Influence
     held: Held
+    kinks: tuple[str, ...]
     written: tuple[str, ...]
     eps: float
+
+    @property
+    def is_equation(self) -> bool:
+        """Whether params solves an equation and minimizes no smooth objective."""
+        return self.curvature in ("equation", "proximal")
+
+    @property
+    def all_held(self) -> bool:
+        """Whether a proximal step holds all entries of params, so that w*(λ) does not change with them."""
+        return self.curvature == "proximal" and self.eigenvalues.largest == 0
 
     @property
     def step(self) -> float:

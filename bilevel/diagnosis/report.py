@@ -11,7 +11,7 @@ from bilevel.diagnosis.layout import LABEL, WIDTH, Line, written
 from bilevel.diagnosis.measurements import Measured
 from bilevel.diagnosis.suggestions import suggestions
 
-UNTRUSTED = {"not finite", "other arrays", "wrong derivative", "not symmetric", "no curvature", "kink"}
+UNTRUSTED = {"not finite", "other arrays", "wrong derivative", "not symmetric", "no curvature", "kink", "at kink"}
 """Findings after which other solvers do not help."""
 
 
@@ -42,7 +42,7 @@ class Diagnosis(Measured):
 
 
 def _lines(m: Measured) -> Iterator[Line]:
-    yield {"not solved", "kink", "not finite"}, "inner problem", how_far(m)
+    yield {"not solved", "kink", "at kink", "not finite"}, "inner problem", how_far(m)
     yield {"no curvature", "negative curvature"}, "curvature", _curvature(m)
     r = m.repetition
     new = f"a product {r.new_product:.1g}, the gradient {r.new_grad:.1g}, the cross product {r.new_cross:.1g}"
@@ -64,6 +64,7 @@ def _curvature(m: Measured) -> str:
         return "nan"
     sign = "some are negative" if smallest < 0 else "none is negative"
     what = "" if m.curvature == "hessian" else f" of {m.curvature} products"
+    what = " on the support" if m.curvature == "proximal" else what
     return f"eigenvalues{what} from {smallest:.3g} (± {below:.1g}) to {largest:.4g} (± {above:.1g}): {sign}"
 
 

@@ -18,6 +18,9 @@ def suggestions(m: Measured) -> Iterator[str]:
         yield _for_an_equation(m)
         return
     smallest, largest, below, above = m.eigenvalues
+    if m.all_held:
+        yield "all entries of params are held, so there is no system to solve."
+        return
     if largest <= 0:
         yield "train the inner problem first: the products show no positive curvature, so there is no minimum near."
         return

@@ -54,3 +54,13 @@ def shares(test: Callable[..., np.ndarray], *trees: Arrays) -> tuple[Share, ...]
     """Return the leaves with entries that pass a test of the arrays of some trees."""
     found = (Share(path, int(test(*(tree[path] for tree in trees)).sum()), x.size) for path, x in trees[0].items())
     return tuple(share for share in found if share.number)
+
+
+def named(test: Callable[[np.ndarray], np.ndarray], tree: Arrays) -> tuple[str, ...]:
+    """Return the names of the entries that pass a test.
+
+    >>> named(np.isnan, {"params['w']": np.array([0.0, np.nan]), "params['b']": np.array(np.nan)})
+    ("params['w'][1]", "params['b']")
+    """
+    places = [(path, place) for path, x in tree.items() for place in np.argwhere(test(x))]
+    return tuple(f"{path}[{', '.join(map(str, place))}]" if len(place) else path for path, place in places)

@@ -14,7 +14,7 @@ from bilevel.inspection.derivatives import Derivatives, inner_value, linearized
 from bilevel.inspection.entries import Arrays, Entries, Share, copied, entries, shares
 from bilevel.linearization import Inputs
 from bilevel.messages import listed
-from bilevel.problems.protocols import BilevelProblem
+from bilevel.problems.protocols import BilevelProblem, is_equation
 from bilevel.spaces.array import Array, H, P
 
 DATA = "Clean the data: drop or impute these entries, or mask them before a computation, not after it."
@@ -29,7 +29,7 @@ SINGULAR = (
     "An operation has no {derivative} at this point: a root, a norm or a power like |x|**1.5 of zero, the cosine "
     "similarity of a zero vector, equal singular values or eigenvalues, or where() with an invalid branch that is not "
     "chosen. Use sqrt(x + 1e-12), (x**2).sum() for a squared norm, and where(c, sqrt(where(c, x, 1)), 0). For a "
-    'penalty with a kink, such as a norm, use bl.FixedPoint of its proximal step: "Kinks, bounds and constraints" in '
+    'penalty with a kink, such as a norm, use bl.Proximal: "Kinks, bounds and constraints" in '
     "docs/problems.md."
 )
 FIRST, SECOND = SINGULAR.format(derivative="derivative"), SINGULAR.format(derivative="second derivative")
@@ -81,7 +81,7 @@ def find_in_problem(
     trees = (found.grad, found.product, found.cross, found.outer_params, found.outer_hparams)
     if np.isfinite([inner, outer]).all() and all(np.isfinite(x).all() for tree in trees for x in tree.values()):
         return None
-    return find_not_finite(backend, inputs._asdict(), inner, outer, found, problem.kind == "equation")
+    return find_not_finite(backend, inputs._asdict(), inner, outer, found, is_equation(problem))
 
 
 def find_not_finite(

@@ -157,7 +157,7 @@ def solve_rows_with_auto_damping(
     sizes = rows.norms(b)
     zero, nan = xp.zeros_like(sizes), xp.full_like(sizes, float("nan"))
     count = xp.zeros_like(sizes, dtype=xp.int32)
-    info = SolverInfo(count, sizes, sizes, count + int(Status.MAXITER), nan, nan, zero)
+    info = SolverInfo(count, sizes, sizes, count + int(Status.MAXITER), nan, nan, zero, zero)
     s = _Rows(b, info, zero[0], zero[0] == 0)
     s = whole.while_loop(lambda s: s.live, lambda s: whole.cond(s.live, attempt, s), s, ATTEMPTS)
     return s.x, s.info

@@ -177,4 +177,5 @@ def solve_block(
     status = xp.where(unsolved(s.sizes, s.x), failure, int(Status.CONVERGED))
     status = xp.where(usable, status, int(Status.NON_FINITE))
     nan = norms + float("nan")
-    return s.x, SolverInfo(s.steps, s.sizes, rhs_norms, status, nan, nan, xp.zeros_like(norms)), s.lowest
+    zeros = xp.zeros_like(norms)
+    return s.x, SolverInfo(s.steps, s.sizes, rhs_norms, status, nan, nan, zeros, zeros), s.lowest

@@ -67,20 +67,23 @@ def pull_back(
     cotangent: P,
     adjoint0: P | None,
 ) -> Pullback[P, H]:
-    """Solve A v = cotangent, where A is v -> (∂r/∂w)ᵀ v. Return −(∂r/∂λ)ᵀ v, and v.
+    """Solve A v = cotangent, where A is v -> (∂r/∂w)ᵀ v, or its reduction. Return −(∂r/∂λ)ᵀ v, and the solution.
 
     ``at`` is the linearized map. ``adjoint0`` is a warm start. If the residual of the map is known (not None), the info
     has its norm and the estimate of F(params) − F(w*), and a nan in it sets the status ``NON_FINITE``.
 
     Raise a TypeError if A lacks a property that the solver requires.
     """
-    return pull_back_adjoint(backend, A, at, *run_solver(solver, A, cotangent, adjoint0))
+    solution, info = run_solver(solver, A, at.rhs(cotangent), adjoint0)
+    pulled = pull_back_adjoint(backend, A, at, cotangent, solution, info)
+    return pulled._replace(info=pulled.info._replace(kinks=at.count_kinks(A.space)))
 
 
 def pull_back_adjoint(
-    backend: Backend, A: LinearOperator[P], at: LinearizedMap[P, H], adjoint: P, info: SolverInfo
+    backend: Backend, A: LinearOperator[P], at: LinearizedMap[P, H], cotangent: P, solution: P, info: SolverInfo
 ) -> Pullback[P, H]:
-    """Return −(∂r/∂λ)ᵀ v for a v that is solved. See `pull_back`."""
+    """Return −(∂r/∂λ)ᵀ v for a linear system that is solved. See `pull_back`."""
+    adjoint = at.adjoint(solution, cotangent)
     if at.residual is not None:
         # A Newton step leads to w*: w − w* ≈ (∂r/∂w)⁻¹ r, and F changes by c·(w − w*) ≈ v·r.
         error, xp = A.space.dot(adjoint, at.residual), A.space.xp
@@ -90,4 +93,4 @@ def pull_back_adjoint(
             info = info._replace(value_error=error)
     product = at.vjp_hparams(adjoint)
     grad = None if product is None else backend.space(product).scale(-1.0, product)
-    return Pullback(grad, adjoint, info, at.dependence() if at.dependence else None)
+    return Pullback(grad, solution, info, at.dependence() if at.dependence else None)

@@ -11,7 +11,7 @@ from bilevel.backend import Backend
 from bilevel.linear_solvers.solver import Solver
 from bilevel.linearization import Dependence, LinearizedMap
 from bilevel.operators.linear_operator import LinearOperator
-from bilevel.problems.protocols import BilevelProblem
+from bilevel.problems.protocols import BilevelProblem, has_symmetric_system, is_equation
 from bilevel.results import SolverInfo
 from bilevel.spaces.array import Args, H, P
 from bilevel.spaces.space import Layout, Space
@@ -46,14 +46,16 @@ class Level(Generic[P, H]):
         return self.problem.linearize(self.backend, params, self.hparams, self.batches[0] if args is None else args)
 
     def operator(self, at: LinearizedMap[P, H]) -> LinearOperator[P]:
-        """Return v -> (∂r/∂w)ᵀ v with its properties. Raise a TypeError if an equation has several batches."""
-        symmetric = self.problem.kind != "equation"
+        """Return the operator of the linear system: v -> (∂r/∂w)ᵀ v, or its reduction.
+
+        Raise a TypeError if an equation has several batches.
+        """
         if len(self.batches) == 1:
-            return LinearOperator(self.space, at.vjp_params, symmetric)
-        if not symmetric:
+            return LinearOperator(self.space, at.product, has_symmetric_system(self.problem))
+        if is_equation(self.problem):
             raise TypeError(
-                "inner_args is a list, one batch per product, but a fixed point or a root needs all of the data: pass "
-                "one tuple, or bl.MicroBatches(batches)."
+                "inner_args is a list, one batch per product, but a fixed point, a root or a proximal problem needs "
+                "all of the data: pass one tuple, or bl.MicroBatches(batches)."
             )
         args = self.space.sequence(self.batches)
         return LinearOperator(self.space, at.vjp_params, sample=lambda i: self.linearize(args(i + 1)).vjp_params)
@@ -64,7 +66,7 @@ class Pullback(NamedTuple, Generic[P, H]):
 
     Attributes:
         hparams: (dw*/dλ)ᵀ times the cotangent; None if w* does not depend on λ.
-        adjoint: v.
+        adjoint: v, or the solution of the reduced system of a proximal problem.
         info: information about the solve for v.
         dependence: see `LinearizedMap`. None if it is unknown.
     """

@@ -14,6 +14,7 @@ from bilevel.methods.unroll import Adjoint, Recording, Run, State, Tangent, back
 from bilevel.operators.lanczos import Spectrum
 from bilevel.operators.linear_operator import LinearOperator
 from bilevel.options import check_choice, check_int, check_real, check_step_size, is_python_value
+from bilevel.problems.protocols import is_equation
 from bilevel.results import SolverInfo, Status
 from bilevel.spaces.array import H, Number, P
 from bilevel.spaces.space import Layout, Space
@@ -172,7 +173,7 @@ class Unrolled(Method):
         if not isinstance(self.step_size, str):
             step_size = self.step_size
         elif self.optimizer == "descent":
-            step_size = safe_step(LinearOperator(space, at.vjp_params, level.problem.kind != "equation"))
+            step_size = safe_step(LinearOperator(space, at.vjp_params, not is_equation(level.problem)))
         if self.optimizer == "adam":
             return Adam(space, step_size, self.beta1, self.beta2, self.eps)
         return HeavyBall(space, step_size, self.momentum)
@@ -215,7 +216,7 @@ def _check_forward(level: Level[P, H], of_hparams: Space[H]) -> None:
             f'Unrolled: mode="forward" stores a tangent for each entry of hparams, at most {MANY_HPARAMS}, but '
             f'hparams has {of_hparams.size:,}. Use mode="reverse".'
         )
-    if level.problem.kind == "equation":
+    if is_equation(level.problem):
         raise TypeError(
             'Unrolled: mode="forward" needs products with the Jacobian of the inner equation. Only products with its '
             'transpose exist, which are equal only if the inner problem is a minimization. Use mode="reverse".'

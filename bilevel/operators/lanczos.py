@@ -1,5 +1,6 @@
 """Extreme eigenvalues of a symmetric operator from a few products."""
 
+from collections.abc import Callable
 from typing import Generic, NamedTuple, TypeVar
 
 from bilevel.operators.indices import indices
@@ -32,13 +33,18 @@ class _Process(NamedTuple, Generic[V]):
     live: Array
 
 
-def spectrum(A: LinearOperator[V], products: int = PRODUCTS) -> Spectrum[Array]:
+def spectrum(
+    A: LinearOperator[V], products: int = PRODUCTS, project: Callable[[V], V] | None = None
+) -> Spectrum[Array]:
     """Estimate the extreme eigenvalues by Lanczos' method from a random start, with at most ``products`` products.
+
+    ``project`` moves the start into an invariant subspace. Then the eigenvalues are of the operator in this subspace.
 
     The errors are the bounds of the Ritz pairs, |β_k s_k| (Parlett, The Symmetric Eigenvalue Problem, 1998, §13.2).
     Power iteration with as many products is 0.5-4 % too low, which makes a step size too large.
     """
-    xp, process = A.space.xp, _lanczos(A, A.space.normal(SEED), products)
+    start = A.space.normal(SEED)
+    xp, process = A.space.xp, _lanczos(A, start if project is None else project(start), products)
     index, s = _index(process, A), process
     ritz, vectors, nan = _ritz(s, s.k, A)
     last = xp.sum(xp.where(index == s.k - 1, s.betas, 0.0))

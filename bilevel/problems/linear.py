@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from bilevel.problems.losses import CrossEntropy, Huber, LeastSquares, Loss, Poisson, SquaredHinge, check_shape
-from bilevel.problems.namespace import namespace
 from bilevel.problems.problem import Problem
 from bilevel.spaces.array import Array
+from bilevel.spaces.namespace import namespace
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import numpy as np
 import scipy  # scipy.special loads at its first use
 
-from bilevel.problems.namespace import namespace
+from bilevel.spaces.namespace import namespace
 
 
 class Loss(ABC):

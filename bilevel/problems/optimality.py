@@ -76,7 +76,7 @@ class FixedPoint(_Equation):
     def linearize(self, backend: Backend, params: P, hparams: H, args: Args) -> LinearizedMap[P, H]:
         """Differentiate w − step(w, λ) at a point."""
         of_params, of_hparams = backend.space(params), backend.space(hparams)
-        step, pull, cross_pull, cross_push, used = backend.jacobian(self.step, params, hparams, args, label="step")
+        step, pull, cross_pull, cross_push, used, _ = backend.jacobian(self.step, params, hparams, args, label="step")
 
         def vjp_hparams(v: P) -> H | None:
             product = cross_pull(v)

@@ -11,13 +11,16 @@ from bilevel.spaces.array import Args, Array, H, P
 if TYPE_CHECKING:
     from bilevel.backend import Backend
 
-Kind = Literal["hessian", "gauss-newton", "finite-differences", "equation"]
-"""The kind of (∂r/∂w)ᵀ: the Hessian of L, an approximation of it, or the transposed Jacobian of an equation."""
+Kind = Literal["hessian", "gauss-newton", "finite-differences", "proximal", "equation"]
+"""The kind of (∂r/∂w)ᵀ: the Hessian of L, an approximation of it, or the transposed Jacobian of an equation.
+
+"proximal" is an equation whose linear system has a symmetric form: see `bilevel.linearization.Reduction`.
+"""
 
 
 @runtime_checkable
 class BilevelProblem(Protocol):
-    """An outer objective F and a map r(w, λ) whose zero is w*: `bl.Problem`, `bl.FixedPoint`, `bl.Root`.
+    """An outer objective F and a map r(w, λ) whose zero is w*: `bl.Problem`, `bl.Proximal`, `bl.FixedPoint` etc.
 
     A problem is hashable and equals other problems of the same functions, so JAX compiles once for all of them.
     """
@@ -36,6 +39,16 @@ class BilevelProblem(Protocol):
     def value_and_residual(self, backend: Backend, params: P, hparams: object, args: Args) -> tuple[Array | None, P]:
         """Return L and r = ∂L/∂w. For an equation, return None and r."""
         ...
+
+
+def is_equation(problem: BilevelProblem) -> bool:
+    """Tell whether w* solves an equation, so that r is no gradient of an inner objective."""
+    return problem.kind in ("equation", "proximal")
+
+
+def has_symmetric_system(problem: BilevelProblem) -> bool:
+    """Tell whether the matrix of the linear system is symmetric."""
+    return problem.kind != "equation"
 
 
 class InnerProblem(Protocol, Generic[P, H]):

@@ -201,7 +201,7 @@ class Search(Generic[P, H]):
             f"fit does not solve the inner problem: to first order, the outer objective {self.here.value:.6g} differs "
             f"by {error:.2g} at its solution. Make fit more accurate, and check that it uses its hyperparameters and "
             "minimizes the inner objective of the problem. If a bound or a kink such as |w| holds the params, use "
-            "bl.FixedPoint of a projected or proximal step."
+            "bl.Projected or bl.Proximal."
         )
 
     def hparams(self, x: np.ndarray) -> H:

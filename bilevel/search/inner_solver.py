@@ -10,7 +10,7 @@ import scipy  # scipy.optimize loads at its first use
 
 from bilevel.backend import Backend
 from bilevel.errors import SolverWarning
-from bilevel.problems.protocols import BilevelProblem
+from bilevel.problems.protocols import BilevelProblem, is_equation
 from bilevel.spaces.array import Args, Array, P
 from bilevel.validation import check_inputs, find_backend, wrong_calls_named
 
@@ -53,7 +53,12 @@ def scipy_fit(
     >>> scipy_fit(problem)(np.array([2.0, 4.0]), np.zeros(2))
     array([1., 2.])
     """
-    if not isinstance(problem, BilevelProblem) or problem.kind == "equation":
+    if getattr(problem, "kind", None) == "proximal":
+        raise TypeError(
+            f"scipy_fit minimizes smooth objectives, and {type(problem).__name__} has kinks or a constraint: use "
+            "bl.proximal_fit(problem, inner_args=...)."
+        )
+    if not isinstance(problem, BilevelProblem) or is_equation(problem):
         raise TypeError(
             f"scipy_fit minimizes an inner objective, which {type(problem).__name__} does not have: write a function "
             "fit(hparams, params0) -> params, which for example repeats the step until it converges."

@@ -10,7 +10,7 @@ from scipy.linalg import get_lapack_funcs
 from bilevel.backend import Backend
 from bilevel.errors import SolverError
 from bilevel.linearization import Inputs
-from bilevel.problems.protocols import BilevelProblem
+from bilevel.problems.protocols import BilevelProblem, is_equation
 from bilevel.results import Hypergradient, SolverInfo, Status
 from bilevel.spaces.array import Args, Array, H, P
 from bilevel.testing.host import check_damping, precision, prepare, with_true_hessian
@@ -55,7 +55,7 @@ def exact_hypergradient(
     eps, problem = backend.space(params).eps, with_true_hessian(problem)
     value, rhs, hessian = backend.run(_system, problem, inputs)
     b, hessian = backend.to_flat(rhs), np.asarray(backend.to_numpy(hessian), dtype=np.float64)
-    if problem.kind != "equation":
+    if not is_equation(problem):
         check_symmetric(hessian, precision(problem, eps))
     hessian = hessian + damping * np.eye(len(b))
     v = factorize(hessian, eps)(b)

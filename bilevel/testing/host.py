@@ -12,7 +12,7 @@ from bilevel.linear_solvers.exact import check_size
 from bilevel.linearization import Inputs
 from bilevel.problems.k_fold import KFoldProblem
 from bilevel.problems.problem import Problem
-from bilevel.problems.protocols import BilevelProblem
+from bilevel.problems.protocols import BilevelProblem, is_equation
 from bilevel.spaces.array import Args, Array, H, P
 from bilevel.validation import check_inputs, find_backend
 
@@ -68,7 +68,7 @@ class HostProblem(Generic[P, H]):
     def __init__(self, backend: Backend, problem: BilevelProblem, inputs: Inputs[P, H], damping: float = 0.0) -> None:
         check_damping(damping)
         self.backend, self.problem, self.inputs = backend, with_true_hessian(problem), inputs
-        self.minimizes = problem.kind != "equation"  # if False, w* solves an equation r(w, λ) = 0
+        self.minimizes = not is_equation(problem)  # if False, w* solves an equation r(w, λ) = 0
         self.w, self.lam = backend.to_flat(inputs.params), backend.to_flat(inputs.hparams)
         self.eps = max(backend.space(tree).eps for tree in inputs[:2])
         self._check_follows_arguments()

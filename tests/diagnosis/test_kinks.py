@@ -69,7 +69,7 @@ class TestKinksAndBounds:
         assert names(report) == ["kink"]
         what, way_out = text(report, "kink")
         assert "params is at a kink of the inner loss" in what
-        assert "bl.FixedPoint" in way_out
+        assert "bl.Proximal" in way_out
         assert "docs/problems.md" in way_out
         zeros = int((w == 0).sum())
         assert zeros == 6 or f"{zeros} of the 6 entries of params, which are exactly 0" in what
@@ -136,7 +136,7 @@ class TestKinksAndBounds:
         what, way_out = text(report, "kink")
         assert "A bound seems to hold params" in what
         assert f"{(w == 0).sum()} of the 8 entries of params, which are exactly 0" in what
-        assert "projected step" in way_out
+        assert "bl.Projected" in way_out
         assert report.held.descent == pytest.approx(1, abs=0.1)
 
     @autodiff

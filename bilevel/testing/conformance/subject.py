@@ -153,7 +153,7 @@ class Subject:
     def answer(self, x: object, info: Any) -> Answer:
         """Convert a result to NumPy."""
         numbers = (x if isinstance(x, int | float) else self.backend.to_host(x) for x in info)
-        steps, residual_norm, rhs_norm, status, _, _, damping = numbers
+        steps, residual_norm, rhs_norm, status, _, _, damping, _ = numbers
         where = str(self)
         require(float(steps).is_integer() and steps >= 0, where, "info.steps to count", steps)
         require(status in list(Status), where, "info.status to be a bl.Status", status)

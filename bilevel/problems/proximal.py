@@ -1,0 +1,258 @@
+"""Problems whose params minimize a smooth function plus a function with kinks, or a smooth function on a convex set."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic
+
+from bilevel.linearization import Dependence, LinearizedMap, Reduction
+from bilevel.options import check_real
+from bilevel.problems.gradients import in_params
+from bilevel.problems.problem import check_functions
+from bilevel.problems.protocols import Kind
+from bilevel.spaces.array import Args, H, P
+from bilevel.spaces.space import Space
+
+if TYPE_CHECKING:
+    from bilevel.backend import Backend
+
+SEED = 5
+WIDEST = 10.0  # residuals: the largest distance of a kink that counts as zero
+ROUNDING = 100.0  # machine epsilons: the least such distance, relative to the largest entry
+JUMP = 0.01  # of a product with a random vector: a larger change of an entry is no smooth change
+
+
+class _ProximalStep:
+    """A problem whose w* is the fixed point of w ← T(w − s ∇smooth(w, λ), λ), for a proximal operator T."""
+
+    smooth: Callable[..., object]
+    step_size: float
+
+    @property
+    @abstractmethod
+    def _operator(self) -> tuple[str, Callable[..., Any], Args]:
+        """The name of T, T, and its arguments after λ."""
+        raise NotImplementedError
+
+    @property
+    def kind(self) -> Kind:
+        """The kind of (∂r/∂w)ᵀ: it has a symmetric form."""
+        return "proximal"
+
+    def linearize(self, backend: Backend, params: P, hparams: H, args: Args) -> LinearizedMap[P, H]:
+        """Differentiate w − T(w − s ∇smooth) at a point."""
+        space = backend.space(params)
+        smooth = backend.inner(self.smooth, params, hparams, args)
+        x = space.axpy(-self.step_size, smooth.residual, params)
+
+        def linearized_at(x: P) -> LinearizedMap[P, H]:
+            label, function, rest = self._operator
+            return backend.jacobian(function, x, hparams, rest, label=label)
+
+        at = _At(space, backend.space(hparams), self.step_size, smooth, linearized_at(x))
+        residual = space.subtract(params, at.operator.residual)
+        return LinearizedMap(
+            residual=residual,
+            vjp_params=at.vjp_params,
+            vjp_hparams=at.vjp_hparams,
+            jvp_hparams=at.jvp_hparams if smooth.jvp_hparams and at.operator.jvp_hparams else None,
+            dependence=at.dependence() if smooth.dependence and at.operator.dependence else None,
+            reduction=Reduction(
+                at.product,
+                at.operator.vjp_params,
+                at.adjoint,
+                lambda: _kinks(space, linearized_at, params, x, residual),
+            ),
+        )
+
+    def value_and_residual(self, backend: Backend, params: P, hparams: object, args: Args) -> tuple[None, P]:
+        """Return None, since the objective is not known, and w − T(w − s ∇smooth)."""
+        space = backend.space(params)
+        _, grad, *_ = in_params(backend, self.smooth, params, hparams, args)
+        return None, space.subtract(params, self.step(params, grad, hparams, space))
+
+    def step(self, params: P, grad: P, hparams: object, space: Space[P], step_size: Any = None) -> P:
+        """Return T(w − s grad), by default with the step size of the problem."""
+        _, function, rest = self._operator
+        s = self.step_size if step_size is None else step_size
+        rest = (s,) if rest else rest
+        return function(space.axpy(-s, grad, params), hparams, *rest)
+
+
+@dataclass(frozen=True)
+class Proximal(_ProximalStep):
+    """Minimize ``outer(w*, λ)`` over λ, where ``w*`` minimizes smooth(w, λ) + g(w, λ) over w. g is convex with kinks.
+
+    g is given by its proximal operator (Parikh & Boyd, 2014): an L1 norm, a group norm, a nuclear norm, a constraint.
+    `bl.prox` has common ones. w* is a fixed point of the proximal step,
+
+        w* = prox(x, λ, s)   with   x = w* − s ∇smooth(w*, λ),
+
+    for any step size s > 0. The hypergradient needs P = ∂prox/∂v at x, which is symmetric with eigenvalues from 0 to 1,
+    since prox is the gradient of a convex function (Moreau, 1965). With H = ∂²smooth/∂w² and c = ∂F/∂w, a solver
+    computes y of the symmetric, positive semidefinite system
+
+        (P H P + (P − P²)/s) y = P c.
+
+    For an L1 norm or bounds, P is a mask, and this is the system on the support (Bertrand et al., JMLR 2022). Then
+
+        u = P y,    v = y/s + (I − P) (c − H u + (u − y)/s),
+        dF/dλ = ∂F/∂λ + (∂prox/∂λ)ᵀ v − s (∂²smooth/∂λ∂w)ᵀ P v.
+
+    So all solvers apply, and a product takes one Hessian-vector product and two products with P. "unrolled" runs
+    the proximal step, whose step size must be at most 1/(largest eigenvalue of H). ``hg.adjoint`` is y.
+
+    Args:
+        smooth: (params, hparams, *inner_args) -> scalar, as ``inner`` of `bl.Problem`.
+        prox: (v, hparams, step_size) -> argmin over u of ½ ‖u − v‖² + step_size · g(u, λ), where v and u are like
+            params. It must have a derivative at x. For the numpy backend, an object that also has the methods
+            ``vjp_params(v, hparams, vector, step_size)`` and ``vjp_hparams(...)``: products of the transposed Jacobians
+            with a vector. ``vjp_hparams`` may return None for zero.
+        outer: F, as in `bl.Problem`.
+        step_size: s > 0. Solution and derivative do not depend on it.
+
+    Raises:
+        TypeError: if one of the functions cannot be called, or ``step_size`` is no number.
+        ValueError: unless ``step_size`` is positive and finite.
+
+    >>> import numpy as np, bilevel as bl
+    >>> quadratic = bl.problems.quadratic(hessian=np.eye(2), coupling=np.zeros((2, 2)), target=np.zeros(2))
+    """
+
+    smooth: Callable[..., object]
+    prox: Callable[..., object]
+    outer: Callable[..., object]
+    step_size: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_functions(self, smooth="a scalar", outer="a scalar")
+        _check_operator(self, "prox", "(v, hparams, step_size)")
+        check_real(self, "step_size", above=0)
+
+    @property
+    def _operator(self) -> tuple[str, Callable[..., Any], Args]:
+        return "prox", self.prox, (self.step_size,)
+
+
+@dataclass(frozen=True)
+class Projected(_ProximalStep):
+    """Minimize ``outer(w*, λ)`` over λ, where ``w*`` minimizes smooth(w, λ) over w in a convex set C(λ).
+
+    It is `Proximal` with the projection on C(λ) as the proximal operator. `bl.projections` has common sets.
+
+    Args:
+        smooth: (params, hparams, *inner_args) -> scalar, as ``inner`` of `bl.Problem`.
+        project: (v, hparams) -> the point of C(λ) that is nearest to v. For the numpy backend, an object that also has
+            the methods ``vjp_params(v, hparams, vector)`` and ``vjp_hparams(...)``, as in `Proximal`.
+        outer: F, as in `bl.Problem`.
+        step_size: s > 0. Solution and derivative do not depend on it.
+
+    Raises:
+        TypeError, ValueError: as in `Proximal`.
+    """
+
+    smooth: Callable[..., object]
+    project: Callable[..., object]
+    outer: Callable[..., object]
+    step_size: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_functions(self, smooth="a scalar", outer="a scalar")
+        _check_operator(self, "project", "(v, hparams)")
+        check_real(self, "step_size", above=0)
+
+    @property
+    def _operator(self) -> tuple[str, Callable[..., Any], Args]:
+        return "project", self.project, ()
+
+
+@dataclass(frozen=True)
+class _At(Generic[P, H]):
+    """The derivatives of r = w − T(w − s ∇smooth) at a point.
+
+    Attributes:
+        smooth: ∇smooth, linearized at w. Its product is H.
+        operator: T, linearized at w − s ∇smooth. Its product is P.
+    """
+
+    space: Space[P]
+    of_hparams: Space[H]
+    s: float
+    smooth: LinearizedMap[P, H]
+    operator: LinearizedMap[P, H]
+
+    def vjp_params(self, v: P) -> P:
+        """Return (∂r/∂w)ᵀ v = v − (I − s H) P v."""
+        u = self.operator.vjp_params(v)
+        return self.space.axpy(self.s, self.smooth.vjp_params(u), self.space.subtract(v, u))
+
+    def vjp_hparams(self, v: P) -> H | None:
+        """Return (∂r/∂λ)ᵀ v = s (∂²smooth/∂λ∂w)ᵀ P v − (∂T/∂λ)ᵀ v."""
+        by_operator = self.operator.vjp_hparams(v)
+        by_smooth = self.smooth.vjp_hparams(self.operator.vjp_params(v))
+        if by_operator is None:
+            return None if by_smooth is None else self.of_hparams.scale(self.s, by_smooth)
+        minus = self.of_hparams.scale(-1.0, by_operator)
+        return minus if by_smooth is None else self.of_hparams.axpy(self.s, by_smooth, minus)
+
+    def jvp_hparams(self, u: H) -> P:
+        """Return (∂r/∂λ) u = s P (∂²smooth/∂λ∂w) u − (∂T/∂λ) u."""
+        push_smooth, push_operator = self.smooth.jvp_hparams, self.operator.jvp_hparams
+        assert push_smooth is not None
+        assert push_operator is not None
+        by_smooth = self.operator.vjp_params(push_smooth(u))  # P is its own transpose
+        return self.space.axpy(self.s, by_smooth, self.space.scale(-1.0, push_operator(u)))
+
+    def product(self, y: P) -> P:
+        """Return P H P y + (P − P²) y / s = P (H u + (y − u)/s) with u = P y."""
+        u = self.operator.vjp_params(y)
+        curved = self.space.axpy(1 / self.s, self.space.subtract(y, u), self.smooth.vjp_params(u))
+        return self.operator.vjp_params(curved)
+
+    def adjoint(self, y: P, c: P) -> P:
+        """Return v. At a solution y, P d = 0. Else I − P takes the residual of the system out of v."""
+        space, u = self.space, self.operator.vjp_params(y)
+        d = space.subtract(c, self.smooth.vjp_params(u))
+        d = space.axpy(1 / self.s, space.subtract(u, y), d)
+        return space.axpy(1 / self.s, y, space.subtract(d, self.operator.vjp_params(d)))
+
+    def dependence(self) -> Callable[[], Dependence]:
+        """Return a function: the leaves of hparams that one of the two depends on."""
+
+        def union() -> Dependence:
+            one, other = self.smooth.dependence, self.operator.dependence
+            assert one is not None
+            assert other is not None
+            in_smooth, in_operator = one(), other()
+            flags = [a or b for a, b in zip(in_smooth.hparams, in_operator.hparams, strict=True)]
+            return Dependence([True] * len(in_smooth.params), flags, in_smooth.others)
+
+        return union
+
+
+def _kinks(space: Space[P], linearized_at: Callable[[P], LinearizedMap[P, Any]], params: P, x: P, residual: P) -> P:
+    """Return a tree with one for each entry where P changes between two points next to x, on both sides.
+
+    They are as far away as the error of x: rounding, and the distance of params from the solution, of which the
+    residual is a measure.
+    """
+    xp = space.xp
+    size = xp.maximum(space.max_abs(params), space.max_abs(x))
+    size = xp.where(size > 0, size, 1.0)
+    reach = xp.clip(WIDEST * space.max_abs(residual), ROUNDING * space.eps * size, space.eps**0.5 * size)
+    signs = space.map(xp.sign, space.normal(SEED))
+    u = space.normal(SEED + 1)
+    high, low = (linearized_at(space.axpy(sign * reach, signs, x)).vjp_params(u) for sign in (1.0, -1.0))
+    change = space.subtract(high, low)
+    return space.map(lambda jump: 1.0 * (xp.abs(jump) > JUMP), change)
+
+
+def _check_operator(problem: object, role: str, arguments: str) -> None:
+    operator = getattr(problem, role)
+    if not callable(operator):
+        raise TypeError(
+            f"{type(problem).__name__}.{role}: expected a function of {arguments} that returns a tree like params, got "
+            f"{type(operator).__name__}."
+        )

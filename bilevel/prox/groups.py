@@ -1,0 +1,45 @@
+"""Groups of features: one value for each group, in NumPy, torch and JAX."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from bilevel.spaces.namespace import namespace
+
+
+def check_groups(groups: Sequence[int] | None) -> tuple[int, ...] | None:
+    """Return the index of the group of each feature. Raise a ValueError unless it is a list of indices >= 0."""
+    if groups is None:
+        return None
+    indices = np.asarray(groups)
+    if indices.ndim != 1 or indices.dtype.kind not in "iu" or (indices < 0).any():
+        raise ValueError(
+            "groups: expected the index of its group, an integer >= 0, for each feature, got an array of "
+            f"{indices.dtype} of shape {indices.shape}."
+        )
+    return tuple(int(g) for g in indices)
+
+
+def in_features(name: str, value: Any, v: Any, groups: tuple[int, ...] | None) -> Any:
+    """Return a value per feature from a value per group. A shared value, of shape (), stays as it is."""
+    if groups is None or not value.ndim:
+        return value
+    if len(groups) != v.shape[0] or max(groups) >= value.shape[0]:
+        raise ValueError(
+            f"groups: expected {v.shape[0]} indices, one for each row of params, below {value.shape[0]}, the number of "
+            f"entries of {name}, got {len(groups)} indices from {min(groups)} to {max(groups)}."
+        )
+    return value[np.asarray(groups)]
+
+
+def sums_of_groups(x: Any, groups: Any, count: int) -> Any:
+    """Return the sums of the entries of x, of shape (d,), by group. ``groups`` has d indices below ``count``."""
+    if hasattr(x, "new_zeros"):
+        return x.new_zeros(count).index_add(0, namespace(x).as_tensor(groups, device=x.device), x)
+    if hasattr(x, "at"):  # JAX
+        at = namespace(x).zeros(count, dtype=x.dtype).at
+        return at[np.asarray(groups) if isinstance(groups, tuple) else groups].add(x)
+    return np.bincount(groups, x, count).astype(x.dtype)
