@@ -106,45 +106,47 @@ class KFoldProblem:
         parts = self.folds.training(args)
 
         def fit_all(hparams: Any, params0: list[P] | None) -> list[P]:
-            starts = [None] * len(self) if params0 is None else params0
-            self._check(starts, "params0")
+            starts = self._checked([None] * len(self) if params0 is None else params0, "params0")
             return [fit(hparams, start, *rows) for start, rows in zip(starts, parts, strict=True)]
 
         return fit_all
 
-    def linearize(self, backend: Backend, params: list[P], hparams: H, args: Args) -> LinearizedMap[list[P], H]:
+    def linearize(self, backend: Backend, params: P, hparams: H, args: Args) -> LinearizedMap[P, H]:
         """Differentiate the maps of all folds at a point."""
-        self._check(params, "params")
+        ws = self._checked(params, "params")
         rows, of_hparams = self.folds.training(args), backend.space(hparams)
-        at = [self.problem.linearize(backend, w, hparams, part) for w, part in zip(params, rows, strict=True)]
+        at = [self.problem.linearize(backend, w, hparams, part) for w, part in zip(ws, rows, strict=True)]
 
-        def vjp_hparams(v: list[P]) -> H | None:
+        def vjp_params(v: Any) -> Any:
+            return [fold.vjp_params(part) for fold, part in zip(at, v, strict=True)]
+
+        def vjp_hparams(v: Any) -> H | None:
             products = [fold.vjp_hparams(part) for fold, part in zip(at, v, strict=True)]
             known = [product for product in products if product is not None]
             return reduce(lambda a, b: of_hparams.axpy(1.0, a, b), known) if known else None
 
+        residual: Any = [fold.residual for fold in at]
+        forward: Any = [fold.jvp_hparams for fold in at]
+        used: Any = [fold.dependence for fold in at]
         return LinearizedMap(
-            [fold.residual for fold in at],
-            vjp_params=lambda v: [fold.vjp_params(part) for fold, part in zip(at, v, strict=True)],
-            vjp_hparams=vjp_hparams,
-            jvp_hparams=None if at[0].jvp_hparams is None else lambda u: [fold.jvp_hparams(u) for fold in at],  # pyright: ignore[reportOptionalCall]
-            dependence=None if at[0].dependence is None else lambda: _joined([fold.dependence() for fold in at]),  # pyright: ignore[reportOptionalCall]
+            residual,
+            vjp_params,
+            vjp_hparams,
+            jvp_hparams=None if forward[0] is None else lambda u: [product(u) for product in forward],  # pyright: ignore[reportReturnType]
+            dependence=None if used[0] is None else lambda: _joined([dependence() for dependence in used]),
         )
 
-    def value_and_residual(
-        self, backend: Backend, params: list[P], hparams: object, args: Args
-    ) -> tuple[Array | None, list[P]]:
+    def value_and_residual(self, backend: Backend, params: P, hparams: object, args: Args) -> tuple[Array | None, P]:
         """Return Σₖ Lₖ and the list of ∂Lₖ/∂wₖ. For an equation, return None and the list of residuals."""
-        self._check(params, "params")
-        rows = self.folds.training(args)
-        found = [
-            self.problem.value_and_residual(backend, w, hparams, part) for w, part in zip(params, rows, strict=True)
-        ]
+        ws, rows = self._checked(params, "params"), self.folds.training(args)
+        found = [self.problem.value_and_residual(backend, w, hparams, part) for w, part in zip(ws, rows, strict=True)]
         values = [value for value, _ in found if value is not None]
-        return reduce(lambda a, b: a + b, values) if values else None, [residual for _, residual in found]
+        residuals: Any = [residual for _, residual in found]
+        return reduce(lambda a, b: a + b, values) if values else None, residuals
 
-    def _check(self, params: object, name: str) -> None:
+    def _checked(self, params: Any, name: str) -> Any:
         _check_list(params, len(self), name)
+        return params
 
 
 @dataclass(frozen=True)

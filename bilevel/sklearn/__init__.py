@@ -1,0 +1,13 @@
+"""Estimators of scikit-learn that tune their penalties by hypergradients."""
+
+from importlib.util import find_spec
+
+if find_spec("sklearn") is None:
+    raise ModuleNotFoundError(
+        'bilevel.sklearn needs scikit-learn, which is not installed: pip install "bilevel[sklearn]".', name="sklearn"
+    )
+
+from bilevel.sklearn.logistic_regression import TunedLogisticRegression
+from bilevel.sklearn.ridge import TunedRidge
+
+__all__ = ["TunedLogisticRegression", "TunedRidge"]
