@@ -118,7 +118,10 @@ class Proximal(_ProximalStep):
         ValueError: unless ``step_size`` is positive and finite.
 
     >>> import numpy as np, bilevel as bl
-    >>> quadratic = bl.problems.quadratic(hessian=np.eye(2), coupling=np.zeros((2, 2)), target=np.zeros(2))
+    >>> quadratic = bl.problems.quadratic(hessian=np.eye(2), coupling=np.eye(2), target=np.zeros(2))
+    >>> problem = Proximal(quadratic.inner, bl.prox.l1(0.5), quadratic.outer)  # w* = λ with soft threshold 0.5
+    >>> bl.hypergradient(problem, np.array([1.5, 0.0]), np.array([2.0, 0.1])).grad  # of F = ‖w*‖²/2
+    array([1.5, 0. ])
     """
 
     smooth: Callable[..., object]
