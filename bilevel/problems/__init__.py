@@ -3,5 +3,17 @@
 from bilevel.problems.k_fold import k_fold
 from bilevel.problems.linear import huber, logistic_regression, poisson, ridge, svm
 from bilevel.problems.quadratic import quadratic
+from bilevel.problems.sparse_linear import elastic_net, lasso, sparse_logistic
 
-__all__ = ["huber", "k_fold", "logistic_regression", "poisson", "quadratic", "ridge", "svm"]
+__all__ = [
+    "elastic_net",
+    "huber",
+    "k_fold",
+    "lasso",
+    "logistic_regression",
+    "poisson",
+    "quadratic",
+    "ridge",
+    "sparse_logistic",
+    "svm",
+]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import reduce
 from typing import TYPE_CHECKING, Any
 
-from bilevel.linearization import Dependence, LinearizedMap
+from bilevel.linearization import Dependence, LinearizedMap, Reduction
 from bilevel.problems.folds import Folds
 from bilevel.problems.protocols import BilevelProblem, Kind
 from bilevel.spaces.array import Args, Array, H, P
@@ -132,6 +132,7 @@ class KFoldProblem:
             residual,
             vjp_params,
             vjp_hparams,
+            reduction=_reductions([fold.reduction for fold in at]),
             jvp_hparams=None if forward[0] is None else lambda u: [product(u) for product in forward],  # pyright: ignore[reportReturnType]
             dependence=None if used[0] is None else lambda: _joined([dependence() for dependence in used]),
         )
@@ -184,6 +185,19 @@ def _check_list(params: object, count: int, name: str) -> None:
             f"{name}: k_fold expects a list of {count} trees, one for each fold, got {got}. To give every fold the "
             f"same start, write [params] * {count}."
         )
+
+
+def _reductions(found: list[Reduction[Any] | None]) -> Reduction[Any] | None:
+    """Return the reduction of the maps of all folds, if they have one."""
+    known = [each for each in found if each is not None]
+    if not known:
+        return None
+
+    def each(name: str) -> Callable[..., Any]:
+        parts = [getattr(reduction, name) for reduction in known]
+        return lambda *vectors: [part(*entries) for part, *entries in zip(parts, *vectors, strict=True)]
+
+    return Reduction(each("product"), each("rhs"), each("adjoint"), each("kinks"))
 
 
 def _joined(found: list[Dependence]) -> Dependence:

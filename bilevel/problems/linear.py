@@ -32,6 +32,23 @@ class DataFit:
         z = dz if self.loss.constant_curvature else X @ w
         return X.T @ _divided(self.loss.bend(z, y, dz), sample_weight)
 
+    def hvp_on(
+        self, support: Any, w: Array, X: Any, y: Array, sample_weight: Array | None = None
+    ) -> Callable[[Any], Any]:
+        """Return v -> the Hessian-vector product for v that are zero outside of the support, a mask like w.
+
+        The result is zero outside of the support too.
+        """
+        rows = support if support.ndim == 1 else support.any(1)
+        columns, z = X[:, rows], _scores(X, w)
+
+        def product(v: Any) -> Any:
+            result = np.zeros_like(v)
+            result[rows] = columns.T @ _divided(self.loss.bend(z, y, columns @ v[rows]), sample_weight)
+            return result
+
+        return product
+
 
 @dataclass(frozen=True)
 class _Penalized:
@@ -84,7 +101,7 @@ class _Penalized:
 
 
 @dataclass(frozen=True)
-class _Unpenalized:
+class Unpenalized:
     """Outer objective: fit(w)."""
 
     fit: DataFit
@@ -176,18 +193,21 @@ def _problem(loss: Loss, groups: Any) -> Problem:
     if indices and min(indices) < -1:
         raise ValueError(f"groups: expected indices from 0, or -1 for no penalty, got {min(indices)}.")
     fit = DataFit(loss)
-    return Problem(_Penalized(fit, indices), _Unpenalized(fit))
+    return Problem(_Penalized(fit, indices), Unpenalized(fit))
 
 
 def linear_model(problem: Any) -> tuple[DataFit, Callable[[Array, Any], tuple[Any, Any]]]:
-    """Return the loss of a ready linear model, and a function (params, hparams) -> (l1, l2).
+    """Return the loss of a ready linear model in NumPy, and a function (params, hparams) -> (l1, l2).
 
     ``l1`` and ``l2`` are the penalties of each feature, of shape (d,).
 
     Raises:
         TypeError: if the problem is no ready linear model.
     """
+    smooth, prox = getattr(problem, "smooth", None), getattr(problem, "prox", None)
     inner = getattr(problem, "inner", None)
+    if hasattr(prox, "penalties") and isinstance(getattr(smooth, "fit", None), DataFit):
+        return smooth.fit, prox.penalties  # pyright: ignore[reportOptionalMemberAccess]
     if not isinstance(inner, _Penalized):
         raise TypeError(
             "newton_fit: expected a ready linear model, such as bl.problems.ridge(), or bl.problems.k_fold of one, got "

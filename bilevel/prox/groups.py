@@ -10,21 +10,21 @@ import numpy as np
 from bilevel.spaces.namespace import namespace
 
 
-def check_groups(groups: Sequence[int] | None) -> tuple[int, ...] | None:
-    """Return the index of the group of each feature. Raise a ValueError unless it is a list of indices >= 0."""
+def check_groups(groups: Sequence[int] | None, least: int = 0) -> tuple[int, ...] | None:
+    """Return the index of the group of each feature. Raise a ValueError unless it is a list of indices >= least."""
     if groups is None:
         return None
     indices = np.asarray(groups)
-    if indices.ndim != 1 or indices.dtype.kind not in "iu" or (indices < 0).any():
+    if indices.ndim != 1 or indices.dtype.kind not in "iu" or (indices < least).any():
         raise ValueError(
-            "groups: expected the index of its group, an integer >= 0, for each feature, got an array of "
+            f"groups: expected the index of its group, an integer >= {least}, for each feature, got an array of "
             f"{indices.dtype} of shape {indices.shape}."
         )
     return tuple(int(g) for g in indices)
 
 
 def in_features(name: str, value: Any, v: Any, groups: tuple[int, ...] | None) -> Any:
-    """Return a value per feature from a value per group. A shared value, of shape (), stays as it is."""
+    """Return a value per feature from a value per group: zero for group -1. A shared value, of shape (), stays."""
     if groups is None or not value.ndim:
         return value
     if len(groups) != v.shape[0] or max(groups) >= value.shape[0]:
@@ -32,6 +32,9 @@ def in_features(name: str, value: Any, v: Any, groups: tuple[int, ...] | None) -
             f"groups: expected {v.shape[0]} indices, one for each row of params, below {value.shape[0]}, the number of "
             f"entries of {name}, got {len(groups)} indices from {min(groups)} to {max(groups)}."
         )
+    if min(groups) < 0:
+        xp = namespace(value)
+        value = xp.concatenate([value, xp.zeros_like(value[:1])])
     return value[np.asarray(groups)]
 
 

@@ -20,7 +20,8 @@ def l1(penalty: Given = None, *, groups: Sequence[int] | None = None) -> L1:
         penalty: λ, the log penalties. None: hparams itself. A string: ``hparams[string]``. A number or an array: a
             constant penalty, without the exponential. The shape is () (shared), (d,) (per feature) or the shape of
             params (per weight); with ``groups``, (number of groups,).
-        groups: for each of the d features, the index of its group, whose features share a penalty.
+        groups: for each of the d features, the index of its group, whose features share a penalty. Features of group -1
+            have no penalty, for example a column of ones for the intercept.
 
     Returns:
         An operator (v, hparams, step_size) for `bilevel.Proximal`. v has shape (d,) or (d, k).
@@ -32,7 +33,7 @@ def l1(penalty: Given = None, *, groups: Sequence[int] | None = None) -> L1:
     >>> l1()(np.array([3.0, -0.5]), np.log(2.0) + np.zeros(()), 0.5)
     array([2., 0.])
     """
-    return L1(given("penalty", penalty), check_groups(groups))
+    return L1(given("penalty", penalty), check_groups(groups, least=-1))
 
 
 def elastic_net(l1: Given = "l1", l2: Given = "l2", *, groups: Sequence[int] | None = None) -> ElasticNet:
@@ -52,7 +53,7 @@ def elastic_net(l1: Given = "l1", l2: Given = "l2", *, groups: Sequence[int] | N
     >>> elastic_net(1.0, 1.0)(np.array([3.0, -0.5]), {}, 1.0)
     array([1., 0.])
     """
-    return ElasticNet(given("l1", l1), given("l2", l2), check_groups(groups))
+    return ElasticNet(given("l1", l1), given("l2", l2), check_groups(groups, least=-1))
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,16 @@ class L1(ProximalOperator):
     @override
     def apply(self, v: Any, step: Any, *values: Any) -> Any:
         return soft_threshold(v, step * _spread("penalty", values[0], v, self.groups))
+
+    def support(self, v: Any, hparams: Any, step: Any) -> Any:
+        """Return where the result is not zero, as a mask like v, in NumPy."""
+        return np.abs(v) > step * self.penalties(v, hparams)[0]
+
+    def penalties(self, v: Any, hparams: Any) -> tuple[Any, Any]:
+        """Return the L1 and the L2 penalty of each entry of v, in NumPy."""
+        [value] = self._values(v, hparams)
+        penalties = np.broadcast_to(_spread("penalty", value, v, self.groups), v.shape)
+        return penalties, np.zeros_like(penalties)
 
     @override
     def pull(self, v: Any, step: Any, values: Sequence[Any], c: Any) -> tuple[Any, Sequence[Any]]:
@@ -91,6 +102,16 @@ class ElasticNet(ProximalOperator):
         one, two = (_spread(name, value, v, self.groups) for name, value in zip(self.values, values, strict=True))
         return soft_threshold(v, step * one) / (1 + step * two)
 
+    def support(self, v: Any, hparams: Any, step: Any) -> Any:
+        """Return where the result is not zero, as a mask like v, in NumPy."""
+        return np.abs(v) > step * self.penalties(v, hparams)[0]
+
+    def penalties(self, v: Any, hparams: Any) -> tuple[Any, Any]:
+        """Return the L1 and the L2 penalty of each entry of v, in NumPy."""
+        values = zip(self.values, self._values(v, hparams), strict=True)
+        one, two = (np.broadcast_to(_spread(name, value, v, self.groups), v.shape) for name, value in values)
+        return one, two
+
     @override
     def pull(self, v: Any, step: Any, values: Sequence[Any], c: Any) -> tuple[Any, Sequence[Any]]:
         one, two = (_spread(name, value, v, self.groups) for name, value in zip(self.values, values, strict=True))
@@ -107,4 +128,6 @@ def _spread(name: str, value: Any, v: Any, groups: tuple[int, ...] | None) -> An
 def _reduced(product: Any, value: Any, groups: tuple[int, ...] | None) -> Any:
     if groups is None or not value.ndim:
         return reduced(product, value)
-    return sums_of_groups(product.sum(tuple(range(1, product.ndim))), groups, len(value))
+    per_feature, indices = product.sum(tuple(range(1, product.ndim))), np.asarray(groups)
+    penalized = indices >= 0
+    return sums_of_groups(per_feature[penalized], indices[penalized], len(value))

@@ -55,6 +55,28 @@ class Fit(NamedTuple):
     steps: int
 
 
+class Curvature:
+    """The Hessian of the objective on the support of w, for systems with it."""
+
+    def __init__(self, model: LinearModel, w: np.ndarray, l2: np.ndarray) -> None:
+        self.support = np.flatnonzero(w)
+        columns = model.X[:, self.support]
+        curvatures = model.curvatures(columns @ w[self.support])
+        system = quadratic_model(columns, curvatures, l2[self.support])
+        self._factor: Any = None
+        if isinstance(system, _Matrix) and system.size:
+            damped = system.damped(1e-12 * system.mean_diagonal())
+            self._factor = scipy.linalg.cho_factor(damped, check_finite=False)
+
+    def solve(self, v: np.ndarray) -> np.ndarray:
+        """Return H⁻¹ v on the support, and v elsewhere. If the support is large, return v."""
+        if self._factor is None:
+            return v
+        result = v.copy()
+        result[self.support] = scipy.linalg.cho_solve(self._factor, v[self.support], check_finite=False)
+        return result
+
+
 def fit(model: LinearModel, l1: np.ndarray, l2: np.ndarray, w: np.ndarray, tol: float, maxiter: int) -> Fit:
     """Minimize the objective from w, until no entry violates the conditions of optimality by more than ``tol``.
 
@@ -144,13 +166,15 @@ class _Matrix(NamedTuple):
     def mean_diagonal(self) -> float:
         return float(np.trace(self.matrix)) / self.size
 
+    def damped(self, damping: float) -> np.ndarray:
+        return self.matrix + damping * np.eye(self.size)
+
     def product(self, v: np.ndarray) -> np.ndarray:
         return self.matrix @ v
 
     def solve(self, subset: np.ndarray, damping: float, b: np.ndarray, accuracy: float) -> np.ndarray:
         """Solve the rows and columns of a subset, plus damping times the identity."""
-        part = self.matrix[np.ix_(subset, subset)]
-        part[np.diag_indices_from(part)] += damping
+        part = _Matrix(self.matrix[np.ix_(subset, subset)]).damped(damping)
         return scipy.linalg.cho_solve(scipy.linalg.cho_factor(part, check_finite=False), b, check_finite=False)
 
 
