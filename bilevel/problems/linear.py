@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -196,10 +196,22 @@ def _problem(loss: Loss, groups: Any) -> Problem:
     return Problem(_Penalized(fit, indices), Unpenalized(fit))
 
 
-def linear_model(problem: Any) -> tuple[DataFit, Callable[[Array, Any], tuple[Any, Any]]]:
-    """Return the loss of a ready linear model in NumPy, and a function (params, hparams) -> (l1, l2).
+class Penalties(NamedTuple):
+    """The penalties of a ready linear model in NumPy.
 
-    ``l1`` and ``l2`` are the penalties of each feature, of shape (d,).
+    Attributes:
+        loss: the loss of an example.
+        of: (params, hparams) -> (l1, l2), the penalties of each feature, of shape (d,).
+        step_size: of the proximal step, else 0. ∂r/∂w is H + diag(l2), with rows and columns divided by 1 + step_size l2.
+    """
+
+    loss: Loss
+    of: Callable[[Any, Any], tuple[Any, Any]]
+    step_size: float
+
+
+def linear_model(problem: Any) -> Penalties:
+    """Return the loss and the penalties of a ready linear model.
 
     Raises:
         TypeError: if the problem is no ready linear model.
@@ -207,7 +219,7 @@ def linear_model(problem: Any) -> tuple[DataFit, Callable[[Array, Any], tuple[An
     smooth, prox = getattr(problem, "smooth", None), getattr(problem, "prox", None)
     inner = getattr(problem, "inner", None)
     if hasattr(prox, "penalties") and isinstance(getattr(smooth, "fit", None), DataFit):
-        return smooth.fit, prox.penalties  # pyright: ignore[reportOptionalMemberAccess]
+        return Penalties(smooth.fit.loss, prox.penalties, problem.step_size)  # pyright: ignore[reportOptionalMemberAccess]
     if not isinstance(inner, _Penalized):
         raise TypeError(
             "newton_fit: expected a ready linear model, such as bl.problems.ridge(), or bl.problems.k_fold of one, got "
@@ -218,7 +230,7 @@ def linear_model(problem: Any) -> tuple[DataFit, Callable[[Array, Any], tuple[An
         l2 = np.broadcast_to(np.asarray(inner.penalties(params, hparams)), params.shape)
         return np.zeros_like(l2), l2
 
-    return inner.fit, penalties
+    return Penalties(inner.fit.loss, penalties, 0.0)
 
 
 def cross_entropy(logits: Any, y: Array) -> Array:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -11,8 +10,8 @@ import scipy  # scipy.sparse loads at its first use
 
 from bilevel.errors import SolverWarning
 from bilevel.problems.k_fold import KFoldProblem
-from bilevel.problems.linear import linear_model
-from bilevel.problems.losses import Loss, check_shape
+from bilevel.problems.linear import Penalties, linear_model
+from bilevel.problems.losses import check_shape
 from bilevel.search.proximal_newton import Curvature, LinearModel, fit
 
 ROUNDING = 100.0  # machine epsilons: the least tolerance
@@ -26,7 +25,7 @@ class Fit(Protocol):
         ...
 
     def precondition(self, v: Any) -> Any:
-        """Return H⁻¹ v for v like params, with the Hessian on the support of the last minimum."""
+        """Return A⁻¹ v for v like params, with the matrix A of the linear system at the last minimum."""
         ...
 
 
@@ -63,8 +62,7 @@ def newton_fit(problem: Any, *, inner_args: tuple[Any, ...], tol: float = 1e-8, 
     if isinstance(problem, KFoldProblem):
         parts = problem.folds.training(inner_args)
         return _FoldFits([newton_fit(problem.problem, inner_args=part, tol=tol, maxiter=maxiter) for part in parts])
-    data, penalties = linear_model(problem)
-    return _ModelFit(data.loss, penalties, *inner_args, tol=tol, maxiter=maxiter)
+    return _ModelFit(linear_model(problem), *inner_args, tol=tol, maxiter=maxiter)
 
 
 class _FoldFits:
@@ -86,8 +84,7 @@ class _ModelFit:
 
     def __init__(
         self,
-        loss: Loss,
-        penalties: Callable[[Any, Any], tuple[Any, Any]],
+        penalties: Penalties,
         X: Any,
         y: Any,
         sample_weight: Any = None,
@@ -99,7 +96,7 @@ class _ModelFit:
         weights = np.ones(len(y), X.dtype) if sample_weight is None else sample_weight
         check_shape(weights, X.shape[:1], "sample_weight")
         columns = scipy.sparse.csc_array(X) if scipy.sparse.issparse(X) else np.asfortranarray(X)
-        self._model = LinearModel(loss, columns, y, weights / weights.sum())
+        self._model = LinearModel(penalties.loss, columns, y, weights / weights.sum())
         self._penalties, self._maxiter = penalties, maxiter
         self._scale = float(np.abs(self._model.gradient(np.zeros(len(y), X.dtype))).max(initial=0.0))
         self._tol = max(tol, ROUNDING * float(np.finfo(X.dtype).eps)) * self._scale
@@ -114,7 +111,7 @@ class _ModelFit:
                 f"params0: newton_fit expects shape {X.shape[1:]}, one weight for each column of X, got {start.shape}. "
                 "For several outputs, use bl.scipy_fit."
             )
-        l1, l2 = self._penalties(start, hparams)
+        l1, l2 = self._penalties.of(start, hparams)
         found = fit(self._model, l1, l2, start, self._tol, self._maxiter)
         if not found.violation <= self._tol:
             _warn(found.steps, found.violation / self._scale, self._tol / self._scale)
@@ -124,9 +121,11 @@ class _ModelFit:
     def precondition(self, v: Any) -> Any:
         if self._last is None:
             raise ValueError("precondition: the fit has not been called yet, so there is no Hessian.")
+        w, l2 = self._last
         if self._curvature is None:
-            self._curvature = Curvature(self._model, *self._last)
-        return self._curvature.solve(v)
+            self._curvature = Curvature(self._model, w, l2)
+        scale = 1 + self._penalties.step_size * l2
+        return scale * self._curvature.solve(scale * v)
 
 
 def _warn(steps: int, violation: float, tol: float) -> None:

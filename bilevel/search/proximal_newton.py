@@ -15,6 +15,7 @@ SMALLEST_SET = 10  # features of the first working set
 DAMPING = 1e-2  # of a Newton step, times the largest violation: singular systems get a bounded step
 CEILING = 1e-3  # of the mean curvature: the largest damping
 FORCING = 0.1  # of the violation: the accuracy of the quadratic model
+ROUNDING = 1e-15  # of an objective: near the minimum, a smaller decrease is hidden by rounding
 DECREASE = 1e-3  # of the predicted decrease: what a step must reach
 
 
@@ -147,8 +148,7 @@ def _line_search(
     with np.errstate(over="ignore", invalid="ignore"):
         while step > 1e-10:
             value = model.value(z + step * dz, old + step * direction, l1, l2)
-            # Near the minimum, rounding hides the decrease.
-            if value <= start + DECREASE * step * predicted + 1e-15 * abs(start):
+            if value <= start + DECREASE * step * predicted + ROUNDING * abs(start):
                 return step
             step /= 2
     return 0.0
@@ -246,7 +246,7 @@ def minimize_quadratic(
             new[subset] = moved
             new_slope = gradient + system.product(new - start)
             new_value = 0.5 * (new - start) @ (gradient + new_slope) + l1 @ np.abs(new)
-            if new_value <= value + DECREASE * (descent[subset] @ (moved - u[subset])):
+            if new_value <= value + DECREASE * (descent[subset] @ (moved - u[subset])) + ROUNDING * (l1 @ np.abs(u)):
                 break
             step /= 2
             if step < 1e-10:
