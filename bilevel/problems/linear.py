@@ -202,7 +202,8 @@ class Penalties(NamedTuple):
     Attributes:
         loss: the loss of an example.
         of: (params, hparams) -> (l1, l2), the penalties of each feature, of shape (d,).
-        step_size: of the proximal step, else 0. ∂r/∂w is H + diag(l2), with rows and columns divided by 1 + step_size l2.
+        step_size: of the proximal step, else 0. The matrix of the linear system is H + diag(l2), with rows and columns
+            divided by 1 + step_size l2.
     """
 
     loss: Loss
