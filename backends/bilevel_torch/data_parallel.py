@@ -139,7 +139,9 @@ class DataParallel(TorchBackend):
 
     @override
     def jacobian(self, *args: object, **options: object) -> LinearizedMap[Any, Any]:
-        raise TypeError("DataParallel: fixed points and roots of several ranks' data are not supported.")
+        raise TypeError(
+            "DataParallel: fixed points, roots and proximal problems of several ranks' data are not supported."
+        )
 
     @override
     def outer(

@@ -99,52 +99,70 @@ def _on_host(v: Any, threshold: Any) -> Any:
 
 def denoised(y: Any, threshold: float) -> np.ndarray:
     """Return argmin over x of ½ ‖x − y‖² + threshold · Σ |x_{i+1} − x_i|. All entries of a piece are equal."""
-    x, last = np.empty_like(y), len(y) - 1
     if not (np.isfinite(y).all() and np.isfinite(threshold)):
         return np.full_like(y, np.nan)
-    k = start = low_end = high_end = 0
-    low, high = y[0] - threshold, y[0] + threshold  # bounds of the value of the piece
-    low_sum, high_sum = threshold, -threshold  # the dual variables for these values
-
-    def close(end: int, value: float) -> int:
-        x[start : end + 1] = value
-        return end + 1
-
-    while True:
-        if k == last:
-            if low_sum < 0:
-                start = close(low_end, low)
-                k = low_end = start
-                low, low_sum = y[k], threshold
-                high_sum = low + threshold - high
-            elif high_sum > 0:
-                start = close(high_end, high)
-                k = high_end = start
-                high, high_sum = y[k], -threshold
-                low_sum = high - threshold - low
-            else:
-                close(last, low + low_sum / (last - start + 1))
-                return x
-            continue
-        low_sum += y[k + 1] - low
-        high_sum += y[k + 1] - high
-        if low_sum < -threshold:
-            start = close(low_end, low)
-            k = low_end = high_end = start
-            low, high = y[k], y[k] + 2 * threshold
-            low_sum, high_sum = threshold, -threshold
-        elif high_sum > threshold:
-            start = close(high_end, high)
-            k = low_end = high_end = start
-            low, high = y[k] - 2 * threshold, y[k]
-            low_sum, high_sum = threshold, -threshold
+    values = y.tolist()
+    piece, last = _Piece(values, threshold), len(values) - 1
+    while piece.start <= last:
+        if piece.k < last:
+            piece.extend()
         else:
-            k += 1
-            if low_sum >= threshold:
-                low_end = k
-                low += (low_sum - threshold) / (k - start + 1)
-                low_sum = threshold
-            if high_sum <= -threshold:
-                high_end = k
-                high += (high_sum + threshold) / (k - start + 1)
-                high_sum = -threshold
+            piece.finish()
+    return np.array(piece.x)
+
+
+class _Piece:
+    """The current piece of Condat's algorithm: it starts at ``start``, and has reached ``k``.
+
+    Attributes:
+        x: the values of the closed pieces.
+        low, high: the bounds of the value of the piece.
+        low_sum, high_sum: the dual variables at k for these two values.
+        low_end, high_end: the last places where the piece may end, with a jump down or up.
+    """
+
+    def __init__(self, y: list[float], threshold: float) -> None:
+        self.y, self.threshold, self.x = y, threshold, list[float]()
+        self.start = self.k = self.low_end = self.high_end = 0
+        self.low, self.high = y[0] - threshold, y[0] + threshold
+        self.low_sum, self.high_sum = threshold, -threshold
+
+    def extend(self) -> None:
+        """Move to the next entry. Close the piece if it cannot contain it."""
+        t, k = self.threshold, self.k
+        low_sum, high_sum = self.low_sum + self.y[k + 1] - self.low, self.high_sum + self.y[k + 1] - self.high
+        if low_sum < -t or high_sum > t:
+            down = low_sum < -t
+            start = self._close(self.low_end if down else self.high_end, self.low if down else self.high)
+            self.k = self.low_end = self.high_end = start
+            self.low, self.high = (
+                (self.y[start], self.y[start] + 2 * t) if down else (self.y[start] - 2 * t, self.y[start])
+            )
+            self.low_sum, self.high_sum = t, -t
+            return
+        self.k, self.low_sum, self.high_sum = k + 1, low_sum, high_sum
+        length = self.k - self.start + 1
+        if low_sum >= t:
+            self.low_end, self.low, self.low_sum = self.k, self.low + (low_sum - t) / length, t
+        if high_sum <= -t:
+            self.high_end, self.high, self.high_sum = self.k, self.high + (high_sum + t) / length, -t
+
+    def finish(self) -> None:
+        """Close a piece that has reached the last entry, where the dual variable must be zero."""
+        t, y = self.threshold, self.y
+        if self.low_sum < 0:
+            self.k = self.low_end = start = self._close(self.low_end, self.low)
+            self.low, self.low_sum = y[start], t
+            self.high_sum = self.low + t - self.high
+        elif self.high_sum > 0:
+            self.k = self.high_end = start = self._close(self.high_end, self.high)
+            self.high, self.high_sum = y[start], -t
+            self.low_sum = self.high - t - self.low
+        else:
+            self._close(len(y) - 1, self.low + self.low_sum / (len(y) - self.start))
+
+    def _close(self, end: int, value: float) -> int:
+        """Give the entries up to ``end`` their value. Return the start of the next piece."""
+        self.x += [value] * (end + 1 - self.start)
+        self.start = end + 1
+        return self.start

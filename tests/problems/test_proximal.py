@@ -139,6 +139,20 @@ class _Step:
         return {**found, "shift": found["shift"] + s * self.case.operator.vjp_params(x, h, v, s)}
 
 
+def test_float32_stays_float32(backend):
+    case = case_of("group lasso")
+    arguments = case.arguments(backend)
+    narrow = {name: tree_map(_narrow, arguments[name]) for name in ("params", "hparams", "inner_args", "outer_args")}
+    hg = bl.hypergradient(case.problem, **narrow)
+    for key, x in hg.grad.items():
+        assert backend.to_numpy(x).dtype == np.float32
+        assert relative_error(backend.to_numpy(x), case.slopes[key]) <= 1e-4
+
+
+def _narrow(leaf):
+    return leaf.float() if hasattr(leaf, "float") else leaf.astype(np.float32)
+
+
 def test_damping_has_the_units_of_the_hessian():
     """On the support, it is the curvature that δ/2 ‖w − w*‖² adds to the smooth objective."""
     case, damping = case_of("l1, per feature"), 0.3
