@@ -38,6 +38,7 @@ FURTHER = [  # in no `__all__`: for authors of problems, solvers and backends, f
     "bilevel.problems.protocols.InnerProblem",
     "bilevel.problems.protocols.OuterObjective",
     "bilevel.search.evaluations.Evaluation",
+    "bilevel.search.newton_fit.Fit",
     "bilevel.spaces.space.Space",
     "bilevel.steps.Steps",
     "bilevel.testing.strategies",

@@ -1,7 +1,7 @@
 """Conjugate gradients."""
 
 from dataclasses import dataclass, replace
-from inspect import isfunction
+from inspect import isroutine
 from typing import Generic, Literal, NamedTuple
 
 from typing_extensions import override
@@ -74,7 +74,7 @@ class CG(Iterative[object]):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isfunction(self.preconditioner):
+        if isroutine(self.preconditioner):
             object.__setattr__(self, "preconditioner", FunctionPreconditioner(self.preconditioner))
         check_preconditioner(self.preconditioner, "CG")
 
