@@ -234,7 +234,7 @@ class _Minimum(Rule):
 
 
 class _Pull(Rule):
-    """(derivatives by params, params, tensors) -> (derivatives by the moving tensors, v). Only the first have a rule."""
+    """(derivatives by params, params, tensors) -> (derivatives by the moving tensors, v). There is no rule for v."""
 
     @staticmethod
     def forward(moved: _Moved, *tensors: torch.Tensor) -> Any:
