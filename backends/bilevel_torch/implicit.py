@@ -39,9 +39,10 @@ def implicit_minimizer(
     requires a gradient. The error grows with the distance from the minimum: see `bl.diagnose`.
 
     It also works under `torch.func` (``grad``, ``jacrev``, ``vmap``, and forward mode by ``jvp`` and ``jacfwd``). Each
-    entry of a batch takes one training or one solve. The derivative is of first order and uses only the data of this
-    process. For higher derivatives, use `bilevel_jax.implicit_minimizer`. For several ranks, use `hypergradient` with
-    `DataParallel`.
+    entry of a batch takes one training or one solve. In reverse mode, there are also second derivatives (by
+    ``create_graph=True``), so ``inner`` may call the solution of another level. A product with them takes one solve and
+    a third derivative of L. For higher derivatives, use `bilevel_jax.implicit_minimizer`. The derivatives use only the
+    data of this process. For several ranks, use `hypergradient` with `DataParallel`.
 
     Args:
         inner: L, (params, hparams, *args) -> scalar, which ``train`` minimizes over params, with the same ``args``. It

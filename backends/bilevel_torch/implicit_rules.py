@@ -21,7 +21,7 @@ from bilevel.results import SolverInfo
 from bilevel.spaces.tree import leaves, tree_map, with_leaves
 from bilevel.trainings import Arguments, check_training_result, training_name, tuples_noted
 from bilevel.validation import leaf_names
-from bilevel_torch.autograd import as_graph_leaves, evaluate, no_grad_no_autocast
+from bilevel_torch.autograd import as_graph_leaves, evaluate, grad, no_grad_no_autocast
 from bilevel_torch.backend import TorchBackend
 from bilevel_torch.trees import fill, prune
 
@@ -77,7 +77,7 @@ class Training:
         return tuple(t.detach() for t in trained)
 
     def pull(self, moves: Sequence[bool], grads: Tensors, params: Tensors, tensors: Tensors) -> Tensors:
-        """Return the derivatives of F by the moving tensors, from the derivatives by params."""
+        """Return the derivatives of F by the moving tensors, from the derivatives by params. Append the leaves of v."""
         with no_grad_no_autocast(params):
             at, A, lam = self._linearize(moves, params, tensors)
             cotangent = prune(with_leaves(self.structure, grads), self.frozen)
@@ -85,7 +85,39 @@ class Training:
             value: Any = torch.zeros(())  # F is unknown here
             hg = combine(self.backend, value, None, pulled, lam)
             self._report(hg.info, A, moves, pulled.dependence)
-            return tuple(hg.grad)
+            return (*hg.grad, *self._whole(params, hg.adjoint))
+
+    def pull_of_pull(
+        self, moves: Sequence[bool], changes: Tensors, params: Tensors, tensors: Tensors, v: Tensors
+    ) -> Tensors:
+        """Return the derivatives of p·u by c, params and the moving tensors, where p = −(∂²L/∂λ∂w)ᵀ v, [∂²L/∂w²] v = c.
+
+        u = ``changes`` is like p. By c, the derivative is a = −[∂²L/∂w²]⁻¹ (∂²L/∂λ∂w) u. By params and the moving
+        tensors, it is the derivative of −v·([∂²L/∂w²] a + (∂²L/∂λ∂w) u) with fixed v, a and u.
+        """
+        with no_grad_no_autocast(params):
+            w, lam, value = self._variables(moves, params, tensors)
+            at = self.backend.inner_of(value, w, lam)
+            A = LinearOperator(self.backend.space(w), at.vjp_params)
+            assert at.jvp_hparams is not None
+            b = A.space.scale(-1.0, at.jvp_hparams(list(changes)))
+            a, info = run_solver(self.solver, A, b)
+            self._report(info, A, moves, None)
+            adjoint = leaves(prune(with_leaves(self.structure, v), self.frozen))
+            variables, along = [*leaves(w), *lam], [*leaves(a), *changes]
+            slopes = grad([value], leaves(w), None, create_graph=True)
+            products = _derivatives(slopes, adjoint, variables, create_graph=True)
+            thirds = _derivatives(products, along, variables)
+            found = [
+                torch.zeros_like(x) if third is None else -third for x, third in zip(variables, thirds, strict=True)
+            ]
+            count = len(leaves(w))
+            of_params = with_leaves(w, found[:count])
+            return (*self._whole(params, a), *self._whole(params, of_params), *found[count:])
+
+    def _whole(self, params: Tensors, pruned: Any) -> list[torch.Tensor]:
+        """Return the leaves of a pruned tree like params, with zeros for the frozen leaves."""
+        return leaves(fill(with_leaves(self.structure, map(torch.zeros_like, params)), pruned))
 
     def push(self, moves: Sequence[bool], changes: Tensors, params: Tensors, tensors: Tensors) -> Tensors:
         """Return the derivatives of params along changes u of the moving tensors: −[∂²L/∂w²]⁻¹ (∂²L/∂λ∂w) u."""
@@ -95,12 +127,19 @@ class Training:
                 raise ValueError(f"∂L/∂w does not depend on {leaf_names(self.backend, 'hparams', lam)}.")
             change, info = run_solver(self.solver, A, at.jvp_hparams(list(changes)))
             self._report(info, A, moves, used)
-            found = fill(with_leaves(self.structure, map(torch.zeros_like, params)), A.space.scale(-1.0, change))
-            return tuple(leaves(found))
+            return tuple(self._whole(params, A.space.scale(-1.0, change)))
 
     def _linearize(
         self, moves: Sequence[bool], params: Tensors, tensors: Tensors
     ) -> tuple[LinearizedMap[Any, list[torch.Tensor]], LinearOperator[Any], list[torch.Tensor]]:
+        w, lam, value = self._variables(moves, params, tensors)
+        at = self.backend.inner_of(value, w, lam)
+        return at, LinearOperator(self.backend.space(w), at.vjp_params), lam
+
+    def _variables(
+        self, moves: Sequence[bool], params: Tensors, tensors: Tensors
+    ) -> tuple[Any, list[torch.Tensor], torch.Tensor]:
+        """Return w without its frozen leaves and λ, as variables of autograd, and L."""
         copies = [t.detach().requires_grad_() if moving else t for t, moving in zip(tensors, moves, strict=True)]
         given = self._arguments(copies)
         lam = [t for t, moving in zip(copies, moves, strict=True) if moving]
@@ -108,9 +147,7 @@ class Training:
         w, _ = as_graph_leaves(prune(whole, self.frozen), ())
         loss = partial(self.inner, **given.shared)
         with tuples_noted(training_name(self.train), whole):
-            value = evaluate(loss, fill(whole, w), given.hparams, *given.args)
-        at = self.backend.inner_of(value, w, lam)
-        return at, LinearOperator(self.backend.space(w), at.vjp_params), lam
+            return w, lam, evaluate(loss, fill(whole, w), given.hparams, *given.args)
 
     def _report(self, info: SolverInfo, A: LinearOperator[Any], moves: Sequence[bool], used: Dependence | None) -> None:
         if used is not None:
@@ -196,8 +233,38 @@ class _Minimum(Rule):
         return result
 
 
+class _Pull(Rule):
+    """(derivatives by params, params, tensors) -> (derivatives by the moving tensors, v). There is no rule for v."""
+
+    @staticmethod
+    def forward(moved: _Moved, *tensors: torch.Tensor) -> Any:
+        with _vectorized_named():
+            return moved.training.pull(moved.moves, *moved.split(tensors, len(moved.training.frozen)))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
+        ctx.moved, *tensors = inputs
+        adjoint = output[sum(ctx.moved.moves) :]
+        ctx.mark_non_differentiable(*adjoint)
+        ctx.save_for_backward(*tensors, *adjoint)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        moves, count = ctx.moved.moves, len(ctx.moved.training.frozen)
+        found = _PullOfPull.apply(ctx.moved, *grads[: sum(moves)], *ctx.saved_tensors)
+        of_moving = iter(found[2 * count :])
+        return None, *found[: 2 * count], *(next(of_moving) if moving else None for moving in moves)
+
+    @staticmethod
+    def jvp(ctx: Any, *changes: torch.Tensor | None) -> Any:
+        raise RuntimeError(
+            "implicit_minimizer has second derivatives in reverse mode only. Use torch.autograd.grad with "
+            "create_graph=True, or torch.func.jacrev of torch.func.grad in place of torch.func.hessian."
+        )
+
+
 class _Derivative(Rule):
-    """A function without a derivative: a derivative of `_Minimum`."""
+    """A derivative without a derivative."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
@@ -206,18 +273,21 @@ class _Derivative(Rule):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         raise RuntimeError(
-            "implicit_minimizer has only a first derivative. Do not differentiate it twice with create_graph=True, or "
-            "use it in an inner loss. bilevel_jax.implicit_minimizer has higher derivatives."
+            "implicit_minimizer has two derivatives in reverse mode, and one in forward mode. Here, another one is "
+            "needed. bilevel_jax.implicit_minimizer has derivatives of any order."
         )
 
     jvp = backward
 
 
-class _Pull(_Derivative):
+class _PullOfPull(_Derivative):
     @staticmethod
     def forward(moved: _Moved, *tensors: torch.Tensor) -> Any:
+        moving, count = sum(moved.moves), len(moved.training.frozen)
+        changes, rest = tensors[:moving], tensors[moving + count :]  # the derivatives by params are not needed
+        params, given, adjoint = rest[:count], rest[count:-count], rest[-count:]
         with _vectorized_named():
-            return moved.training.pull(moved.moves, *moved.split(tensors, len(moved.training.frozen)))
+            return moved.training.pull_of_pull(moved.moves, changes, params, given, adjoint)
 
 
 class _Push(_Derivative):
@@ -225,6 +295,16 @@ class _Push(_Derivative):
     def forward(moved: _Moved, *tensors: torch.Tensor) -> Any:
         with _vectorized_named():
             return moved.training.push(moved.moves, *moved.split(tensors, sum(moved.moves)))
+
+
+def _derivatives(
+    outputs: Sequence[torch.Tensor | None], weights: Tensors, inputs: Tensors, create_graph: bool = False
+) -> list[torch.Tensor | None]:
+    """Return the derivatives of Σ outputs · weights by the inputs. An output is None, or constant, if it is zero."""
+    moving = [(x, weight) for x, weight in zip(outputs, weights, strict=True) if x is not None and x.requires_grad]
+    if not moving:
+        return [None] * len(inputs)
+    return grad([x for x, _ in moving], inputs, [weight for _, weight in moving], create_graph=create_graph)
 
 
 @contextmanager

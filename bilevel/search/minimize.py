@@ -25,7 +25,14 @@ from bilevel.spaces.array import Args, H, P
 from bilevel.trainings import check_fit
 from bilevel.validation import find_backend
 
-TAKES_BOUNDS = {"L-BFGS-B": True, "BFGS": False, "CG": False}
+ARGUMENTS = {  # the further arguments that each method accepts
+    "L-BFGS-B": {"bounds"},
+    "BFGS": set(),
+    "CG": set(),
+    "SLSQP": {"bounds", "constraints"},
+    "trust-constr": {"bounds", "constraints"},
+}
+NO_STEP_STATUS = {"L-BFGS-B": 2, "BFGS": 2, "CG": 2, "SLSQP": 8}
 NO_STEP = (
     "The line search found no step along which the outer objective decreases as the hypergradient predicts. Near a "
     "minimum, this is the noise of fit. Elsewhere, check that fit uses its hyperparameters, and make it more accurate."
@@ -43,6 +50,8 @@ def minimize(
     solver: SolverSpec = "cg",
     method: str = "L-BFGS-B",
     bounds: scipy.optimize.Bounds | Sequence[object] | None = None,
+    constraints: Any = (),
+    tol: float | None = None,
     maxiter: int = 50,
     callback: Callable[[scipy.optimize.OptimizeResult], object] | None = None,
     options: Mapping[str, object] | None = None,
@@ -67,7 +76,11 @@ def minimize(
             a model in place, because params are copied.
         params0: the start of the first fit, if it needs a start.
         method: a method of `scipy.optimize.minimize`: L-BFGS-B or, without bounds, CG or BFGS (which stores a matrix).
+            With constraints, SLSQP (which stores a matrix) or trust-constr.
         bounds: a pair (low, high) for all entries of λ, a SciPy ``Bounds``, or a pair per entry. None is no bound.
+        constraints: a constraint of SciPy (``LinearConstraint``, ``NonlinearConstraint``, a dict), or a list of them.
+            Their functions receive the entries of all leaves of λ as a float64 NumPy array of shape (n,).
+        tol: as in `scipy.optimize.minimize`. F is divided by the norm of the first hypergradient, so it is relative.
         maxiter: maximum number of iterations of the method, at least 1.
         callback: called after each iteration with an ``OptimizeResult`` (``x``, ``params``, ``fun``, ``jac``, ``nit``,
             ``nfev``, ``state``). Raise ``StopIteration`` in it to stop the search.
@@ -98,7 +111,7 @@ def minimize(
     >>> bl.minimize(problem, np.zeros(2), fit=lambda hparams, _: hparams / 2).x.round(3)
     array([2., 2.])
     """
-    method = _check_method(method, bounds)
+    method = _check_method(method, bounds=bounds, constraints=constraints)
     if isinstance(maxiter, bool) or not isinstance(maxiter, Integral) or maxiter < 1:
         raise ValueError(f"maxiter: expected an integer >= 1, got {maxiter!r}.")
     check_fit(fit)
@@ -115,7 +128,7 @@ def minimize(
         nonlocal nit
         nit += 1
         repeated = search.repeated
-        search.accept(intermediate_result.x)
+        search.accept(getattr(intermediate_result, "x", intermediate_result))  # SLSQP of old versions passes x
         advance(search.here.value)
         if callback is not None and not repeated:
             callback(scipy.optimize.OptimizeResult(nit=nit, **search.results()))
@@ -127,13 +140,15 @@ def minimize(
             jac=True,
             method=method,
             bounds=None if bounds is None else box,
+            constraints=constraints,
+            tol=tol,
             callback=after_iteration,
             options={"maxiter": maxiter, **(options or {})},
         )
     # If the bounds fix all entries, SciPy returns no nit and status.
     ended = {key: found.get(key, 0) for key in ("nit", "success", "status", "message")}
     search.accept(found.x)
-    if ended["status"] == 2:  # in all three methods
+    if ended["status"] == NO_STEP_STATUS.get(method):
         ended["message"] = f"{NO_STEP} SciPy's message: {found.message}"
     if (unsolved := search.unsolved()) is not None:
         ended |= {"success": False, "status": -1, "message": f"{unsolved} SciPy's message: {found.message}"}
@@ -142,13 +157,16 @@ def minimize(
     return scipy.optimize.OptimizeResult(**search.results(), **ended, history=search.history)
 
 
-def _check_method(method: str, bounds: object) -> str:
-    known = {name.lower(): name for name in TAKES_BOUNDS}
+def _check_method(method: str, **given: Any) -> str:
+    known = {name.lower(): name for name in ARGUMENTS}
     if str(method).lower() not in known:
-        raise ValueError(f"method: minimize does not support {method!r}." + suggest(str(method), TAKES_BOUNDS))
+        raise ValueError(f"method: minimize does not support {method!r}." + suggest(str(method), ARGUMENTS))
     method = known[method.lower()]
-    if bounds is not None and not TAKES_BOUNDS[method]:
-        raise ValueError(f'bounds: {method} does not accept bounds; use method="L-BFGS-B".')
+    for name, value in given.items():
+        absent = value is None or (isinstance(value, list | tuple) and not value)
+        if not absent and name not in ARGUMENTS[method]:
+            others = " or ".join(f'"{other}"' for other, accepted in ARGUMENTS.items() if name in accepted)
+            raise ValueError(f"{name}: {method} does not accept {name}; use method={others}.")
     return method
 
 

@@ -19,6 +19,7 @@ from bilevel.problems.problem import Problem
 from bilevel.search.evaluations import Evaluation
 from bilevel.search.minimize import minimize
 from bilevel.sklearn.newton import NewtonFit
+from bilevel.spaces.array import Args
 
 START = 1.0  # the first alpha of a search
 
@@ -98,7 +99,7 @@ class TunedLinearModel(BaseEstimator):
         """
         groups = _groups(self.penalty, X.shape[1])
         low, high = self._log_bounds()
-        weights = np.asarray(_check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True))
+        weights = np.asarray(_check_sample_weight(sample_weight, X, dtype=np.float64))
         splitter: Any = check_cv(self.cv, y, classifier=is_classifier(self))
         folds = [tuple(map(np.asarray, fold)) for fold in splitter.split(X, y)]
         _check_weights(weights, folds)
@@ -109,21 +110,8 @@ class TunedLinearModel(BaseEstimator):
         log_alphas = np.clip(np.log([START]), low, high)
         self.history_, self.n_iter_ = [], 0
         for part in [np.zeros_like(groups)] + [groups] * bool(groups.max()):  # one penalty first, for a good start
-            cv = k_fold(self._on(part), folds)
-            fits = [self._fit_on(part, *rows) for rows in cv.folds.training(data)]
-            found = minimize(
-                cv,
-                np.broadcast_to(log_alphas, part.max() + 1) - np.log(size),
-                fit=lambda h, ws, fits=fits: [fit(h, w) for fit, w in zip(fits, ws, strict=True)],
-                params0=params,
-                inner_args=data,
-                outer_args=data,
-                solver=CG(rtol=1e-6, maxiter=1000, preconditioner=_block_preconditioner(fits)),
-                bounds=(low - np.log(size), high - np.log(size)),
-                maxiter=self.max_iter,
-                options={"gtol": self.tol, "ftol": self.tol**2},
-                progress=bool(self.verbose),
-            )
+            start = np.broadcast_to(log_alphas, part.max() + 1) - np.log(size)
+            found = self._search(part, folds, data, start, params, (low - np.log(size), high - np.log(size)))
             params, log_alphas = found.params, found.x + np.log(size)
             self.history_ += found.history
             self.n_iter_ += max(int(found.nit), 1)
@@ -134,6 +122,26 @@ class TunedLinearModel(BaseEstimator):
         params = self._fit_on(groups, *data)(log_alphas - np.log(weights.sum()), np.mean(params, axis=0))
         coef, self.intercept_ = design.coefficients(params)
         return coef
+
+    def _search(
+        self, groups: np.ndarray, folds: Sequence[Any], data: Args, start: np.ndarray, params: Any, bounds: Any
+    ) -> Any:
+        """Minimize the cross-validated loss over log penalties, from a start. Return the result of `minimize`."""
+        cv = k_fold(self._on(groups), folds)
+        fits = [self._fit_on(groups, *rows) for rows in cv.folds.training(data)]
+        return minimize(
+            cv,
+            start,
+            fit=lambda h, ws: [fit(h, w) for fit, w in zip(fits, ws, strict=True)],
+            params0=params,
+            inner_args=data,
+            outer_args=data,
+            solver=CG(rtol=1e-6, maxiter=1000, preconditioner=_block_preconditioner(fits)),
+            bounds=bounds,
+            maxiter=self.max_iter,
+            options={"gtol": self.tol, "ftol": self.tol**2},
+            progress=bool(self.verbose),
+        )
 
     def _on(self, groups: np.ndarray) -> Problem:
         """Return the problem with a penalty per group. The intercept has none."""
@@ -175,6 +183,8 @@ def _groups(penalty: Any, features: int) -> np.ndarray:
 
 
 def _check_weights(weights: np.ndarray, folds: Sequence[Any]) -> None:
+    if weights.min() < 0:
+        raise ValueError(f"sample_weight: weights must not be negative, got {weights.min():.3g}.")
     for k, fold in enumerate(folds):
         for name, rows in zip(("training", "held-out"), fold, strict=True):
             if not weights[rows].sum() > 0:

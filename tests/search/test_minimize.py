@@ -362,7 +362,7 @@ class TestMistakes:
             PerFeature().minimize(method="Nelder-Mead")
 
     def test_bounds_with_a_method_that_takes_none(self):
-        with pytest.raises(ValueError, match='bounds: BFGS does not accept bounds; use method="L-BFGS-B"'):
+        with pytest.raises(ValueError, match='bounds: BFGS does not accept bounds; use method="L-BFGS-B" or "SLSQP"'):
             PerFeature().minimize(method="bfgs")
 
     @pytest.mark.parametrize(
@@ -388,7 +388,7 @@ class TestMistakes:
         np.testing.assert_allclose(found.x, [0.5, -1.5], atol=1e-4)  # its params belong to the values before
         assert found.success
 
-    @pytest.mark.parametrize("method", ["L-BFGS-B", "BFGS", "CG"])
+    @pytest.mark.parametrize("method", ["L-BFGS-B", "BFGS", "CG", "SLSQP"])
     def test_a_fit_that_ignores_its_hyperparameters(self, method):
         problem = bl.problems.quadratic(np.eye(2), np.eye(2), np.array([0.5, -1.5]))
         found = bl.minimize(problem, np.zeros(2), fit=lambda h, _: np.zeros(2), method=method)

@@ -168,5 +168,7 @@ def test_weights_and_classes_that_leave_nothing_to_fit_are_named():
     weights[:16] = 0
     with pytest.raises(ValueError, match="sample_weight: all held-out rows of fold 0 have the weight 0"):
         TunedRidge(cv=5).fit(X, y, sample_weight=weights)
+    with pytest.raises(ValueError, match="sample_weight: weights must not be negative, got -1"):
+        TunedRidge().fit(X, y, sample_weight=-np.ones(len(y)))
     with pytest.raises(ValueError, match="expected at least two classes, got one class"):
         TunedLogisticRegression().fit(X, np.ones(len(y)))
