@@ -1,4 +1,4 @@
-"""The derivatives of a minimizer, as rules for autograd and torch.func."""
+"""The derivatives of an implicit function w*(λ), as rules for autograd and torch.func."""
 # pyright: reportIncompatibleMethodOverride=false
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,19 +17,20 @@ from bilevel.linearization import Dependence, LinearizedMap
 from bilevel.methods.implicit import Implicit, pull_back
 from bilevel.operators.lanczos import spectrum
 from bilevel.operators.linear_operator import LinearOperator
+from bilevel.problems.optimality import distance, of_hparams_only
 from bilevel.results import SolverInfo
 from bilevel.spaces.tree import leaves, tree_map, with_leaves
-from bilevel.trainings import Arguments, check_training_result, training_name, tuples_noted
-from bilevel.validation import leaf_names
+from bilevel.trainings import Arguments, Condition, check_training_result, training_name, tuples_noted
+from bilevel.validation import check_like, leaf_names
 from bilevel_torch.autograd import as_graph_leaves, evaluate, no_grad_no_autocast
 from bilevel_torch.backend import TorchBackend
 from bilevel_torch.trees import fill, prune
 
 Tensors = Sequence[torch.Tensor]
 CHANGED = (
-    "implicit_minimizer: params or arguments of a training have changed in place before its backward pass. If one "
+    "{}: params or arguments of a training have changed in place before its backward pass. If one "
     "module is trained several times before it, for example for each fold, return copies: "
-    "{name: p.detach().clone() for name, p in net.named_parameters()}."
+    "{{name: p.detach().clone() for name, p in net.named_parameters()}}."
 )
 
 
@@ -40,6 +41,8 @@ class Training:
     A tensor *moves* if PyTorch asks for a derivative by it. In this file, λ is the list of the moving tensors.
 
     Attributes:
+        condition: the kind of the function.
+        function: the condition on params: an inner loss, a step or a residual.
         given: the arguments of the call. The methods replace their tensors by other tensors in the same order.
         structure: set by `run`: a tree like params, with 0 for each leaf.
         frozen: set by `run`: whether each leaf of params is a frozen parameter.
@@ -47,7 +50,8 @@ class Training:
     """
 
     train: Callable[..., Any]
-    inner: Callable[..., torch.Tensor]
+    condition: Condition
+    function: Callable[..., Any]
     solver: LinearSolver[Any]
     on_failure: OnFailure
     has_aux: bool
@@ -59,7 +63,7 @@ class Training:
 
     def __call__(self) -> tuple[Any, Any]:
         """Run the training. Return params, which PyTorch can differentiate, and the auxiliary result."""
-        out = _Minimum.apply(self, *filter(_is_tensor, leaves(self.given)))
+        out = _Solution.apply(self, *filter(_is_tensor, leaves(self.given)))
         return with_leaves(self.structure, out), self.aux.pop()
 
     def run(self, tensors: Tensors) -> Tensors:
@@ -88,12 +92,13 @@ class Training:
             return tuple(hg.grad)
 
     def push(self, moves: Sequence[bool], changes: Tensors, params: Tensors, tensors: Tensors) -> Tensors:
-        """Return the derivatives of params along changes u of the moving tensors: −[∂²L/∂w²]⁻¹ (∂²L/∂λ∂w) u."""
+        """Return the derivatives of params along changes u of the moving tensors: −[∂r/∂w]⁻¹ (∂r/∂λ) u."""
         with no_grad_no_autocast(params):
             at, A, lam = self._linearize(moves, params, tensors)
             if at.jvp_hparams is None or at.dependence is None or not any((used := at.dependence()).hparams):
-                raise ValueError(f"∂L/∂w does not depend on {leaf_names(self.backend, 'hparams', lam)}.")
-            change, info = run_solver(self.solver, A, at.jvp_hparams(list(changes)))
+                r = "∂L/∂w" if A.symmetric else self.condition.role
+                raise ValueError(f"{r} does not depend on {leaf_names(self.backend, 'hparams', lam)}.")
+            change, info = run_solver(self.solver, A.transposed(), at.jvp_hparams(list(changes)))
             self._report(info, A, moves, used)
             found = fill(with_leaves(self.structure, map(torch.zeros_like, params)), A.space.scale(-1.0, change))
             return tuple(leaves(found))
@@ -106,11 +111,21 @@ class Training:
         lam = [t for t, moving in zip(copies, moves, strict=True) if moving]
         whole = with_leaves(self.structure, [p.detach() for p in params])
         w, _ = as_graph_leaves(prune(whole, self.frozen), ())
-        loss = partial(self.inner, **given.shared)
-        with tuples_noted(training_name(self.train), whole):
-            value = evaluate(loss, fill(whole, w), given.hparams, *given.args)
-        at = self.backend.inner_of(value, w, lam)
-        return at, LinearOperator(self.backend.space(w), at.vjp_params), lam
+        function = partial(self.function, **given.shared)
+        with tuples_noted(self.condition, training_name(self.train), whole):
+            value = evaluate(function, fill(whole, w), given.hparams, *given.args)
+        at = self._differentiate(value, whole, w, lam)
+        symmetric = self.condition.symmetric
+        return at, LinearOperator(self.backend.space(w), at.vjp_params, symmetric, transpose=at.jvp_params), lam
+
+    def _differentiate(self, value: Any, whole: Any, w: Any, lam: list[torch.Tensor]) -> LinearizedMap[Any, Any]:
+        """Return the linearized residual from the value of the function."""
+        role = self.condition.role
+        if role == "inner":
+            return self.backend.inner_of(value, w, lam)
+        check_like(self.backend, role, value, "params", whole)
+        at = self.backend.jacobian_of(prune(value, self.frozen), w, lam, role)
+        return distance(self.backend, w, lam, at) if role == "step" else of_hparams_only(at)
 
     def _report(self, info: SolverInfo, A: LinearOperator[Any], moves: Sequence[bool], used: Dependence | None) -> None:
         if used is not None:
@@ -119,7 +134,8 @@ class Training:
             of_tensors = iter([not moving or next(of_moving) for moving in moves])
             used = used._replace(hparams=[not _is_tensor(leaf) or next(of_tensors) for leaf in leaves(hparams)])
             warn_of_dependence(self.backend, A.space.like, hparams, None, used)
-        report(self.backend, info, Implicit(self.solver), self.on_failure, curvature=lambda: spectrum(A))
+        method, symmetric = Implicit(self.solver), A.symmetric
+        report(self.backend, info, method, self.on_failure, symmetric=symmetric, curvature=lambda: spectrum(A))
 
     def _arguments(self, tensors: Iterable[torch.Tensor]) -> Arguments:
         it = iter(tensors)
@@ -153,7 +169,7 @@ class Rule(torch.autograd.Function):
         return stacked, (0,) * len(stacked)
 
 
-class _Minimum(Rule):
+class _Solution(Rule):
     """(training, tensors of its arguments) -> the leaves of params."""
 
     @staticmethod
@@ -175,7 +191,7 @@ class _Minimum(Rule):
         try:
             kept = ctx.saved_tensors
         except RuntimeError as error:  # PyTorch's error about a change in place
-            error.add_note(CHANGED)
+            error.add_note(CHANGED.format(ctx.moved.training.condition.decorator))
             raise
         params, saved = kept[: ctx.count], iter(kept[ctx.count :])
         tensors = [next(saved) if t is None else t for t in ctx.others]
@@ -197,17 +213,17 @@ class _Minimum(Rule):
 
 
 class _Derivative(Rule):
-    """A function without a derivative: a derivative of `_Minimum`."""
+    """A function without a derivative: a derivative of `_Solution`."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
-        pass
+        ctx.decorator = inputs[0].training.condition.decorator
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         raise RuntimeError(
-            "implicit_minimizer has only a first derivative. Do not differentiate it twice with create_graph=True, or "
-            "use it in an inner loss. bilevel_jax.implicit_minimizer has higher derivatives."
+            f"{ctx.decorator} has only a first derivative. Do not differentiate it twice with create_graph=True, or "
+            f"use it in an inner loss. bilevel_jax.{ctx.decorator} has higher derivatives."
         )
 
     jvp = backward
@@ -216,26 +232,26 @@ class _Derivative(Rule):
 class _Pull(_Derivative):
     @staticmethod
     def forward(moved: _Moved, *tensors: torch.Tensor) -> Any:
-        with _vectorized_named():
+        with _vectorized_named(moved.training.condition):
             return moved.training.pull(moved.moves, *moved.split(tensors, len(moved.training.frozen)))
 
 
 class _Push(_Derivative):
     @staticmethod
     def forward(moved: _Moved, *tensors: torch.Tensor) -> Any:
-        with _vectorized_named():
+        with _vectorized_named(moved.training.condition):
             return moved.training.push(moved.moves, *moved.split(tensors, sum(moved.moves)))
 
 
 @contextmanager
-def _vectorized_named() -> Iterator[None]:
+def _vectorized_named(condition: Condition) -> Iterator[None]:
     """Replace PyTorch's errors about the older vmap, for which a function cannot have a rule."""
     try:
         yield
     except RuntimeError as error:
         if "Batching rule not implemented" in str(error) or "inside of vmap" in str(error):
             raise RuntimeError(
-                "implicit_minimizer has no vectorized Jacobian (vectorize=True, is_grads_batched=True). Call "
+                f"{condition.decorator} has no vectorized Jacobian (vectorize=True, is_grads_batched=True). Call "
                 "torch.func.jacrev(solve)(h), or torch.autograd.functional.jacobian(solve, h). They take one solve for "
                 "each row."
             ) from error

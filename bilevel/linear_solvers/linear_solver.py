@@ -136,7 +136,8 @@ def check_requirements(solver: LinearSolver[S], A: LinearOperator[V]) -> None:
     """Raise a TypeError if an operator lacks a property that a solver requires."""
     if STEADY in solver.requires and A.sample is not None:
         raise TypeError(
-            f"inner_args is a list, one batch per product, but {solver.name} needs the same Hessian in all products. "
+            f"inner_args is a list, one batch per product, but {solver.name} needs the same "
+            f"{'Hessian' if A.symmetric else 'Jacobian'} in all products. "
             "To use all batches in each product, pass inner_args=bl.MicroBatches(batches). For a new batch in each "
             'product, use solver="neumann" or "unrolled".'
         )

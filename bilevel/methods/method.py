@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Generic, NamedTuple
 
 from bilevel.backend import Backend
@@ -46,17 +46,12 @@ class Level(Generic[P, H]):
         return self.problem.linearize(self.backend, params, self.hparams, self.batches[0] if args is None else args)
 
     def operator(self, at: LinearizedMap[P, H]) -> LinearOperator[P]:
-        """Return v -> (∂r/∂w)ᵀ v with its properties. Raise a TypeError if an equation has several batches."""
-        symmetric = self.problem.kind != "equation"
+        """Return v -> (∂r/∂w)ᵀ v with its properties."""
+        A = LinearOperator(self.space, at.vjp_params, self.problem.kind != "equation", transpose=at.jvp_params)
         if len(self.batches) == 1:
-            return LinearOperator(self.space, at.vjp_params, symmetric)
-        if not symmetric:
-            raise TypeError(
-                "inner_args is a list, one batch per product, but a fixed point or a root needs all of the data: pass "
-                "one tuple, or bl.MicroBatches(batches)."
-            )
+            return A
         args = self.space.sequence(self.batches)
-        return LinearOperator(self.space, at.vjp_params, sample=lambda i: self.linearize(args(i + 1)).vjp_params)
+        return replace(A, sample=lambda i: self.linearize(args(i + 1)).vjp_params)
 
 
 class Pullback(NamedTuple, Generic[P, H]):
