@@ -52,6 +52,7 @@ class FixedPoint(_Equation):
         step: (params, hparams, *inner_args) -> the next params, with the same structure, shapes and dtypes. For the
             numpy backend, an object that also has the methods ``vjp_params(params, hparams, v, *args)`` and
             ``vjp_hparams(...)``: products of the transposed Jacobians with v. ``vjp_hparams`` may return None for zero.
+            "normal-cg" also needs ``jvp_params``: (∂step/∂w) v.
         outer: F, as in `bilevel.Problem`.
 
     Raises:
