@@ -9,7 +9,18 @@ from bilevel.errors import DependenceWarning, InnerProblemWarning, SolverError, 
 from bilevel.hypergradient import hypergradient, hypergradient_from
 from bilevel.hypergradients import hypergradients
 from bilevel.influence import influence
-from bilevel.linear_solvers import CG, GMRES, MINRES, BiCGStab, Exact, Identity, LinearSolver, Neumann, Nystrom
+from bilevel.linear_solvers import (
+    CG,
+    GMRES,
+    MINRES,
+    BiCGStab,
+    Exact,
+    Identity,
+    LinearSolver,
+    Neumann,
+    NormalCG,
+    Nystrom,
+)
 from bilevel.linearization import Linearization, NonSymmetric
 from bilevel.metagradients import Metagradient, Training, metagradient
 from bilevel.methods import Unrolled
@@ -46,6 +57,7 @@ __all__ = [
     "MicroBatches",
     "Neumann",
     "NonSymmetric",
+    "NormalCG",
     "Nystrom",
     "NystromPreconditioner",
     "Problem",

@@ -55,7 +55,7 @@ def linearized(
         return _sum(backend, batches, lambda args: term(on(args)), like)
 
     def gradient(at: LinearizedMap[P, H]) -> tuple[P, Array]:
-        known.update(name for name in ("jvp_hparams", "dependence") if getattr(at, name) is not None)
+        known.update(name for name in ("jvp_hparams", "dependence", "jvp_params") if getattr(at, name) is not None)
         return at.residual, of_params.norm(at.residual)
 
     residual, size = summed(gradient, (params, of_params.norm(params)))
@@ -86,6 +86,7 @@ def linearized(
         vjp_hparams=vjp_hparams,
         jvp_hparams=(lambda u: summed(lambda at: at.jvp_hparams(u), params)) if "jvp_hparams" in known else None,  # pyright: ignore[reportOptionalCall]
         dependence=dependence if "dependence" in known else None,
+        jvp_params=(lambda v: summed(lambda at: at.jvp_params(v), params)) if "jvp_params" in known else None,  # pyright: ignore[reportOptionalCall]
     )
 
 

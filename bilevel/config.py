@@ -40,7 +40,7 @@ def list_backends() -> list[str]:
 
 
 def list_preconditioners() -> list[str]:
-    """Return the names of the installed preconditioners, for the option ``preconditioner`` of ``cg``."""
+    """Return the names of the installed preconditioners, for the option ``preconditioner`` of solvers."""
     return sorted(_plugins("bilevel.preconditioners"))
 
 

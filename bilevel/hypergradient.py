@@ -1,6 +1,6 @@
 """Compute hypergradients."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -171,12 +171,21 @@ def hypergradient_from(
     check_trees(backend, trees, {"adjoint0": "grad_params"})
     space = backend.space(rhs)
 
-    def checked_hvp(v: P) -> P:
-        product = hvp(v)
-        check_like(backend, "hvp(v)", product, "grad_params", rhs)
-        return space.map(lambda _, entry: entry, rhs, product)  # casts to the dtypes of rhs
+    def checked(name: str, of: Callable[[P], P]) -> Callable[[P], P]:
+        def call(v: P) -> P:
+            product = of(v)
+            check_like(backend, f"{name}(v)", product, "grad_params", rhs)
+            return space.map(lambda _, entry: entry, rhs, product)  # casts to the dtypes of rhs
 
-    A = LinearOperator(space, checked_hvp, symmetric=not isinstance(hvp, NonSymmetric))
+        return call
+
+    transpose = hvp.transpose if isinstance(hvp, NonSymmetric) else None
+    A = LinearOperator(
+        space,
+        checked("hvp", hvp),
+        symmetric=not isinstance(hvp, NonSymmetric),
+        transpose=None if transpose is None else checked("hvp.transpose", transpose),
+    )
     no_residual: Any = None
     at = LinearizedMap(no_residual, A.mv, cross_vjp)
     pulled = pull_back(backend, linear_solver, A, at, rhs, adjoint0)

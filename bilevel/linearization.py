@@ -34,6 +34,10 @@ class Linearization(NamedTuple, Generic[P, H]):
 class NonSymmetric(Generic[V]):
     """Mark the ``hvp`` of a `Linearization` as the transposed Jacobian of an equation, which need not be symmetric.
 
+    Args:
+        product: v -> (∂r/∂w)ᵀ v.
+        transpose: v -> (∂r/∂w) v, which only ``normal-cg`` needs.
+
     >>> import numpy as np, bilevel as bl
     >>> lin = bl.Linearization(
     ...     value=0.5, grad_params=np.array([1.0, 0.0]), grad_hparams=None,
@@ -44,6 +48,7 @@ class NonSymmetric(Generic[V]):
     """
 
     product: Callable[[V], V]
+    transpose: Callable[[V], V] | None = None
 
     def __call__(self, v: V) -> V:
         return self.product(v)
@@ -92,6 +97,8 @@ class LinearizedMap(NamedTuple, Generic[P, H]):
         dependence: returns on which leaves of params the inner objective depends, and on which leaves of hparams r
             depends. It may take a product, unless ``vjp_hparams`` was called before. None if it is unknown.
         reduction: the symmetric system to solve for v. None: solve (∂r/∂w)ᵀ v = c itself.
+        jvp_params: v -> (∂r/∂w) v, for a ∂r/∂w that is not symmetric. None if it is symmetric, or if the backend does
+            not have it.
     """
 
     residual: P
@@ -100,6 +107,7 @@ class LinearizedMap(NamedTuple, Generic[P, H]):
     jvp_hparams: Callable[[H], P] | None = None
     dependence: Callable[[], Dependence] | None = None
     reduction: Reduction[P] | None = None
+    jvp_params: Callable[[P], P] | None = None
 
     @property
     def product(self) -> Callable[[P], P]:

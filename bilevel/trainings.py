@@ -1,47 +1,78 @@
-"""Checks of training functions, of their arguments, and of their results."""
+"""Differentiable training functions: the conditions that define their results, and checks of the functions."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from inspect import BoundArguments, Parameter, Signature
 from typing import Any, NamedTuple
 
 from bilevel.backend import Backend
-from bilevel.problems.protocols import BilevelProblem, is_equation
+from bilevel.problems.protocols import BilevelProblem
 from bilevel.spaces.array import Args
 from bilevel.validation import TREES, accepts, check_trees, signature_of
 
 ONLY_PARAMS = "Return only the params, or return (params, aux) and pass has_aux=True."
-INNER_RECEIVES = (
-    " The inner loss receives params, and then the arguments of the training: those by position in the same order, "
-    "those by keyword under the same names."
-)
 BY_POSITION = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
 BY_NAME = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
 
 
-def check_inner(inner: object) -> None:
-    """Raise a TypeError unless the first argument of ``implicit_minimizer`` is a function."""
-    if not callable(inner):
-        way_out = 'Write implicit_minimizer(inner, solver="cg").'
-        if isinstance(inner, BilevelProblem):
-            way_out = "Pass problem.inner."
-            if is_equation(inner):
-                way_out = "For a fixed point, a root or a proximal problem, use bl.hypergradient."
-        raise TypeError(
-            f"implicit_minimizer: expected the inner loss, a function of (params, hparams), got {_kind(inner)}. "
-            + way_out
-        )
+@dataclass(frozen=True)
+class Condition:
+    """The condition on w* that a decorator of training functions receives as a function of (params, hparams, *args).
+
+    Attributes:
+        decorator: the name of the decorator.
+        role: the name of the function in errors: "inner", "step" or "residual".
+        noun: the function, in words.
+        solution: w*, in words.
+        solver: an example of a linear solver.
+    """
+
+    decorator: str
+    role: str
+    noun: str
+    solution: str
+    solver: str
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether ∂r/∂w is symmetric: r is the gradient of the inner loss."""
+        return self.role == "inner"
+
+    def check_function(self, function: object) -> None:
+        """Raise a TypeError unless the first argument of the decorator is a function."""
+        if not callable(function):
+            way_out = f'Write {self.decorator}({self.role}, solver="{self.solver}").'
+            if isinstance(function, BilevelProblem):
+                way_out = _for_problem(function)
+            raise TypeError(
+                f"{self.decorator}: expected the {self.noun}, a function of (params, hparams), got {_kind(function)}. "
+                + way_out
+            )
+
+    def check_training(self, function: object, *given: object, **named: object) -> None:
+        """Raise a TypeError unless the decorator was called with a training function."""
+        if len(given) != 1 or named or not callable(given[0]):
+            got = ", ".join(_kind(each) for each in [*given, *named.values()]) or "nothing"
+            call = f"{self.decorator}({self.role})"
+            raise TypeError(
+                f"{self.decorator}({_name(function, self.role)}) expects a training function, got {got}. Pass the "
+                f"{self.noun} first: write @{call} above my_training, or solve = {call}(my_training). Then call the "
+                "result with hparams."
+            )
 
 
-def check_training(inner: object, *given: object, **named: object) -> None:
-    """Raise a TypeError unless ``implicit_minimizer(inner)`` was called with a training function."""
-    if len(given) != 1 or named or not callable(given[0]):
-        got = ", ".join(_kind(each) for each in [*given, *named.values()]) or "nothing"
-        raise TypeError(
-            f"implicit_minimizer({_name(inner, 'inner')}) expects a training function, got {got}. Pass the inner loss "
-            "first: write @implicit_minimizer(inner) above my_training, or solve = "
-            "implicit_minimizer(inner)(my_training). Then call the result with hparams."
-        )
+MINIMUM = Condition("implicit_minimizer", "inner", "inner loss", "minimum", "cg")
+FIXED_POINT = Condition("implicit_fixed_point", "step", "step", "fixed point", "gmres")
+ROOT = Condition("implicit_root", "residual", "residual", "root", "gmres")
+
+
+def _for_problem(problem: BilevelProblem) -> str:
+    """Return advice for a problem in place of its function."""
+    for condition in (MINIMUM, FIXED_POINT, ROOT):
+        if hasattr(problem, condition.role):
+            return f"Write {condition.decorator}(problem.{condition.role})."
+    return "Pass its function."
 
 
 def check_fit(fit: object) -> None:
@@ -53,7 +84,7 @@ def check_fit(fit: object) -> None:
 
 
 class Arguments(NamedTuple):
-    """The arguments of ``training(hparams, *args, **shared, **own)``. ``inner`` receives all except ``own``."""
+    """The arguments of ``training(hparams, *args, **shared, **own)``. The condition receives all except ``own``."""
 
     hparams: Any
     args: Args
@@ -62,16 +93,20 @@ class Arguments(NamedTuple):
 
 
 def bind_arguments(
-    training: Callable[..., Any], inner: Callable[..., Any], args: Args, named: dict[str, Any]
+    condition: Condition,
+    training: Callable[..., Any],
+    function: Callable[..., Any],
+    args: Args,
+    named: dict[str, Any],
 ) -> Arguments:
-    """Divide the arguments of a call of a training into the arguments of the training and of the inner loss.
+    """Divide the arguments of a call of a training into the arguments of the training and of the condition's function.
 
-    The inner loss receives arguments by position in the same order. It receives keyword arguments and defaults of the
+    The function receives arguments by position in the same order. It receives keyword arguments and defaults of the
     training under the same names, if it has parameters of these names. The training keeps the others, such as a number
     of steps.
 
     Raises:
-        TypeError: if the arguments do not fit the training or the inner loss.
+        TypeError: if the arguments do not fit the training or the function.
     """
     name = training_name(training)
     if (known := signature_of(training)) is not None:
@@ -86,10 +121,14 @@ def bind_arguments(
     if not args:
         raise TypeError(f"{name}: hparams must be the first argument.")
     shared = named
-    if (known := signature_of(inner)) is not None:
+    if (known := signature_of(function)) is not None:
         filled = 1 + len(args)
         shared = {key: value for key, value in named.items() if _takes(known, key, filled)}
-        _bind(known, _name(inner, "inner"), (None, *args), shared, INNER_RECEIVES)
+        rule = (
+            f" The {condition.noun} receives params, and then the arguments of the training: those by position in the "
+            "same order, those by keyword under the same names."
+        )
+        _bind(known, _name(function, condition.role), (None, *args), shared, rule)
     own = {key: value for key, value in named.items() if key not in shared}
     return Arguments(args[0], args[1:], shared, own)
 
@@ -109,7 +148,7 @@ def check_training_result(
         ValueError: if the tree has no leaves, or its leaves are on different devices.
     """
     if result is None:
-        raise TypeError(f"{training} returned None. Return the trained params.")
+        raise TypeError(f"{training} returned None. Return the params.")
     params, aux = result, None
     if has_aux:
         if type(result) is not tuple or len(result) != 2:
@@ -121,7 +160,7 @@ def check_training_result(
         leaf_kind = f"of {leaf.dtype}" if backend.owns(leaf) else _kind(leaf)
         if not path:
             learned = ", for example a copy of its coef_" if hasattr(params, "coef_") else ""
-            raise TypeError(f"{training} returned {_kind(params)}. Return the trained params{learned}. {TREES}")
+            raise TypeError(f"{training} returned {_kind(params)}. Return the params{learned}. {TREES}")
         advice = "The params are the first of (params, aux)." if has_aux else only
         raise TypeError(f"{training} returned {_kind(params)}, where {path} is {leaf_kind}. {advice}")
     check_trees(backend, {f"the result of {training}": params}, {})
@@ -134,16 +173,18 @@ def check_fit_result(backend: Backend, result: Any) -> Any:
 
 
 @contextmanager
-def tuples_noted(training: str, params: object) -> Iterator[None]:
-    """Add a note to an error of the inner loss if the training returned a tuple.
+def tuples_noted(condition: Condition, training: str, params: object) -> Iterator[None]:
+    """Add a note to an error of the condition's function if the training returned a tuple.
 
-    Params can be a tuple. So only an error of the inner loss shows that the result was meant as (params, loss).
+    Params can be a tuple. So only an error of the function shows that the result was meant as (params, loss).
     """
     try:
         yield
     except Exception as error:
         if type(params) is tuple:
-            error.add_note(f"{training} returned {_kind(params)}, and inner received it as params. {ONLY_PARAMS}")
+            error.add_note(
+                f"{training} returned {_kind(params)}, and {condition.role} received it as params. {ONLY_PARAMS}"
+            )
         raise
 
 

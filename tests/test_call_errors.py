@@ -111,8 +111,8 @@ class TestFits:
     @pytest.mark.parametrize(
         ("result", "text"),
         [
-            (None, r"^fit returned None\. Return the trained params\.$"),
-            (Estimator(), r"^fit returned an Estimator\. Return the trained params, for example a copy of its coef_\."),
+            (None, r"^fit returned None\. Return the params\.$"),
+            (Estimator(), r"^fit returned an Estimator\. Return the params, for example a copy of its coef_\."),
             ((np.zeros(3), 0.5), r"^fit returned a tuple of 2, where \[1\] is a float\. Return only the params\.$"),
             ({"w": np.zeros(3), "n": 3}, r"^fit returned a dict, where \['n'\] is an int\. Return only the params\.$"),
         ],

@@ -6,9 +6,10 @@ import pytest
 import bilevel as bl
 from bilevel.config import get_backend
 from bilevel.trainings import (
+    FIXED_POINT,
+    MINIMUM,
+    ROOT,
     bind_arguments,
-    check_inner,
-    check_training,
     check_training_result,
     training_name,
     tuples_noted,
@@ -30,7 +31,7 @@ class TestResults:
     @pytest.mark.parametrize(
         ("result", "text"),
         [
-            (None, r"^my_training returned None\. Return the trained params\.$"),
+            (None, r"^my_training returned None\. Return the params\.$"),
             (
                 (W, 0.5),
                 r"^my_training returned a tuple of 2, where \[1\] is a float\. Return only the params, or return "
@@ -39,8 +40,8 @@ class TestResults:
             ((W, [1.0, 0.5]), r"a tuple of 2, where \[1\]\[0\] is a float\. Return only"),
             ({"w": W, "epochs": 3}, r"returned a dict, where \['epochs'\] is an int\. Return only .*has_aux=True"),
             ((W, np.arange(2)), r"returned a tuple of 2, where \[1\] is of int64"),
-            (Ridge(), r"returned a Ridge\. Return the trained params\. .*dict\(module\.named_parameters\(\)\)"),
-            ("done", r"returned a str\. Return the trained params\."),
+            (Ridge(), r"returned a Ridge\. Return the params\. .*dict\(module\.named_parameters\(\)\)"),
+            ("done", r"returned a str\. Return the params\."),
         ],
         ids=lambda value: None if isinstance(value, str) else type(value).__name__,
     )
@@ -73,11 +74,11 @@ class TestResults:
             check_training_result(backend, "my_training", result, has_aux=True)
 
     def test_a_tuple_is_noted_where_the_inner_loss_fails(self):
-        with pytest.raises(TypeError) as caught, tuples_noted("my_training", (W, LOSS)):
+        with pytest.raises(TypeError) as caught, tuples_noted(MINIMUM, "my_training", (W, LOSS)):
             raise TypeError("unsupported")
         (note,) = caught.value.__notes__
         assert note.startswith("my_training returned a tuple of 2, and inner received it as params. Return only the p")
-        with pytest.raises(TypeError) as caught, tuples_noted("my_training", [W]):
+        with pytest.raises(TypeError) as caught, tuples_noted(MINIMUM, "my_training", [W]):
             raise TypeError("unsupported")
         assert not hasattr(caught.value, "__notes__")
 
@@ -88,7 +89,7 @@ class TestArguments:
             pass
 
         for args, named in (((1, 2), {"y": 3}), ((1,), {"X": 2, "y": 3}), ((), {"h": 1, "y": 3, "X": 2})):
-            bound = bind_arguments(my_training, inner, args, named)
+            bound = bind_arguments(MINIMUM, my_training, inner, args, named)
             assert (bound.hparams, *bound.args, *[bound.shared[k] for k in ("X", "y") if k in bound.shared]) == (
                 1,
                 2,
@@ -100,15 +101,15 @@ class TestArguments:
         def inner(w, h, X):
             pass
 
-        bound = bind_arguments(my_training, inner, (1, 2), {"steps": 5})
+        bound = bind_arguments(MINIMUM, my_training, inner, (1, 2), {"steps": 5})
         assert bound == (1, (2,), {}, {"steps": 5, "y": None})
 
     def test_an_inner_loss_that_takes_all_keywords_receives_all(self):
-        bound = bind_arguments(my_training, lambda w, h, *args, **named: 0, (1, 2, 3), {})
+        bound = bind_arguments(MINIMUM, my_training, lambda w, h, *args, **named: 0, (1, 2, 3), {})
         assert bound == (1, (2, 3), {"y": None}, {})
 
     def test_a_function_without_a_signature_takes_all(self):
-        assert bind_arguments(max, min, (1, 2), {"default": 3}) == (1, (2,), {"default": 3}, {})
+        assert bind_arguments(MINIMUM, max, min, (1, 2), {"default": 3}) == (1, (2,), {"default": 3}, {})
 
     def test_positional_only_defaults_stay_with_the_training(self):
         def training(h, steps=3, /, *rest, lr=0.1):
@@ -117,8 +118,8 @@ class TestArguments:
         def inner(w, h, *rest):
             pass
 
-        assert bind_arguments(training, inner, (1,), {}) == (1, (), {}, {"lr": 0.1})
-        assert bind_arguments(training, inner, (1, 2, 3, 4), {}) == (1, (2, 3, 4), {}, {"lr": 0.1})
+        assert bind_arguments(MINIMUM, training, inner, (1,), {}) == (1, (), {}, {"lr": 0.1})
+        assert bind_arguments(MINIMUM, training, inner, (1, 2, 3, 4), {}) == (1, (2, 3, 4), {}, {"lr": 0.1})
 
     @pytest.mark.parametrize(
         ("args", "named", "text"),
@@ -138,31 +139,40 @@ class TestArguments:
             pass
 
         with pytest.raises(TypeError, match=text):
-            bind_arguments(my_training, inner, args, named)
+            bind_arguments(MINIMUM, my_training, inner, args, named)
 
     def test_an_argument_under_another_name_is_missing(self):
         with pytest.raises(TypeError, match=r"inner\(w, h, batch\): missing a required argument: 'batch'\. The inner"):
-            bind_arguments(my_training, lambda w, h, batch: 0, (1,), {"X": 2})
+            bind_arguments(MINIMUM, my_training, lambda w, h, batch: 0, (1,), {"X": 2})
 
     def test_hparams_come_first(self):
         with pytest.raises(TypeError, match="the training: hparams must be the first argument"):
-            bind_arguments(lambda *, h: h, lambda w, h: 0, (), {"h": 1})
+            bind_arguments(MINIMUM, lambda *, h: h, lambda w, h: 0, (), {"h": 1})
 
 
 class TestDecoration:
     def test_the_inner_loss_is_a_function(self):
-        check_inner(my_training)
+        MINIMUM.check_function(my_training)
         with pytest.raises(TypeError, match=r'got a str\. Write implicit_minimizer\(inner, solver="cg"\)'):
-            check_inner("cg")
+            MINIMUM.check_function("cg")
 
-    def test_a_problem_is_not_its_inner_loss(self):
-        with pytest.raises(TypeError, match=r"got a Problem\. Pass problem\.inner\.$"):
-            check_inner(bl.Problem(my_training, my_training))
-        for equation in (bl.FixedPoint, bl.Root):
-            with pytest.raises(
-                TypeError, match=r"For a fixed point, a root or a proximal problem, use bl\.hypergradient\.$"
-            ):
-                check_inner(equation(my_training, my_training))
+    def test_a_problem_is_not_its_function(self):
+        for problem, call in (
+            (bl.Problem(my_training, my_training), r"implicit_minimizer\(problem\.inner\)"),
+            (bl.FixedPoint(my_training, my_training), r"implicit_fixed_point\(problem\.step\)"),
+            (bl.Root(my_training, my_training), r"implicit_root\(problem\.residual\)"),
+        ):
+            for condition in (MINIMUM, FIXED_POINT, ROOT):
+                with pytest.raises(TypeError, match=rf"got a {type(problem).__name__}\. Write {call}\.$"):
+                    condition.check_function(problem)
+
+    def test_the_words_follow_the_decorator(self):
+        with pytest.raises(
+            TypeError, match=r'expected the residual, .* Write implicit_root\(residual, solver="gmres"\)'
+        ):
+            ROOT.check_function(3)
+        with pytest.raises(TypeError, match=r"write @implicit_fixed_point\(step\) above my_training"):
+            FIXED_POINT.check_training(my_training, W)
 
     @pytest.mark.parametrize(
         ("given", "named", "got"),
@@ -178,8 +188,8 @@ class TestDecoration:
         with pytest.raises(
             TypeError, match=rf"implicit_minimizer\(my_training\) expects a training function, got {got}"
         ):
-            check_training(my_training, *given, **named)
-        check_training(my_training, lambda h: h)
+            MINIMUM.check_training(my_training, *given, **named)
+        MINIMUM.check_training(my_training, lambda h: h)
 
     def test_names(self):
         assert training_name(my_training) == "my_training"

@@ -127,6 +127,16 @@ class JaxBackend(Backend):
     def jacobian(
         self, function: Callable[..., object], params: P, hparams: H, args: Args, label: str
     ) -> LinearizedMap[P, H]:
+        value_of = self.checked_map(function, params, hparams, args, label)
+        value, pull = jax.vjp(lambda w: value_of(w, hparams), params)  # also outside the solver's loop
+        at = _linearized(value_of, params, hparams, value, lambda v: pull(v)[0])
+        return at._replace(jvp_params=transpose(at.vjp_params, params))
+
+    def checked_map(
+        self, function: Callable[..., object], params: P, hparams: H, args: Args, label: str
+    ) -> Callable[[P, H], P]:
+        """Return (w, λ) -> function(w, λ, *args), which must be a tree like params."""
+
         def value_of(w: P, h: H) -> P:
             value = function(w, h, *args)
             check_like(self, label, value, "params", params)
@@ -135,8 +145,7 @@ class JaxBackend(Backend):
             return jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(value))
 
         self._check_influence(label, value_of, params, hparams)
-        value, pull = jax.vjp(lambda w: value_of(w, hparams), params)  # also outside the solver's loop
-        return _linearized(value_of, params, hparams, value, lambda v: pull(v)[0])
+        return value_of
 
     def inner_slope(self, inner: Callable[..., object], params: P, hparams: H, args: Args) -> Callable[[P, H], P]:
         """Return (w, λ) -> ∂L/∂w."""
@@ -269,6 +278,11 @@ def _linearized(
         return jvp_in_hparams(function, params, hparams, u)
 
     return LinearizedMap(residual, vjp_params, vjp_hparams, jvp_hparams, used)
+
+
+def transpose(product: Callable[[P], P], like: P) -> Callable[[P], P]:
+    """Return the transpose of a linear map between trees like ``like``."""
+    return lambda v: jax.linear_transpose(product, like)(v)[0]
 
 
 def vjp_in_hparams(function: Callable[[P, H], P], params: P, hparams: H, v: P) -> H:

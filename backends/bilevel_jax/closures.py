@@ -1,4 +1,4 @@
-"""Make arguments of the traced values that a loss closes over, or that a solver has as options.
+"""Make arguments of the traced values that a function closes over, or that a solver has as options.
 
 The rule for a derivative must not close over traced values. JAX would treat them as constants, or raise an error for a
 leak.
@@ -14,12 +14,11 @@ from jax.core import Tracer
 from jax.extend.core import Jaxpr
 
 from bilevel.linear_solvers.linear_solver import LinearSolver
-from bilevel.validation import check_scalar
 from bilevel_jax.partition import Static, combine, partition, split_arrays
 
 
 class Call(NamedTuple):
-    """The further arguments of a loss, by position and by keyword."""
+    """The further arguments of a function, by position and by keyword."""
 
     args: tuple[Any, ...]
     named: dict[str, Any]
@@ -27,45 +26,48 @@ class Call(NamedTuple):
 
 @dataclass(frozen=True)
 class Plain(Static):
-    """(w, λ, call, captured) -> L, for an ``inner`` that captures no traced values."""
+    """(w, λ, call, captured) -> function(w, λ, ...), for a function that captures no traced values."""
 
-    inner: Callable[..., object]
+    function: Callable[..., object]
 
     def __call__(self, params: object, hparams: object, call: Call, captured: list[jax.Array]) -> object:
-        return self.inner(params, hparams, *call.args, **call.named)
+        return self.function(params, hparams, *call.args, **call.named)
 
 
 class Uncovered(NamedTuple):
-    """L as a function that also takes the traced values that ``inner`` captures, these values, and the trace of L."""
+    """A function that also takes the traced values that it captures, these values, and its trace."""
 
-    loss: Callable[..., object]
+    function: Callable[..., object]
     captured: list[jax.Array]
     jaxpr: Jaxpr
 
 
-def uncover(inner: Callable[..., object], params: object, hparams: object, call: Call) -> Uncovered:
-    """Find the traced values that ``inner`` captures, by a trace of L."""
+def uncover(
+    function: Callable[..., object], params: object, hparams: object, call: Call, check: Callable[[object], None]
+) -> Uncovered:
+    """Find the traced values that a function captures, by its trace. ``check`` checks its value."""
     arrays, rest = split_arrays((hparams, call))
 
     def of_arrays(params: object, arrays: list[jax.Array]) -> object:
         hparams, call = rest.join(arrays)
-        value = inner(params, hparams, *call.args, **call.named)
-        check_scalar("inner", value)
+        value = function(params, hparams, *call.args, **call.named)
+        check(value)
         return value
 
-    closed = jax.make_jaxpr(of_arrays)(params, arrays)
+    closed, shapes = jax.make_jaxpr(of_arrays, return_shape=True)(params, arrays)
     captured: list[Any] = [const for const in closed.consts if isinstance(const, Tracer)]
     if not captured:
-        return Uncovered(Plain(inner), [], closed.jaxpr)
+        return Uncovered(Plain(function), [], closed.jaxpr)
     constants = [None if isinstance(const, Tracer) else const for const in closed.consts]
 
-    def loss(params: object, hparams: object, call: Call, captured: list[jax.Array]) -> object:
+    def uncovered(params: object, hparams: object, call: Call, captured: list[jax.Array]) -> object:
         supply = iter(captured)
         consts = [next(supply) if const is None else const for const in constants]
         arrays, _ = split_arrays((hparams, call))
-        return jax.core.eval_jaxpr(closed.jaxpr, consts, *jax.tree.leaves((params, arrays)))[0]
+        values = jax.core.eval_jaxpr(closed.jaxpr, consts, *jax.tree.leaves((params, arrays)))
+        return jax.tree.unflatten(jax.tree.structure(shapes), values)
 
-    return Uncovered(loss, captured, closed.jaxpr)
+    return Uncovered(uncovered, captured, closed.jaxpr)
 
 
 def uncover_options(

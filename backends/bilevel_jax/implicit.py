@@ -1,4 +1,4 @@
-"""A training function that JAX differentiates by the implicit function theorem."""
+"""Training functions that JAX differentiates by the implicit function theorem."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -12,9 +12,11 @@ from bilevel.convergence import OnFailure, check_on_failure
 from bilevel.hypergradient import SolverSpec
 from bilevel.spaces.array import V
 from bilevel.trainings import (
+    FIXED_POINT,
+    MINIMUM,
+    ROOT,
+    Condition,
     bind_arguments,
-    check_inner,
-    check_training,
     check_training_result,
     training_name,
     tuples_noted,
@@ -70,27 +72,108 @@ def implicit_minimizer(
     >>> jax.grad(lambda h: ridge(h, jnp.ones(1)).sum())(jnp.zeros(1))
     Array([-0.25], dtype=...)
     """
-    check_inner(inner)
+    return _decorator(MINIMUM, inner, solver, on_failure, has_aux)
+
+
+def implicit_root(
+    residual: Callable[..., object],
+    solver: SolverSpec = "gmres",
+    *,
+    on_failure: OnFailure = "warn",
+    has_aux: bool = False,
+) -> Callable[[Callable[..., V]], Callable[..., V]]:
+    """Return a decorator that makes a solver of equations differentiable, without differentiating the solver.
+
+    The derivative of w*(λ), where residual(w*, λ) = 0, along a change u of λ is −[∂residual/∂w]⁻¹ (∂residual/∂λ) u, by
+    the implicit function theorem. In reverse mode, the linear system is the transposed one, as in `bilevel.Root`. All
+    modes, orders and transformations work as for `implicit_minimizer`.
+
+    Args:
+        residual: r(params, hparams, *args) -> a tree like params; a pure function. For an optimality condition, r is
+            the gradient of a loss, but then `implicit_minimizer` uses the symmetry of its derivative.
+        solver: a linear solver for systems that are not symmetric, in the forms of `implicit_minimizer`: "gmres",
+            "bicgstab", "normal-cg", or "exact" for few unknowns.
+        on_failure: as in `implicit_minimizer`.
+        has_aux: as in `implicit_minimizer`.
+
+    Returns:
+        A decorator of ``my_solver(hparams, *args) -> params``, as in `implicit_minimizer`.
+
+    Raises:
+        TypeError: if the solver is not linear. When called: for arguments that do not fit the solver or ``residual``,
+            and for leaves that are not floating-point arrays.
+        ValueError: when called, if ``residual`` does not depend on params or hparams, or is not like params.
+        SolverError: when differentiated, if a solve fails and ``on_failure`` requires an error.
+
+    >>> import jax, jax.numpy as jnp
+    >>> @implicit_root(lambda x, a: x**2 - a)
+    ... def square_root(a):
+    ...     return jnp.sqrt(a)
+    >>> jax.grad(lambda a: square_root(a).sum())(jnp.array([4.0]))
+    Array([0.25], dtype=...)
+    """
+    return _decorator(ROOT, residual, solver, on_failure, has_aux)
+
+
+def implicit_fixed_point(
+    step: Callable[..., object],
+    solver: SolverSpec = "gmres",
+    *,
+    on_failure: OnFailure = "warn",
+    has_aux: bool = False,
+) -> Callable[[Callable[..., V]], Callable[..., V]]:
+    """Return a decorator that makes an iteration differentiable by its fixed point, without differentiating the steps.
+
+    The derivative of w*(λ), where w* = step(w*, λ), along a change u of λ is [I − ∂step/∂w]⁻¹ (∂step/∂λ) u (Bai, Kolter
+    & Koltun, NeurIPS 2019, theorem 1). It is `implicit_root` of w − step(w, λ).
+
+    Args:
+        step: (params, hparams, *args) -> the next params, with the same structure, shapes and dtypes; a pure function.
+            It may be a step of another algorithm than the one that found params, such as a proximal gradient step.
+        solver: as in `implicit_root`. ``bl.Neumann(step_size=1.0)`` sums over the last ``terms`` steps.
+        on_failure: as in `implicit_minimizer`.
+        has_aux: as in `implicit_minimizer`.
+
+    Returns:
+        A decorator of ``my_solver(hparams, *args) -> params``, as in `implicit_minimizer`.
+
+    Raises:
+        TypeError, ValueError, SolverError: as in `implicit_root`.
+
+    >>> import jax, jax.numpy as jnp
+    >>> @implicit_fixed_point(lambda w, h: w / 2 + h)  # w* = 2 h
+    ... def iterate(h):
+    ...     return jax.lax.fori_loop(0, 50, lambda _, w: w / 2 + h, jnp.zeros_like(h))
+    >>> jax.grad(lambda h: (iterate(h) ** 2).sum())(jnp.ones(1))
+    Array([8.], dtype=...)
+    """
+    return _decorator(FIXED_POINT, step, solver, on_failure, has_aux)
+
+
+def _decorator(
+    condition: Condition, function: Callable[..., object], spec: SolverSpec, on_failure: OnFailure, has_aux: bool
+) -> Callable[[Callable[..., V]], Callable[..., V]]:
+    condition.check_function(function)
     check_on_failure(on_failure)
-    linear_solver = get_linear_solver(solver, "implicit_minimizer")
+    linear_solver = get_linear_solver(spec, condition.decorator)
     check_stateless(backend, linear_solver)
 
     def decorate(*given: Callable[..., V], **options: object) -> Callable[..., V]:
-        check_training(inner, *given, **options)
+        condition.check_training(function, *given, **options)
         [my_training] = given
         name = training_name(my_training)
 
         @wraps(my_training)
         def solve(*args: object, **named: object) -> Any:
-            bound = bind_arguments(my_training, inner, args, named)
+            bound = bind_arguments(condition, my_training, function, args, named)
             check_trees(backend, {"hparams": bound.hparams}, {})
-            # No derivative passes through the training: it does not depend on how the minimum was found.
+            # No derivative passes through the training: it does not depend on how w* was found.
             hparams, args, named = _constant((bound.hparams, bound.args, {**bound.shared, **bound.own}))
             found, aux = check_training_result(backend, name, my_training(hparams, *args, **named), has_aux)
-            with tuples_noted(name, found):
+            with tuples_noted(condition, name, found):
                 call = Call(bound.args, bound.shared)
                 params = with_implicit_derivative(
-                    inner, linear_solver, on_failure, _constant(found), bound.hparams, call
+                    condition, function, linear_solver, on_failure, _constant(found), bound.hparams, call
                 )
             return (params, _constant(aux)) if has_aux else params
 

@@ -1,4 +1,4 @@
-"""The derivative of a minimizer, as a rule for JAX."""
+"""The derivative of an implicit function w*(λ), as a rule for JAX."""
 
 from collections.abc import Callable
 from functools import partial
@@ -14,11 +14,12 @@ from bilevel.convergence import OnFailure
 from bilevel.dependence import warn_of_dependence
 from bilevel.linear_solvers.linear_solver import LinearSolver
 from bilevel.spaces.array import Args, P, V
-from bilevel.validation import leaf_names
+from bilevel.trainings import Condition
+from bilevel.validation import check_like, check_scalar, leaf_names
 from bilevel_jax.backend import JaxBackend, backend
 from bilevel_jax.closures import Call, uncover, uncover_options
 from bilevel_jax.dependence import dependence, trace
-from bilevel_jax.implicit_system import Minimizer
+from bilevel_jax.implicit_system import ImplicitFunction, residual_of
 from bilevel_jax.implicit_vjp import with_implicit_vjp
 from bilevel_jax.partition import split_arrays
 from bilevel_jax.second_derivatives import has_forward_mode, has_own_rule
@@ -26,29 +27,31 @@ from bilevel_jax.sharding import unvarying
 
 
 def with_implicit_derivative(
-    inner: Callable[..., object],
+    condition: Condition,
+    function: Callable[..., object],
     solver: LinearSolver[object],
     on_failure: OnFailure,
     params: P,
     hparams: object,
     call: Call,
 ) -> P:
-    """Return params, which JAX then differentiates as the minimizer of inner(params, hparams, *args, **named)."""
-    loss, captured, jaxpr = uncover(inner, params, hparams, call)
+    """Return params, which JAX then differentiates as w* of a condition function(params, hparams, *args, **named)."""
+    checked = partial(_check_value, condition, params)
+    uncovered, captured, jaxpr = uncover(function, params, hparams, call, checked)
     make_solver, options = uncover_options(solver)
     arrays, rest = split_arrays((hparams, call, captured, options))
 
-    # A loss with captured values is made for this call, so a cache would not help.
+    # A function with captured values is made for this call, so a cache would not help.
     run = partial(_call, backend) if captured else backend.compiled
-    run(_check_influence, loss, params, hparams, (call, captured))
+    run(_check_influence, condition, uncovered, params, hparams, (call, captured))
 
-    minimizer = Minimizer(loss, rest, make_solver, on_failure, run)
-    forward = not has_own_rule(jaxpr) or _has_forward_mode(minimizer, params, arrays)
-    return (with_implicit_jvp if forward else with_implicit_vjp)(minimizer, params, arrays)
+    implicit = ImplicitFunction(condition, uncovered, rest, make_solver, on_failure, run)
+    forward = not has_own_rule(jaxpr) or _has_forward_mode(implicit, params, arrays)
+    return (with_implicit_jvp if forward else with_implicit_vjp)(implicit, params, arrays)
 
 
-def with_implicit_jvp(minimizer: Minimizer, params: P, arrays: list[jax.Array]) -> P:
-    """Return params with the derivative of a minimizer in all modes.
+def with_implicit_jvp(implicit: ImplicitFunction, params: P, arrays: list[jax.Array]) -> P:
+    """Return params with the derivative of an implicit function in all modes.
 
     There is one rule, for a change of any of the arrays. For reverse mode, JAX transposes the rule, and the linear
     solve becomes the solve for the adjoint. For higher orders, JAX differentiates the rule.
@@ -65,22 +68,34 @@ def with_implicit_jvp(minimizer: Minimizer, params: P, arrays: list[jax.Array]) 
         if not moves:
             return params, jax.tree.map(jnp.zeros_like, params)
 
-        system = minimizer.at(params, primals[1], list(moves))
+        system = implicit.at(params, primals[1], list(moves))
         # JAX cannot transpose a solve if the right-hand side has a tangent in some leaves only, for example if weights
         # have a penalty and a bias has none. So `_tied` makes each leaf depend on all leaves.
         rhs = _tied(system.minus_jvp(list(moves.values())))
+        symmetric = implicit.condition.symmetric
         change = lax.custom_linear_solve(
-            lambda v: _tied(system.hvp(v)), rhs, lambda _, rhs: system.solve(rhs), symmetric=True
+            lambda v: _tied(system.jvp(v)),
+            rhs,
+            lambda _, rhs: system.solve(rhs),
+            None if symmetric else lambda _, rhs: system.solve(rhs, transposed=True),
+            symmetric=symmetric,
         )
         return params, unvarying(_tied(change), params)
 
     return attach(params, arrays)
 
 
-def _has_forward_mode(minimizer: Minimizer, params: object, arrays: list[jax.Array]) -> bool:
+def _has_forward_mode(implicit: ImplicitFunction, params: object, arrays: list[jax.Array]) -> bool:
     moves = [i for i, array in enumerate(arrays) if jnp.issubdtype(array.dtype, jnp.floating)]
-    inner, _, moving, args = minimizer.at(params, arrays, moves).point
-    return has_forward_mode(lambda w, h: backend.inner_slope(inner, w, h, args)(w, h), params, moving)
+    function, _, moving, args = implicit.at(params, arrays, moves).point
+    return has_forward_mode(lambda w, h: function.residual(backend, w, h, args)(w, h), params, moving)
+
+
+def _check_value(condition: Condition, params: object, value: object) -> None:
+    if condition.role == "inner":
+        check_scalar("inner", value)
+    else:
+        check_like(backend, condition.role, value, "params", params)
 
 
 def _tied(tree: V) -> V:
@@ -100,14 +115,23 @@ def _call(backend: JaxBackend, function: Callable[..., R], *args: object) -> R:
 
 
 def _check_influence(
-    backend: JaxBackend, inner: Callable[..., object], params: object, hparams: object, args: Args
+    backend: JaxBackend,
+    condition: Condition,
+    function: Callable[..., object],
+    params: object,
+    hparams: object,
+    args: Args,
 ) -> None:
-    """Raise a ValueError if ∂L/∂w does not depend on hparams. Warn about single leaves."""
-    slope = backend.inner_slope(inner, params, hparams, args)
-    used = dependence(trace(slope, params, hparams), params)
+    """Raise a ValueError if r does not depend on hparams. Warn about single leaves."""
+    residual = residual_of(backend, condition, function, params, hparams, args)
+    used = dependence(trace(residual, params, hparams), params)
     if not any(used.hparams):
+        what = "∂inner/∂params" if condition.symmetric else condition.role
         raise ValueError(
-            f"∂inner/∂params does not depend on {leaf_names(backend, 'hparams', hparams)}, so these have no influence "
-            "on the minimum. Use the hparams argument inside inner: the training's use of it does not count."
+            f"{what} does not depend on {leaf_names(backend, 'hparams', hparams)}, so these have no influence on the "
+            f"{condition.solution}. Use the hparams argument inside {condition.role}: the training's use of it does "
+            "not count."
         )
+    if not condition.symmetric:  # a step need not depend on params, and a residual may be linear in them
+        used = used._replace(params=[True] * len(used.params))
     warn_of_dependence(backend, params, hparams, None, used)

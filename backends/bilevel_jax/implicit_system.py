@@ -1,6 +1,7 @@
-"""The linear system and the products of a minimizer's derivative."""
+"""The linear system and the products of the derivative of an implicit function w*(λ)."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Generic
 
@@ -12,7 +13,8 @@ from bilevel.methods.implicit import Implicit
 from bilevel.operators.linear_operator import LinearOperator
 from bilevel.results import SolverInfo
 from bilevel.spaces.array import Args, H, P
-from bilevel_jax.backend import JaxBackend, backend, jvp_in_hparams, vjp_in_hparams
+from bilevel.trainings import Condition
+from bilevel_jax.backend import JaxBackend, backend, jvp_in_hparams, transpose, vjp_in_hparams
 from bilevel_jax.failure_callback import tell_failure
 from bilevel_jax.partition import Rest, Static
 from bilevel_jax.second_derivatives import explained
@@ -20,11 +22,27 @@ from bilevel_jax.second_derivatives import explained
 Run = Callable[..., Any]  # (function, *arguments): calls function(backend, *arguments), perhaps compiled
 
 
+def residual_of(
+    backend: JaxBackend, condition: Condition, function: Callable[..., object], params: P, hparams: H, args: Args
+) -> Callable[[P, H], P]:
+    """Return (w, λ) -> r: the gradient of an inner loss, w − step(w, λ), or a residual."""
+    if condition.role == "inner":
+        return backend.inner_slope(function, params, hparams, args)
+    value = backend.checked_map(function, params, hparams, args, condition.role)
+    if condition.role == "residual":
+        return value
+    return lambda w, h: backend.space(w).subtract(w, value(w, h))
+
+
 @dataclass(frozen=True)
 class Moving(Static):
-    """L as a function of w and of the other leaves that move, given by their places. The key of a cached jit."""
+    """A condition as a function of w and of the other leaves that move, given by their places.
 
-    loss: Callable[..., object]
+    It is the key of a cached jit.
+    """
+
+    condition: Condition
+    function: Callable[..., object]
     structure: Any
     places: tuple[int, ...]
 
@@ -33,22 +51,28 @@ class Moving(Static):
         for i, leaf in zip(self.places, moving, strict=True):
             leaves.insert(i, leaf)
         hparams, call, captured, _ = jax.tree.unflatten(self.structure, leaves)
-        return self.loss(params, hparams, call, captured)
+        return self.function(params, hparams, call, captured)
+
+    def residual(self, backend: JaxBackend, params: P, moving: H, args: Args) -> Callable[[P, H], P]:
+        """Return (w, λ) -> r, where λ are the leaves that move."""
+        return residual_of(backend, self.condition, self, params, moving, args)
 
 
 @dataclass(frozen=True)
-class Minimizer:
-    """A loss with its further arguments and a solver.
+class ImplicitFunction:
+    """λ -> w*: a condition with its further arguments, and a solver.
 
     Attributes:
-        loss: (w, λ, call, captured) -> L.
+        condition: the kind of the function.
+        function: (w, λ, call, captured) -> an inner loss, a step or a residual.
         rest: (λ, call, captured, options of the solver) without its arrays.
         make_solver: options -> solver.
         on_failure: as in `implicit_minimizer`.
         run: calls a function of the backend.
     """
 
-    loss: Callable[..., object]
+    condition: Condition
+    function: Callable[..., object]
     rest: Rest
     make_solver: Callable[[list[object]], LinearSolver[object]]
     on_failure: OnFailure
@@ -59,70 +83,87 @@ class Minimizer:
         places = [i for i, other in enumerate(self.rest.others) if other is None]
         moving = tuple(places[i] for i in moves)
         constants = [leaf for i, leaf in enumerate(self.rest.fill(arrays)) if i not in moving]
-        loss = Moving(self.loss, self.rest.structure, moving)
+        function = Moving(self.condition, self.function, self.rest.structure, moving)
         options = self.rest.join(arrays)[-1]
-        return System(self, (loss, params, [arrays[i] for i in moves], (constants,)), options)
+        return System(self, (function, params, [arrays[i] for i in moves], (constants,)), options)
 
 
 @dataclass(frozen=True)
 class System(Generic[P]):
-    """(∂²L/∂w²) v = rhs at a point, and products with ∂²L/∂λ∂w, where λ is a list of arrays."""
+    """(∂r/∂w) v = rhs at a point, and products with ∂r/∂λ, where λ is a list of arrays."""
 
-    minimizer: Minimizer
-    point: tuple[Callable[..., object], P, list[jax.Array], Args]
+    implicit: ImplicitFunction
+    point: tuple[Moving, P, list[jax.Array], Args]
     options: list[object]
 
-    def solve(self, rhs: P) -> P:
-        """Return v, and report a failure."""
-        make_solver, on_failure = self.minimizer.make_solver, self.minimizer.on_failure
-        solver = make_solver(self.options)
-        v, info = self.minimizer.run(_solve, solver, *self.point, rhs)
+    def solve(self, rhs: P, transposed: bool = False) -> P:
+        """Return v, or with ``transposed`` the solution of (∂r/∂w)ᵀ v = rhs. Report a failure."""
+        make_solver, on_failure = self.implicit.make_solver, self.implicit.on_failure
+        symmetric, solver = self.implicit.condition.symmetric, make_solver(self.options)
+        v, info = self.implicit.run(_solve, solver, transposed, *self.point, rhs)
 
         def tell(info: SolverInfo, options: list[object]) -> None:
             method = Implicit(make_solver(options))  # with numbers in place of tracers
-            report(backend, info, method, on_failure, hint=" Run bl.diagnose for details.")
+            hint = " Run bl.diagnose for details."
+            report(backend, info, method, on_failure, symmetric=symmetric, hint=hint)
 
         if on_failure != "ignore":
             tell_failure(tell, lambda status: solver.failed(status), info, self.options)
         return v
 
-    def hvp(self, v: P) -> P:
-        """Return (∂²L/∂w²) v."""
-        return self.minimizer.run(_hvp, *self.point, v)
+    def jvp(self, v: P) -> P:
+        """Return (∂r/∂w) v."""
+        return self.implicit.run(_jvp, *self.point, v)
 
     def minus_jvp(self, u: list[jax.Array]) -> P:
-        """Return −(∂²L/∂λ∂w) u."""
-        return self.minimizer.run(_minus_jvp, *self.point, u)
+        """Return −(∂r/∂λ) u."""
+        return self.implicit.run(_minus_jvp, *self.point, u)
 
     def minus_vjp(self, v: P) -> list[jax.Array]:
-        """Return −(∂²L/∂λ∂w)ᵀ v."""
-        return self.minimizer.run(_minus_vjp, *self.point, v)
+        """Return −(∂r/∂λ)ᵀ v."""
+        return self.implicit.run(_minus_vjp, *self.point, v)
 
 
 def _solve(
     backend: JaxBackend,
     solver: LinearSolver[object],
-    inner: Callable[..., object],
+    transposed: bool,
+    function: Moving,
     params: P,
-    hparams: object,
+    hparams: list[jax.Array],
     args: Args,
     rhs: P,
 ) -> tuple[P, SolverInfo]:
-    A = LinearOperator(backend.space(params), backend.inner(inner, params, hparams, args).vjp_params)
+    space = backend.space(params)
+    if function.condition.symmetric:
+        A = LinearOperator(space, backend.inner(function, params, hparams, args).vjp_params)
+        return run_solver(solver, A, rhs)
+    residual = function.residual(backend, params, hparams, args)
+    # Linearized outside the solver's loop, because its body must not trace the function again.
+    if transposed:
+        pull = jax.vjp(lambda w: residual(w, hparams), params)[1]
+        product: Callable[[P], P] = lambda v: pull(v)[0]  # noqa: E731
+    else:
+        product = jax.linearize(lambda w: residual(w, hparams), params)[1]
+    A = LinearOperator(space, product, symmetric=False, transpose=transpose(product, params))
     return run_solver(solver, A, rhs)
 
 
-def _hvp(backend: JaxBackend, inner: Callable[..., object], params: P, hparams: object, args: Args, v: P) -> P:
-    slope = backend.inner_slope(inner, params, hparams, args)
-    return jax.jvp(lambda w: slope(w, hparams), (params,), (v,))[1]
+def _jvp(backend: JaxBackend, function: Moving, params: P, hparams: list[jax.Array], args: Args, v: P) -> P:
+    residual = function.residual(backend, params, hparams, args)
+    return jax.jvp(lambda w: residual(w, hparams), (params,), (v,))[1]
 
 
-def _minus_jvp(backend: JaxBackend, inner: Callable[..., object], params: P, hparams: H, args: Args, u: H) -> P:
-    slope = backend.inner_slope(inner, params, hparams, args)
-    return backend.space(params).scale(-1.0, jvp_in_hparams(slope, params, hparams, u))
+def _minus_jvp(
+    backend: JaxBackend, function: Moving, params: P, hparams: list[jax.Array], args: Args, u: list[jax.Array]
+) -> P:
+    residual = function.residual(backend, params, hparams, args)
+    return backend.space(params).scale(-1.0, jvp_in_hparams(residual, params, hparams, u))
 
 
-def _minus_vjp(backend: JaxBackend, inner: Callable[..., object], params: P, hparams: H, args: Args, v: P) -> H:
-    slope = backend.inner_slope(inner, params, hparams, args)
-    with explained():
-        return backend.space(hparams).scale(-1.0, vjp_in_hparams(slope, params, hparams, v))
+def _minus_vjp(
+    backend: JaxBackend, function: Moving, params: P, hparams: list[jax.Array], args: Args, v: P
+) -> list[jax.Array]:
+    residual = function.residual(backend, params, hparams, args)
+    with explained() if function.condition.symmetric else nullcontext():
+        return backend.space(hparams).scale(-1.0, vjp_in_hparams(residual, params, hparams, v))

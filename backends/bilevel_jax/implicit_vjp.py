@@ -1,4 +1,4 @@
-"""The derivative of a minimizer in reverse mode only, for losses without a forward mode."""
+"""The derivative of an implicit function in reverse mode only, for functions without a forward mode."""
 
 from collections.abc import Callable
 from functools import partial
@@ -10,14 +10,14 @@ from jax.custom_derivatives import SymbolicZero
 from jax.tree_util import Partial
 
 from bilevel.spaces.array import P
-from bilevel_jax.implicit_system import Minimizer
+from bilevel_jax.implicit_system import ImplicitFunction
 from bilevel_jax.sharding import unvarying
 
 Cotangents = tuple[None, list[jax.Array | None]]
 
 
-def with_implicit_vjp(minimizer: Minimizer, params: P, arrays: list[jax.Array]) -> P:
-    """Return params with the derivative of a minimizer in reverse mode, of first order."""
+def with_implicit_vjp(implicit: ImplicitFunction, params: P, arrays: list[jax.Array]) -> P:
+    """Return params with the derivative of an implicit function in reverse mode, of first order."""
 
     @jax.custom_vjp
     def attach(params: P, arrays: list[jax.Array]) -> P:
@@ -26,7 +26,7 @@ def with_implicit_vjp(minimizer: Minimizer, params: P, arrays: list[jax.Array]) 
     def forward(params: object, arrays: list[jax.custom_derivatives.CustomVJPPrimal]) -> tuple[object, Partial]:
         params = jax.tree.map(lambda leaf: leaf.value, params, is_leaf=_is_primal)
         moves = [i for i, array in enumerate(arrays) if array.perturbed]
-        return params, Partial(partial(_pull, minimizer, tuple(moves)), params, [array.value for array in arrays])
+        return params, Partial(partial(_pull, implicit, tuple(moves)), params, [array.value for array in arrays])
 
     def backward(pull: Callable[[object], Cotangents], cotangent: object) -> Cotangents:
         return pull(jax.tree.map(_array, cotangent, is_leaf=_is_zero))
@@ -35,9 +35,11 @@ def with_implicit_vjp(minimizer: Minimizer, params: P, arrays: list[jax.Array]) 
     return attach(params, arrays)
 
 
-def _pull(minimizer: Minimizer, moves: tuple[int, ...], params: P, arrays: list[jax.Array], cotangent: P) -> Cotangents:
-    system = minimizer.at(params, arrays, moves)
-    found = unvarying(system.minus_vjp(system.solve(cotangent)), [arrays[i] for i in moves])
+def _pull(
+    implicit: ImplicitFunction, moves: tuple[int, ...], params: P, arrays: list[jax.Array], cotangent: P
+) -> Cotangents:
+    system = implicit.at(params, arrays, moves)
+    found = unvarying(system.minus_vjp(system.solve(cotangent, transposed=True)), [arrays[i] for i in moves])
     cotangents = dict(zip(moves, found, strict=True))
     return None, [cotangents.get(i) for i in range(len(arrays))]
 

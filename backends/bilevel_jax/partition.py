@@ -15,6 +15,7 @@ from bilevel.linear_solvers import LinearSolver
 from bilevel.methods import Method
 from bilevel.preconditioners import Preconditioner
 from bilevel.problems.protocols import BilevelProblem
+from bilevel.trainings import Condition
 
 _NUMBERS = (jax.Array, np.floating, float)
 _NUMERIC = "biufcV"  # kinds of dtypes; V: bfloat16 and the like
@@ -92,7 +93,7 @@ def _split(leaf: object, arrays: list[object]) -> object:
         if not is_dataclass(leaf) or not _rebuildable(type(leaf)):
             raise TypeError(f"{type(leaf).__name__} cannot be rebuilt from its fields.")
         return type(leaf), tuple((field.name, _option(getattr(leaf, field.name), arrays)) for field in fields(leaf))
-    if not isinstance(leaf, (*_CONSTANTS, Static, BilevelProblem)):
+    if not isinstance(leaf, (*_CONSTANTS, Static, Condition, BilevelProblem)):
         raise TypeError(f"{type(leaf).__name__} cannot be compared by its value.")
     return None, (type(leaf), leaf)  # 1 is not True
 

@@ -87,10 +87,15 @@ class NumpyBackend(Backend):
             product = function.vjp_hparams(params, hparams, v, *args)
             return None if product is None else self._like(f"the {label}'s vjp_hparams", product, "hparams", hparams)
 
+        def jvp_params(v: P) -> P:
+            product = function.jvp_params(params, hparams, v, *args)
+            return self._like(f"the {label}'s jvp_params", product, "params", params)
+
         value = function(params, hparams, *args)
         check_like(self, label, value, "params", params)
         check_dtypes(self, label, value, "params", params)
-        return LinearizedMap(value, vjp_params, vjp_hparams)
+        push = jvp_params if hasattr(function, "jvp_params") else None
+        return LinearizedMap(value, vjp_params, vjp_hparams, jvp_params=push)
 
     @override
     @over_micro_batches(differentiated)

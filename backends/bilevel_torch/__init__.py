@@ -11,7 +11,7 @@ from bilevel_torch.backend import TorchBackend
 from bilevel_torch.data_parallel import DataParallel
 from bilevel_torch.diagnose import diagnose
 from bilevel_torch.from_losses import backward, hypergradient
-from bilevel_torch.implicit import implicit_minimizer
+from bilevel_torch.implicit import implicit_fixed_point, implicit_minimizer, implicit_root
 from bilevel_torch.placement import place_grad
 from bilevel_torch.space import TorchSpace
 from bilevel_torch.training import TrainingState, TrainingStep, recording, replay
@@ -28,7 +28,9 @@ __all__ = [
     "backward",
     "diagnose",
     "hypergradient",
+    "implicit_fixed_point",
     "implicit_minimizer",
+    "implicit_root",
     "place_grad",
     "recording",
     "replay",

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -126,7 +125,7 @@ class TorchBackend(Backend):
         with weight_norm_right(nodes):
             grads = grad([loss], leaves(params), None, create_graph=True)
         self._check_influence(label, any(g is not None for g in grads), params)
-        return _products(grads, params, hparams, _others(nodes, params, hparams, trainable))
+        return _products(grads, params, hparams, _others(nodes, params, hparams, trainable))[0]
 
     @override
     @over_micro_batches(linearized)
@@ -134,7 +133,7 @@ class TorchBackend(Backend):
         params, hparams = as_graph_leaves(params, hparams)
         grads, product = gauss_newton(inner, params, hparams, args)
         self._check_influence("inner", any(g is not None for g in grads), params)
-        return _products(grads, params, hparams)._replace(vjp_params=product)
+        return _products(grads, params, hparams)[0]._replace(vjp_params=product)
 
     @override
     @over_micro_batches(linearized)
@@ -142,11 +141,15 @@ class TorchBackend(Backend):
         self, function: Callable[..., object], params: P, hparams: H, args: Args, label: str
     ) -> LinearizedMap[P, H]:
         params, hparams = as_graph_leaves(params, hparams)
-        value = evaluate(function, params, hparams, *args)
+        return self.jacobian_of(evaluate(function, params, hparams, *args), params, hparams, label)
+
+    def jacobian_of(self, value: Any, params: P, hparams: H, label: str) -> LinearizedMap[P, H]:
+        """Differentiate the value of a map in the variables params and hparams. It is a tree like params."""
         check_like(self, label, value, "params", params)
         check_dtypes(self, label, value, "params", params)
         self._check_influence(label, reaches(leaves(value), leaves(params)), params)
-        return _products(leaves(value), params, hparams)
+        at, push = _products(leaves(value), params, hparams)
+        return at._replace(jvp_params=lambda v: push(leaves(v), leaves(params)))
 
     def _check_influence(self, label: str, has_influence: bool, params: object) -> None:
         if not has_influence:
@@ -293,8 +296,11 @@ def _others(
 
 def _products(
     outputs: Sequence[torch.Tensor | None], params: P, hparams: H, others: Sequence[tuple[int, ...]] = ()
-) -> LinearizedMap[P, H]:
-    """Return a map with products of its Jacobians. The outputs are like the leaves of params; None stands for zero."""
+) -> tuple[LinearizedMap[P, H], Callable[[Sequence[torch.Tensor], Sequence[torch.Tensor]], P]]:
+    """Return a map with products of its Jacobians, and a product with its Jacobian by any inputs.
+
+    The outputs are like the leaves of params; None stands for zero.
+    """
     # Where ∇L is constant, there is no second derivative, and autograd would raise an error.
     varying = {i: r for i, r in enumerate(outputs) if r is not None and r.requires_grad}
 
@@ -317,22 +323,24 @@ def _products(
             vjp_hparams(value)
         return Dependence([i in varying for i in range(len(outputs))], influences, others)
 
-    @cache
-    def transposable() -> tuple[list[torch.Tensor], Sequence[torch.Tensor | None]]:
-        """Return v and vjp_hparams(v) with its graph. It is linear in v, so its derivative by v is the transpose."""
-        with torch.enable_grad():
-            v = [torch.zeros_like(r, requires_grad=True) for r in varying.values()]
-            return v, grad([*varying.values()], leaves(hparams), v, create_graph=True)
+    transposable: dict[tuple[int, ...], tuple[list[torch.Tensor], Sequence[torch.Tensor | None]]] = {}
 
-    def jvp_hparams(u: H) -> P:
-        v, pulled = transposable()
-        pairs = [(p, d) for p, d in zip(pulled, leaves(u), strict=True) if p is not None and p.requires_grad]
+    def push(u: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> P:
+        """Return the product of the Jacobian by the inputs with u: the transpose of ``pull``, which is linear in v."""
+        key = tuple(map(id, inputs))
+        if key not in transposable:
+            with torch.enable_grad():
+                v = [torch.zeros_like(r, requires_grad=True) for r in varying.values()]
+                transposable[key] = v, grad([*varying.values()], inputs, v, create_graph=True)
+        v, pulled = transposable[key]
+        pairs = [(p, d) for p, d in zip(pulled, u, strict=True) if p is not None and p.requires_grad]
         pushed = grad([p for p, _ in pairs], v, [d for _, d in pairs], retain_graph=True)
         products = dict(zip(varying, pushed, strict=True))
         return zeros_for_none([products.get(i) for i in range(len(outputs))], params)
 
     value = zeros_for_none([r if r is None else r.detach() for r in outputs], params)
-    return LinearizedMap(value, vjp_params, vjp_hparams, jvp_hparams, dependence)
+    at = LinearizedMap(value, vjp_params, vjp_hparams, lambda u: push(leaves(u), leaves(hparams)), dependence)
+    return at, push
 
 
 def _found(grads: Sequence[torch.Tensor | None]) -> list[bool]:

@@ -201,12 +201,14 @@ class DataParallel(TorchBackend):
 
     def _averaged(self, own: LinearizedMap[P, H], hparams: H) -> LinearizedMap[P, H]:
         """Return the map of all ranks' data: values and products averaged over the ranks."""
-        share, jvp_hparams = self._shares(leaves(own.residual)[0].device)[0], own.jvp_hparams
+        share = self._shares(leaves(own.residual)[0].device)[0]
+        jvp_hparams, jvp_params = own.jvp_hparams, own.jvp_params
         return LinearizedMap(
             residual=self._mean(own.residual, share),
             vjp_params=lambda v: self._mean(own.vjp_params(v), share),
             vjp_hparams=lambda v: self._mean_or_none(own.vjp_hparams(v), hparams, share),
             jvp_hparams=None if jvp_hparams is None else lambda u: self._mean(jvp_hparams(u), share),
+            jvp_params=None if jvp_params is None else lambda v: self._mean(jvp_params(v), share),
         )
 
     def _mean(self, tree: V, share: float) -> V:

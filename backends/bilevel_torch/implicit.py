@@ -1,4 +1,4 @@
-"""The inner training as a differentiable function of its hyperparameters."""
+"""Training functions that PyTorch differentiates by the implicit function theorem."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -10,7 +10,7 @@ from bilevel.config import get_linear_solver
 from bilevel.convergence import OnFailure, check_on_failure
 from bilevel.hypergradient import SolverSpec
 from bilevel.spaces.tree import leaves_with_paths
-from bilevel.trainings import bind_arguments, check_inner, check_training
+from bilevel.trainings import FIXED_POINT, MINIMUM, ROOT, Condition, bind_arguments
 from bilevel_torch.backend import check_supported
 from bilevel_torch.implicit_rules import Training
 from bilevel_torch.trees import tree_of
@@ -75,22 +75,104 @@ def implicit_minimizer(
     >>> h.grad
     tensor([6.])
     """
-    check_inner(inner)
-    linear_solver = get_linear_solver(solver, "implicit_minimizer")
+    return _decorator(MINIMUM, inner, solver, on_failure, has_aux)
+
+
+def implicit_root(
+    residual: Callable[..., Any],
+    solver: SolverSpec = "gmres",
+    *,
+    on_failure: OnFailure = "warn",
+    has_aux: bool = False,
+) -> Callable[[Train], Train]:
+    """Return a decorator that makes a solver of equations differentiable, by the implicit function theorem.
+
+    ``my_solver(hparams, *args) -> params`` is run once on detached tensors and never differentiated. It returns params
+    with residual(params, hparams) = 0. In the backward pass, one linear solve and one cross product give
+
+        dF/dλ = −(∂residual/∂λ)ᵀ v       where   (∂residual/∂w)ᵀ v = dF/dw
+
+    for hparams and for every tensor among the arguments that requires a gradient, as in `bilevel.Root`. It works under
+    `torch.func`, and twice in reverse mode, as `implicit_minimizer` does.
+
+    Args:
+        residual: r, (params, hparams, *args) -> a tree like params. See ``inner`` of `implicit_minimizer`.
+        solver: a linear solver for systems that are not symmetric: "gmres", "bicgstab", "normal-cg", or "exact" for few
+            unknowns.
+        on_failure: as in `hypergradient`. Errors and warnings come in the backward pass.
+        has_aux: as in `implicit_minimizer`.
+
+    Returns:
+        The decorator, as for `implicit_minimizer`.
+
+    Raises:
+        TypeError, ValueError: if the solver is not linear, the arguments do not fit, or the solver of equations does
+            not return a tree of floating-point tensors. In the backward pass, if ``residual`` is not like params, or
+            does not depend on params or hparams.
+
+    >>> import torch, bilevel_torch
+    >>> square_root = bilevel_torch.implicit_root(lambda x, a: x**2 - a)(torch.sqrt)
+    >>> a = torch.tensor([4.0], requires_grad=True)
+    >>> square_root(a).sum().backward()
+    >>> a.grad
+    tensor([0.2500])
+    """
+    return _decorator(ROOT, residual, solver, on_failure, has_aux)
+
+
+def implicit_fixed_point(
+    step: Callable[..., Any],
+    solver: SolverSpec = "gmres",
+    *,
+    on_failure: OnFailure = "warn",
+    has_aux: bool = False,
+) -> Callable[[Train], Train]:
+    """Return a decorator that makes an iteration differentiable by its fixed point, without differentiating the steps.
+
+    It is `implicit_root` of w − step(w, λ), as in `bilevel.FixedPoint` (Bai, Kolter & Koltun, NeurIPS 2019).
+
+    Args:
+        step: (params, hparams, *args) -> the next params, with the same structure, shapes and dtypes. It may be a step
+            of another algorithm than the one that found params, such as a proximal gradient step.
+        solver: as in `implicit_root`. ``bl.Neumann(step_size=1.0)`` sums over the last ``terms`` steps.
+        on_failure: as in `hypergradient`. Errors and warnings come in the backward pass.
+        has_aux: as in `implicit_minimizer`.
+
+    Returns:
+        The decorator, as for `implicit_minimizer`.
+
+    Raises:
+        TypeError, ValueError: as in `implicit_root`.
+
+    >>> import torch, bilevel_torch
+    >>> solve = bilevel_torch.implicit_fixed_point(lambda w, h: w / 2 + h)(lambda h: 2 * h)
+    >>> h = torch.tensor([3.0], requires_grad=True)
+    >>> solve(h).sum().backward()
+    >>> h.grad
+    tensor([2.])
+    """
+    return _decorator(FIXED_POINT, step, solver, on_failure, has_aux)
+
+
+def _decorator(
+    condition: Condition, function: Callable[..., Any], solver: SolverSpec, on_failure: OnFailure, has_aux: bool
+) -> Callable[[Train], Train]:
+    condition.check_function(function)
+    linear_solver = get_linear_solver(solver, condition.decorator)
     check_on_failure(on_failure)
 
     def decorate(*given: Train, **named: object) -> Train:
-        check_training(inner, *given, **named)
+        condition.check_training(function, *given, **named)
         train = given[0]
 
         @wraps(train)
         def solve(*args: object, **named: object) -> Any:
-            arguments = bind_arguments(train, inner, args, named)
+            arguments = bind_arguments(condition, train, function, args, named)
             arguments = arguments._replace(hparams=tree_of("hparams", arguments.hparams))
             for path, leaf in leaves_with_paths(arguments._asdict()):
                 if isinstance(leaf, torch.Tensor):
                     check_supported(path, leaf)
-            params, aux = Training(train, inner, linear_solver, on_failure, has_aux, arguments)()
+            params, aux = Training(train, condition, function, linear_solver, on_failure, has_aux, arguments)()
             return (params, aux) if has_aux else params
 
         return solve

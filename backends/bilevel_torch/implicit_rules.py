@@ -1,4 +1,4 @@
-"""The derivatives of a minimizer, as rules for autograd and torch.func."""
+"""The derivatives of an implicit function w*(λ), as rules for autograd and torch.func."""
 # pyright: reportIncompatibleMethodOverride=false
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,19 +17,20 @@ from bilevel.linearization import Dependence, LinearizedMap
 from bilevel.methods.implicit import Implicit, pull_back
 from bilevel.operators.lanczos import spectrum
 from bilevel.operators.linear_operator import LinearOperator
+from bilevel.problems.optimality import distance, of_hparams_only
 from bilevel.results import SolverInfo
 from bilevel.spaces.tree import leaves, tree_map, with_leaves
-from bilevel.trainings import Arguments, check_training_result, training_name, tuples_noted
-from bilevel.validation import leaf_names
+from bilevel.trainings import Arguments, Condition, check_training_result, training_name, tuples_noted
+from bilevel.validation import check_like, leaf_names
 from bilevel_torch.autograd import as_graph_leaves, evaluate, grad, no_grad_no_autocast
 from bilevel_torch.backend import TorchBackend
 from bilevel_torch.trees import fill, prune
 
 Tensors = Sequence[torch.Tensor]
 CHANGED = (
-    "implicit_minimizer: params or arguments of a training have changed in place before its backward pass. If one "
+    "{}: params or arguments of a training have changed in place before its backward pass. If one "
     "module is trained several times before it, for example for each fold, return copies: "
-    "{name: p.detach().clone() for name, p in net.named_parameters()}."
+    "{{name: p.detach().clone() for name, p in net.named_parameters()}}."
 )
 
 
@@ -40,6 +41,8 @@ class Training:
     A tensor *moves* if PyTorch asks for a derivative by it. In this file, λ is the list of the moving tensors.
 
     Attributes:
+        condition: the kind of the function.
+        function: the condition on params: an inner loss, a step or a residual.
         given: the arguments of the call. The methods replace their tensors by other tensors in the same order.
         structure: set by `run`: a tree like params, with 0 for each leaf.
         frozen: set by `run`: whether each leaf of params is a frozen parameter.
@@ -47,7 +50,8 @@ class Training:
     """
 
     train: Callable[..., Any]
-    inner: Callable[..., torch.Tensor]
+    condition: Condition
+    function: Callable[..., Any]
     solver: LinearSolver[Any]
     on_failure: OnFailure
     has_aux: bool
@@ -59,7 +63,7 @@ class Training:
 
     def __call__(self) -> tuple[Any, Any]:
         """Run the training. Return params, which PyTorch can differentiate, and the auxiliary result."""
-        out = _Minimum.apply(self, *filter(_is_tensor, leaves(self.given)))
+        out = _Solution.apply(self, *filter(_is_tensor, leaves(self.given)))
         return with_leaves(self.structure, out), self.aux.pop()
 
     def run(self, tensors: Tensors) -> Tensors:
@@ -90,23 +94,22 @@ class Training:
     def pull_of_pull(
         self, moves: Sequence[bool], changes: Tensors, params: Tensors, tensors: Tensors, v: Tensors
     ) -> Tensors:
-        """Return the derivatives of p·u by c, params and the moving tensors, where p = −(∂²L/∂λ∂w)ᵀ v, [∂²L/∂w²] v = c.
+        """Return the derivatives of p·u by c, params and the moving tensors, where p = −(∂r/∂λ)ᵀ v, (∂r/∂w)ᵀ v = c.
 
-        u = ``changes`` is like p. By c, the derivative is a = −[∂²L/∂w²]⁻¹ (∂²L/∂λ∂w) u. By params and the moving
-        tensors, it is the derivative of −v·([∂²L/∂w²] a + (∂²L/∂λ∂w) u) with fixed v, a and u.
+        u = ``changes`` is like p. By c, the derivative is a = −[∂r/∂w]⁻¹ (∂r/∂λ) u. By params and the moving tensors,
+        it is the derivative of −v·((∂r/∂w) a + (∂r/∂λ) u) with fixed v, a and u.
         """
         with no_grad_no_autocast(params):
             w, lam, value = self._variables(moves, params, tensors)
-            at = self.backend.inner_of(value, w, lam)
-            A = LinearOperator(self.backend.space(w), at.vjp_params)
+            at = self._differentiate(value, w, lam)
+            A = self._operator(at, w)
             assert at.jvp_hparams is not None
             b = A.space.scale(-1.0, at.jvp_hparams(list(changes)))
-            a, info = run_solver(self.solver, A, b)
+            a, info = run_solver(self.solver, A.transposed(), b)
             self._report(info, A, moves, None)
             adjoint = leaves(prune(with_leaves(self.structure, v), self.frozen))
             variables, along = [*leaves(w), *lam], [*leaves(a), *changes]
-            slopes = grad([value], leaves(w), None, create_graph=True)
-            products = _derivatives(slopes, adjoint, variables, create_graph=True)
+            products = _derivatives(self._residuals(value, w), adjoint, variables, create_graph=True)
             thirds = _derivatives(products, along, variables)
             found = [
                 torch.zeros_like(x) if third is None else -third for x, third in zip(variables, thirds, strict=True)
@@ -120,12 +123,13 @@ class Training:
         return leaves(fill(with_leaves(self.structure, map(torch.zeros_like, params)), pruned))
 
     def push(self, moves: Sequence[bool], changes: Tensors, params: Tensors, tensors: Tensors) -> Tensors:
-        """Return the derivatives of params along changes u of the moving tensors: −[∂²L/∂w²]⁻¹ (∂²L/∂λ∂w) u."""
+        """Return the derivatives of params along changes u of the moving tensors: −[∂r/∂w]⁻¹ (∂r/∂λ) u."""
         with no_grad_no_autocast(params):
             at, A, lam = self._linearize(moves, params, tensors)
             if at.jvp_hparams is None or at.dependence is None or not any((used := at.dependence()).hparams):
-                raise ValueError(f"∂L/∂w does not depend on {leaf_names(self.backend, 'hparams', lam)}.")
-            change, info = run_solver(self.solver, A, at.jvp_hparams(list(changes)))
+                r = "∂L/∂w" if A.symmetric else self.condition.role
+                raise ValueError(f"{r} does not depend on {leaf_names(self.backend, 'hparams', lam)}.")
+            change, info = run_solver(self.solver, A.transposed(), at.jvp_hparams(list(changes)))
             self._report(info, A, moves, used)
             return tuple(self._whole(params, A.space.scale(-1.0, change)))
 
@@ -133,21 +137,46 @@ class Training:
         self, moves: Sequence[bool], params: Tensors, tensors: Tensors
     ) -> tuple[LinearizedMap[Any, list[torch.Tensor]], LinearOperator[Any], list[torch.Tensor]]:
         w, lam, value = self._variables(moves, params, tensors)
-        at = self.backend.inner_of(value, w, lam)
-        return at, LinearOperator(self.backend.space(w), at.vjp_params), lam
+        at = self._differentiate(value, w, lam)
+        return at, self._operator(at, w), lam
 
     def _variables(
         self, moves: Sequence[bool], params: Tensors, tensors: Tensors
     ) -> tuple[Any, list[torch.Tensor], torch.Tensor]:
-        """Return w without its frozen leaves and λ, as variables of autograd, and L."""
+        """Return w without its frozen leaves and λ, as variables of autograd, and the value of the function."""
         copies = [t.detach().requires_grad_() if moving else t for t, moving in zip(tensors, moves, strict=True)]
         given = self._arguments(copies)
         lam = [t for t, moving in zip(copies, moves, strict=True) if moving]
         whole = with_leaves(self.structure, [p.detach() for p in params])
         w, _ = as_graph_leaves(prune(whole, self.frozen), ())
-        loss = partial(self.inner, **given.shared)
-        with tuples_noted(training_name(self.train), whole):
-            return w, lam, evaluate(loss, fill(whole, w), given.hparams, *given.args)
+        function = partial(self.function, **given.shared)
+        with tuples_noted(self.condition, training_name(self.train), whole):
+            value = evaluate(function, fill(whole, w), given.hparams, *given.args)
+        if self.condition.role != "inner":
+            check_like(self.backend, self.condition.role, value, "params", whole)
+            value = prune(value, self.frozen)
+        return w, lam, value
+
+    def _differentiate(self, value: Any, w: Any, lam: list[torch.Tensor]) -> LinearizedMap[Any, Any]:
+        """Return the linearized residual from the value of the function."""
+        role = self.condition.role
+        if role == "inner":
+            return self.backend.inner_of(value, w, lam)
+        at = self.backend.jacobian_of(value, w, lam, role)
+        return distance(self.backend, w, lam, at) if role == "step" else of_hparams_only(at)
+
+    def _operator(self, at: LinearizedMap[Any, Any], w: Any) -> LinearOperator[Any]:
+        symmetric = self.condition.symmetric
+        return LinearOperator(self.backend.space(w), at.vjp_params, symmetric, transpose=at.jvp_params)
+
+    def _residuals(self, value: Any, w: Any) -> Sequence[torch.Tensor | None]:
+        """Return the leaves of r, with a graph."""
+        if self.condition.role == "inner":
+            return grad([value], leaves(w), None, create_graph=True)
+        if self.condition.role == "step":
+            with torch.enable_grad():
+                return [x - y for x, y in zip(leaves(w), leaves(value), strict=True)]
+        return leaves(value)
 
     def _report(self, info: SolverInfo, A: LinearOperator[Any], moves: Sequence[bool], used: Dependence | None) -> None:
         if used is not None:
@@ -156,7 +185,8 @@ class Training:
             of_tensors = iter([not moving or next(of_moving) for moving in moves])
             used = used._replace(hparams=[not _is_tensor(leaf) or next(of_tensors) for leaf in leaves(hparams)])
             warn_of_dependence(self.backend, A.space.like, hparams, None, used)
-        report(self.backend, info, Implicit(self.solver), self.on_failure, curvature=lambda: spectrum(A))
+        method, symmetric = Implicit(self.solver), A.symmetric
+        report(self.backend, info, method, self.on_failure, symmetric=symmetric, curvature=lambda: spectrum(A))
 
     def _arguments(self, tensors: Iterable[torch.Tensor]) -> Arguments:
         it = iter(tensors)
@@ -190,7 +220,7 @@ class Rule(torch.autograd.Function):
         return stacked, (0,) * len(stacked)
 
 
-class _Minimum(Rule):
+class _Solution(Rule):
     """(training, tensors of its arguments) -> the leaves of params."""
 
     @staticmethod
@@ -212,7 +242,7 @@ class _Minimum(Rule):
         try:
             kept = ctx.saved_tensors
         except RuntimeError as error:  # PyTorch's error about a change in place
-            error.add_note(CHANGED)
+            error.add_note(CHANGED.format(ctx.moved.training.condition.decorator))
             raise
         params, saved = kept[: ctx.count], iter(kept[ctx.count :])
         tensors = [next(saved) if t is None else t for t in ctx.others]
@@ -238,7 +268,7 @@ class _Pull(Rule):
 
     @staticmethod
     def forward(moved: _Moved, *tensors: torch.Tensor) -> Any:
-        with _vectorized_named():
+        with _vectorized_named(moved.training.condition):
             return moved.training.pull(moved.moves, *moved.split(tensors, len(moved.training.frozen)))
 
     @staticmethod
@@ -258,8 +288,9 @@ class _Pull(Rule):
     @staticmethod
     def jvp(ctx: Any, *changes: torch.Tensor | None) -> Any:
         raise RuntimeError(
-            "implicit_minimizer has second derivatives in reverse mode only. Use torch.autograd.grad with "
-            "create_graph=True, or torch.func.jacrev of torch.func.grad in place of torch.func.hessian."
+            f"{ctx.moved.training.condition.decorator} has second derivatives in reverse mode only. Use "
+            "torch.autograd.grad with create_graph=True, or torch.func.jacrev of torch.func.grad in place of "
+            "torch.func.hessian."
         )
 
 
@@ -268,13 +299,13 @@ class _Derivative(Rule):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
-        pass
+        ctx.decorator = inputs[0].training.condition.decorator
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         raise RuntimeError(
-            "implicit_minimizer has two derivatives in reverse mode, and one in forward mode. Here, another one is "
-            "needed. bilevel_jax.implicit_minimizer has derivatives of any order."
+            f"{ctx.decorator} has two derivatives in reverse mode, and one in forward mode. Here, another one is "
+            f"needed. bilevel_jax.{ctx.decorator} has derivatives of any order."
         )
 
     jvp = backward
@@ -286,14 +317,14 @@ class _PullOfPull(_Derivative):
         moving, count = sum(moved.moves), len(moved.training.frozen)
         changes, rest = tensors[:moving], tensors[moving + count :]  # the derivatives by params are not needed
         params, given, adjoint = rest[:count], rest[count:-count], rest[-count:]
-        with _vectorized_named():
+        with _vectorized_named(moved.training.condition):
             return moved.training.pull_of_pull(moved.moves, changes, params, given, adjoint)
 
 
 class _Push(_Derivative):
     @staticmethod
     def forward(moved: _Moved, *tensors: torch.Tensor) -> Any:
-        with _vectorized_named():
+        with _vectorized_named(moved.training.condition):
             return moved.training.push(moved.moves, *moved.split(tensors, sum(moved.moves)))
 
 
@@ -308,14 +339,14 @@ def _derivatives(
 
 
 @contextmanager
-def _vectorized_named() -> Iterator[None]:
+def _vectorized_named(condition: Condition) -> Iterator[None]:
     """Replace PyTorch's errors about the older vmap, for which a function cannot have a rule."""
     try:
         yield
     except RuntimeError as error:
         if "Batching rule not implemented" in str(error) or "inside of vmap" in str(error):
             raise RuntimeError(
-                "implicit_minimizer has no vectorized Jacobian (vectorize=True, is_grads_batched=True). Call "
+                f"{condition.decorator} has no vectorized Jacobian (vectorize=True, is_grads_batched=True). Call "
                 "torch.func.jacrev(solve)(h), or torch.autograd.functional.jacobian(solve, h). They take one solve for "
                 "each row."
             ) from error

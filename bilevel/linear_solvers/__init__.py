@@ -5,9 +5,10 @@ from bilevel.linear_solvers.cg import CG
 from bilevel.linear_solvers.exact import Exact
 from bilevel.linear_solvers.gmres import GMRES
 from bilevel.linear_solvers.identity import Identity
-from bilevel.linear_solvers.linear_solver import STEADY, SYMMETRIC, LinearSolver
+from bilevel.linear_solvers.linear_solver import STEADY, SYMMETRIC, TRANSPOSED, LinearSolver
 from bilevel.linear_solvers.minres import MINRES
 from bilevel.linear_solvers.neumann import Neumann
+from bilevel.linear_solvers.normal_cg import NormalCG
 from bilevel.linear_solvers.nystrom import Nystrom
 from bilevel.linear_solvers.prepared import Prepared
 
@@ -17,11 +18,13 @@ __all__ = [
     "MINRES",
     "STEADY",
     "SYMMETRIC",
+    "TRANSPOSED",
     "BiCGStab",
     "Exact",
     "Identity",
     "LinearSolver",
     "Neumann",
+    "NormalCG",
     "Nystrom",
     "Prepared",
 ]

@@ -10,6 +10,8 @@ from bilevel.linear_solvers.cg import CG
 from bilevel.linear_solvers.linear_solver import STEADY
 from bilevel.linear_solvers.restarts import Cycle, Iterative, reach, solve_with_restarts
 from bilevel.operators.linear_operator import LinearOperator
+from bilevel.preconditioners.function import set_preconditioner
+from bilevel.preconditioners.preconditioner import Preconditioner, applied, init
 from bilevel.results import SolverInfo, Status
 from bilevel.spaces.array import Array, V
 
@@ -33,7 +35,7 @@ class _State(NamedTuple, Generic[V]):
 
 
 @dataclass(frozen=True)
-class BiCGStab(Iterative[None]):
+class BiCGStab(Iterative[object]):
     """Solve (A + damping I) v = b by stabilised biconjugate gradients (van der Vorst 1992), for any square A.
 
     It stores eight vectors; GMRES stores one per step. The residuals are not monotone, so the solver returns the best
@@ -46,20 +48,33 @@ class BiCGStab(Iterative[None]):
 
     Args:
         maxiter, rtol, atol, damping: as in `CG`.
+        preconditioner: as in `GMRES`. A step takes two products with it.
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({STEADY})
+
+    preconditioner: Preconditioner | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        set_preconditioner(self)
 
     @override
     def finder(self) -> CG:
         return CG(maxiter=self.maxiter, rtol=self.rtol, atol=self.atol)
 
     @override
+    def init(self, A: LinearOperator[V]) -> object:
+        """Return the state of the preconditioner."""
+        return init(self.preconditioner, A)
+
+    @override
     @with_auto_damping
-    def solve(self, state: None, A: LinearOperator[V], b: V, x0: V | None) -> tuple[V, SolverInfo]:
+    def solve(self, state: object, A: LinearOperator[V], b: V, x0: V | None) -> tuple[V, SolverInfo]:
         A = A.damped(self.fixed_damping)
         space = A.space
         xp, eps = space.xp, space.eps
+        precondition = applied(self.preconditioner, state, self.fixed_damping, space)
 
         def cycle(x: V, r: V, steps: Array, live: Array, tolerance: Array, norm_A: Array) -> Cycle[V]:
             origin = x
@@ -70,14 +85,16 @@ class BiCGStab(Iterative[None]):
                 rho = space.dot(shadow, s.r)
                 beta = (rho / s.rho) * (s.alpha / s.omega)
                 p = space.axpy(beta, space.axpy(-s.omega, s.v, s.p), s.r)
-                v = A(p)
+                Mp = precondition(p)
+                v = A(Mp)
                 shadow_v, vv = space.dot(shadow, v), space.dot(v, v)
                 alpha = rho / shadow_v
                 half = space.axpy(-alpha, v, s.r)
-                t = A(half)
+                Mhalf = precondition(half)
+                t = A(Mhalf)
                 tt = space.dot(t, t)
                 omega = xp.where(tt > 0, space.dot(t, half) / xp.where(tt > 0, tt, 1.0), 0.0)
-                x = space.axpy(omega, half, space.axpy(alpha, p, s.x))
+                x = space.axpy(omega, Mhalf, space.axpy(alpha, Mp, s.x))
                 r = space.axpy(-omega, t, half)
                 rr = space.dot(r, r)
                 size = xp.sqrt(rr)
@@ -85,7 +102,7 @@ class BiCGStab(Iterative[None]):
                 sound = xp.abs(shadow_v) > eps * shadow_norm * xp.sqrt(vv)
                 finite = xp.isfinite(vv) & (xp.isfinite(tt) | ~sound)
                 sound = sound & (size * eps < shadow_norm)
-                norm_A = xp.maximum(s.norm_A, xp.sqrt(vv) / space.norm(p))
+                norm_A = xp.maximum(s.norm_A, xp.sqrt(vv) / space.norm(Mp))
                 far, near = reach(shadow_norm, norm_A, tolerance, space)
                 distance = space.norm(space.subtract(x, origin))
                 sound = sound & ~(distance > far)

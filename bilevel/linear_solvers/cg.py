@@ -1,7 +1,6 @@
 """Conjugate gradients."""
 
 from dataclasses import dataclass, replace
-from inspect import isroutine
 from typing import Generic, Literal, NamedTuple
 
 from typing_extensions import override
@@ -13,8 +12,8 @@ from bilevel.linear_solvers.restarts import Cycle, Iterative, solve_with_restart
 from bilevel.operators.linear_operator import LinearOperator
 from bilevel.operators.scaling import power_of_two
 from bilevel.options import is_python_value
-from bilevel.preconditioners.function import FunctionPreconditioner
-from bilevel.preconditioners.preconditioner import Preconditioner, check_preconditioner
+from bilevel.preconditioners.function import set_preconditioner
+from bilevel.preconditioners.preconditioner import Preconditioner, init
 from bilevel.results import SolverInfo, Status
 from bilevel.spaces.array import Array, Number, V
 from bilevel.spaces.rows import Rows
@@ -74,14 +73,12 @@ class CG(Iterative[object]):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isroutine(self.preconditioner):
-            object.__setattr__(self, "preconditioner", FunctionPreconditioner(self.preconditioner))
-        check_preconditioner(self.preconditioner, "CG")
+        set_preconditioner(self)
 
     @override
     def init(self, A: LinearOperator[V]) -> object:
         """Return the state of the preconditioner."""
-        return None if self.preconditioner is None else self.preconditioner.init(A)
+        return init(self.preconditioner, A)
 
     @override
     @with_auto_damping

@@ -12,6 +12,8 @@ from bilevel.linear_solvers.restarts import Cycle, reach, solve_with_restarts
 from bilevel.operators.indices import identity, indices
 from bilevel.operators.linear_operator import LinearOperator
 from bilevel.options import check_int, check_real
+from bilevel.preconditioners.function import set_preconditioner
+from bilevel.preconditioners.preconditioner import Preconditioner, applied, init
 from bilevel.results import SolverInfo, Status
 from bilevel.spaces.array import Array, V
 
@@ -29,7 +31,7 @@ class _State(NamedTuple, Generic[V]):
 
 
 @dataclass(frozen=True)
-class GMRES(LinearSolver[None]):
+class GMRES(LinearSolver[object]):
     """Solve (A + damping I) v = b by restarted GMRES (Saad & Schultz 1986), for any square A.
 
     Each cycle minimizes the residual over a Krylov space of ``restart`` dimensions, orthogonalised twice. The next
@@ -50,6 +52,8 @@ class GMRES(LinearSolver[None]):
         rtol: relative tolerance on the residual. None: ``restart`` times ``max_restarts`` is a budget, as in `CG`.
         damping: added to the diagonal of the operator. "auto" needs a symmetric A: `CG` solves first and finds the
             damping.
+        preconditioner: a `Preconditioner`, a function v -> M v with M close to the inverse of the operator, or None. It
+            is a right preconditioner, so the stop rule is about the true residual. M need not be symmetric.
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({STEADY})
@@ -62,11 +66,13 @@ class GMRES(LinearSolver[None]):
     max_restarts: int = 10
     rtol: float | None = 1e-5
     damping: float | Literal["auto"] = 0.0
+    preconditioner: Preconditioner | None = None
 
     def __post_init__(self) -> None:
         check_int(self, "restart", "max_restarts", least=1)
         check_real(self, "rtol", none=True)
         check_real(self, "damping", auto=True)
+        set_preconditioner(self)
 
     @property
     @override
@@ -78,12 +84,18 @@ class GMRES(LinearSolver[None]):
         return CG(maxiter=self.most_steps, rtol=self.rtol)
 
     @override
+    def init(self, A: LinearOperator[V]) -> object:
+        """Return the state of the preconditioner."""
+        return init(self.preconditioner, A)
+
+    @override
     @with_auto_damping
-    def solve(self, state: None, A: LinearOperator[V], b: V, x0: V | None) -> tuple[V, SolverInfo]:
+    def solve(self, state: object, A: LinearOperator[V], b: V, x0: V | None) -> tuple[V, SolverInfo]:
         A = A.damped(self.fixed_damping)
         space = A.space
         xp, eps = space.xp, space.eps
         dimension = min(self.restart, space.size)
+        precondition = applied(self.preconditioner, state, self.fixed_damping, space)
 
         def cycle(x: V, r: V, steps: Array, live: Array, tolerance: Array, norm_A: Array) -> Cycle[V]:
             size = space.norm(r)
@@ -91,7 +103,7 @@ class GMRES(LinearSolver[None]):
             zero = xp.zeros_like(steps)
 
             def step(s: _State[V]) -> _State[V]:
-                w = A(space.get(s.basis, s.column))
+                w = A(precondition(space.get(s.basis, s.column)))
                 length = space.norm(w)
                 column = xp.zeros_like(unit[0])
                 for _ in range(2):  # one pass is inaccurate for nearly dependent vectors
@@ -149,7 +161,8 @@ class GMRES(LinearSolver[None]):
             last, nearest = (xp.max(xp.where(columns, index, -1)) for columns in (given, inside))
 
             def change(column: Array) -> V:
-                return space.linear_combination(xp.sum(xp.where(index[None, :] == column, solutions, 0.0), 1), s.basis)
+                weights = xp.sum(xp.where(index[None, :] == column, solutions, 0.0), 1)
+                return precondition(space.linear_combination(weights, s.basis))
 
             def shorten(y: V) -> V:
                 """Return a shorter solution, unless a product shows that the long one is far better."""

@@ -21,6 +21,8 @@ SYMMETRIC = "symmetric"
 """The operator is its own transpose."""
 STEADY = "steady"
 """All products use the same operator."""
+TRANSPOSED = "transposed"
+"""The operator has products with its transpose."""
 S = TypeVar("S")  # the state that several solves share
 
 
@@ -31,7 +33,7 @@ class LinearSolver(Solver, Generic[S]):
     attributes have defaults. A field of the dataclass may replace ``rtol`` or ``damping``.
 
     Attributes:
-        requires: required properties of the operator: ``SYMMETRIC``, ``STEADY``.
+        requires: required properties of the operator: ``SYMMETRIC``, ``STEADY``, ``TRANSPOSED``.
         remedy: advice for a solve that stops too early.
         stagnation_remedy: advice for a solve that makes no more progress.
     """
@@ -136,7 +138,8 @@ def check_requirements(solver: LinearSolver[S], A: LinearOperator[V]) -> None:
     """Raise a TypeError if an operator lacks a property that a solver requires."""
     if STEADY in solver.requires and A.sample is not None:
         raise TypeError(
-            f"inner_args is a list, one batch per product, but {solver.name} needs the same Hessian in all products. "
+            f"inner_args is a list, one batch per product, but {solver.name} needs the same "
+            f"{'Hessian' if A.symmetric else 'Jacobian'} in all products. "
             "To use all batches in each product, pass inner_args=bl.MicroBatches(batches). For a new batch in each "
             'product, use solver="neumann" or "unrolled".'
         )
@@ -145,4 +148,10 @@ def check_requirements(solver: LinearSolver[S], A: LinearOperator[V]) -> None:
             f"{solver.name} relies on a symmetric operator. The operator of a fixed point or a root is not symmetric. "
             'Use solver="gmres" or "bicgstab", {"name": "neumann", "step_size": 1.0} where the step contracts, '
             '"exact" where params is small, or "identity".'
+        )
+    if TRANSPOSED in solver.requires and A.mv_transposed is None:
+        raise TypeError(
+            f"{solver.name} needs products with the operator and with its transpose. For the numpy backend, give the "
+            "step or residual a method jvp_params(params, hparams, v, *args), which returns (∂r/∂w) v. In "
+            'bl.hypergradient_from, write hvp=bl.NonSymmetric(product, transpose). Or use solver="gmres".'
         )

@@ -1,7 +1,8 @@
 """The truncated Neumann series."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Generic, Literal, NamedTuple
+from typing import Any, ClassVar, Generic, Literal, NamedTuple
 
 from typing_extensions import override
 
@@ -11,6 +12,8 @@ from bilevel.operators.lanczos import spectrum
 from bilevel.operators.linear_operator import LinearOperator
 from bilevel.operators.scaling import scale_free
 from bilevel.options import check_int, check_real, check_step_size, is_python_value
+from bilevel.preconditioners.function import set_preconditioner
+from bilevel.preconditioners.preconditioner import Preconditioner, applied, init
 from bilevel.results import SolverInfo, Status
 from bilevel.spaces.array import Array, Number, V
 
@@ -39,7 +42,7 @@ def safe_step(A: LinearOperator[V]) -> Number:
 
 
 @dataclass(frozen=True)
-class Neumann(LinearSolver[Number]):
+class Neumann(LinearSolver[Any]):
     """v = α Σ_{j=0}^{terms} (I − α(H + damping I))^j b, by ``terms`` Hessian-vector products.
 
     Algorithm 3 of Lorraine, Vicol & Duvenaud (AISTATS 2020), with the final factor α that its first version lacks. The
@@ -66,6 +69,9 @@ class Neumann(LinearSolver[Number]):
         damping: added to the diagonal of the operator. "auto": zero, unless the series diverges; then as in `CG`. Few
             terms need little damping, since they resolve no curvature below λmax / terms.
         rtol: stop early, at ``norm(b - A v) <= rtol * norm(b)``. 0 or None: take all terms.
+        preconditioner: as in `CG`. Then v = α M Σ (I − α A M)^j b, which converges if the eigenvalues of A M are
+            between 0 and 2 / α. "auto" is α = 1, for an M that is close to the inverse of A. Terms may grow, as at a
+            fixed point.
     """
 
     requires: ClassVar[frozenset[str]] = frozenset()
@@ -75,12 +81,14 @@ class Neumann(LinearSolver[Number]):
     step_size: float | Literal["auto"] = "auto"
     damping: float | Literal["auto"] = 0.0
     rtol: float | None = 0.0
+    preconditioner: Preconditioner | None = None
 
     def __post_init__(self) -> None:
         check_int(self, "terms", least=0)
         check_step_size(self)
         check_real(self, "damping", auto=True)
         check_real(self, "rtol", none=True)
+        set_preconditioner(self)
 
     @property
     @override
@@ -88,19 +96,28 @@ class Neumann(LinearSolver[Number]):
         return self.terms
 
     @override
-    def init(self, A: LinearOperator[V]) -> Number:
-        """Return the step size α for a damping of zero."""
-        return safe_step(A) if isinstance(self.step_size, str) else self.step_size
+    def init(self, A: LinearOperator[V]) -> Any:
+        """Return the step size α for a damping of zero, with a preconditioner the pair of α and its state."""
+        M, automatic = self.preconditioner, isinstance(self.step_size, str)
+        if M is not None:
+            return (1.0 if automatic else self.step_size), init(M, A)
+        return safe_step(A) if automatic else self.step_size
 
     @override
     @with_auto_damping
-    def solve(self, state: Number, A: LinearOperator[V], b: V, x0: V | None) -> tuple[V, SolverInfo]:
-        alpha = 1.0 / (1.0 / state + self.fixed_damping) if isinstance(self.step_size, str) else state
-        A = A.damped(self.fixed_damping)
-        return scale_free(lambda b, x0, scale: self._series(alpha, A, b, x0), b, x0, A.space)
+    def solve(self, state: Any, A: LinearOperator[V], b: V, x0: V | None) -> tuple[V, SolverInfo]:
+        M, damping = self.preconditioner, self.fixed_damping
+        if M is not None:
+            alpha, state = state
+        else:
+            alpha = 1.0 / (1.0 / state + damping) if isinstance(self.step_size, str) else state
+        A, precondition = A.damped(damping), applied(M, state, damping, A.space)
+        return scale_free(lambda b, x0, scale: self._series(alpha, A, precondition, b, x0), b, x0, A.space)
 
-    def _series(self, alpha: Number, A: LinearOperator[V], rhs: V, x0: V | None) -> tuple[V, SolverInfo]:
-        space, steady = A.space, A.steady
+    def _series(
+        self, alpha: Number, A: LinearOperator[V], precondition: Callable[[V], V], rhs: V, x0: V | None
+    ) -> tuple[V, SolverInfo]:
+        space, steady = A.space, A.steady and self.preconditioner is None
         xp, eps, rhs_norm = space.xp, space.eps, space.norm(rhs)
         growth = 1 + 16 * eps  # more than the growth by rounding
         rtol = 0.0 if self.rtol is None else self.rtol
@@ -113,7 +130,7 @@ class Neumann(LinearSolver[Number]):
         tolerance = xp.maximum(rtol * rhs_norm, eps * rhs_norm) if early else -xp.ones_like(rhs_norm)
 
         def step(s: _State[V]) -> _State[V]:
-            term = space.axpby_where(s.live, -alpha, A.at(s.term_index)(s.term), s.term)
+            term = space.axpby_where(s.live, -alpha, A.at(s.term_index)(precondition(s.term)), s.term)
             size = space.norm(term)
             finite, grown = xp.isfinite(size), size > (growth * s.least if steady else 1e3 * start_norm)
             ok = s.live & finite & ~grown
@@ -151,7 +168,8 @@ class Neumann(LinearSolver[Number]):
         s = space.while_loop(lambda s: s.live, step, s, self.terms)
         # Return nan if the solve failed, also under jit, where nothing can raise.
         alpha = xp.where(s.status == int(Status.NON_FINITE), float("nan"), alpha * xp.ones_like(start_norm))
-        x = space.scale(alpha, s.total) if x0 is None else space.axpy(alpha, s.total, x0)
+        total = precondition(s.total)
+        x = space.scale(alpha, total) if x0 is None else space.axpy(alpha, total, x0)
         left, status = s.norm, s.status
         fine = status == int(Status.CONVERGED)
         # If no term is smaller than the first, the sum only grows: no positive curvature was seen.

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Generic, NamedTuple
 
 from bilevel.backend import Backend
 from bilevel.linear_solvers.solver import Solver
 from bilevel.linearization import Dependence, LinearizedMap
 from bilevel.operators.linear_operator import LinearOperator
-from bilevel.problems.protocols import BilevelProblem, has_symmetric_system, is_equation
+from bilevel.problems.protocols import BilevelProblem, has_symmetric_system
 from bilevel.results import SolverInfo
 from bilevel.spaces.array import Args, H, P
 from bilevel.spaces.space import Layout, Space
@@ -48,17 +48,19 @@ class Level(Generic[P, H]):
     def operator(self, at: LinearizedMap[P, H]) -> LinearOperator[P]:
         """Return the operator of the linear system: v -> (∂r/∂w)ᵀ v, or its reduction.
 
-        Raise a TypeError if an equation has several batches.
+        Raise a TypeError if a proximal problem has several batches.
         """
+        symmetric = has_symmetric_system(self.problem)
+        A = LinearOperator(self.space, at.product, symmetric, transpose=None if symmetric else at.jvp_params)
         if len(self.batches) == 1:
-            return LinearOperator(self.space, at.product, has_symmetric_system(self.problem))
-        if is_equation(self.problem):
+            return A
+        if at.reduction is not None:
             raise TypeError(
-                "inner_args is a list, one batch per product, but a fixed point, a root or a proximal problem needs "
-                "all of the data: pass one tuple, or bl.MicroBatches(batches)."
+                "inner_args is a list, one batch per product, but a proximal problem needs all of the data: pass one "
+                "tuple, or bl.MicroBatches(batches)."
             )
         args = self.space.sequence(self.batches)
-        return LinearOperator(self.space, at.vjp_params, sample=lambda i: self.linearize(args(i + 1)).vjp_params)
+        return replace(A, sample=lambda i: self.linearize(args(i + 1)).vjp_params)
 
 
 class Pullback(NamedTuple, Generic[P, H]):

@@ -20,6 +20,7 @@ class LinearOperator(Generic[V]):
         sample: i -> the product of step i, if each step uses another sample of A, such as the Hessian on a batch of
             data. Then ``mv`` is the product of the first sample. None: all products use the same A.
         slack: an error of a solution x is accepted if a change of A by this norm explains it.
+        transpose: v -> Aᵀ v, for an A that is not symmetric. None: it is unknown.
     """
 
     space: Space[V]
@@ -27,6 +28,7 @@ class LinearOperator(Generic[V]):
     symmetric: bool = True
     sample: Callable[[Array | int], Callable[[V], V]] | None = None
     slack: Number = 0.0
+    transpose: Callable[[V], V] | None = None
 
     def __call__(self, v: V) -> V:
         return self.mv(v)
@@ -40,16 +42,34 @@ class LinearOperator(Generic[V]):
         """Return the product of step i."""
         return self.mv if self.sample is None else self.sample(i)
 
+    @property
+    def mv_transposed(self) -> Callable[[V], V] | None:
+        """v -> Aᵀ v. None: it is unknown."""
+        return self.mv if self.symmetric else self.transpose
+
+    def transposed(self) -> "LinearOperator[V]":
+        """Return Aᵀ. Raise a TypeError if its products are unknown."""
+        if self.symmetric:
+            return self
+        if self.transpose is None or self.sample is not None:
+            raise TypeError("the products with the transposed operator are unknown.")
+        return replace(self, mv=self.transpose, transpose=self.mv)
+
     def damped(self, damping: Number) -> "LinearOperator[V]":
         """Return A + damping I, with the same properties."""
         if is_python_value(damping) and damping == 0:
             return self
-        space, sample = self.space, self.sample
+        space, sample, transpose = self.space, self.sample, self.transpose
 
         def shift(product: Callable[[V], V]) -> Callable[[V], V]:
             return lambda v: space.axpy(damping, v, product(v))
 
-        return replace(self, mv=shift(self.mv), sample=None if sample is None else lambda i: shift(sample(i)))
+        return replace(
+            self,
+            mv=shift(self.mv),
+            sample=None if sample is None else lambda i: shift(sample(i)),
+            transpose=None if transpose is None else shift(transpose),
+        )
 
     def with_slack(self, slack: Number) -> "LinearOperator[V]":
         """Return the same operator with another slack."""

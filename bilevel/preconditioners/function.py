@@ -2,9 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from inspect import isroutine
 from typing import Any
 
 from bilevel.operators.linear_operator import LinearOperator
+from bilevel.preconditioners.preconditioner import check_preconditioner
 from bilevel.spaces.array import Number, V
 from bilevel.spaces.layout import check_layout
 from bilevel.spaces.space import Space
@@ -15,7 +17,7 @@ class FunctionPreconditioner:
     """Multiply by an approximate inverse that a function knows, for example from another solver.
 
     Args:
-        function: v -> M v for trees like params, with M symmetric and positive definite.
+        function: v -> M v for trees like params. For `CG` and `Neumann`, M is symmetric and positive definite.
     """
 
     function: Callable[[Any], Any]
@@ -28,3 +30,10 @@ class FunctionPreconditioner:
         product = self.function(vector)
         check_layout("preconditioner(v)", product, "params", space)
         return product
+
+
+def set_preconditioner(solver: Any) -> None:
+    """Convert the option ``preconditioner`` of a solver if it is a function. Raise a TypeError for other values."""
+    if isroutine(solver.preconditioner):
+        object.__setattr__(solver, "preconditioner", FunctionPreconditioner(solver.preconditioner))
+    check_preconditioner(solver.preconditioner, solver.name)

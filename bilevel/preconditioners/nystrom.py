@@ -28,7 +28,12 @@ class NystromPreconditioner:
         check_int(self, "seed", least=0)
 
     def init(self, A: LinearOperator[V]) -> Sketch:
-        """Return the sketch."""
+        """Return the sketch. Raise a TypeError if A is not symmetric."""
+        if not A.symmetric:
+            raise TypeError(
+                "NystromPreconditioner needs a symmetric operator. The operator of a fixed point or a root is not "
+                "symmetric: use bl.DiagonalPreconditioner(), or a function v -> M v."
+            )
         return sketch(A, self.rank, self.seed)
 
     def apply(self, state: Sketch, vector: V, damping: Number, space: Space[V]) -> V:

@@ -1,6 +1,7 @@
 """The protocol of preconditioners."""
 
-from typing import Generic, Protocol, TypeVar, runtime_checkable
+from collections.abc import Callable
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 from bilevel.operators.linear_operator import LinearOperator
 from bilevel.spaces.array import Number, V
@@ -20,6 +21,16 @@ class Preconditioner(Protocol, Generic[S]):
     def apply(self, state: S, vector: V, damping: Number, space: Space[V]) -> V:
         """Return the approximation times a vector. ``state`` is the result of `init`."""
         ...
+
+
+def init(M: Preconditioner[Any] | None, A: LinearOperator[V]) -> Any:
+    """Return the state of a preconditioner, or None."""
+    return None if M is None else M.init(A)
+
+
+def applied(M: Preconditioner[Any] | None, state: Any, damping: Number, space: Space[V]) -> Callable[[V], V]:
+    """Return v -> M v. Without a preconditioner, return v -> v."""
+    return (lambda v: v) if M is None else lambda v: M.apply(state, v, damping, space)
 
 
 def check_preconditioner(value: object, solver: str) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from bilevel.linearization import Dependence, LinearizedMap
+from bilevel.linearization import LinearizedMap
 from bilevel.problems.problem import check_functions
 from bilevel.problems.protocols import Kind
 from bilevel.spaces.array import Args, H, P
@@ -52,6 +52,7 @@ class FixedPoint(_Equation):
         step: (params, hparams, *inner_args) -> the next params, with the same structure, shapes and dtypes. For the
             numpy backend, an object that also has the methods ``vjp_params(params, hparams, v, *args)`` and
             ``vjp_hparams(...)``: products of the transposed Jacobians with v. ``vjp_hparams`` may return None for zero.
+            "normal-cg" also needs ``jvp_params``: (∂step/∂w) v.
         outer: F, as in `bilevel.Problem`.
 
     Raises:
@@ -75,20 +76,7 @@ class FixedPoint(_Equation):
 
     def linearize(self, backend: Backend, params: P, hparams: H, args: Args) -> LinearizedMap[P, H]:
         """Differentiate w − step(w, λ) at a point."""
-        of_params, of_hparams = backend.space(params), backend.space(hparams)
-        step, pull, cross_pull, cross_push, used, _ = backend.jacobian(self.step, params, hparams, args, label="step")
-
-        def vjp_hparams(v: P) -> H | None:
-            product = cross_pull(v)
-            return None if product is None else of_hparams.scale(-1.0, product)
-
-        return LinearizedMap(
-            residual=of_params.subtract(params, step),
-            vjp_params=lambda v: of_params.subtract(v, pull(v)),
-            vjp_hparams=vjp_hparams,
-            jvp_hparams=None if cross_push is None else lambda u: of_params.scale(-1.0, cross_push(u)),
-            dependence=_of_hparams(used),
-        )
+        return distance(backend, params, hparams, backend.jacobian(self.step, params, hparams, args, label="step"))
 
 
 @dataclass(frozen=True)
@@ -118,10 +106,34 @@ class Root(_Equation):
 
     def linearize(self, backend: Backend, params: P, hparams: H, args: Args) -> LinearizedMap[P, H]:
         """Differentiate the residual at a point."""
-        at = backend.jacobian(self.residual, params, hparams, args, label="residual")
-        return at._replace(dependence=_of_hparams(at.dependence))
+        return of_hparams_only(backend.jacobian(self.residual, params, hparams, args, label="residual"))
 
 
-def _of_hparams(used: Callable[[], Dependence] | None) -> Callable[[], Dependence] | None:
-    """Return the dependence on hparams only. A step need not depend on params, and a residual may be linear."""
-    return None if used is None else lambda: (found := used())._replace(params=[True] * len(found.params))
+def distance(backend: Backend, params: P, hparams: H, step: LinearizedMap[P, H]) -> LinearizedMap[P, H]:
+    """Return the linearized map w − step(w, λ)."""
+    of_params, of_hparams = backend.space(params), backend.space(hparams)
+    cross_push, push = step.jvp_hparams, step.jvp_params
+
+    def vjp_hparams(v: P) -> H | None:
+        product = step.vjp_hparams(v)
+        return None if product is None else of_hparams.scale(-1.0, product)
+
+    at = LinearizedMap(
+        residual=of_params.subtract(params, step.residual),
+        vjp_params=lambda v: of_params.subtract(v, step.vjp_params(v)),
+        vjp_hparams=vjp_hparams,
+        jvp_hparams=None if cross_push is None else lambda u: of_params.scale(-1.0, cross_push(u)),
+        dependence=step.dependence,
+        jvp_params=None if push is None else lambda v: of_params.subtract(v, push(v)),
+    )
+    return of_hparams_only(at)
+
+
+def of_hparams_only(at: LinearizedMap[P, H]) -> LinearizedMap[P, H]:
+    """Return the map with the dependence on hparams only. A step need not depend on params.
+
+    A residual may be linear in them.
+    """
+    if (known := at.dependence) is None:
+        return at
+    return at._replace(dependence=lambda: (used := known())._replace(params=[True] * len(used.params)))

@@ -239,8 +239,8 @@ class TestErrors:
                 r"my_training returned a dict, where \['epochs'\] is an int\. Return only the",
             ),
             (lambda w: (w, 0.5), r"my_training returned a tuple of 2, where \[1\] is a float\. .*has_aux=True"),
-            (lambda w: None, r"my_training returned None\. Return the trained params"),
-            (lambda w: torch.nn.Linear(4, 1), r"returned a Linear\. Return the trained params.*named_parameters"),
+            (lambda w: None, r"my_training returned None\. Return the params"),
+            (lambda w: torch.nn.Linear(4, 1), r"returned a Linear\. Return the params.*named_parameters"),
         ],
         ids=["dict", "tuple", "none", "module"],
     )

@@ -141,6 +141,9 @@ class Affine:
     def vjp_hparams(self, w, h, v, A, B, c):
         return B.T @ v
 
+    def jvp_params(self, w, h, v, A, B, c):
+        return A @ v
+
 
 KINDS = {"fixed point": bl.FixedPoint, "root": bl.Root}
 

@@ -67,7 +67,7 @@ def solve(
 
 
 def _solve(backend: Any, solver: Any, matrix: Any, rhs: Any, x0: Any, symmetric: bool) -> Any:
-    A = LinearOperator(backend.space(rhs), lambda v: matrix @ v, symmetric)
+    A = LinearOperator(backend.space(rhs), lambda v: matrix @ v, symmetric, transpose=lambda v: matrix.T @ v)
     return run_solver(solver, A, rhs, x0)
 
 

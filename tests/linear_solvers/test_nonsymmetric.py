@@ -1,4 +1,4 @@
-"""GMRES and BiCGStab against SciPy, on matrices that need not be symmetric."""
+"""GMRES, BiCGStab and CG on the normal equations against SciPy, on matrices that need not be symmetric."""
 
 import numpy as np
 import pytest
@@ -26,16 +26,17 @@ def rhs_of(size, seed=1):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("solver", [bl.GMRES(restart=12), bl.NormalCG()], ids=["gmres", "normal-cg"])
 @given(
     singular_values=sizes.flatmap(lambda n: st.lists(st.floats(0.2, 5.0), min_size=n, max_size=n)),
     seed=seeds,
     damping=st.sampled_from([0.0, 6.0]),
 )
-def test_full_gmres_matches_scipy_on_any_invertible_matrix(backend, dtype, singular_values, seed, damping):
+def test_some_match_scipy_on_any_invertible_matrix(backend, dtype, solver, singular_values, seed, damping):
     n = len(singular_values)
     matrix, rhs = matrix_of(singular_values, seed).astype(dtype), rhs_of(n, seed).astype(dtype)
     rtol = tolerance(dtype, factor=50)
-    x, info = solve(backend, bl.GMRES(restart=12, rtol=rtol, damping=damping), matrix, rhs)
+    x, info = solve(backend, bl.get_solver(solver, rtol=rtol, damping=damping), matrix, rhs, symmetric=False)
     exact = linalg.solve(matrix.astype(np.float64) + damping * np.eye(n), rhs)
     assert info.status == Status.CONVERGED
     assert x.dtype == dtype

@@ -10,7 +10,7 @@ from bilevel import Status
 SIZE = 8
 LAPLACE = np.array([[2.0, -1.0, -1.0], [-1.0, 2.0, -1.0], [-1.0, -1.0, 2.0]])
 SMALL = {"diagonal": np.diag([1.0, 2.0, 0.0]), "laplacian": LAPLACE}
-LEAST_SQUARES = {"minres": bl.MINRES(), "gmres": bl.GMRES(), "exact": bl.Exact()}
+LEAST_SQUARES = {"minres": bl.MINRES(), "gmres": bl.GMRES(), "exact": bl.Exact(), "normal-cg": bl.NormalCG()}
 SOLVERS = {**LEAST_SQUARES, "bicgstab": bl.BiCGStab()}
 each_solver = pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
@@ -82,3 +82,18 @@ def test_an_ill_conditioned_solution_stays_within_reach(backend, solver, dtype):
     x, info = solve(backend, bl.get_solver(solver, rtol=1e-2), matrix, rhs)
     assert info.status == Status.CONVERGED
     assert np.linalg.norm(rhs - matrix @ x) <= 1e-2 * np.linalg.norm(rhs)
+
+
+@each_dtype
+@pytest.mark.parametrize("is_symmetric", [True, False], ids=["symmetric", "not symmetric"])
+def test_the_normal_equations_give_the_solution_of_least_norm(backend, dtype, is_symmetric):
+    """Also where no solution exists: the pseudoinverse, by NumPy."""
+    for seed in range(3):
+        matrix, rhs = random_system(seed, is_symmetric)
+        expected = np.linalg.lstsq(matrix, rhs, rcond=1e-10)[0]
+        for b in (rhs, matrix @ expected):  # without a solution, and with many
+            solver = bl.NormalCG(maxiter=500, rtol=1e-12 if dtype is np.float64 else 1e-5)
+            x, info = solve(backend, solver, matrix.astype(dtype), b.astype(dtype), symmetric=is_symmetric)
+            assert info.status == (Status.MAXITER if b is rhs else Status.CONVERGED)
+            # The condition number is at most 100, and enters squared where no solution exists.
+            assert np.linalg.norm(x - expected) <= 1e5 * float(np.finfo(dtype).eps) * np.linalg.norm(expected)

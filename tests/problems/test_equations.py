@@ -32,7 +32,13 @@ def test_an_affine_equation_matches_its_closed_form(backend, kind, dtype, seed):
 
 @pytest.mark.parametrize(
     "solver",
-    [bl.GMRES(rtol=1e-12), bl.BiCGStab(rtol=1e-12), bl.Neumann(terms=200), bl.Unrolled(steps=200)],
+    [
+        bl.GMRES(rtol=1e-12),
+        bl.BiCGStab(rtol=1e-12),
+        bl.NormalCG(rtol=1e-12),
+        bl.Neumann(terms=200),
+        bl.Unrolled(steps=200),
+    ],
     ids=lambda solver: type(solver).__name__,
 )
 @pytest.mark.parametrize("kind", KINDS)
@@ -82,8 +88,38 @@ def test_preparing_and_batches(backend):
     prepared = bl.prepare("neumann", case.problem, case.params, case.hparams, inner_args=case.args["inner_args"])
     assert prepared.state == 1.0
     case.args["inner_args"] = [case.args["inner_args"]] * 2
-    with pytest.raises(TypeError, match=r"needs all of the data: pass one tuple, or bl\.MicroBatches\(batches\)"):
-        case.hypergradient(solver="neumann")
+    with pytest.raises(TypeError, match=r"inner_args is a list.*GMRES needs the same Jacobian.*bl\.MicroBatches"):
+        case.hypergradient(solver="gmres")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_normal_equations_over_micro_batches(backend, kind):
+    case = equation(kind, backend)
+    hg = case.hypergradient(bl.NormalCG(rtol=1e-12), inner_args=bl.MicroBatches([case.args["inner_args"]] * 2))
+    assert relative_error(hg.grad, case.grad) <= 1e-9
+
+
+def test_the_normal_equations_need_the_transpose():
+    class Bare(Affine):
+        jvp_params = property()  # as if it was not there
+
+    case = equation("root", bl.get_backend("numpy"), function=Bare())
+    with pytest.raises(TypeError, match=r"NormalCG needs products .* its transpose.*jvp_params.*NonSymmetric"):
+        case.hypergradient(solver=bl.NormalCG())
+
+
+def test_each_term_of_neumann_may_have_another_batch(backend):
+    """Stochastic AID (Grazzi, Pontil & Salzo, AISTATS 2021). The first batch serves the cross product."""
+    case = equation("fixed point", backend)
+    A, B, c = case.args["inner_args"]
+    case.args["inner_args"] = [(A, B, c), (0.5 * A, 2 * B, c)]
+    hg = case.hypergradient(bl.Neumann(terms=3, step_size=1.0), on_failure="ignore")
+    host, (t, d) = backend.to_numpy, case.args["outer_args"]
+    A, B, rhs = host(A), host(B), host(case.params) - host(t)
+    terms = [rhs]
+    for matrix in (0.5 * A, A, 0.5 * A):
+        terms.append(matrix.T @ terms[-1])
+    assert relative_error(hg.grad, B.T @ sum(terms) + host(d)) <= 1e-12
 
 
 def test_unrolling_forwards_is_refused(backend):

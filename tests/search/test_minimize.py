@@ -401,7 +401,7 @@ class TestMistakes:
             PerFeature().minimize(maxiter=maxiter)
 
     def test_a_fit_that_returns_nothing(self):
-        with pytest.raises(TypeError, match=r"fit returned None\. Return the trained params\."):
+        with pytest.raises(TypeError, match=r"fit returned None\. Return the params\."):
             PerFeature().minimize(fit=lambda hparams, params0: None)
 
     def test_an_unknown_solver(self):

@@ -522,7 +522,7 @@ class TestRetraining:
             check_hypergradient(*case.at, **options, damping=1.0)
         with pytest.raises(TypeError, match="fit: expected a function"):
             check_hypergradient(*case.at, **{**options, "fit": 3})
-        with pytest.raises(TypeError, match=r"fit returned None\. Return the trained params\."):
+        with pytest.raises(TypeError, match=r"fit returned None\. Return the params\."):
             check_hypergradient(*case.at, **{**options, "fit": lambda h, w: None})
         with pytest.raises(ValueError, match="the result of fit: expected the structure of params"):
             check_hypergradient(*case.at, **{**options, "fit": lambda h, w: np.ones(2)})

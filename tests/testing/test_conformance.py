@@ -19,6 +19,15 @@ SOLVERS = {
     "cg_diagonal": (bl.CG(preconditioner=bl.DiagonalPreconditioner()), {"solves": DEFINITE, "backends": EAGER}),
     "minres": (bl.MINRES(), {"solves": [*DEFINITE, "indefinite", "singular"]}),
     "gmres": (bl.GMRES(), {"solves": EVERY_CLASS}),
+    "gmres_diagonal": (
+        bl.GMRES(preconditioner=bl.DiagonalPreconditioner()),
+        {"solves": DEFINITE, "backends": EAGER},
+    ),
+    "bicgstab_diagonal": (
+        bl.BiCGStab(preconditioner=bl.DiagonalPreconditioner()),
+        {"solves": DEFINITE, "backends": EAGER},
+    ),
+    "normal_cg": (bl.NormalCG(), {"solves": EVERY_CLASS}),
     "bicgstab": (bl.BiCGStab(), {"solves": [*DEFINITE, "indefinite", "nonsymmetric"]}),
     "nystrom": (
         bl.Nystrom(),

@@ -55,7 +55,11 @@ def run(
         trapped = space.xp.where(backend.space(flat).dot(unit, flat) != 0, float("nan"), 1.0)
         return space.scale(trapped, space.unravel(matrix @ flat))
 
-    A = LinearOperator(space, product, kind.symmetric, (lambda i: product) if kind.sampled else None)
+    def transpose(v: V) -> V:
+        return space.unravel(matrix.T @ space.ravel(v))
+
+    sample = (lambda i: product) if kind.sampled else None
+    A = LinearOperator(space, product, kind.symmetric, sample, transpose=None if kind.symmetric else transpose)
     return solver.solve(solver.init(A), A, rhs, x0)
 
 
