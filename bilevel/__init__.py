@@ -34,6 +34,7 @@ from bilevel.results import Hypergradient, SolverInfo, Status
 from bilevel.search.inner_solver import scipy_fit
 from bilevel.search.minimize import minimize
 from bilevel.search.newton_fit import newton_fit
+from bilevel.search.pareto import pareto
 from bilevel.search.proximal_fit import proximal_fit
 from bilevel.warm_start import WarmStart
 
@@ -86,6 +87,7 @@ __all__ = [
     "metagradient",
     "minimize",
     "newton_fit",
+    "pareto",
     "prepare",
     "problems",
     "projections",
