@@ -36,14 +36,8 @@ def test_plain_functions_are_differentiated(backend):
     xp = namespace(backend)
     problem = bl.Problem(lambda w, h: 0.5 * ((w - h) ** 2).sum(), lambda w, h: w.sum())
     objectives = [lambda w, h: (w**2).sum(), lambda w, h: xp.exp(w).sum()]
-    [found] = bl.pareto(
-        problem,
-        objectives,
-        backend.from_numpy(np.ones(2)),
-        weights=[(1, 2)],
-        fit=lambda h, _: h,
-        options={"gtol": 1e-9},
-    )
+    options = {"fit": lambda h, _: h, "options": {"gtol": 1e-9}}
+    [found] = bl.pareto(problem, objectives, backend.from_numpy(np.ones(2)), weights=[(1, 2)], **options)
     x = backend.to_numpy(found.x)
     assert np.abs(2 * x + 2 * np.exp(x)).max() <= 1e-6
 
