@@ -48,7 +48,7 @@ def minimize(
     inner_args: Args = (),
     outer_args: Args = (),
     solver: SolverSpec = "cg",
-    method: str = "L-BFGS-B",
+    method: str | Callable[..., scipy.optimize.OptimizeResult] = "L-BFGS-B",
     bounds: scipy.optimize.Bounds | Sequence[object] | None = None,
     constraints: Any = (),
     tol: float | None = None,
@@ -76,7 +76,9 @@ def minimize(
             a model in place, because params are copied.
         params0: the start of the first fit, if it needs a start.
         method: a method of `scipy.optimize.minimize`: L-BFGS-B or, without bounds, CG or BFGS (which stores a matrix).
-            With constraints, SLSQP (which stores a matrix) or trust-constr.
+            With constraints, SLSQP (which stores a matrix) or trust-constr. Or a function, as SciPy calls it:
+            ``method(fun, x0, *, jac, bounds, callback, maxiter, **further) -> OptimizeResult``, for example around an
+            optimizer of optax. It calls ``callback(OptimizeResult(x=x))`` after each iteration.
         bounds: a pair (low, high) for all entries of λ, a SciPy ``Bounds``, or a pair per entry. None is no bound.
         constraints: a constraint of SciPy (``LinearConstraint``, ``NonlinearConstraint``, a dict), or a list of them.
             Their functions receive the entries of all leaves of λ as a float64 NumPy array of shape (n,).
@@ -111,7 +113,7 @@ def minimize(
     >>> bl.minimize(problem, np.zeros(2), fit=lambda hparams, _: hparams / 2).x.round(3)
     array([2., 2.])
     """
-    method = _check_method(method, bounds=bounds, constraints=constraints)
+    method: Any = _check_method(method, bounds=bounds, constraints=constraints)
     if isinstance(maxiter, bool) or not isinstance(maxiter, Integral) or maxiter < 1:
         raise ValueError(f"maxiter: expected an integer >= 1, got {maxiter!r}.")
     check_fit(fit)
@@ -146,18 +148,21 @@ def minimize(
             options={"maxiter": maxiter, **(options or {})},
         )
     # If the bounds fix all entries, SciPy returns no nit and status.
-    ended = {key: found.get(key, 0) for key in ("nit", "success", "status", "message")}
+    ended: dict[str, Any] = {"nit": 0, "success": 0, "status": 0, "message": "", **found}
+    ended = {key: ended[key] for key in ("nit", "success", "status", "message")}
     search.accept(found.x)
     if ended["status"] == NO_STEP_STATUS.get(method):
-        ended["message"] = f"{NO_STEP} SciPy's message: {found.message}"
+        ended["message"] = f"{NO_STEP} SciPy's message: {ended['message']}"
     if (unsolved := search.unsolved()) is not None:
-        ended |= {"success": False, "status": -1, "message": f"{unsolved} SciPy's message: {found.message}"}
+        ended |= {"success": False, "status": -1, "message": f"{unsolved} SciPy's message: {ended['message']}"}
         if on_failure != "ignore":
             warnings.warn(InnerProblemWarning(f"minimize: {unsolved}"), stacklevel=callers_level())
     return scipy.optimize.OptimizeResult(**search.results(), **ended, history=search.history)
 
 
-def _check_method(method: str, **given: Any) -> str:
+def _check_method(method: Any, **given: Any) -> Any:
+    if callable(method):
+        return method
     known = {name.lower(): name for name in ARGUMENTS}
     if str(method).lower() not in known:
         raise ValueError(f"method: minimize does not support {method!r}." + suggest(str(method), ARGUMENTS))
