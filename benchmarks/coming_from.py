@@ -1,24 +1,27 @@
-"""Run all snippets of docs/coming-from.md. The test suite leaves out the snippets of the other libraries.
+"""Run all snippets of docs/coming-from.md and docs/from-jaxopt.md.
+
+The test suite leaves out the snippets of the other libraries.
 
 Run it in .venv-peers, which `make bench` makes: .venv-peers/bin/python -m benchmarks.coming_from
 It stops with an error if one of our snippets gives another number than the page. Compare what the others print.
 """
 
 import re
+import sys
 import warnings
 from pathlib import Path
 
-PAGE = Path(__file__).parents[1] / "docs" / "coming-from.md"
+PAGES = ("coming-from.md", "from-jaxopt.md")
 
 
 def main() -> None:
-    """Run the blocks in their order, in one namespace."""
-    names: dict[str, object] = {"__name__": "page"}
-    for language, block in re.findall(
-        r"^```(python|py)\n(.*?)^```$", PAGE.read_text("utf-8"), re.DOTALL | re.MULTILINE
-    ):
-        print("bilevel" if language == "python" else re.findall(r"(?:import|from) (\w+)", block)[0])
-        exec(block, names)
+    """Run the blocks of each page in their order, in one namespace. Arguments are the names of pages."""
+    for page in sys.argv[1:] or PAGES:
+        text = (Path(__file__).parents[1] / "docs" / page).read_text("utf-8")
+        names: dict[str, object] = {"__name__": "page"}
+        for language, block in re.findall(r"^```(python|py)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
+            print("bilevel" if language == "python" else re.findall(r"(?:import|from) (\w+)", block)[-1])
+            exec(block, names)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Approximate inverses that make conjugate gradients take fewer steps."""
+"""Approximate inverses that make iterative solvers take fewer steps."""
 
 from bilevel.preconditioners.diagonal import DiagonalPreconditioner
 from bilevel.preconditioners.function import FunctionPreconditioner

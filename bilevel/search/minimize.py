@@ -113,7 +113,7 @@ def minimize(
     >>> bl.minimize(problem, np.zeros(2), fit=lambda hparams, _: hparams / 2).x.round(3)
     array([2., 2.])
     """
-    method: Any = _check_method(method, bounds=bounds, constraints=constraints)
+    chosen = _check_method(method, bounds=bounds, constraints=constraints)
     if isinstance(maxiter, bool) or not isinstance(maxiter, Integral) or maxiter < 1:
         raise ValueError(f"maxiter: expected an integer >= 1, got {maxiter!r}.")
     check_fit(fit)
@@ -140,7 +140,7 @@ def minimize(
             search,
             x0,
             jac=True,
-            method=method,
+            method=chosen,
             bounds=None if bounds is None else box,
             constraints=constraints,
             tol=tol,
@@ -151,7 +151,7 @@ def minimize(
     ended: dict[str, Any] = {"nit": 0, "success": 0, "status": 0, "message": "", **found}
     ended = {key: ended[key] for key in ("nit", "success", "status", "message")}
     search.accept(found.x)
-    if ended["status"] == NO_STEP_STATUS.get(method):
+    if ended["status"] == NO_STEP_STATUS.get(chosen):
         ended["message"] = f"{NO_STEP} SciPy's message: {ended['message']}"
     if (unsolved := search.unsolved()) is not None:
         ended |= {"success": False, "status": -1, "message": f"{unsolved} SciPy's message: {ended['message']}"}
