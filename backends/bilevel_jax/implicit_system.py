@@ -107,9 +107,9 @@ class System(Generic[P]):
             hint = " Run bl.diagnose for details."
             report(backend, info, method, on_failure, symmetric=symmetric, hint=hint)
 
-        if on_failure != "ignore":
-            tell_failure(tell, lambda status: solver.failed(status), info, self.options)
-        return v
+        if on_failure == "ignore":
+            return v
+        return tell_failure(tell, lambda status: solver.failed(status), info, self.options, v)
 
     def jvp(self, v: P) -> P:
         """Return (∂r/∂w) v."""
