@@ -8,7 +8,7 @@ from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 from bilevel.linearization import Dependence, LinearizedMap, Reduction
-from bilevel.problems.folds import Folds
+from bilevel.problems.folds import Folds, SplitRows
 from bilevel.problems.protocols import BilevelProblem, Kind
 from bilevel.spaces.array import Args, Array, H, P
 from bilevel.spaces.tree import tree_map
@@ -66,7 +66,7 @@ class KFoldProblem:
     """
 
     problem: BilevelProblem
-    folds: Folds
+    folds: Folds | SplitRows
 
     def __len__(self) -> int:
         return len(self.folds)
@@ -155,7 +155,7 @@ class _MeanOverFolds:
     """The outer objective of `k_fold`: 1/K Σₖ Fₖ(wₖ, λ)."""
 
     outer: Any
-    folds: Folds
+    folds: Folds | SplitRows
 
     def __call__(self, params: list[P], hparams: object, *args: object) -> Any:
         _check_list(params, len(self.folds), "params")

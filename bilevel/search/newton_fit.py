@@ -32,21 +32,24 @@ class Fit(Protocol):
 def newton_fit(problem: Any, *, inner_args: tuple[Any, ...], tol: float = 1e-8, maxiter: int = 100) -> Fit:
     """Return ``fit(hparams, params0) -> params`` for a ready linear model in NumPy, or its cross-validation.
 
-    It is for models with params of shape (d,): `bl.problems.lasso`, `elastic_net`, `sparse_logistic`, `ridge`,
-    `logistic_regression`, `svm`, `huber` and `poisson`, and for a `bl.problems.k_fold` of one of them. Use it as the
-    ``fit`` of `bl.minimize`. It is proximal Newton's method on working sets of features, so its time depends on the
-    number of features with a weight, more than on d. With ``solver=bl.CG(preconditioner=fit.precondition)``, the linear
-    solves need a few steps, since the Hessian of the last Newton step is at hand.
+    It is for `bl.problems.lasso`, `elastic_net`, `sparse_logistic`, `ridge`, `logistic_regression`, `svm`, `huber` and
+    `poisson`, with one or several outputs, and for a `bl.problems.k_fold` of one of them. Use it as the ``fit`` of
+    `bl.minimize`. It is proximal Newton's method on working sets of features, so its time depends on the number of
+    features with a weight, more than on d. With ``solver=bl.CG(preconditioner=fit.precondition)``, the linear solves
+    need a few steps. For up to 1,500 weights that are not zero, `precondition` solves with the Hessian. For more, it
+    divides by the diagonal of the Hessian.
 
     Args:
         problem: the problem.
-        inner_args: ``(X, y)`` or ``(X, y, sample_weight)``, NumPy arrays; X of shape (n, d) may be scipy.sparse.
+        inner_args: ``(X, y)`` or ``(X, y, sample_weight)``, NumPy arrays; X of shape (n, d) may be scipy.sparse. y has
+            shape (n,), or (n, k) for k targets.
         tol: the largest violation of the conditions of optimality, relative to the largest entry of the gradient of the
             loss at w = 0.
         maxiter: maximum number of Newton steps.
 
     Returns:
-        The fit, a function with the method ``precondition``. ``params0`` is the start; None: zeros. It warns
+        The fit, a function with the method ``precondition``. ``params0`` is the start, of shape (d,) or (d, k). None:
+        zeros, with one output for each target. So a softmax of k classes needs a start. The function warns
         (`SolverWarning`) if the violation stays above ``tol``.
 
     Raises:
@@ -92,38 +95,46 @@ class _ModelFit:
         tol: float,
         maxiter: int,
     ) -> None:
-        check_shape(y, X.shape[:1])
+        check_shape(y, X.shape[:1] + np.shape(y)[1:])
         weights = np.ones(len(y), X.dtype) if sample_weight is None else sample_weight
         check_shape(weights, X.shape[:1], "sample_weight")
         columns = scipy.sparse.csc_array(X) if scipy.sparse.issparse(X) else np.asfortranarray(X)
         self._model = LinearModel(penalties.loss, columns, y, weights / weights.sum())
-        self._penalties, self._maxiter = penalties, maxiter
-        self._scale = float(np.abs(self._model.gradient(np.zeros(len(y), X.dtype))).max(initial=0.0))
-        self._tol = max(tol, ROUNDING * float(np.finfo(X.dtype).eps)) * self._scale
+        self._penalties, self._tol, self._maxiter = penalties, tol, maxiter
+        self._scales: dict[Any, float] = {}
         self._curvature: Curvature | None = None
         self._last: Any = None
 
     def __call__(self, hparams: Any, params0: Any) -> Any:
-        X = self._model.X
-        start: Any = np.zeros(X.shape[1], X.dtype) if params0 is None else np.asarray(params0)
-        if start.shape != X.shape[1:]:
+        X, y = self._model.X, self._model.y
+        start: Any = np.zeros((X.shape[1], *y.shape[1:]), X.dtype) if params0 is None else np.asarray(params0)
+        if start.ndim not in (1, 2) or start.shape[0] != X.shape[1]:
             raise ValueError(
-                f"params0: newton_fit expects shape {X.shape[1:]}, one weight for each column of X, got {start.shape}. "
-                "For several outputs, use bl.scipy_fit."
+                f"params0: newton_fit expects shape {X.shape[1:]} or ({X.shape[1]}, k), a row for each column of X, "
+                f"got {start.shape}."
             )
+        scale = self._scale(start.shape[1:])
+        tol = max(self._tol, ROUNDING * float(np.finfo(X.dtype).eps)) * scale
         l1, l2 = self._penalties.of(start, hparams)
-        found = fit(self._model, l1, l2, start, self._tol, self._maxiter)
-        if not found.violation <= self._tol:
-            _warn(found.steps, found.violation / self._scale, self._tol / self._scale)
-        self._last, self._curvature = (found.w, l2), None
+        found = fit(self._model, l1, l2, start, tol, self._maxiter)
+        if not found.violation <= tol:
+            _warn(found.steps, found.violation / scale, tol / scale)
+        self._last, self._curvature = (found, l1, l2), None
         return found.w
+
+    def _scale(self, outputs: tuple[int, ...]) -> float:
+        """Return the largest entry of the gradient of the loss at w = 0."""
+        if outputs not in self._scales:
+            gradient = self._model.gradient(np.zeros((self._model.X.shape[0], *outputs), self._model.X.dtype))
+            self._scales[outputs] = float(np.abs(gradient).max(initial=0.0))
+        return self._scales[outputs]
 
     def precondition(self, v: Any) -> Any:
         if self._last is None:
             raise ValueError("precondition: the fit has not been called yet, so there is no Hessian.")
-        w, l2 = self._last
+        found, l1, l2 = self._last
         if self._curvature is None:
-            self._curvature = Curvature(self._model, w, l2)
+            self._curvature = Curvature(self._model, found, l1, l2)
         scale = 1 + self._penalties.step_size * l2
         return scale * self._curvature.solve(scale * v)
 

@@ -14,15 +14,6 @@ from bilevel.problems.linear import logistic_regression
 from bilevel.sklearn.tuned import TunedLinearModel
 
 
-def _curvature(scores: np.ndarray) -> np.ndarray:
-    """Return the second derivatives of the cross-entropy by the scores."""
-    if scores.ndim == 1:
-        p = special.expit(scores)
-        return p * (1 - p)
-    p = special.softmax(scores, axis=1)
-    return p[:, :, None] * (np.eye(p.shape[1]) - p[:, None, :])
-
-
 class TunedLogisticRegression(ClassifierMixin, TunedLinearModel):
     """Logistic regression with an L2 penalty per feature or group, tuned by cross-validation.
 
@@ -53,7 +44,6 @@ class TunedLogisticRegression(ClassifierMixin, TunedLinearModel):
 
     classes_: np.ndarray
     _problem = staticmethod(logistic_regression)
-    _curvature = staticmethod(_curvature)
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
         """Tune the penalties, and fit.

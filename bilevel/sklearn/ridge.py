@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
-
-import numpy as np
-from sklearn.base import RegressorMixin
-from sklearn.utils.validation import check_is_fitted, validate_data
-
 from bilevel.problems.linear import ridge
-from bilevel.sklearn.tuned import TunedLinearModel
+from bilevel.sklearn.regressor import TunedRegressor
 
 
-class TunedRidge(RegressorMixin, TunedLinearModel):
+class TunedRidge(TunedRegressor):
     """Ridge regression with an L2 penalty per feature or group, tuned by cross-validation.
 
     It minimizes ‖y − Xw − b‖² + Σⱼ αⱼ wⱼ². With one α for all features, this is `sklearn.linear_model.Ridge`. The
@@ -50,27 +44,3 @@ class TunedRidge(RegressorMixin, TunedLinearModel):
     """
 
     _problem = staticmethod(ridge)
-    _curvature = None
-
-    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
-        """Tune the penalties, and fit.
-
-        Args:
-            X: shape (n, n_features), dense or sparse.
-            y: shape (n,).
-            sample_weight: shape (n,), weights of the errors in the fits and in the cross-validation.
-
-        Raises:
-            ValueError: for invalid input or options.
-        """
-        X, y = validate_data(self, X, y, accept_sparse="csr", dtype=np.float64, y_numeric=True)
-        y = np.asarray(y, np.float64)
-        self.coef_ = self._tune(X, y, sample_weight)
-        self.intercept_ = float(self.intercept_)
-        return self
-
-    def predict(self, X: Any) -> np.ndarray:
-        """Return the predictions, of shape (n,)."""
-        check_is_fitted(self)
-        X = validate_data(self, X, accept_sparse="csr", dtype=np.float64, reset=False)
-        return X @ self.coef_ + self.intercept_

@@ -14,14 +14,17 @@ from sklearn.model_selection import check_cv
 from sklearn.utils.validation import _check_sample_weight
 
 from bilevel.linear_solvers.cg import CG
-from bilevel.problems.k_fold import k_fold
-from bilevel.problems.problem import Problem
+from bilevel.problems.folds import Folds, SplitRows
+from bilevel.problems.k_fold import KFoldProblem
+from bilevel.problems.protocols import BilevelProblem
 from bilevel.search.evaluations import Evaluation
 from bilevel.search.minimize import minimize
-from bilevel.sklearn.newton import NewtonFit
+from bilevel.search.newton_fit import newton_fit
 from bilevel.spaces.array import Args
 
 START = 1.0  # the first alpha of a search
+LOOSEST = 1e-7  # the tolerance of `newton_fit` in a search with a large tolerance
+FIT_TOL = 1e-10  # of the last fit
 
 
 class Design(NamedTuple):
@@ -53,8 +56,22 @@ class Design(NamedTuple):
         return params[:-1], params[-1] - self.means @ params[:-1]
 
 
+class Start(NamedTuple):
+    """Where a search starts.
+
+    Attributes:
+        logs: log penalties of shape (kinds, 1), shared by all features. A kind is L1 or L2.
+        params: the minima of the folds there, or starts of their fits.
+        bounds: the smallest and largest log penalty of each kind, of shape (kinds, 2).
+    """
+
+    logs: np.ndarray
+    params: list[np.ndarray]
+    bounds: np.ndarray
+
+
 class TunedLinearModel(BaseEstimator):
-    """The base class of linear models that tune an L2 penalty per group of features by cross-validation.
+    """The base class of linear models that tune penalties per group of features by cross-validation.
 
     A subclass has a problem with a data fit that is a mean over examples, and calls `_tune`.
     """
@@ -64,8 +81,8 @@ class TunedLinearModel(BaseEstimator):
     alphas_: np.ndarray
     history_: list[Evaluation]
     n_iter_: int
-    _problem: ClassVar[Callable[[Sequence[int]], Problem]]
-    _curvature: ClassVar[Callable[[np.ndarray], np.ndarray] | None]
+    _problem: ClassVar[Callable[[Sequence[int]], BilevelProblem]]
+    _kinds: ClassVar[tuple[str, ...]] = ("l2",)
 
     def __init__(
         self,
@@ -92,81 +109,107 @@ class TunedLinearModel(BaseEstimator):
         tags.input_tags.sparse = True
         return tags
 
-    def _tune(self, X: Any, y: np.ndarray, sample_weight: Any, outputs: tuple[int, ...] = ()) -> np.ndarray:
+    def _tune(
+        self, X: Any, y: np.ndarray, sample_weight: Any, outputs: tuple[int, ...] = (), labels: Any = None
+    ) -> np.ndarray:
         """Search the penalties, fit all rows with them, and return the coefficients, of shape (d, *outputs).
 
-        Set ``intercept_``, ``alphas_``, ``history_`` and ``n_iter_``.
+        Set ``intercept_``, ``alphas_``, ``history_`` and ``n_iter_``. ``labels`` of the rows are for stratified folds.
         """
         groups = _groups(self.penalty, X.shape[1])
-        low, high = self._log_bounds()
         weights = np.asarray(_check_sample_weight(sample_weight, X, dtype=np.float64))
-        splitter: Any = check_cv(self.cv, y, classifier=is_classifier(self))
-        folds = [tuple(map(np.asarray, fold)) for fold in splitter.split(X, y)]
+        labels = y if labels is None else labels
+        splitter: Any = check_cv(self.cv, labels, classifier=is_classifier(self))
+        folds = [tuple(map(np.asarray, fold)) for fold in splitter.split(X, labels)]
         _check_weights(weights, folds)
         design = Design.of(X, weights, self.fit_intercept)
         data = design.X, y, weights
+        rows = SplitRows(Folds(folds), data, _by_columns)
         size = float(np.mean([weights[train].sum() for train, _ in folds]))
-        params: Any = [np.zeros((design.X.shape[1], *outputs))] * len(folds)
-        log_alphas = np.clip(np.log([START]), low, high)
+        start = self._start(rows, np.zeros((design.X.shape[1], *outputs)), size)
         self.history_, self.n_iter_ = [], 0
-        for part in [np.zeros_like(groups)] + [groups] * bool(groups.max()):  # one penalty first, for a good start
-            start = np.broadcast_to(log_alphas, part.max() + 1) - np.log(size)
-            found = self._search(part, folds, data, start, params, (low - np.log(size), high - np.log(size)))
-            params, log_alphas = found.params, found.x + np.log(size)
-            self.history_ += found.history
-            self.n_iter_ += max(int(found.nit), 1)
-            if not found.success:
-                message = f"The search for penalties did not converge: {found.message} Raise max_iter or tol."
-                warnings.warn(ConvergenceWarning(message), stacklevel=3)
-        self.alphas_ = np.exp(log_alphas)[groups]
-        params = self._fit_on(groups, *data)(log_alphas - np.log(weights.sum()), np.mean(params, axis=0))
-        coef, self.intercept_ = design.coefficients(params)
+        start = self._search(np.zeros_like(groups), rows, start)  # one penalty first, for a good start
+        if groups.max():
+            start = self._search(groups, rows, self._restart(start))
+        logs = start.logs + np.log(self._units(size) / self._units(weights.sum()))
+        self._set_alphas(np.exp(start.logs)[:, groups] * self._units(size))
+        fit = newton_fit(self._on(groups), inner_args=_by_columns(data), tol=FIT_TOL)
+        coef, self.intercept_ = design.coefficients(fit(self._hparams(logs), np.mean(start.params, axis=0)))
         return coef
 
-    def _search(
-        self, groups: np.ndarray, folds: Sequence[Any], data: Args, start: np.ndarray, params: Any, bounds: Any
-    ) -> Any:
-        """Minimize the cross-validated loss over log penalties, from a start. Return the result of `minimize`."""
-        cv = k_fold(self._on(groups), folds)
-        fits = [self._fit_on(groups, *rows) for rows in cv.folds.training(data)]
-        return minimize(
+    def _start(self, rows: SplitRows, params: np.ndarray, size: float) -> Start:
+        """Return the start of the search for shared penalties. ``params`` are zeros."""
+        bounds = self._log_bounds() - np.log(self._units(size))
+        logs = np.clip(np.log(START / self._units(size)), *bounds)
+        return Start(np.full((1, 1), logs), [params] * len(rows), bounds[None])
+
+    def _restart(self, found: Start) -> Start:
+        """Return the start of the search for penalties of groups from the shared penalties."""
+        return found
+
+    def _search(self, groups: np.ndarray, rows: SplitRows, start: Start) -> Start:
+        """Minimize the cross-validated loss over log penalties of groups. Return the minimum."""
+        logs = np.broadcast_to(start.logs, (len(self._kinds), groups.max() + 1))
+        cv = KFoldProblem(self._on(groups), rows)
+        fit: Any = newton_fit(cv, inner_args=(), tol=float(np.clip(self.tol**2, FIT_TOL, LOOSEST)))
+        found = minimize(
             cv,
-            start,
-            fit=lambda h, ws: [fit(h, w) for fit, w in zip(fits, ws, strict=True)],
-            params0=params,
-            inner_args=data,
-            outer_args=data,
-            solver=CG(rtol=1e-6, maxiter=1000, preconditioner=_block_preconditioner(fits)),
-            bounds=bounds,
+            self._hparams(logs),
+            fit=fit,
+            params0=start.params,
+            solver=CG(rtol=1e-6, maxiter=1000, preconditioner=fit.precondition),
+            bounds=[tuple(pair) for pair in np.repeat(start.bounds, logs.shape[1], axis=0)],
             maxiter=self.max_iter,
-            options={"gtol": self.tol, "ftol": self.tol**2},
+            options=self._options(),
             progress=bool(self.verbose),
         )
+        self.history_ += found.history
+        self.n_iter_ += max(int(found.nit), 1)
+        if not self._ended(found):
+            message = f"The search for penalties did not converge: {found.message} Raise max_iter or tol."
+            warnings.warn(ConvergenceWarning(message), stacklevel=4)
+        return Start(self._logs(found.x), found.params, start.bounds)
 
-    def _on(self, groups: np.ndarray) -> Problem:
+    def _options(self) -> dict[str, float]:
+        return {"gtol": self.tol, "ftol": self.tol**2}
+
+    def _ended(self, found: Any) -> bool:
+        """Return whether the search has converged."""
+        return found.success
+
+    def _set_alphas(self, alphas: np.ndarray) -> None:
+        """Set the attributes for penalties of shape (kinds, d)."""
+        [self.alphas_] = alphas
+
+    def _units(self, total: float) -> float:
+        """Return alpha/exp(λ), for rows with this total weight. scikit-learn's losses are sums."""
+        return total
+
+    def _hparams(self, logs: np.ndarray) -> Any:
+        """Return the hyperparameters of the problem from log penalties of shape (kinds, groups)."""
+        return logs[0] if len(logs) == 1 else dict(zip(self._kinds, logs, strict=True))
+
+    def _logs(self, hparams: Any) -> np.ndarray:
+        return np.stack([hparams[kind] for kind in self._kinds]) if isinstance(hparams, dict) else hparams[None]
+
+    def _on(self, groups: np.ndarray) -> BilevelProblem:
         """Return the problem with a penalty per group. The intercept has none."""
         return type(self)._problem([*groups, -1] if self.fit_intercept else list(groups))
 
-    def _fit_on(self, groups: np.ndarray, X: Any, y: Any, sample_weight: Any) -> NewtonFit:
-        return NewtonFit(self._on(groups).inner, type(self)._curvature, X, y, sample_weight)
-
-    def _log_bounds(self) -> tuple[float, float]:
+    def _log_bounds(self) -> np.ndarray:
         try:
             low, high = (float(limit) for limit in self.bounds)
         except (TypeError, ValueError) as error:
             raise ValueError(f"bounds: expected two numbers (low, high), got {self.bounds!r}.") from error
         if not 0 < low <= high < np.inf:
             raise ValueError(f"bounds: expected 0 < low <= high < inf, the range of alphas_, got {self.bounds!r}.")
-        return float(np.log(low)), float(np.log(high))
+        return np.log([low, high])
 
 
-def _block_preconditioner(fits: Sequence[NewtonFit]) -> Any:
-    """Return the preconditioner of all folds: the solves of their last Newton steps."""
-
-    def precondition(v: list[np.ndarray]) -> list[np.ndarray]:
-        return [fit.precondition(part) for fit, part in zip(fits, v, strict=True)]
-
-    return precondition
+def _by_columns(data: Args) -> Args:
+    """Return the data with features in the format that is fast for columns."""
+    X: Any = data[0]
+    return (X.tocsc() if sparse.issparse(X) else np.asfortranarray(X)), *data[1:]
 
 
 def _groups(penalty: Any, features: int) -> np.ndarray:

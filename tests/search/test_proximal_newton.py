@@ -9,7 +9,7 @@ from scipy import sparse
 
 import bilevel as bl
 from bilevel.problems.losses import CrossEntropy, Huber, LeastSquares, Poisson, SquaredHinge
-from bilevel.search import proximal_newton
+from bilevel.search import quadratic_model
 from bilevel.search.proximal_newton import LinearModel, fit
 
 LOSSES = [LeastSquares(), CrossEntropy(), SquaredHinge(), Huber(0.5), Poisson()]
@@ -61,7 +61,7 @@ def test_systems_without_a_matrix_and_sparse_data_give_the_same(loss, monkeypatc
     l1, l2 = np.full(60, 0.005), np.full(60, 0.01)
     dense = fit(make_model(loss), l1, l2, np.zeros(60), 1e-10, 100)
     columns = fit(make_model(loss, wrap=sparse.csc_array), l1, l2, np.zeros(60), 1e-10, 100)
-    monkeypatch.setattr(proximal_newton, "LARGEST_MATRIX", 2)
+    monkeypatch.setattr(quadratic_model, "LARGEST_MATRIX", 2)
     products = fit(make_model(loss, wrap=sparse.csc_array), l1, l2, np.zeros(60), 1e-10, 100)
     for other in (columns, products):
         assert other.violation <= 1e-10
@@ -99,6 +99,35 @@ class TestNewtonFit:
             w = bl.newton_fit(problem, inner_args=data, tol=1e-12)(h, None)
             assert np.linalg.norm(problem.inner.grad(w, h, *data)) <= 1e-11
 
+    @pytest.mark.parametrize("name", ["ridge", "logistic_regression", "svm"])
+    @pytest.mark.parametrize("largest", [1500, 0])
+    def test_several_outputs(self, name, largest, monkeypatch):
+        monkeypatch.setattr(quadratic_model, "LARGEST_MATRIX", largest)
+        X, _, s = self.data()
+        classes = np.arange(24) % 3
+        y = classes if name == "logistic_regression" else np.eye(3)[classes]
+        problem, h = getattr(bl.problems, name)([0, 1, 1, 0, 2, -1]), np.array([-1.0, -6.0, -2.0])
+        fit = bl.newton_fit(problem, inner_args=(X, y, s), tol=1e-12)
+        w = fit(h, np.zeros((6, 3)))
+        assert np.linalg.norm(problem.inner.grad(w, h, X, y, s)) <= 1e-11
+        v = np.random.default_rng(1).standard_normal((6, 3))
+        v -= v.mean(1, keepdims=True)  # a shift of all classes is in the null space of the softmax's Hessian
+        if largest:
+            found = fit.precondition(problem.inner.hvp(w, h, v, X, y, s))
+            assert relative_error(found - found.mean(1, keepdims=True), v) <= 1e-6
+
+    def test_a_sparse_softmax(self):
+        X = self.data(60)[0]
+        y = np.digitize(X[:, 0] + 0.3 * X[:, 1], [-0.5, 0.5])
+        problem, h = bl.problems.sparse_logistic([0, 1, 1, 0, 2, -1]), np.log([0.03, 0.1, 0.1])
+        w = bl.newton_fit(problem, inner_args=(X, y), tol=1e-12)(h, np.zeros((6, 3)))
+        l1 = np.array([0.03, 0.1, 0.1, 0.03, 0.1, 0])[:, None]
+        gradient = problem.smooth.grad(w, h, X, y)
+        zero = (w == 0) & (l1 > 0)
+        assert 4 < zero.sum() < 14
+        assert np.all(np.abs(gradient)[zero] <= np.broadcast_to(l1, w.shape)[zero])
+        assert np.abs(gradient + l1 * np.sign(w))[~zero].max() <= 1e-11
+
     def test_the_folds_of_a_cross_validation(self):
         model_selection = pytest.importorskip("sklearn.model_selection")
         X, y, s = self.data()
@@ -135,8 +164,8 @@ class TestNewtonFit:
         quadratic = bl.problems.quadratic(np.eye(2), np.eye(2), np.ones(2))
         with pytest.raises(TypeError, match=r"newton_fit: expected a ready linear model.*use bl\.scipy_fit"):
             bl.newton_fit(quadratic, inner_args=(X, y))
-        for shape in ((5,), (6, 2)):
-            with pytest.raises(ValueError, match=r"params0: newton_fit expects shape \(6,\).*use bl\.scipy_fit"):
+        for shape in ((5,), (5, 2), ()):
+            with pytest.raises(ValueError, match=r"params0: newton_fit expects shape \(6,\) or \(6, k\), a row for"):
                 bl.newton_fit(bl.problems.ridge(), inner_args=(X, y))(np.zeros(6), np.zeros(shape))
         with pytest.raises(ValueError, match=r"y: expected shape \(24,\), with the rows of X, got \(23,\)"):
             bl.newton_fit(bl.problems.ridge(), inner_args=(X, y[1:]))

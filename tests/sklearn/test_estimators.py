@@ -18,7 +18,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from bilevel.sklearn import TunedLogisticRegression, TunedRidge, newton
+from bilevel.search import quadratic_model
+from bilevel.sklearn import TunedLogisticRegression, TunedRidge
 
 
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.SkipTestWarning")
@@ -121,7 +122,7 @@ def test_sparse_features_give_the_fit_of_dense_features(classes):
 def test_fits_by_cg_agree_with_fits_by_cholesky(classes, monkeypatch):
     X, y = classification(classes)
     dense = TunedLogisticRegression(cv=3).fit(X, y)
-    monkeypatch.setattr(newton, "DENSE", 0)
+    monkeypatch.setattr(quadratic_model, "LARGEST_MATRIX", 0)
     found = TunedLogisticRegression(cv=3).fit(X, y)
     assert relative_error(found.predict_proba(X), dense.predict_proba(X)) <= 1e-3
     ridge = TunedRidge(cv=3).fit(*regression())
