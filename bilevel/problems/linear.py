@@ -57,16 +57,20 @@ class _Penalized:
     fit: DataFit
     groups: tuple[int, ...] | None
 
-    def __call__(self, params: Array, hparams: Array, *data: Array) -> Array:
-        return self.fit(params, *data) + 0.5 * (self.penalties(params, hparams) * params**2).sum()
+    def __call__(self, params: Array, hparams: Array, X: Any, y: Array, sample_weight: Array | None = None) -> Array:
+        return self.fit(params, X, y, sample_weight) + 0.5 * (self.penalties(params, hparams) * params**2).sum()
 
-    def grad(self, params: Array, hparams: Array, *data: Array) -> Array:
-        return self.fit.grad(params, *data) + self.penalties(params, hparams) * params
+    def grad(self, params: Array, hparams: Array, X: Any, y: Array, sample_weight: Array | None = None) -> Array:
+        return self.fit.grad(params, X, y, sample_weight) + self.penalties(params, hparams) * params
 
-    def hvp(self, params: Array, hparams: Array, vector: Array, *data: Array) -> Array:
-        return self.fit.hvp(params, vector, *data) + self.penalties(params, hparams) * vector
+    def hvp(
+        self, params: Array, hparams: Array, vector: Array, X: Any, y: Array, sample_weight: Array | None = None
+    ) -> Array:
+        return self.fit.hvp(params, vector, X, y, sample_weight) + self.penalties(params, hparams) * vector
 
-    def cross_vjp(self, params: Array, hparams: Array, vector: Array, *data: Array) -> Array:
+    def cross_vjp(
+        self, params: Array, hparams: Array, vector: Array, X: Any, y: Array, sample_weight: Array | None = None
+    ) -> Array:
         per_weight: Any = self.penalties(params, hparams) * params * vector
         if self.groups is not None:
             per_feature = per_weight.sum(tuple(range(1, params.ndim)))
@@ -76,7 +80,9 @@ class _Penalized:
         total: Any = np.asarray(per_weight.sum(tuple(range(hparams.ndim, params.ndim))))
         return total
 
-    def cross_jvp(self, params: Array, hparams: Array, vector: Array, *data: Array) -> Array:
+    def cross_jvp(
+        self, params: Array, hparams: Array, vector: Array, X: Any, y: Array, sample_weight: Array | None = None
+    ) -> Array:
         return self.penalties(params, hparams) * self.spread(params, vector) * params
 
     def penalties(self, params: Array, hparams: Array) -> Array:
@@ -106,11 +112,13 @@ class Unpenalized:
 
     fit: DataFit
 
-    def __call__(self, params: Array, hparams: Array, *data: Array) -> Array:
-        return self.fit(params, *data)
+    def __call__(self, params: Array, hparams: Array, X: Any, y: Array, sample_weight: Array | None = None) -> Array:
+        return self.fit(params, X, y, sample_weight)
 
-    def grad(self, params: Array, hparams: Array, *data: Array) -> tuple[Array, None]:
-        return self.fit.grad(params, *data), None
+    def grad(
+        self, params: Array, hparams: Array, X: Any, y: Array, sample_weight: Array | None = None
+    ) -> tuple[Array, None]:
+        return self.fit.grad(params, X, y, sample_weight), None
 
 
 def ridge(groups: Any = None) -> Problem:

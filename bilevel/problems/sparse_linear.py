@@ -20,23 +20,31 @@ class _Smooth:
 
     fit: DataFit
 
-    def __call__(self, params: Array, hparams: object, *data: Array) -> Array:
-        return self.fit(params, *data)
+    def __call__(self, params: Array, hparams: object, X: Any, y: Array, sample_weight: Array | None = None) -> Array:
+        return self.fit(params, X, y, sample_weight)
 
-    def grad(self, params: Array, hparams: object, *data: Array) -> Array:
-        return self.fit.grad(params, *data)
+    def grad(self, params: Array, hparams: object, X: Any, y: Array, sample_weight: Array | None = None) -> Array:
+        return self.fit.grad(params, X, y, sample_weight)
 
-    def hvp(self, params: Array, hparams: object, vector: Array, *data: Array) -> Array:
-        return self.fit.hvp(params, vector, *data)
+    def hvp(
+        self, params: Array, hparams: object, vector: Array, X: Any, y: Array, sample_weight: Array | None = None
+    ) -> Array:
+        return self.fit.hvp(params, vector, X, y, sample_weight)
 
-    def hvp_on(self, support: Any, params: Array, hparams: object, *data: Array) -> Callable[[Any], Any]:
+    def hvp_on(
+        self, support: Any, params: Array, hparams: object, X: Any, y: Array, sample_weight: Array | None = None
+    ) -> Callable[[Any], Any]:
         """Return v -> H v for v that are zero outside of the support, a mask. The result is zero there too."""
-        return self.fit.hvp_on(support, params, *data)
+        return self.fit.hvp_on(support, params, X, y, sample_weight)
 
-    def cross_vjp(self, params: Array, hparams: object, vector: Array, *data: Array) -> None:
+    def cross_vjp(
+        self, params: Array, hparams: object, vector: Array, X: Any, y: Array, sample_weight: Array | None = None
+    ) -> None:
         return None
 
-    def cross_jvp(self, params: Array, hparams: object, vector: object, *data: Array) -> Any:
+    def cross_jvp(
+        self, params: Array, hparams: object, vector: object, X: Any, y: Array, sample_weight: Array | None = None
+    ) -> Any:
         return np.zeros_like(params)
 
 
