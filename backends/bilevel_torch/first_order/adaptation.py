@@ -1,0 +1,42 @@
+"""The diagonal preconditioner of an adaptive optimizer."""
+
+from typing import Any
+
+import torch
+from typing_extensions import TypeIs
+
+MOMENTS = ("max_exp_avg_sq", "exp_avg_sq")  # of AMSGrad, which replaces the other, and of Adam
+
+
+def check_adaptive(optimizer: object) -> TypeIs[torch.optim.Optimizer]:
+    """Raise a TypeError unless an object is None or an optimizer of the Adam family."""
+    known = torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam
+    if optimizer is not None and not isinstance(optimizer, known):
+        raise TypeError(
+            "preconditioner: expected the Adam, AdamW, NAdam or RAdam of torch.optim that trains the module, got "
+            f"{type(optimizer).__name__}. Leave it out for other optimizers."
+        )
+    return optimizer is not None
+
+
+def inverse_roots(optimizer: torch.optim.Optimizer, params: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Return 1 / (√v̂ + eps) for each parameter, where v̂ is the average of its squared gradients.
+
+    A parameter that has received no gradient has zero.
+
+    Raise a ValueError if the optimizer has no state, or does not have a parameter.
+    """
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    if any(id(p) not in groups for p in params):
+        raise ValueError("preconditioner: the optimizer does not train all parameters of the module.")
+    if not any(optimizer.state.get(p) for p in params):
+        raise ValueError("preconditioner: the optimizer has taken no step. Call FirstOrder.backward after its steps.")
+    return [_inverse_root(p, optimizer.state.get(p, {}), groups[id(p)]) for p in params]
+
+
+def _inverse_root(p: torch.Tensor, state: dict[str, Any], group: dict[str, Any]) -> torch.Tensor:
+    if not state:
+        return torch.zeros_like(p)
+    square = next(state[name] for name in MOMENTS if name in state)
+    correction = 1 - group["betas"][1] ** torch.as_tensor(state["step"], dtype=torch.float64)
+    return 1 / ((square / correction).sqrt() + group["eps"])
