@@ -1,6 +1,4 @@
 """Gradients of losses that run the user's module, at its weights and next to them."""
-# pyright: reportPrivateImportUsage=false
-# (PyTorch documents its foreach functions, and exports them with an underscore.)
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -123,15 +121,15 @@ class Evaluation:
         def to(sign: int) -> None:
             set_random_states(states)
             with torch.no_grad():
-                torch._foreach_copy_(self._params, before)
-                for p, d in zip(self._params, move, strict=True):
-                    p.add_(d, alpha=sign)
+                for p, old, d in zip(self._params, before, move, strict=True):
+                    p.copy_(old).add_(d, alpha=sign)
 
         try:
             yield to
         finally:
             with torch.no_grad():
-                torch._foreach_copy_(self._params, before)
+                for p, old in zip(self._params, before, strict=True):
+                    p.copy_(old)
 
     def _backward(self, name: str, loss: Loss, count: int) -> torch.Tensor:
         value = checked(name, loss())

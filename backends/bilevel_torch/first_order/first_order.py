@@ -1,6 +1,4 @@
 """Hypergradients for training loops, by gradients only."""
-# pyright: reportPrivateImportUsage=false
-# (PyTorch documents its foreach functions, and exports them with an underscore.)
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -187,7 +185,8 @@ class FirstOrder:
         square = _dot(products, products)
         multiple = torch.where(square > 0, _dot(c, products).abs() / torch.where(square > 0, square, 1.0), 0.0)
         if self._optimizer is not None:
-            torch._foreach_copy_(self._v, [multiple * x for x in direction])
+            for v, x in zip(self._v, direction, strict=True):
+                v.copy_(multiple * x)
         return multiple
 
     def _track(self, inner: list[Loss], c: Tensors, optimizer: torch.optim.Optimizer) -> tuple[Optionals, torch.Tensor]:
