@@ -34,7 +34,7 @@ import data
 TRAIN, BATCH, DECAY, SIGMA = 5000, 500, 1e-3, 100.0
 RATE, ADAM, TRACKING, OUTER_RATE = 1e-2, 1e-3, 0.1, 0.1
 CG_STEPS = 3
-COSTS = {"none": 1, "identity": 4, "sama": 4, "tracked": 4, "tracked-adam": 4, "f2sa": 3, "cg": 4 + 2 * CG_STEPS}
+COSTS = {"none": 1, "identity": 4, "sama": 4, "tracked": 4, "f2sa": 3, "cg": 4 + 2 * CG_STEPS}
 
 
 @dataclass(frozen=True)
@@ -95,12 +95,12 @@ def run(method: str, net_name: str, of: Data, gradients: int, seed: int) -> tupl
     scores = torch.zeros(len(of.wrong), requires_grad=True)
     rate = RATE if net_name == "linear" else ADAM
     optimizer, outer_optimizer = torch.optim.Adam(net.parameters(), rate), torch.optim.Adam([scores], OUTER_RATE)
-    tracking = partial(torch.optim.SGD, lr=rate if method == "tracked-adam" else TRACKING, weight_decay=1e-2)
+    tracking = partial(torch.optim.SGD, lr=TRACKING, weight_decay=1e-2)
     first_order = bilevel_torch.FirstOrder(
         net,
         scores,
-        optimizer=tracking if method.startswith("tracked") else None,
-        preconditioner=optimizer if method in ("sama", "tracked-adam") else None,
+        optimizer=tracking if method == "tracked" else None,
+        preconditioner=optimizer if method == "sama" else None,
     )
     f2sa = F2SA(net, make, scores)
     solver = bl.WarmStart({"name": "cg", "maxiter": CG_STEPS, "rtol": None, "damping": 1e-2})

@@ -146,7 +146,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{name:>18}: {gradients:>4} gradients, error {error:.1e}", flush=True)
     for seed in range(options.seeds):
         data = split(options.data, seed)
-        sizes = {"steps": options.steps, "judged": 1, "iterations": 40}
+        sizes = {"steps": options.steps, "judged": 8, "iterations": 40}
 
         def judged(hparams: np.ndarray, data: Data = data) -> float:
             return float(

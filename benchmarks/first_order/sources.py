@@ -31,8 +31,7 @@ sys.path.append(str(Path(__file__).parents[2] / "examples" / "paper"))
 import data
 
 SOURCES = 8
-ADAM = {"sama": True, "tracked-adam": True}
-METHODS = ["uniform", "clean", "identity", "sama", "tracked", "tracked-adam"]
+METHODS = ["uniform", "clean", "identity", "sama", "tracked"]
 
 
 @dataclass(frozen=True)
@@ -131,12 +130,12 @@ def run(method: str, folder: Path | None, size: Size, seed: int, compiled: bool,
     optimizer = torch.optim.AdamW(net.parameters(), 3e-3)
     scores = torch.zeros(SOURCES, requires_grad=True)
     outer_optimizer = torch.optim.Adam([scores], size.rate)
-    track = partial(torch.optim.SGD, lr=3e-3 if method == "tracked-adam" else size.tracking, weight_decay=1e-2)
+    track = partial(torch.optim.SGD, lr=size.tracking, weight_decay=1e-2)
     first_order = bilevel_torch.FirstOrder(
         net,
         scores,
-        optimizer=track if method.startswith("tracked") else None,
-        preconditioner=optimizer if method in ADAM else None,
+        optimizer=track if method == "tracked" else None,
+        preconditioner=optimizer if method == "sama" else None,
     )
     rng = np.random.default_rng(seed)
     usable = np.flatnonzero(~text.shuffled[text.source]) if method == "clean" else np.arange(len(text.train))

@@ -176,6 +176,17 @@ def test_bfloat16_autocast_chooses_a_larger_perturbation():
     assert relative(grad, exact) < 0.15
 
 
+def test_bfloat16_parameters():
+    net = Attention()
+    exact = by_identity(net, *attention_losses(net))
+    net.bfloat16()
+    weights, inner, outer = attention_losses(lambda x: net(x.bfloat16()).float())
+    method = bilevel_torch.FirstOrder(net, weights, optimizer=SGD)
+    assert {v.dtype for v in method.backward(inner, outer).adjoint} == {torch.float32}
+    grad = bilevel_torch.FirstOrder(net, weights)
+    assert relative(grad.backward(inner, outer).grad / grad.state_dict()["multiple"], exact) < 0.15
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpoints(reentrant):
     from torch.utils.checkpoint import checkpoint
@@ -236,8 +247,10 @@ def test_gradients_are_counted(steps):
     assert calls == ["outer"] + 2 * steps * ["inner"]
 
 
-@pytest.mark.parametrize("preconditioned", [False, True])
-@pytest.mark.parametrize("optimizer", [None, partial(torch.optim.SGD, lr=1e-3, momentum=0.9)])
+@pytest.mark.parametrize(
+    ("optimizer", "preconditioned"),
+    [(None, False), (None, True), (partial(torch.optim.SGD, lr=1e-3, momentum=0.9), False)],
+)
 def test_resumes_to_the_same_bits(optimizer, preconditioned):
     def start():
         net, weights, inner, outer = regression()
@@ -271,13 +284,14 @@ def test_resumes_to_the_same_bits(optimizer, preconditioned):
 
 
 def test_preconditioner_is_the_diagonal_of_adam():
-    """Without an optimizer, v is a multiple of ∂F/∂w / (√v̂ + eps). After one step of Adam, √v̂ = |∂L/∂w|."""
+    """v is a multiple of ∂F/∂w / (√v̂ + eps + rms(√v̂)/10). After one step of Adam, √v̂ is the absolute gradient."""
     net, weights, inner, outer = regression()
     adam = torch.optim.Adam(net.parameters(), 1e-2, eps=1e-3)
     adam.zero_grad()
     loss = inner() + outer()
     loss.backward()
-    roots = [p.grad.abs() + 1e-3 for p in net.parameters()]
+    rms = torch.cat([p.grad.ravel() for p in net.parameters()]).square().mean().sqrt()
+    roots = [p.grad.abs() + 1e-3 + 0.1 * rms for p in net.parameters()]
     adam.step()
     method = bilevel_torch.FirstOrder(net, weights, preconditioner=adam)
     hg = method.backward(inner, outer)
@@ -364,6 +378,14 @@ ERRORS = {
     "an optimizer of something else": (
         lambda net, w, inner, outer: {"preconditioner": torch.optim.Adam([w])},
         "preconditioner: the optimizer does not train all parameters",
+    ),
+    "both": (
+        lambda net, w, inner, outer: {"preconditioner": torch.optim.Adam(net.parameters()), "optimizer": SGD},
+        "pass either an optimizer, to track v, or a preconditioner",
+    ),
+    "an optimizer object": (
+        lambda net, w, inner, outer: {"optimizer": torch.optim.SGD(net.parameters(), 0.1)},
+        "optimizer: expected a function from a list of tensors to an optimizer of torch.optim",
     ),
     "perturbation": (
         lambda net, w, inner, outer: {"perturbation": -1.0},

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from bilevel_torch.first_order.vectors import Tensors
 from bilevel_torch.isolation import random_states, set_random_states
 
-Tensors = list[torch.Tensor]
 Loss = Callable[[], torch.Tensor]
 LOOSEST = 1e-2  # relative difference of the values of one loss, computed twice, at most
 

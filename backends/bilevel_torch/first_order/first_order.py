@@ -15,7 +15,8 @@ from bilevel.spaces.tree import leaves, leaves_with_paths, with_leaves
 from bilevel.validation import check_trees
 from bilevel_torch.backend import TorchBackend
 from bilevel_torch.first_order.adaptation import check_adaptive, inverse_roots
-from bilevel_torch.first_order.evaluation import Evaluation, Loss, Tensors
+from bilevel_torch.first_order.evaluation import Evaluation, Loss
+from bilevel_torch.first_order.vectors import Tensors, dot, norm, wide
 from bilevel_torch.placement import add_to_grad
 from bilevel_torch.trees import TensorTree, tree_of
 
@@ -42,10 +43,11 @@ class FirstOrder:
       (F²SA, Kwon et al., ICML 2023; central: F²SA-2, Chen et al., arXiv 2509.02937). They follow w here, so that r does
       not depend on the training. The order of the updates is as in SOBA (Dagréou et al., NeurIPS 2022). A call takes
       1 + 2 ``steps`` gradients, and two more the first time. The optimizer's ``weight_decay`` is the damping.
-    - Without, v is a multiple of ∂F/∂w (Luketina et al., ICML 2016), or of P ∂F/∂w with a ``preconditioner``
-      (SAMA, Choe et al., NeurIPS 2023). P = 1/(√v̂ + eps), by the second moments v̂ of Adam. A call takes one gradient
-      of F and two derivatives of L by λ. They need no backward pass through the module if λ enters after it. The
-      multiple is measured in the first call, with three more gradients. Only the size of the result depends on it.
+    - Without, v is a multiple of ∂F/∂w (Luketina et al., ICML 2016), or of P ∂F/∂w with a ``preconditioner`` (SAMA,
+      Choe et al., NeurIPS 2023). P = 1/(√v̂ + eps + δ), by the second moments v̂ of Adam. δ is a tenth of the root mean
+      square of √v̂, for weights that have received few gradients. A call takes one gradient of F and two derivatives of
+      L by λ. They need no backward pass through the module if λ enters after it. The multiple is measured in the first
+      call, with two more gradients. Only the size of the result depends on it.
 
     The object has state: save its `state_dict` with your checkpoints.
 
@@ -55,9 +57,10 @@ class FirstOrder:
             ``net.named_parameters()``.
         optimizer: a function from a list of tensors to an optimizer of `torch.optim`, for v. For example,
             ``partial(torch.optim.SGD, lr=0.1)``. Its step must be stable for the curvature of L: with SGD, take the
-            learning rate of the training with SGD. With a ``preconditioner``, take SGD with Adam's learning rate.
+            learning rate of the training with SGD.
         steps: the number of steps of the optimizer in each call, >= 1.
-        preconditioner: the Adam, AdamW, NAdam or RAdam that trains the module.
+        preconditioner: the Adam, AdamW, NAdam or RAdam that trains the module. Only without an ``optimizer``: steps
+            of a tracked v that were scaled by P diverged on a linear model and on a transformer.
         perturbation: r = ‖d‖ > 0. "auto": 2 eps^(1/3) max(1, rms of w), where eps is of the coarsest dtype in which the
             first inner loss was computed: 0.01 in float32, 0.3 under autocast in bfloat16.
 
@@ -89,12 +92,14 @@ class FirstOrder:
         check_int(self, "steps", least=1)
         check_real(self, "perturbation", above=0, auto=True)
         self._preconditioner = preconditioner if check_adaptive(preconditioner) else None
+        if optimizer is not None and preconditioner is not None:
+            raise ValueError("FirstOrder: pass either an optimizer, to track v, or a preconditioner.")
         self._hparams = tree_of("hparams", hparams)
         _check_hparams(TorchBackend(), self._hparams)
         self._params = _trained(module, {id(t) for t in leaves(self._hparams)})
         self._evaluation = Evaluation(module, self._params, leaves(self._hparams))
-        self._v = [torch.zeros_like(p, dtype=_wide(p), requires_grad=False) for p in self._params] if optimizer else []
-        self._optimizer = None if optimizer is None else optimizer(self._v)
+        self._v = [torch.zeros_like(p, dtype=wide(p), requires_grad=False) for p in self._params] if optimizer else []
+        self._optimizer = None if optimizer is None else _made(optimizer, self._v)
         self._multiple: torch.Tensor | None = None  # of the first v
         self._eps = 0.0  # unknown before the first call
 
@@ -170,20 +175,20 @@ class FirstOrder:
         else:
             v, (cross, residual) = self._v, self._track(inner, c, self._optimizer)
         grad = self._combined(at.hparams, cross)
-        rhs_norm = _norm(c)
+        rhs_norm = norm(c)
         finite = torch.stack([rhs_norm.isfinite(), *[g.isfinite().all() for g in grad]]).all()
         status = torch.where(residual > GROWTH * rhs_norm, int(Status.DIVERGED), int(Status.CONVERGED))
         status = torch.where(finite, status, int(Status.NON_FINITE))
         numbers: list[float] = torch.stack([x.double() for x in (residual, rhs_norm, status)]).tolist()
         info = SolverInfo(self.steps if self._optimizer else 0, numbers[0], numbers[1], Status(int(numbers[2])))
-        return Hypergradient(with_leaves(self._hparams, grad), at.value, v, None, info)
+        return Hypergradient(with_leaves(self._hparams, grad), at.value, v, self._params, info)
 
     def _start(self, inner: list[Loss], c: Tensors) -> torch.Tensor:
         """Return the multiple of P c with the smallest residual. A tracked v starts there."""
         direction = self._preconditioned(c)
         products, _ = self._products(inner, direction)
-        square = _dot(products, products)
-        multiple = torch.where(square > 0, _dot(c, products).abs() / torch.where(square > 0, square, 1.0), 0.0)
+        square = dot(products, products)
+        multiple = torch.where(square > 0, dot(c, products).abs() / torch.where(square > 0, square, 1.0), 0.0)
         if self._optimizer is not None:
             for v, x in zip(self._v, direction, strict=True):
                 v.copy_(multiple * x)
@@ -191,14 +196,14 @@ class FirstOrder:
 
     def _track(self, inner: list[Loss], c: Tensors, optimizer: torch.optim.Optimizer) -> tuple[Optionals, torch.Tensor]:
         """Move v. Return the cross product with the last v before its step, and the norm of its residual."""
-        cross, residual = [], _norm(c)
+        cross, residual = [], norm(c)
         for _ in range(self.steps):
             products, cross = self._products(inner, self._v)
             residuals = [x - y for x, y in zip(products, c, strict=True)]
-            residual = _norm(residuals)
+            residual = norm(residuals)
             if not bool(residual.isfinite()):  # the step would lose v
                 break
-            for v, gradient in zip(self._v, self._preconditioned(residuals), strict=True):
+            for v, gradient in zip(self._v, residuals, strict=True):
                 v.grad = gradient
             optimizer.step()
             optimizer.zero_grad()
@@ -224,11 +229,11 @@ class FirstOrder:
 
     def _move(self, v: Tensors) -> tuple[Tensors, torch.Tensor]:
         """Return d = r v / ‖v‖ and ‖v‖ / 2r."""
-        size = _norm(v)
+        size = norm(v)
         size = torch.where(size > 0, size, 1.0)
         radius: Any = self.perturbation
         if isinstance(radius, str):
-            rms = _norm(self._params) / sum(p.numel() for p in self._params) ** 0.5
+            rms = norm(self._params) / sum(p.numel() for p in self._params) ** 0.5
             radius = STEP * self._eps ** (1 / 3) * rms.clip(min=1.0)
         return [x * (radius / size) for x in v], size / (2 * radius)
 
@@ -239,7 +244,7 @@ class FirstOrder:
                 f"{name} does not depend on the trained parameters of the module. Run the module inside it."
             )
         pairs = zip(grads, self._params, strict=True)
-        return [torch.zeros_like(p, dtype=_wide(p)) if g is None else g.to(_wide(p)) for g, p in pairs]
+        return [torch.zeros_like(p, dtype=wide(p)) if g is None else g.to(wide(p)) for g, p in pairs]
 
     def _combined(self, direct: Optionals, cross: Optionals) -> Tensors:
         """Return ∂F/∂λ − (∂²L/∂λ∂w)ᵀ v."""
@@ -285,6 +290,17 @@ def _trained(module: torch.nn.Module, without: set[int]) -> Tensors:
     return params
 
 
+def _made(make: Callable[[Tensors], torch.optim.Optimizer], v: Tensors) -> torch.optim.Optimizer:
+    """Return the optimizer of v."""
+    made: Any = make(v) if callable(make) else make
+    if isinstance(make, torch.optim.Optimizer) or not isinstance(made, torch.optim.Optimizer):
+        raise TypeError(
+            "optimizer: expected a function from a list of tensors to an optimizer of torch.optim, such as "
+            f"partial(torch.optim.SGD, lr=0.1), got {make!r:.100}."
+        )
+    return made
+
+
 def _check_hparams(backend: TorchBackend, hparams: object) -> None:
     check_trees(backend, {"hparams": hparams}, {})
     for path, t in leaves_with_paths(hparams, "hparams"):
@@ -308,21 +324,5 @@ def _sequence(name: str, losses: Losses) -> list[Loss]:
     return several
 
 
-def _wide(t: torch.Tensor) -> torch.dtype:
-    """Return a dtype in which small steps of v are not rounded away."""
-    return torch.promote_types(t.dtype, torch.float32)
-
-
 def _scaled(scale: torch.Tensor, grads: Optionals) -> Optionals:
     return [None if g is None else scale * g for g in grads]
-
-
-def _dot(x: Sequence[torch.Tensor], y: Sequence[torch.Tensor]) -> torch.Tensor:
-    dots = [(a * b).sum(dtype=_wide(a)) for a, b in zip(x, y, strict=True)]
-    whole: list[Any] = [getattr(d, "full_tensor", lambda d=d: d)() for d in dots]  # of sharded tensors
-    return torch.stack([d.to(whole[0]) for d in whole]).sum()
-
-
-def _norm(x: Sequence[torch.Tensor]) -> torch.Tensor:
-    detached = [a.detach() for a in x]
-    return _dot(detached, detached).sqrt()
