@@ -351,6 +351,16 @@ def test_negative_curvature_is_reported(quadratic):
     np.testing.assert_allclose(hg.grad, expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("optimizer", [None, SGD])
+def test_a_nan_in_the_first_call_is_forgotten(quadratic, optimizer):
+    net, hparams, inner, outer = quadratic
+    expected = bilevel_torch.FirstOrder(net, hparams, optimizer=optimizer).backward(inner, outer)
+    method = bilevel_torch.FirstOrder(net, hparams, optimizer=optimizer)
+    with pytest.raises(bl.SolverError, match="not finite"):
+        method.backward(inner, lambda: outer() * float("nan"))
+    assert torch.equal(method.backward(inner, outer).grad, expected.grad)
+
+
 def test_nan_raises_and_leaves_the_state(quadratic):
     net, hparams, inner, outer = quadratic
     method = bilevel_torch.FirstOrder(net, hparams, optimizer=SGD)
@@ -390,6 +400,10 @@ ERRORS = {
     "perturbation": (
         lambda net, w, inner, outer: {"perturbation": -1.0},
         "FirstOrder.perturbation: expected a finite number > 0",
+    ),
+    "steps without an optimizer": (
+        lambda net, w, inner, outer: {"steps": 3},
+        "FirstOrder.steps: only a tracked v takes steps",
     ),
     "steps": (lambda net, w, inner, outer: {"steps": 0}, "FirstOrder.steps: expected an integer >= 1"),
     "no module": (

@@ -94,6 +94,8 @@ class FirstOrder:
         self._preconditioner = preconditioner if check_adaptive(preconditioner) else None
         if optimizer is not None and preconditioner is not None:
             raise ValueError("FirstOrder: pass either an optimizer, to track v, or a preconditioner.")
+        if optimizer is None and steps != 1:
+            raise ValueError("FirstOrder.steps: only a tracked v takes steps. Pass an optimizer, or leave steps out.")
         self._hparams = tree_of("hparams", hparams)
         _check_hparams(TorchBackend(), self._hparams)
         self._params = _trained(module, {id(t) for t in leaves(self._hparams)})
@@ -167,11 +169,10 @@ class FirstOrder:
     def _hypergradient(self, inner: list[Loss], outer: list[Loss]) -> Hypergradient[Any, Any]:
         at = self._evaluation.gradients("outer", outer)
         c = self._filled("outer", at.params)
-        if self._multiple is None:
-            self._multiple = self._start(inner, c)
+        multiple = self._start(inner, c) if self._multiple is None else self._multiple
         if self._optimizer is None:
-            v = [self._multiple * x for x in self._preconditioned(c)]
-            cross, residual = self._cross(inner, v), torch.full_like(self._multiple, float("nan"))
+            v = [multiple * x for x in self._preconditioned(c)]
+            cross, residual = self._cross(inner, v), torch.full_like(multiple, float("nan"))
         else:
             v, (cross, residual) = self._v, self._track(inner, c, self._optimizer)
         grad = self._combined(at.hparams, cross)
@@ -181,6 +182,8 @@ class FirstOrder:
         status = torch.where(finite, status, int(Status.NON_FINITE))
         numbers: list[float] = torch.stack([x.double() for x in (residual, rhs_norm, status)]).tolist()
         info = SolverInfo(self.steps if self._optimizer else 0, numbers[0], numbers[1], Status(int(numbers[2])))
+        if info.status != Status.NON_FINITE:  # else the next call starts again
+            self._multiple = multiple
         return Hypergradient(with_leaves(self._hparams, grad), at.value, v, self._params, info)
 
     def _start(self, inner: list[Loss], c: Tensors) -> torch.Tensor:
