@@ -10,6 +10,7 @@ if find_spec("torch") is None:
 from bilevel_torch.backend import TorchBackend
 from bilevel_torch.data_parallel import DataParallel
 from bilevel_torch.diagnose import diagnose
+from bilevel_torch.first_order import FirstOrder
 from bilevel_torch.from_losses import backward, hypergradient
 from bilevel_torch.implicit import implicit_fixed_point, implicit_minimizer, implicit_root
 from bilevel_torch.placement import place_grad
@@ -20,6 +21,7 @@ backend = TorchBackend()
 
 __all__ = [
     "DataParallel",
+    "FirstOrder",
     "TorchBackend",
     "TorchSpace",
     "TrainingState",

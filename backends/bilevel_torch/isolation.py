@@ -23,10 +23,10 @@ def isolated(inputs: Inputs[P, H], double: bool) -> Iterator[Callable[[P, H], In
     called module: a parameter by a converted copy, a buffer by a copy. The user's memory is never written to, and
     gradient hooks stay. An assignment to ``.data`` is no alternative: if it changes the dtype, DDP's hooks are lost.
     """
-    stand_ins, states = _StandIns(double), _random_states()
+    stand_ins, states = _StandIns(double), random_states()
 
     def at(params: P, hparams: H) -> Inputs[P, H]:
-        _restore(states)
+        set_random_states(states)
         stand_ins.give_back()
         return Inputs(
             params=tree_map(stand_ins.move, inputs.params, params),
@@ -44,7 +44,7 @@ def isolated(inputs: Inputs[P, H], double: bool) -> Iterator[Callable[[P, H], In
                 stand_ins.give_back()
     finally:
         hook.remove()
-        _restore(states)
+        set_random_states(states)
 
 
 @contextmanager
@@ -206,13 +206,15 @@ def _values_restored(tensors: Iterable[torch.Tensor]) -> Iterator[None]:
                     t.detach().copy_(values)
 
 
-def _random_states() -> list[tuple[Callable[[Any], None], Any]]:
+def random_states() -> list[tuple[Callable[[Any], None], Any]]:
+    """Return the random states of torch, each with the function that restores it."""
     states: list[tuple[Callable[[Any], None], Any]] = [(torch.set_rng_state, torch.get_rng_state())]
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         states.append((torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all()))
     return states
 
 
-def _restore(states: list[tuple[Callable[[Any], None], Any]]) -> None:
+def set_random_states(states: list[tuple[Callable[[Any], None], Any]]) -> None:
+    """Restore random states."""
     for restore, state in states:
         restore(state)

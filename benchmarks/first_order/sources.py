@@ -1,0 +1,205 @@
+"""Find the sources of text whose words are shuffled, while a small transformer trains.
+
+WikiText-2's validation and test texts are cut into eight sources. The words of four are shuffled within each sequence.
+A softmax of eight numbers weights the losses of the sources. A hypergradient of the loss on clean text changes them
+every few steps. Printed for each method and seed: the AUC of the weights (clean against shuffled), the loss on held-out
+clean text, seconds, and the peak memory of the process. "uniform" trains without hypergradients, "clean" on the clean
+half only.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.first_order.sources --data DIR [--methods ...] [--seeds 5] [--compile]
+"""
+
+import argparse
+import multiprocessing
+import resource
+import sys
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, gelu, scaled_dot_product_attention
+
+import bilevel_torch
+
+sys.path.append(str(Path(__file__).parents[2] / "examples" / "paper"))
+import data
+
+SOURCES = 8
+METHODS = ["uniform", "clean", "identity", "sama", "tracked"]
+
+
+@dataclass(frozen=True)
+class Size:
+    """The size of a run."""
+
+    vocabulary: int = 4000
+    words: int = 64  # of a sequence
+    width: int = 128
+    layers: int = 4
+    heads: int = 4
+    steps: int = 400
+    batch: int = 16
+    every: int = 4  # steps between two hypergradients
+    rate: float = 0.1  # of Adam, for the weights of the sources
+    tracking: float = 0.1  # the learning rate of SGD for v
+
+
+class Transformer(nn.Module):
+    """A causal language model. The embedding is also the output layer."""
+
+    def __init__(self, size: Size) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(size.vocabulary, size.width)
+        self.position = nn.Parameter(0.02 * torch.randn(size.words, size.width))
+        self.blocks = nn.Sequential(*[Block(size.width, size.heads) for _ in range(size.layers)])
+        self.norm = nn.LayerNorm(size.width)
+        nn.init.normal_(self.embed.weight, std=0.02)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.norm(self.blocks(self.embed(tokens) + self.position[: tokens.shape[1]]))
+        return x @ self.embed.weight.T
+
+
+class Block(nn.Module):
+    """Attention by PyTorch's fused kernel, and a perceptron."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, d = x.shape
+        q, k, v = self.qkv(self.norms[0](x)).view(b, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
+        attended = scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(attended.transpose(1, 2).reshape(b, t, d))
+        return x + self.down(gelu(self.up(self.norms[1](x))))
+
+
+@dataclass(frozen=True)
+class Text:
+    """Sequences of words as numbers. A source has its share of the training sequences."""
+
+    train: Tensor  # (sequences, words + 1)
+    source: Tensor  # of each training sequence
+    shuffled: np.ndarray  # whether each source is shuffled
+    validation: Tensor
+    test: Tensor
+
+
+def read(folder: Path | None, size: Size, seed: int) -> Text:
+    """Cut the text into sequences: a tenth for validation, a tenth for tests, the rest for eight sources."""
+    _, first, second = data.words(folder)
+    words = first + second
+    known = [word for word, _ in Counter(words).most_common(size.vocabulary - 1)]
+    index = {word: i + 1 for i, word in enumerate(known)}
+    numbers = np.array([index.get(word, 0) for word in words])
+    length = size.words + 1
+    sequences = numbers[: len(numbers) // length * length].reshape(-1, length)
+    rng = np.random.default_rng(seed)
+    held = len(sequences) // 10
+    # Whole blocks of text are held out, so that no sequence continues in another part.
+    test, validation, train = np.split(sequences, [held, 2 * held])
+    source = np.arange(len(train)) * SOURCES // len(train)
+    shuffled = np.isin(np.arange(SOURCES), rng.permutation(SOURCES)[: SOURCES // 2])
+    train = np.where(shuffled[source][:, None], rng.permuted(train, axis=1), train)
+    return Text(torch.tensor(train), torch.tensor(source), shuffled, torch.tensor(validation), torch.tensor(test))
+
+
+def losses(net: nn.Module, sequences: Tensor, bfloat16: bool = False) -> Tensor:
+    """Return the mean loss of each sequence."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+        logits = net(sequences[:, :-1])
+    return cross_entropy(logits.float().transpose(1, 2), sequences[:, 1:], reduction="none").mean(1)
+
+
+def run(method: str, folder: Path | None, size: Size, seed: int, compiled: bool, bfloat16: bool) -> dict[str, Any]:
+    """Train, and return the measurements."""
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    text, net = read(folder, size, seed), Transformer(size)
+    model: Any = torch.compile(net, fullgraph=True) if compiled else net
+    optimizer = torch.optim.AdamW(net.parameters(), 3e-3)
+    scores = torch.zeros(SOURCES, requires_grad=True)
+    outer_optimizer = torch.optim.Adam([scores], size.rate)
+    track = partial(torch.optim.SGD, lr=size.tracking, weight_decay=1e-2)
+    first_order = bilevel_torch.FirstOrder(
+        net,
+        scores,
+        optimizer=track if method == "tracked" else None,
+        preconditioner=optimizer if method == "sama" else None,
+    )
+    rng = np.random.default_rng(seed)
+    usable = np.flatnonzero(~text.shuffled[text.source]) if method == "clean" else np.arange(len(text.train))
+    tuned = method not in ("uniform", "clean")
+    began, path = time.perf_counter(), []
+    for step in range(size.steps):
+        if step == 10:  # compiled, and in caches
+            began = time.perf_counter()
+        batch = torch.tensor(rng.choice(usable, size.batch))
+        sequences, source = text.train[batch], text.source[batch]
+        validation = text.validation[torch.tensor(rng.choice(len(text.validation), size.batch))]
+
+        def inner(sequences: Tensor = sequences, source: Tensor = source) -> Tensor:
+            return (SOURCES * scores.softmax(0)[source] * losses(model, sequences, bfloat16)).mean()
+
+        def outer(validation: Tensor = validation) -> Tensor:
+            return losses(model, validation, bfloat16).mean()
+
+        optimizer.zero_grad()
+        inner().backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        if tuned and (step + 1) % size.every == 0:
+            first_order.backward(inner, outer, accumulate=False)
+            outer_optimizer.step()
+            path.append(scores.detach().tolist())
+    seconds = time.perf_counter() - began
+    with torch.no_grad():
+        test = torch.cat([losses(net, part) for part in text.test.split(64)]).mean()
+    weights = scores.detach().softmax(0).numpy()
+    good, bad = weights[~text.shuffled], weights[text.shuffled]
+    auc = float(np.mean((good[:, None] > bad) + 0.5 * (good[:, None] == bad)))
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {
+        "auc": auc,
+        "weight of the clean half": float(good.sum()),
+        "test loss": float(test),
+        "seconds": seconds,
+        "MiB": memory,
+        "path": path,
+        "weights": sum(p.numel() for p in net.parameters()),
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print a line for each run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="the folder that has wikitext2_validtest/")
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--bfloat16", action="store_true")
+    for name, default in asdict(Size()).items():
+        parser.add_argument(f"--{name}", type=type(default), default=default)
+    options = parser.parse_args(argv)
+    size = replace(Size(), **{name: getattr(options, name) for name in asdict(Size())})
+    for method in options.methods:
+        for seed in range(options.seeds):
+            # In a process of its own, for its peak memory.
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                found = pool.apply(run, (method, options.data, size, seed, options.compile, options.bfloat16))
+            found.pop("path")
+            print(f"{method:>14} seed {seed}:", {k: round(v, 3) for k, v in found.items()}, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""The benchmarks of `bilevel_torch.FirstOrder` run, and find what they search for."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("sklearn")
+
+import torch
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _importable(monkeypatch):
+    """The benchmarks are run from the repository, not installed. They set the number of threads."""
+    monkeypatch.syspath_prepend(ROOT)
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_wrong_labels_are_found():
+    from benchmarks.first_order import cleaning
+
+    of = cleaning.read(None, 0)
+    scores = {name: cleaning.run(name, "linear", of, 400, 0)[1] for name in ("none", "f2sa", "tracked")}
+    assert scores.pop("none") == 0
+    assert min(scores.values()) > 0.7
+
+
+def test_shuffled_sources_are_measured():
+    from benchmarks.first_order import sources
+
+    size = sources.Size(vocabulary=50, words=6, width=8, layers=1, heads=2, steps=24, batch=8)
+    for method in sources.METHODS:
+        found = sources.run(method, None, size, 0, compiled=False, bfloat16=method == "sama")
+        assert np.isfinite(found["test loss"])
+        assert 0 <= found["auc"] <= 1
+        assert len(found["path"]) == (0 if method in ("uniform", "clean") else 6)
+
+
+def test_penalties_are_tuned_by_four_gradients_a_step():
+    from benchmarks.first_order import features
+
+    data = features.split(None, 0)
+    best = {}
+    for name, gradients, error in features.errors(data):
+        best[name] = min(error, best.get(name, 1.0))
+        assert gradients > 0
+    assert best["cg"] < 1e-3 * best["penalty, descent"]
+    hparams, gradients = features.first_order(data, 10)
+    assert gradients <= 4
+    assert (hparams != features.START).all()
