@@ -9,13 +9,16 @@ from sklearn.base import ClassifierMixin
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from bilevel.sklearn.tuned import TunedLinearModel
+from bilevel.sklearn.tuned import Start, TunedLinearModel, risen
 
 
 class TunedClassifier(ClassifierMixin, TunedLinearModel):
     """The base class of linear classifiers for two or more classes."""
 
     classes_: np.ndarray
+
+    def _restart(self, found: Start) -> Start:
+        return risen(found)
 
     def _class_numbers(self, X: Any, y: Any) -> tuple[Any, np.ndarray]:
         """Return the checked features and the number of the class of each row. Set ``classes_``."""

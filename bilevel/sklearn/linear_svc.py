@@ -16,7 +16,7 @@ class TunedLinearSVC(TunedClassifier):
     It minimizes Σᵢ max(0, 1 − tᵢ(xᵢᵀw + b))² + ½ Σⱼ αⱼ wⱼ², with tᵢ = ±1. With one α for all features, this is
     `sklearn.svm.LinearSVC` with C = 1/α, apart from the intercept, which has no penalty here. More than two classes
     have one such machine each, against all other classes, and α of a feature is for all of them. The search is as in
-    `TunedRidge`, with the mean loss of the held-out rows, summed over the machines.
+    `TunedLogisticRegression`, with the mean loss of the held-out rows, summed over the machines.
 
     Args:
         penalty, cv, fit_intercept, bounds, max_iter, tol, verbose: as in `TunedRidge`. A number of folds means

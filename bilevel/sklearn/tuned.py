@@ -70,6 +70,14 @@ class Start(NamedTuple):
     bounds: np.ndarray
 
 
+def risen(found: Start) -> Start:
+    """Return the start of a search in which penalties cannot be smaller than the shared penalties.
+
+    Free penalties overfit the folds more (`benchmarks/penalties_per_group.py`).
+    """
+    return found._replace(bounds=np.column_stack([found.logs[:, 0], found.bounds[:, 1]]))
+
+
 class TunedLinearModel(BaseEstimator):
     """The base class of linear models that tune penalties per group of features by cross-validation.
 
