@@ -8,6 +8,7 @@ import numpy as np
 
 from bilevel.problems.losses import CrossEntropy, Huber, LeastSquares, Loss, Poisson, SquaredHinge, check_shape
 from bilevel.problems.problem import Problem
+from bilevel.prox.groups import Groups
 from bilevel.spaces.array import Array
 from bilevel.spaces.namespace import namespace
 
@@ -55,7 +56,7 @@ class _Penalized:
     """Inner objective: fit(w) + ½ Σ exp(λ) w²."""
 
     fit: DataFit
-    groups: tuple[int, ...] | None
+    groups: Groups | None
 
     def __call__(self, params: Array, hparams: Array, X: Any, y: Array, sample_weight: Array | None = None) -> Array:
         return self.fit(params, X, y, sample_weight) + 0.5 * (self.penalties(params, hparams) * params**2).sum()
@@ -74,8 +75,9 @@ class _Penalized:
         per_weight: Any = self.penalties(params, hparams) * params * vector
         if self.groups is not None:
             per_feature = per_weight.sum(tuple(range(1, params.ndim)))
-            free = np.asarray(self.groups) >= 0
-            per_group: Any = np.bincount(np.asarray(self.groups)[free], per_feature[free], len(hparams))
+            indices = self.groups.indices
+            free = indices >= 0
+            per_group: Any = np.bincount(indices[free], per_feature[free], len(hparams))
             return per_group.astype(hparams.dtype)
         total: Any = np.asarray(per_weight.sum(tuple(range(hparams.ndim, params.ndim))))
         return total
@@ -94,10 +96,10 @@ class _Penalized:
     def spread(self, params: Array, hparams: Array) -> Array:
         """Return a vector like λ, in a shape that broadcasts to params. It is 0 for features of group -1."""
         if self.groups is not None:
-            if -1 in self.groups:
+            if self.groups.lowest < 0:
                 xp = namespace(hparams)
                 hparams = xp.concatenate([hparams, xp.zeros_like(hparams[:1])])
-            hparams = hparams[np.asarray(self.groups)]
+            hparams = hparams[self.groups.indices]
         if tuple(hparams.shape) != tuple(params.shape[: hparams.ndim]):
             raise ValueError(
                 f"hparams: expected log penalties of shape () (shared), {tuple(params.shape[:1])} (per feature) or "
@@ -197,9 +199,9 @@ def poisson(groups: Any = None) -> Problem:
 
 
 def _problem(loss: Loss, groups: Any) -> Problem:
-    indices = None if groups is None else tuple(int(g) for g in groups)
-    if indices and min(indices) < -1:
-        raise ValueError(f"groups: expected indices from 0, or -1 for no penalty, got {min(indices)}.")
+    indices = None if groups is None else Groups(int(g) for g in groups)
+    if indices and indices.lowest < -1:
+        raise ValueError(f"groups: expected indices from 0, or -1 for no penalty, got {indices.lowest}.")
     fit = DataFit(loss)
     return Problem(_Penalized(fit, indices), Unpenalized(fit))
 

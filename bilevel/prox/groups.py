@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,26 @@ import numpy as np
 from bilevel.spaces.namespace import namespace
 
 
-def check_groups(groups: Sequence[int] | None, least: int = 0) -> tuple[int, ...] | None:
+class Groups(tuple[int, ...]):
+    """The index of the group of each feature. -1 is no group. Equal groups are equal and have the same hash."""
+
+    @cached_property
+    def indices(self) -> np.ndarray:
+        """The same as an array."""
+        return np.array(self, np.int64)
+
+    @cached_property
+    def lowest(self) -> int:
+        """The smallest index."""
+        return min(self)
+
+    @cached_property
+    def highest(self) -> int:
+        """The largest index."""
+        return max(self)
+
+
+def check_groups(groups: Sequence[int] | None, least: int = 0) -> Groups | None:
     """Return the index of the group of each feature. Raise a ValueError unless it is a list of indices >= least."""
     if groups is None:
         return None
@@ -20,22 +40,22 @@ def check_groups(groups: Sequence[int] | None, least: int = 0) -> tuple[int, ...
             f"groups: expected the index of its group, an integer >= {least}, for each feature, got an array of "
             f"{indices.dtype} of shape {indices.shape}."
         )
-    return tuple(int(g) for g in indices)
+    return Groups(indices.tolist())
 
 
-def in_features(name: str, value: Any, v: Any, groups: tuple[int, ...] | None) -> Any:
+def in_features(name: str, value: Any, v: Any, groups: Groups | None) -> Any:
     """Return a value per feature from a value per group: zero for group -1. A shared value, of shape (), stays."""
     if groups is None or not value.ndim:
         return value
-    if len(groups) != v.shape[0] or max(groups) >= value.shape[0]:
+    if len(groups) != v.shape[0] or groups.highest >= value.shape[0]:
         raise ValueError(
             f"groups: expected {v.shape[0]} indices, one for each row of params, below {value.shape[0]}, the number of "
-            f"entries of {name}, got {len(groups)} indices from {min(groups)} to {max(groups)}."
+            f"entries of {name}, got {len(groups)} indices from {groups.lowest} to {groups.highest}."
         )
-    if min(groups) < 0:
+    if groups.lowest < 0:
         xp = namespace(value)
         value = xp.concatenate([value, xp.zeros_like(value[:1])])
-    return value[np.asarray(groups)]
+    return value[groups.indices]
 
 
 def sums_of_groups(x: Any, groups: Any, count: int) -> Any:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 from typing_extensions import override
 
-from bilevel.prox.groups import check_groups, in_features, sums_of_groups
+from bilevel.prox.groups import Groups, check_groups, in_features, sums_of_groups
 from bilevel.prox.operator import Given, ProximalOperator, given, reduced, soft_threshold, spread
 
 
@@ -64,7 +64,7 @@ class L1(ProximalOperator):
     logs: ClassVar[frozenset[str]] = frozenset(values)
 
     penalty: Any
-    groups: tuple[int, ...] | None
+    groups: Groups | None
 
     @override
     def apply(self, v: Any, step: Any, *values: Any) -> Any:
@@ -95,7 +95,7 @@ class ElasticNet(ProximalOperator):
 
     l1: Any
     l2: Any
-    groups: tuple[int, ...] | None
+    groups: Groups | None
 
     @override
     def apply(self, v: Any, step: Any, *values: Any) -> Any:
@@ -121,13 +121,13 @@ class ElasticNet(ProximalOperator):
         return kept, [_reduced(x, value, self.groups) for x, value in zip(products, values, strict=True)]
 
 
-def _spread(name: str, value: Any, v: Any, groups: tuple[int, ...] | None) -> Any:
+def _spread(name: str, value: Any, v: Any, groups: Groups | None) -> Any:
     return spread(name, in_features(name, value, v, groups), v)
 
 
-def _reduced(product: Any, value: Any, groups: tuple[int, ...] | None) -> Any:
+def _reduced(product: Any, value: Any, groups: Groups | None) -> Any:
     if groups is None or not value.ndim:
         return reduced(product, value)
-    per_feature, indices = product.sum(tuple(range(1, product.ndim))), np.asarray(groups)
+    per_feature, indices = product.sum(tuple(range(1, product.ndim))), groups.indices
     penalized = indices >= 0
     return sums_of_groups(per_feature[penalized], indices[penalized], len(value))

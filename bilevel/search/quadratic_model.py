@@ -92,7 +92,7 @@ def quadratic_model(columns: Any, bend: Bend, l2: np.ndarray, gram: np.ndarray |
     if gram is None and l2.size > LARGEST_MATRIX:
         return Products(columns, bend, l2, _diagonal(columns, bend, l2))
     matrix = hessian(columns, bend, l2.shape[1:]) if gram is None else gram.copy()
-    matrix[np.diag_indices_from(matrix)] += l2.ravel()
+    _add_to_diagonal(matrix, l2.ravel())
     return Matrix(matrix)
 
 
@@ -134,6 +134,10 @@ def _weighted_gram(columns: Any, weights: np.ndarray) -> np.ndarray:
     return columns.T @ (weights[:, None] * columns)
 
 
+def _add_to_diagonal(matrix: np.ndarray, values: np.ndarray) -> None:
+    np.einsum("ii->i", matrix)[:] += values
+
+
 def positive(diagonal: np.ndarray) -> np.ndarray:
     """Return the diagonal with 1 in place of entries that are not positive."""
     return np.where(diagonal > 0, diagonal, 1)
@@ -147,7 +151,7 @@ def factorized(matrix: np.ndarray, damping: float) -> Any:
     diagonal, ridge = matrix.diagonal(), max(RIDGE, 10 * float(np.finfo(matrix.dtype).eps))
     while True:
         damped = matrix.copy()
-        damped[np.diag_indices_from(damped)] += damping + ridge * positive(diagonal)
+        _add_to_diagonal(damped, damping + ridge * positive(diagonal))
         try:
             return scipy.linalg.cho_factor(damped, overwrite_a=True, check_finite=False)
         except scipy.linalg.LinAlgError:  # singular by rounding

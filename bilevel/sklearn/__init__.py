@@ -7,7 +7,17 @@ if find_spec("sklearn") is None:
         'bilevel.sklearn needs scikit-learn, which is not installed: pip install "bilevel[sklearn]".', name="sklearn"
     )
 
-from bilevel.sklearn.logistic_regression import TunedLogisticRegression
+from bilevel.sklearn.elastic_net import TunedElasticNet
+from bilevel.sklearn.lasso import TunedLasso
+from bilevel.sklearn.linear_svc import TunedLinearSVC
+from bilevel.sklearn.logistic_regression import TunedLogisticRegression, TunedSparseLogisticRegression
 from bilevel.sklearn.ridge import TunedRidge
 
-__all__ = ["TunedLogisticRegression", "TunedRidge"]
+__all__ = [
+    "TunedElasticNet",
+    "TunedLasso",
+    "TunedLinearSVC",
+    "TunedLogisticRegression",
+    "TunedRidge",
+    "TunedSparseLogisticRegression",
+]

@@ -6,21 +6,21 @@ from typing import Any, Self
 
 import numpy as np
 from scipy import special
-from sklearn.base import ClassifierMixin
-from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import check_is_fitted, validate_data
 
 from bilevel.problems.linear import logistic_regression
-from bilevel.sklearn.tuned import TunedLinearModel
+from bilevel.problems.sparse_linear import sparse_logistic
+from bilevel.sklearn.classifier import TunedClassifier
+from bilevel.sklearn.sparse_penalties import TunedSparseModel
 
 
-class TunedLogisticRegression(ClassifierMixin, TunedLinearModel):
+class TunedLogisticRegression(TunedClassifier):
     """Logistic regression with an L2 penalty per feature or group, tuned by cross-validation.
 
     It minimizes Σᵢ log lossᵢ + ½ Σⱼ αⱼ ‖wⱼ‖². With one α for all features, this is
     `sklearn.linear_model.LogisticRegression` with C = 1/α. With more than two classes, the loss is the multinomial
     loss, and α of a feature is for its coefficients of all classes. The search is as in `TunedRidge`, with the mean log
-    loss of the held-out rows.
+    loss of the held-out rows. Penalties of groups are at least the shared one, since smaller ones would overfit the
+    folds.
 
     Args:
         penalty, cv, fit_intercept, bounds, max_iter, tol, verbose: as in `TunedRidge`. A number of folds means
@@ -42,7 +42,6 @@ class TunedLogisticRegression(ClassifierMixin, TunedLinearModel):
     True
     """
 
-    classes_: np.ndarray
     _problem = staticmethod(logistic_regression)
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
@@ -56,24 +55,13 @@ class TunedLogisticRegression(ClassifierMixin, TunedLinearModel):
         Raises:
             ValueError: for invalid input or options, or labels of one class.
         """
-        X, y = validate_data(self, X, y, accept_sparse="csr", dtype=np.float64)
-        check_classification_targets(y)
-        self.classes_, numbers = np.unique(y, return_inverse=True)
+        X, numbers = self._class_numbers(X, y)
         count = len(self.classes_)
-        if count < 2:
-            raise ValueError(f"y: expected at least two classes, got one class, {self.classes_[0]!r}.")
         coef = self._tune(X, numbers, sample_weight, () if count == 2 else (count,))
         if count > 2:  # a common shift of all intercepts has no effect
             self.intercept_ = self.intercept_ - self.intercept_.mean()
-        self.coef_, self.intercept_ = np.atleast_2d(coef.T), np.atleast_1d(self.intercept_)
+        self._set_coefficients(coef)
         return self
-
-    def decision_function(self, X: Any) -> np.ndarray:
-        """Return the scores, of shape (n,) for two classes, else (n, n_classes)."""
-        check_is_fitted(self)
-        X = validate_data(self, X, accept_sparse="csr", dtype=np.float64, reset=False)
-        scores = X @ self.coef_.T + self.intercept_
-        return scores[:, 0] if len(self.classes_) == 2 else scores
 
     def predict_proba(self, X: Any) -> np.ndarray:
         """Return the probabilities of the classes, of shape (n, n_classes)."""
@@ -89,7 +77,34 @@ class TunedLogisticRegression(ClassifierMixin, TunedLinearModel):
             return np.stack([special.log_expit(-scores), special.log_expit(scores)], axis=1)
         return special.log_softmax(scores, axis=1)
 
-    def predict(self, X: Any) -> np.ndarray:
-        """Return the labels of the most probable classes, of shape (n,)."""
-        scores = self.decision_function(X)
-        return self.classes_[(scores > 0).astype(int) if scores.ndim == 1 else scores.argmax(1)]
+
+class TunedSparseLogisticRegression(TunedLogisticRegression, TunedSparseModel):
+    """Logistic regression with a shared L1 penalty, or a penalty per feature or group, tuned by cross-validation.
+
+    It minimizes Σᵢ log lossᵢ + Σⱼ αⱼ ‖wⱼ‖₁. With one α for all features, this is
+    `sklearn.linear_model.LogisticRegression` with ``l1_ratio=1`` and C = 1/α. Classes and losses are as in
+    `TunedLogisticRegression`, the search is as in `TunedLasso`.
+
+    Args:
+        penalty, cv, fit_intercept, bounds, max_iter, tol, verbose: as in `TunedLasso`. A number of folds means
+            stratified folds.
+
+    Attributes:
+        classes_, coef_, intercept_: as in `TunedLogisticRegression`.
+        alphas_: α of each feature, of shape (n_features,), in the units of 1/C.
+        path_alphas_, path_errors_: the shared α of the path, and the mean log losses of the held-out rows there.
+        history_, n_iter_, n_features_in_, feature_names_in_: as in `TunedLasso`.
+
+    >>> import numpy as np
+    >>> rng = np.random.default_rng(0)
+    >>> X = rng.standard_normal((100, 50))
+    >>> y = np.where(3 * X[:, 0] + rng.logistic(size=100) > 0, "yes", "no")
+    >>> model = TunedSparseLogisticRegression().fit(X, y)
+    >>> int(abs(model.coef_).argmax())
+    0
+    """
+
+    _problem = staticmethod(sparse_logistic)
+
+    def _units(self, total: float) -> float:
+        return total

@@ -70,6 +70,14 @@ class Start(NamedTuple):
     bounds: np.ndarray
 
 
+def risen(found: Start) -> Start:
+    """Return the start of a search in which penalties cannot be smaller than the shared penalties.
+
+    Free penalties overfit the folds more (`benchmarks/penalties_per_group.py`).
+    """
+    return found._replace(bounds=np.column_stack([found.logs[:, 0], found.bounds[:, 1]]))
+
+
 class TunedLinearModel(BaseEstimator):
     """The base class of linear models that tune penalties per group of features by cross-validation.
 
@@ -157,7 +165,7 @@ class TunedLinearModel(BaseEstimator):
             self._hparams(logs),
             fit=fit,
             params0=start.params,
-            solver=CG(rtol=1e-6, maxiter=1000, preconditioner=fit.precondition),
+            solver=CG(rtol=1e-6, maxiter=1000, damping=self._damping(rows), preconditioner=fit.precondition),
             bounds=[tuple(pair) for pair in np.repeat(start.bounds, logs.shape[1], axis=0)],
             maxiter=self.max_iter,
             options=self._options(),
@@ -169,6 +177,10 @@ class TunedLinearModel(BaseEstimator):
             message = f"The search for penalties did not converge: {found.message} Raise max_iter or tol."
             warnings.warn(ConvergenceWarning(message), stacklevel=4)
         return Start(self._logs(found.x), found.params, start.bounds)
+
+    def _damping(self, rows: SplitRows) -> float:
+        """Return the damping of the linear solve."""
+        return 0.0
 
     def _options(self) -> dict[str, float]:
         return {"gtol": self.tol, "ftol": self.tol**2}

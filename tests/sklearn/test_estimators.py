@@ -12,19 +12,36 @@ pytest.importorskip("sklearn")
 from sklearn.base import clone
 from sklearn.datasets import make_classification, make_regression
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.linear_model import ElasticNet, Lasso, LogisticRegression, Ridge
 from sklearn.model_selection import KFold, StratifiedKFold, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from sklearn.svm import LinearSVC
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from bilevel.search import quadratic_model
-from bilevel.sklearn import TunedLogisticRegression, TunedRidge
+from bilevel.sklearn import (
+    TunedElasticNet,
+    TunedLasso,
+    TunedLinearSVC,
+    TunedLogisticRegression,
+    TunedRidge,
+    TunedSparseLogisticRegression,
+)
+
+ESTIMATORS = (
+    TunedElasticNet,
+    TunedLasso,
+    TunedLinearSVC,
+    TunedLogisticRegression,
+    TunedRidge,
+    TunedSparseLogisticRegression,
+)
 
 
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.SkipTestWarning")
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
-@parametrize_with_checks([make(cv=2, max_iter=3, tol=1e-2) for make in (TunedRidge, TunedLogisticRegression)])
+@parametrize_with_checks([make(cv=2, max_iter=3, tol=1e-2) for make in ESTIMATORS])
 def test_conventions_of_scikit_learn(estimator, check):
     check(estimator)
 
@@ -173,3 +190,102 @@ def test_weights_and_classes_that_leave_nothing_to_fit_are_named():
         TunedRidge().fit(X, y, sample_weight=-np.ones(len(y)))
     with pytest.raises(ValueError, match="expected at least two classes, got one class"):
         TunedLogisticRegression().fit(X, np.ones(len(y)))
+
+
+@pytest.mark.parametrize("fit_intercept", [True, False])
+@pytest.mark.parametrize("penalty", ["shared", "feature"])
+def test_the_lasso_and_the_elastic_net_are_scikit_learns(fit_intercept, penalty):
+    X, y = regression()
+    weights = np.random.default_rng(0).uniform(0, 2, len(y))
+    options = {"penalty": penalty, "fit_intercept": fit_intercept}
+    precise = {"fit_intercept": fit_intercept, "tol": 1e-14, "max_iter": 100_000}
+    model = TunedLasso(**options).fit(X, y, sample_weight=weights)
+    expected = Lasso(1.0, **precise).fit(X / model.alphas_, y, sample_weight=weights)
+    assert relative_error(model.coef_, expected.coef_ / model.alphas_) <= 1e-6
+    assert model.intercept_ == pytest.approx(expected.intercept_, abs=1e-6)
+    model = TunedElasticNet(**options).fit(X, y, sample_weight=weights)
+    if penalty == "shared":
+        net = ElasticNet(model.alphas_[0], l1_ratio=model.l1_ratios_[0], **precise).fit(X, y, sample_weight=weights)
+        assert relative_error(model.coef_, net.coef_) <= 1e-6
+    gradient = -X.T @ (weights * (y - model.predict(X))) / weights.sum()
+    gradient += model.alphas_ * (1 - model.l1_ratios_) * model.coef_
+    l1, zero = model.alphas_ * model.l1_ratios_, model.coef_ == 0
+    assert np.abs(gradient + l1 * np.sign(model.coef_))[~zero].max() <= 1e-7
+    assert np.all(np.abs(gradient)[zero] <= l1[zero])
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_sparse_logistic_regression_is_optimal(classes):
+    X, y = classification(classes)
+    model = TunedSparseLogisticRegression().fit(X, y)
+    P = model.predict_proba(X)
+    errors = (P - (y[:, None] == model.classes_))[:, 1 if classes == 2 else 0 :]
+    gradient, zero = errors.T @ X, model.coef_ == 0
+    alphas = np.broadcast_to(model.alphas_, gradient.shape)
+    assert np.abs(errors.sum(0)).max() <= 1e-6
+    assert np.abs(gradient + alphas * np.sign(model.coef_))[~zero].max() <= 1e-6
+    assert np.all(np.abs(gradient)[zero] <= alphas[zero] + 1e-6)
+    assert len(model.path_alphas_) == len(model.path_errors_)
+    assert model.history_[-1].value <= model.path_errors_.min() * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_the_support_vector_machine_is_scikit_learns_with_the_penalties_found(classes):
+    X, y = classification(classes)
+    model = TunedLinearSVC(fit_intercept=False).fit(X, y)
+    roots = np.sqrt(model.alphas_)
+    expected = LinearSVC(C=1.0, fit_intercept=False, tol=1e-10, max_iter=100_000).fit(X / roots, y)
+    assert relative_error(model.coef_, expected.coef_ / roots) <= 1e-4
+    assert np.array_equal(model.predict(X), expected.predict(X / roots))
+    free = TunedLinearSVC().fit(X, y)
+    scores = free.decision_function(X).reshape(len(y), -1)
+    signs = np.where(y[:, None] == free.classes_[-scores.shape[1] :], 1, -1)
+    violated = signs * np.maximum(0, 1 - signs * scores)
+    assert np.abs(violated.sum(0)).max() <= 1e-6  # the intercept has no penalty
+    assert np.abs(free.alphas_[:, None] * free.coef_.T - 2 * X.T @ violated).max() <= 1e-5
+
+
+def lasso_error(X, y, alpha, folds):
+    """The mean over the folds of half the mean squared error of scikit-learn's Lasso."""
+    errors = []
+    for train, test in folds:
+        model = Lasso(alpha, tol=1e-10, max_iter=100_000).fit(X[train], y[train])
+        errors.append(0.5 * np.mean((y[test] - model.predict(X[test])) ** 2))
+    return np.mean(errors)
+
+
+def test_a_shared_l1_penalty_is_the_best_of_a_grid():
+    X, y = regression(d=20)
+    folds = list(KFold(3).split(X))
+    model = TunedLasso(cv=folds, tol=1e-6).fit(X, y)
+    grid = [lasso_error(X, y, alpha, folds) for alpha in np.logspace(0, -3, 60) * model.path_alphas_[0]]
+    assert model.history_[-1].value == pytest.approx(lasso_error(X, y, model.alphas_[0], folds), rel=1e-6)
+    assert model.history_[-1].value <= min(grid) * (1 + 1e-4)
+    assert model.path_errors_[:2] == pytest.approx(
+        [lasso_error(X, y, a, folds) for a in model.path_alphas_[:2]], rel=1e-3
+    )
+
+
+def test_l1_penalties_per_feature_continue_from_the_shared_penalty():
+    X, y = regression(d=20)
+    shared = TunedLasso().fit(X, y)
+    model = TunedLasso(penalty="feature").fit(X, y)
+    assert len(set(model.alphas_)) > 1
+    assert model.history_[-1].value < shared.history_[-1].value
+
+
+@pytest.mark.parametrize("make", [TunedLasso, TunedElasticNet])
+def test_sparse_features_give_the_sparse_model_of_dense_features(make):
+    X, y = regression()
+    X[np.abs(X - 3) < 0.5] = 0
+    dense, found = make(tol=1e-6).fit(X, y), make(tol=1e-6).fit(sparse.csr_array(X), y)
+    assert relative_error(found.coef_, dense.coef_) <= 1e-3
+
+
+def test_bounds_of_l1_penalties():
+    X, y = regression()
+    model = TunedLasso(bounds=(0.5, 2.0)).fit(X, y)
+    assert 0.5 - 1e-9 <= model.alphas_[0] <= 2 + 1e-9
+    assert model.path_alphas_.max() <= 2 + 1e-9
+    with pytest.raises(ValueError, match="expected 0 < low <= high < inf"):
+        TunedLasso(bounds=(0, 1)).fit(X, y)
