@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 from typing_extensions import override
 
-from bilevel.prox.groups import check_groups, in_features, sums_of_groups
+from bilevel.prox.groups import Groups, check_groups, in_features, sums_of_groups
 from bilevel.prox.operator import Given, ProximalOperator, given
 from bilevel.spaces.namespace import namespace
 
@@ -47,7 +47,7 @@ class GroupLasso(ProximalOperator):
     logs: ClassVar[frozenset[str]] = frozenset(values)
 
     penalty: Any
-    groups: tuple[int, ...]
+    groups: Groups
 
     @override
     def apply(self, v: Any, step: Any, *values: Any) -> Any:
