@@ -27,11 +27,14 @@ from bilevel.methods import Unrolled
 from bilevel.micro_batches import MicroBatches
 from bilevel.preconditioners import DiagonalPreconditioner, NystromPreconditioner
 from bilevel.prepare import extrapolate, prepare
+from bilevel.problems.constrained import Constrained
 from bilevel.problems.optimality import FixedPoint, Root
 from bilevel.problems.problem import Problem
 from bilevel.problems.proximal import Projected, Proximal
 from bilevel.results import Hypergradient, SolverInfo, Status
+from bilevel.search.constrained_fit import constrained_fit
 from bilevel.search.inner_solver import scipy_fit
+from bilevel.search.kkt import with_multipliers
 from bilevel.search.minimize import minimize
 from bilevel.search.newton_fit import newton_fit
 from bilevel.search.pareto import pareto
@@ -45,6 +48,7 @@ __all__ = [
     "GMRES",
     "MINRES",
     "BiCGStab",
+    "Constrained",
     "DependenceWarning",
     "DiagonalPreconditioner",
     "Exact",
@@ -72,6 +76,7 @@ __all__ = [
     "Training",
     "Unrolled",
     "WarmStart",
+    "constrained_fit",
     "diagnose",
     "diagnose_training",
     "extrapolate",
@@ -94,4 +99,5 @@ __all__ = [
     "prox",
     "proximal_fit",
     "scipy_fit",
+    "with_multipliers",
 ]

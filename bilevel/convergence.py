@@ -13,11 +13,15 @@ from bilevel.messages import callers_level, counted, listed
 from bilevel.methods.method import Method
 from bilevel.operators.lanczos import Spectrum
 from bilevel.options import check_choice
+from bilevel.problems.constrained import Constrained
+from bilevel.problems.gradients import in_params
+from bilevel.problems.protocols import BilevelProblem
 from bilevel.results import SolverInfo, Status
-from bilevel.spaces.array import Array
+from bilevel.spaces.array import Args, Array
 
 UNSOLVED_SHARE = 0.2  # of F, to first order, with a warning
 UNTRAINED_SHARE = 0.01  # the same at params of zero, which most often are untrained
+UNBALANCED = 0.01  # of ‖∂L/∂w‖: a larger residual of KKT conditions has a warning
 SMALL = 1e-3  # change of params; F is close to zero if this changes F by more than its value
 UNSOLVED = (
     "params do not solve the inner problem. To first order, the outer objective differs by more than "
@@ -28,10 +32,17 @@ UNSOLVED = (
     'warnings.simplefilter("ignore", bl.InnerProblemWarning).'
 )
 AT_KINK = (
-    "params is at a kink of the proximal step, to rounding (see info.kinks): an entry is just about to leave or to "
-    "reach a kink, a bound or a constraint. The solution map has no derivative there, and the hypergradient belongs to "
-    "one side of the kink. bl.diagnose names the entries. Change the hyperparameters a little, or solve the inner "
-    'problem more accurately. If this is intended, call warnings.simplefilter("ignore", bl.InnerProblemWarning).'
+    "params is at a kink of the proximal step, or of an inequality, to rounding (see info.kinks): an entry is just "
+    "about to leave or to reach a kink, a bound or a constraint. The solution map has no derivative there, and the "
+    "hypergradient belongs to one side of the kink. bl.diagnose names the entries. Change the hyperparameters a "
+    "little, or solve the inner problem more accurately. If this is intended, call "
+    'warnings.simplefilter("ignore", bl.InnerProblemWarning).'
+)
+NOT_KKT = (
+    "params do not satisfy the KKT conditions, and a hypergradient is only right where they do (info.inner_grad_norm "
+    "is the norm of their residual). Either the constraints do not hold, or multipliers have another sign or scale: "
+    "bl.Constrained needs ∂L/∂w + (∂h/∂w)ᵀν + (∂g/∂w)ᵀμ = 0 with μ >= 0. Call "
+    "bl.with_multipliers(problem, params['w'], hparams) to compute them."
 )
 OnFailure = Literal["raise", "warn", "ignore"]
 
@@ -156,6 +167,26 @@ def warn_if_unsolved(backend: Backend, value: Any, info: SolverInfo, params: obj
     share = UNSOLVED_SHARE if norm else UNTRAINED_SHARE
     if abs(error) > share * max(abs(outer), SMALL * info.rhs_norm * norm):
         warnings.warn(InnerProblemWarning(UNSOLVED), stacklevel=callers_level())
+
+
+def warn_if_not_kkt(
+    backend: Backend, problem: BilevelProblem, params: Any, hparams: object, args: Args, info: SolverInfo
+) -> None:
+    """Warn if params of a `bl.Constrained` do not satisfy the KKT conditions, unless info is traced.
+
+    `warn_if_unsolved` does not see wrong multipliers: to first order, F does not depend on them.
+    """
+    if not isinstance(problem, Constrained) or not isinstance(info.inner_grad_norm, float | np.ndarray):
+        return
+    left = float(np.max(info.inner_grad_norm))
+    if left > SMALL * float(backend.to_host(backend.run(_norm, params))):
+        slope = float(backend.to_host(backend.run(_slope, problem, params["w"], hparams, args)))
+        if left > UNBALANCED * slope:
+            warnings.warn(InnerProblemWarning(NOT_KKT), stacklevel=callers_level())
+
+
+def _slope(backend: Backend, problem: Constrained, w: object, hparams: object, args: Args) -> Array:
+    return backend.space(w).norm(in_params(backend, problem.objective, w, hparams, args).grad_params)
 
 
 def _norm(backend: Backend, params: object) -> Array:

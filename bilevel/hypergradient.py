@@ -8,7 +8,7 @@ import numpy as np
 
 from bilevel.backend import Backend
 from bilevel.config import get_linear_solver, get_solver
-from bilevel.convergence import OnFailure, check_on_failure, report, warn_if_unsolved
+from bilevel.convergence import OnFailure, check_on_failure, report, warn_if_not_kkt, warn_if_unsolved
 from bilevel.dependence import EQUATION, MINIMUM, warn_of_dependence
 from bilevel.inspection.derivatives import Derivatives
 from bilevel.inspection.entries import entries
@@ -116,6 +116,7 @@ def hypergradient(
     )
     if on_failure != "ignore":
         warn_if_unsolved(backend, hg.value, info, hg.params)
+        warn_if_not_kkt(backend, problem, params, hparams, batches[0], info)
     return hg._replace(info=info)  # pyright: ignore[reportReturnType]
 
 

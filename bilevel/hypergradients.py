@@ -4,7 +4,7 @@ from typing import Any
 
 from bilevel.backend import Backend, stacked
 from bilevel.config import get_linear_solver
-from bilevel.convergence import OnFailure, check_on_failure, report_rows
+from bilevel.convergence import OnFailure, check_on_failure, report_rows, warn_if_not_kkt
 from bilevel.dependence import EQUATION, MINIMUM, warn_of_dependence
 from bilevel.hypergradient import SolverSpec, combine
 from bilevel.linear_solvers.linear_solver import LinearSolver, in_arrays, run_solver_on_rows
@@ -100,6 +100,8 @@ def hypergradients(
     info = report_rows(
         backend, hg.info, hg.value, params, Implicit(linear), on_failure, symmetric=has_symmetric_system(problem)
     )
+    if on_failure != "ignore":
+        warn_if_not_kkt(backend, problem, params, hparams, batches[0], info)
     return hg._replace(params=params, info=info)
 
 

@@ -41,8 +41,8 @@ class SolverInfo(NamedTuple):
             or root. It is zero at a solution of the inner problem, and ``nan`` if it is unknown: with a list of
             batches, because ∂L/∂w is of the first batch, and outside ``jit`` also if ``residual_norm`` is ``nan``.
         damping: δ of the solved system (H + δ I) v = ∂F/∂w: the option of the solver, or what "auto" found.
-        kinks: number of entries of params at a kink of the proximal step, to rounding, where w*(λ) has no derivative.
-            It is zero for a `bl.Problem`, a `bl.FixedPoint` and a `bl.Root`, which do not count them.
+        kinks: number of entries of params at a kink of the proximal step or of an inequality, to rounding. w*(λ) has no
+            derivative there. It is zero for a `bl.Problem`, a `bl.FixedPoint` and a `bl.Root`, which do not count them.
     """
 
     steps: Any

@@ -28,8 +28,8 @@ def check_problem(problem: object) -> None:
     """Raise a TypeError unless this is a bilevel problem."""
     if not isinstance(problem, BilevelProblem):
         raise TypeError(
-            "problem: expected bl.Problem(inner, outer), bl.Proximal, bl.Projected, bl.FixedPoint or bl.Root, got "
-            f"{type(problem).__name__}."
+            "problem: expected bl.Problem(inner, outer), bl.Proximal, bl.Projected, bl.Constrained, bl.FixedPoint or "
+            f"bl.Root, got {type(problem).__name__}."
         )
 
 

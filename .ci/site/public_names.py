@@ -36,6 +36,7 @@ FURTHER = [  # in no `__all__`: for authors of problems, solvers and backends, f
     "bilevel.problems.k_fold.KFoldProblem",
     "bilevel.problems.protocols.BilevelProblem",
     "bilevel.problems.protocols.InnerProblem",
+    "bilevel.problems.protocols.Constraint",
     "bilevel.problems.protocols.OuterObjective",
     "bilevel.search.evaluations.Evaluation",
     "bilevel.search.newton_fit.Fit",

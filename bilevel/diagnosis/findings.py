@@ -117,8 +117,9 @@ def _writes(m: Measured) -> Finding:
 def _at_kink(m: Measured) -> Finding:
     return Finding(
         "at kink",
-        f"{listed(m.kinks)} {'is' if len(m.kinks) == 1 else 'are'} at a kink of the proximal step, to rounding: it is "
-        "just about to leave or to reach a kink, a bound or a constraint. The solution map has no derivative there.",
+        f"{listed(m.kinks)} {'is' if len(m.kinks) == 1 else 'are'} at a kink of the proximal step or of an inequality, "
+        "to rounding: it is just about to leave or to reach a kink, a bound or a constraint. The solution map has no "
+        "derivative there.",
         "The hypergradient belongs to one side of the kink. Change the hyperparameters a little, or solve the inner "
         "problem more accurately.",
     )

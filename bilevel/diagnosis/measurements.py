@@ -40,7 +40,8 @@ class Measured:
 
     Attributes:
         curvature: the meaning of H: "hessian", "gauss-newton", "finite-differences", "proximal" for the reduced system
-            of a proximal problem, or "equation" for the transposed Jacobian of a fixed point or a root.
+            of a proximal problem, "constrained" for the matrix of KKT conditions, or "equation" for the transposed
+            Jacobian of a fixed point or a root.
         method: the method.
         info: information about the solve.
         residual: norm of b - (H + damping I) v, by a product of a new linearization, relative to b. nan for a method
@@ -90,7 +91,7 @@ class Measured:
     @property
     def is_equation(self) -> bool:
         """Whether params solves an equation and minimizes no smooth objective."""
-        return self.curvature in ("equation", "proximal")
+        return self.curvature in ("equation", "proximal", "constrained")
 
     @property
     def all_held(self) -> bool:

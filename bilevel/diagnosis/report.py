@@ -64,7 +64,7 @@ def _curvature(m: Measured) -> str:
         return "nan"
     sign = "some are negative" if smallest < 0 else "none is negative"
     what = "" if m.curvature == "hessian" else f" of {m.curvature} products"
-    what = " on the support" if m.curvature == "proximal" else what
+    what = {"proximal": " on the support", "constrained": " of the KKT matrix"}.get(m.curvature, what)
     return f"eigenvalues{what} from {smallest:.3g} (± {below:.1g}) to {largest:.4g} (± {above:.1g}): {sign}"
 
 

@@ -1,13 +1,13 @@
 """Conjugate gradients."""
 
 from dataclasses import dataclass, replace
-from typing import Generic, Literal, NamedTuple
+from typing import ClassVar, Generic, Literal, NamedTuple
 
 from typing_extensions import override
 
 from bilevel.linear_solvers.auto_damping import SLACK, solve_rows_with_auto_damping, with_auto_damping
 from bilevel.linear_solvers.block_cg import solve_block
-from bilevel.linear_solvers.linear_solver import in_arrays
+from bilevel.linear_solvers.linear_solver import DEFINITE, STEADY, SYMMETRIC, in_arrays
 from bilevel.linear_solvers.restarts import Cycle, Iterative, solve_with_restarts
 from bilevel.operators.linear_operator import LinearOperator
 from bilevel.operators.scaling import power_of_two
@@ -67,6 +67,8 @@ class CG(Iterative[object]):
         preconditioner: a `Preconditioner`, a function v -> M v with M symmetric and positive definite, or None.
             ``info.steps`` does not count its products. `bl.prepare` computes it once for several calls.
     """
+
+    requires: ClassVar[frozenset[str]] = frozenset({SYMMETRIC, STEADY, DEFINITE})
 
     damping: float | Literal["auto"] = "auto"
     preconditioner: Preconditioner | None = None

@@ -23,6 +23,8 @@ STEADY = "steady"
 """All products use the same operator."""
 TRANSPOSED = "transposed"
 """The operator has products with its transpose."""
+DEFINITE = "definite"
+"""The operator is not indefinite at every solution, as the matrix of KKT conditions is."""
 S = TypeVar("S")  # the state that several solves share
 
 
@@ -33,7 +35,7 @@ class LinearSolver(Solver, Generic[S]):
     attributes have defaults. A field of the dataclass may replace ``rtol`` or ``damping``.
 
     Attributes:
-        requires: required properties of the operator: ``SYMMETRIC``, ``STEADY``, ``TRANSPOSED``.
+        requires: required properties of the operator: ``SYMMETRIC``, ``STEADY``, ``TRANSPOSED``, ``DEFINITE``.
         remedy: advice for a solve that stops too early.
         stagnation_remedy: advice for a solve that makes no more progress.
     """
@@ -148,6 +150,11 @@ def check_requirements(solver: LinearSolver[S], A: LinearOperator[V]) -> None:
             f"{solver.name} relies on a symmetric operator. The operator of a fixed point or a root is not symmetric. "
             'Use solver="gmres" or "bicgstab", {"name": "neumann", "step_size": 1.0} where the step contracts, '
             '"exact" where params is small, or "identity".'
+        )
+    if DEFINITE in solver.requires and A.indefinite:
+        raise TypeError(
+            f"{solver.name} relies on a positive definite operator, and the matrix of a bl.Constrained has eigenvalues "
+            'of both signs. Use solver="minres" or "gmres", or "exact" where params is small.'
         )
     if TRANSPOSED in solver.requires and A.mv_transposed is None:
         raise TypeError(

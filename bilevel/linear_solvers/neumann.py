@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Generic, Literal, NamedTuple
 from typing_extensions import override
 
 from bilevel.linear_solvers.auto_damping import with_auto_damping
-from bilevel.linear_solvers.linear_solver import LinearSolver
+from bilevel.linear_solvers.linear_solver import DEFINITE, LinearSolver
 from bilevel.operators.lanczos import spectrum
 from bilevel.operators.linear_operator import LinearOperator
 from bilevel.operators.scaling import scale_free
@@ -74,7 +74,7 @@ class Neumann(LinearSolver[Any]):
             fixed point.
     """
 
-    requires: ClassVar[frozenset[str]] = frozenset()
+    requires: ClassVar[frozenset[str]] = frozenset({DEFINITE})
     remedy: ClassVar[str] = "Raise terms, loosen rtol, or add damping."
 
     terms: int = 20

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 from typing_extensions import override
 
 from bilevel.linear_solvers.auto_damping import with_auto_damping
-from bilevel.linear_solvers.linear_solver import LinearSolver
+from bilevel.linear_solvers.linear_solver import DEFINITE, STEADY, SYMMETRIC, LinearSolver
 from bilevel.operators.linear_operator import LinearOperator
 from bilevel.operators.nystrom_sketch import Sketch, sketch
 from bilevel.operators.scaling import scale_free
@@ -36,6 +36,7 @@ class Nystrom(LinearSolver[Sketch]):
             accepted, without a warning.
     """
 
+    requires: ClassVar[frozenset[str]] = frozenset({SYMMETRIC, STEADY, DEFINITE})
     remedy: ClassVar[str] = (
         "Eigenvalues outside the sketch are large against the damping: raise rank or damping, or loosen rtol. If the "
         "sketch comes from bl.prepare, prepare again."

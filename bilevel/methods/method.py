@@ -11,7 +11,7 @@ from bilevel.backend import Backend
 from bilevel.linear_solvers.solver import Solver
 from bilevel.linearization import Dependence, LinearizedMap
 from bilevel.operators.linear_operator import LinearOperator
-from bilevel.problems.protocols import BilevelProblem, has_symmetric_system
+from bilevel.problems.protocols import BilevelProblem, has_symmetric_system, is_indefinite
 from bilevel.results import SolverInfo
 from bilevel.spaces.array import Args, H, P
 from bilevel.spaces.space import Layout, Space
@@ -48,16 +48,19 @@ class Level(Generic[P, H]):
     def operator(self, at: LinearizedMap[P, H]) -> LinearOperator[P]:
         """Return the operator of the linear system: v -> (∂r/∂w)ᵀ v, or its reduction.
 
-        Raise a TypeError if a proximal problem has several batches.
+        Raise a TypeError if a problem with kinks or inequalities has several batches.
         """
         symmetric = has_symmetric_system(self.problem)
-        A = LinearOperator(self.space, at.product, symmetric, transpose=None if symmetric else at.jvp_params)
+        transpose = None if symmetric else at.jvp_params
+        A = LinearOperator(
+            self.space, at.product, symmetric, transpose=transpose, indefinite=is_indefinite(self.problem)
+        )
         if len(self.batches) == 1:
             return A
         if at.reduction is not None:
             raise TypeError(
-                "inner_args is a list, one batch per product, but a proximal problem needs all of the data: pass one "
-                "tuple, or bl.MicroBatches(batches)."
+                "inner_args is a list, one batch per product, but a problem with kinks or constraints needs all of "
+                "the data: pass one tuple or, for kinks, bl.MicroBatches(batches)."
             )
         args = self.space.sequence(self.batches)
         return replace(A, sample=lambda i: self.linearize(args(i + 1)).vjp_params)

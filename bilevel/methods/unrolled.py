@@ -14,7 +14,7 @@ from bilevel.methods.unroll import Adjoint, Recording, Run, State, Tangent, back
 from bilevel.operators.lanczos import Spectrum
 from bilevel.operators.linear_operator import LinearOperator
 from bilevel.options import check_choice, check_int, check_real, check_step_size, is_python_value
-from bilevel.problems.protocols import is_equation
+from bilevel.problems.protocols import is_equation, is_indefinite
 from bilevel.results import SolverInfo, Status
 from bilevel.spaces.array import H, Number, P
 from bilevel.spaces.space import Layout, Space
@@ -155,6 +155,12 @@ class Unrolled(Method):
 
     def _start(self, level: Level[P, H]) -> tuple[Run[P, H], bool, Dependence | None]:
         """Return the run before its first step, whether its steps depend on λ, and on which leaves of λ."""
+        if is_indefinite(level.problem):
+            raise TypeError(
+                "Unrolled: the steps of an optimizer do not converge to the solution of a bl.Constrained, which is a "
+                'saddle point of its Lagrangian. Use solver="minres" or "exact". For a set with a projection, use '
+                "bl.Projected."
+            )
         space, of_hparams = level.space, level.backend.space(level.hparams)
         at_start = level.linearize()
         has_influence = at_start.vjp_hparams(space.zeros()) is not None

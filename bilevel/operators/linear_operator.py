@@ -21,6 +21,7 @@ class LinearOperator(Generic[V]):
             data. Then ``mv`` is the product of the first sample. None: all products use the same A.
         slack: an error of a solution x is accepted if a change of A by this norm explains it.
         transpose: v -> Aᵀ v, for an A that is not symmetric. None: it is unknown.
+        indefinite: whether A has eigenvalues of both signs at every solution, as the matrix of KKT conditions.
     """
 
     space: Space[V]
@@ -29,6 +30,7 @@ class LinearOperator(Generic[V]):
     sample: Callable[[Array | int], Callable[[V], V]] | None = None
     slack: Number = 0.0
     transpose: Callable[[V], V] | None = None
+    indefinite: bool = False
 
     def __call__(self, v: V) -> V:
         return self.mv(v)

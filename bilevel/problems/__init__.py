@@ -3,6 +3,7 @@
 from bilevel.problems.k_fold import k_fold
 from bilevel.problems.linear import huber, logistic_regression, poisson, ridge, svm
 from bilevel.problems.quadratic import quadratic
+from bilevel.problems.quadratic_program import quadratic_program
 from bilevel.problems.sparse_linear import elastic_net, lasso, sparse_logistic
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "logistic_regression",
     "poisson",
     "quadratic",
+    "quadratic_program",
     "ridge",
     "sparse_logistic",
     "svm",

@@ -11,10 +11,11 @@ from bilevel.spaces.array import Args, Array, H, P
 if TYPE_CHECKING:
     from bilevel.backend import Backend
 
-Kind = Literal["hessian", "gauss-newton", "finite-differences", "proximal", "equation"]
+Kind = Literal["hessian", "gauss-newton", "finite-differences", "proximal", "constrained", "equation"]
 """The kind of (∂r/∂w)ᵀ: the Hessian of L, an approximation of it, or the transposed Jacobian of an equation.
 
 "proximal" is an equation whose linear system has a symmetric form: see `bilevel.linearization.Reduction`.
+"constrained" are KKT conditions, whose matrix is symmetric and indefinite.
 """
 
 
@@ -43,12 +44,17 @@ class BilevelProblem(Protocol):
 
 def is_equation(problem: BilevelProblem) -> bool:
     """Tell whether w* solves an equation, so that r is no gradient of an inner objective."""
-    return problem.kind in ("equation", "proximal")
+    return problem.kind in ("equation", "proximal", "constrained")
 
 
 def has_symmetric_system(problem: BilevelProblem) -> bool:
     """Tell whether the matrix of the linear system is symmetric."""
     return problem.kind != "equation"
+
+
+def is_indefinite(problem: BilevelProblem) -> bool:
+    """Tell whether the matrix of the linear system is indefinite at every solution."""
+    return problem.kind == "constrained"
 
 
 class InnerProblem(Protocol, Generic[P, H]):
@@ -74,3 +80,32 @@ class OuterObjective(Protocol, Generic[P, H]):
 
     def __call__(self, params: P, hparams: H, *args: object) -> object: ...
     def grad(self, params: P, hparams: H, *args: object) -> tuple[P, H | None]: ...
+
+
+class Constraint(Protocol, Generic[P, H]):
+    """The equalities or inequalities of a `bl.Constrained` with analytic derivatives, for the numpy backend.
+
+    The call returns c, an array with one entry for each constraint. ``multipliers`` has the shape of c, and ``vector``
+    the structure of ``params``. Methods whose result is zero may return None, except ``jvp_params``.
+    """
+
+    def __call__(self, params: P, hparams: H, *args: object) -> Array: ...
+    def jvp_params(self, params: P, hparams: H, vector: P, *args: object) -> Array:
+        """Return (∂c/∂w) vector, with the shape of c."""
+        ...
+
+    def vjp_params(self, params: P, hparams: H, multipliers: Array, *args: object) -> P | None:
+        """Return (∂c/∂w)ᵀ multipliers."""
+        ...
+
+    def vjp_hparams(self, params: P, hparams: H, multipliers: Array, *args: object) -> H | None:
+        """Return (∂c/∂λ)ᵀ multipliers."""
+        ...
+
+    def hvp(self, params: P, hparams: H, multipliers: Array, vector: P, *args: object) -> P | None:
+        """Return the Hessian by params of multipliers·c, times vector. It is zero if c is linear in params."""
+        ...
+
+    def cross_vjp(self, params: P, hparams: H, multipliers: Array, vector: P, *args: object) -> H | None:
+        """Return the derivative by hparams of ((∂c/∂w)ᵀ multipliers)·vector."""
+        ...

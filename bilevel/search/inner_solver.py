@@ -58,6 +58,8 @@ def scipy_fit(
             f"scipy_fit minimizes smooth objectives, and {type(problem).__name__} has kinks or a constraint: use "
             "bl.proximal_fit(problem, inner_args=...)."
         )
+    if getattr(problem, "kind", None) == "constrained":
+        raise TypeError("scipy_fit minimizes without constraints: use bl.constrained_fit(problem, inner_args=...).")
     if not isinstance(problem, BilevelProblem) or is_equation(problem):
         raise TypeError(
             f"scipy_fit minimizes an inner objective, which {type(problem).__name__} does not have: write a function "

@@ -202,7 +202,7 @@ def test_micro_batches_give_the_same_gradient():
     parts = bl.hypergradient(**arguments)
     assert relative_error(parts.grad["penalty"], whole.grad["penalty"]) <= 1e-12
     arguments["inner_args"] = [(A, b), (A, b)]
-    with pytest.raises(TypeError, match=r"proximal problem needs all of the data.*MicroBatches"):
+    with pytest.raises(TypeError, match=r"problem with kinks or constraints needs all of the data.*MicroBatches"):
         bl.hypergradient(**arguments, solver="neumann")
 
 
