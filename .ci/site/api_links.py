@@ -19,7 +19,10 @@ ANCHORS = {  # an object with several public names has one entry
 PREFIXES = {"api/torch.md": "bilevel_torch.", "api/jax.md": "bilevel_jax.", "api/testing.md": "bilevel.testing."}
 NOT_TEXT = r"<pre.*?</pre>|<a\b.*?</a>|<h[1-6]\b.*?</h[1-6]>"
 CODE = re.compile(rf"{NOT_TEXT}|<code>@?([\w.]+)(\([^<]*\))?</code>", re.DOTALL)
-NOT_LISTED = ["bl.problems", "bl.__version__", "bilevel_torch.backend", "bilevel_jax.backend"]
+NOT_LISTED = [
+    *("bl.problems", "bl.prox", "bl.projections"),  # packages
+    *("bl.__version__", "bilevel_torch.backend", "bilevel_jax.backend"),
+]
 OLD = ["changelog.md"]  # pages that name what no longer exists
 log = logging.getLogger("mkdocs.hooks")  # `strict` makes errors of its warnings
 
