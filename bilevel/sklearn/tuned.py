@@ -73,7 +73,7 @@ class Start(NamedTuple):
 def risen(found: Start) -> Start:
     """Return the start of a search in which penalties cannot be smaller than the shared penalties.
 
-    Free penalties overfit the folds more (`benchmarks/penalties_per_group.py`).
+    Free penalties overfit the folds more if there are many groups.
     """
     return found._replace(bounds=np.column_stack([found.logs[:, 0], found.bounds[:, 1]]))
 
