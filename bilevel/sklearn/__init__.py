@@ -11,6 +11,7 @@ from bilevel.sklearn.elastic_net import TunedElasticNet
 from bilevel.sklearn.lasso import TunedLasso
 from bilevel.sklearn.linear_svc import TunedLinearSVC
 from bilevel.sklearn.logistic_regression import TunedLogisticRegression, TunedSparseLogisticRegression
+from bilevel.sklearn.plots import plot_penalties, plot_search
 from bilevel.sklearn.ridge import TunedRidge
 
 __all__ = [
@@ -20,4 +21,6 @@ __all__ = [
     "TunedLogisticRegression",
     "TunedRidge",
     "TunedSparseLogisticRegression",
+    "plot_penalties",
+    "plot_search",
 ]
