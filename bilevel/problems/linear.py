@@ -8,7 +8,7 @@ import numpy as np
 
 from bilevel.problems.losses import CrossEntropy, Huber, LeastSquares, Loss, Poisson, SquaredHinge, check_shape
 from bilevel.problems.problem import Problem
-from bilevel.prox.groups import Groups
+from bilevel.prox.groups import Groups, gathered, summed
 from bilevel.spaces.array import Array
 from bilevel.spaces.namespace import namespace
 
@@ -74,11 +74,7 @@ class _Penalized:
     ) -> Array:
         per_weight: Any = self.penalties(params, hparams) * params * vector
         if self.groups is not None:
-            per_feature = per_weight.sum(tuple(range(1, params.ndim)))
-            indices = self.groups.indices
-            free = indices >= 0
-            per_group: Any = np.bincount(indices[free], per_feature[free], len(hparams))
-            return per_group.astype(hparams.dtype)
+            return summed(per_weight, self.groups, len(hparams))
         total: Any = np.asarray(per_weight.sum(tuple(range(hparams.ndim, params.ndim))))
         return total
 
@@ -96,10 +92,7 @@ class _Penalized:
     def spread(self, params: Array, hparams: Array) -> Array:
         """Return a vector like λ, in a shape that broadcasts to params. It is 0 for features of group -1."""
         if self.groups is not None:
-            if self.groups.lowest < 0:
-                xp = namespace(hparams)
-                hparams = xp.concatenate([hparams, xp.zeros_like(hparams[:1])])
-            hparams = hparams[self.groups.indices]
+            hparams = gathered(hparams, self.groups)
         if tuple(hparams.shape) != tuple(params.shape[: hparams.ndim]):
             raise ValueError(
                 f"hparams: expected log penalties of shape () (shared), {tuple(params.shape[:1])} (per feature) or "
@@ -211,7 +204,7 @@ class Penalties(NamedTuple):
 
     Attributes:
         loss: the loss of an example.
-        of: (params, hparams) -> (l1, l2), the penalties of each feature, of shape (d,).
+        of: (params, hparams) -> (l1, l2), the penalties of each weight, in the shape of params.
         step_size: of the proximal step, else 0. The matrix of the linear system is H + diag(l2), with rows and columns
             divided by 1 + step_size l2.
     """

@@ -79,9 +79,9 @@ class GroupLasso(ProximalOperator):
         return penalty
 
     def _sums(self, x: Any, penalty: Any) -> Any:
-        count = penalty.shape[0] if penalty.ndim else max(self.groups) + 1
-        return sums_of_groups(x.reshape(x.shape[0], -1).sum(1), self.groups, count)
+        count = penalty.shape[0] if penalty.ndim else self.groups.highest + 1
+        return sums_of_groups(x.reshape(x.shape[0], -1).sum(1), self.groups.indices, count)
 
     def _rows(self, of_groups: Any, v: Any) -> Any:
         """Return a value for each row of v from a value for each group."""
-        return of_groups[np.asarray(self.groups)].reshape(-1, *(1,) * (v.ndim - 1))
+        return of_groups[self.groups.indices].reshape(-1, *(1,) * (v.ndim - 1))

@@ -52,17 +52,28 @@ def in_features(name: str, value: Any, v: Any, groups: Groups | None) -> Any:
             f"groups: expected {v.shape[0]} indices, one for each row of params, below {value.shape[0]}, the number of "
             f"entries of {name}, got {len(groups)} indices from {groups.lowest} to {groups.highest}."
         )
+    return gathered(value, groups)
+
+
+def gathered(value: Any, groups: Groups) -> Any:
+    """Return a value per feature from a value per group: zero for group -1."""
     if groups.lowest < 0:
         xp = namespace(value)
         value = xp.concatenate([value, xp.zeros_like(value[:1])])
     return value[groups.indices]
 
 
-def sums_of_groups(x: Any, groups: Any, count: int) -> Any:
-    """Return the sums of the entries of x, of shape (d,), by group. ``groups`` has d indices below ``count``."""
+def summed(product: Any, groups: Groups, count: int) -> Any:
+    """Return the sums of a product like params over the features of each group, without group -1 (NumPy)."""
+    per_feature, indices = product.sum(tuple(range(1, product.ndim))), groups.indices
+    grouped = indices >= 0
+    return sums_of_groups(per_feature[grouped], indices[grouped], count)
+
+
+def sums_of_groups(x: Any, indices: Any, count: int) -> Any:
+    """Return the sums of the entries of x, of shape (d,), by group. ``indices`` has d integers below ``count``."""
     if hasattr(x, "new_zeros"):
-        return x.new_zeros(count).index_add(0, namespace(x).as_tensor(groups, device=x.device), x)
+        return x.new_zeros(count).index_add(0, namespace(x).as_tensor(indices, device=x.device), x)
     if hasattr(x, "at"):  # JAX
-        at = namespace(x).zeros(count, dtype=x.dtype).at
-        return at[np.asarray(groups) if isinstance(groups, tuple) else groups].add(x)
-    return np.bincount(groups, x, count).astype(x.dtype)
+        return namespace(x).zeros(count, dtype=x.dtype).at[indices].add(x)
+    return np.bincount(indices, x, count).astype(x.dtype)

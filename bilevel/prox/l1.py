@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -9,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 from typing_extensions import override
 
-from bilevel.prox.groups import Groups, check_groups, in_features, sums_of_groups
+from bilevel.prox.groups import Groups, check_groups, in_features, summed
 from bilevel.prox.operator import Given, ProximalOperator, given, reduced, soft_threshold, spread
 
 
@@ -56,8 +57,21 @@ def elastic_net(l1: Given = "l1", l2: Given = "l2", *, groups: Sequence[int] | N
     return ElasticNet(given("l1", l1), given("l2", l2), check_groups(groups, least=-1))
 
 
+class _Sparse(ProximalOperator):
+    """An operator that makes small entries zero."""
+
+    @abstractmethod
+    def penalties(self, v: Any, hparams: Any) -> tuple[Any, Any]:
+        """Return the L1 and the L2 penalty of each entry of v, in NumPy."""
+        raise NotImplementedError
+
+    def support(self, v: Any, hparams: Any, step: Any) -> Any:
+        """Return where the result is not zero, as a mask like v, in NumPy."""
+        return np.abs(v) > step * self.penalties(v, hparams)[0]
+
+
 @dataclass(frozen=True)
-class L1(ProximalOperator):
+class L1(_Sparse):
     """See `l1`."""
 
     values: ClassVar[tuple[str, ...]] = ("penalty",)
@@ -70,12 +84,8 @@ class L1(ProximalOperator):
     def apply(self, v: Any, step: Any, *values: Any) -> Any:
         return soft_threshold(v, step * _spread("penalty", values[0], v, self.groups))
 
-    def support(self, v: Any, hparams: Any, step: Any) -> Any:
-        """Return where the result is not zero, as a mask like v, in NumPy."""
-        return np.abs(v) > step * self.penalties(v, hparams)[0]
-
+    @override
     def penalties(self, v: Any, hparams: Any) -> tuple[Any, Any]:
-        """Return the L1 and the L2 penalty of each entry of v, in NumPy."""
         [value] = self._values(v, hparams)
         penalties = np.broadcast_to(_spread("penalty", value, v, self.groups), v.shape)
         return penalties, np.zeros_like(penalties)
@@ -87,7 +97,7 @@ class L1(ProximalOperator):
 
 
 @dataclass(frozen=True)
-class ElasticNet(ProximalOperator):
+class ElasticNet(_Sparse):
     """See `elastic_net`."""
 
     values: ClassVar[tuple[str, ...]] = ("l1", "l2")
@@ -102,12 +112,8 @@ class ElasticNet(ProximalOperator):
         one, two = (_spread(name, value, v, self.groups) for name, value in zip(self.values, values, strict=True))
         return soft_threshold(v, step * one) / (1 + step * two)
 
-    def support(self, v: Any, hparams: Any, step: Any) -> Any:
-        """Return where the result is not zero, as a mask like v, in NumPy."""
-        return np.abs(v) > step * self.penalties(v, hparams)[0]
-
+    @override
     def penalties(self, v: Any, hparams: Any) -> tuple[Any, Any]:
-        """Return the L1 and the L2 penalty of each entry of v, in NumPy."""
         values = zip(self.values, self._values(v, hparams), strict=True)
         one, two = (np.broadcast_to(_spread(name, value, v, self.groups), v.shape) for name, value in values)
         return one, two
@@ -126,8 +132,4 @@ def _spread(name: str, value: Any, v: Any, groups: Groups | None) -> Any:
 
 
 def _reduced(product: Any, value: Any, groups: Groups | None) -> Any:
-    if groups is None or not value.ndim:
-        return reduced(product, value)
-    per_feature, indices = product.sum(tuple(range(1, product.ndim))), groups.indices
-    penalized = indices >= 0
-    return sums_of_groups(per_feature[penalized], indices[penalized], len(value))
+    return reduced(product, value) if groups is None or not value.ndim else summed(product, groups, len(value))

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import scipy  # scipy.linalg and scipy.sparse load at their first use
 
+from bilevel.prox.operator import soft_threshold
+
 LARGEST_MATRIX = 1500  # rows: a larger system is solved by CG, without the matrix
 DAMPING = 1e-2  # of a Newton step, times the largest violation: singular systems get a bounded step
 SMALLEST_STEP = 1e-6  # of a line search
@@ -204,5 +206,4 @@ def minimize_quadratic(
 
 def _proximal_step(u: np.ndarray, slope: np.ndarray, l1: np.ndarray, largest: float) -> np.ndarray:
     """Return a step of the proximal gradient method. ``largest`` is a bound of the eigenvalues."""
-    x = u - slope / largest
-    return np.sign(x) * np.maximum(np.abs(x) - l1 / largest, 0)
+    return soft_threshold(u - slope / largest, l1 / largest)
