@@ -11,6 +11,7 @@ from bilevel.linear_solvers.linear_solver import LinearSolver
 from bilevel.methods.implicit import Implicit
 from bilevel.methods.method import Method
 from bilevel.operators.lanczos import Spectrum
+from bilevel.problems.protocols import EQUATIONS
 from bilevel.results import SolverInfo, Status
 
 PRODUCTS = 20  # of Lanczos' method
@@ -91,7 +92,7 @@ class Measured:
     @property
     def is_equation(self) -> bool:
         """Whether params solves an equation and minimizes no smooth objective."""
-        return self.curvature in ("equation", "proximal", "constrained")
+        return self.curvature in EQUATIONS
 
     @property
     def all_held(self) -> bool:

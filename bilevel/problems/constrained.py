@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from bilevel.linearization import LinearizedMap, Reduction
 from bilevel.micro_batches import MicroBatches
 from bilevel.problems.gradients import in_params
+from bilevel.problems.kinks import reach
 from bilevel.problems.lagrangian import WAY_OUT, Lagrangian, OfPrimal, primal
 from bilevel.problems.problem import check_functions
 from bilevel.problems.protocols import Kind
@@ -17,9 +18,6 @@ from bilevel.spaces.array import Args, H, P
 
 if TYPE_CHECKING:
     from bilevel.backend import Backend
-
-WIDEST = 10.0  # residuals: the largest multiplier and slack of a kink that count as zero
-ROUNDING = 100.0  # machine epsilons: the least such size, relative to the largest entry
 
 
 @dataclass(frozen=True)
@@ -136,11 +134,9 @@ class Constrained:
         """
         space, of_values = backend.space(params), backend.space(params["inequality"])
         xp = space.xp
-        size = xp.maximum(space.max_abs(params), of_values.max_abs(values))
-        size = xp.where(size > 0, size, 1.0)
-        reach = xp.clip(WIDEST * space.max_abs(residual), ROUNDING * space.eps * size, space.eps**0.5 * size)
+        least = reach(space, residual, xp.maximum(space.max_abs(params), of_values.max_abs(values)))
         kinks = of_values.map(
-            lambda m, g: 1.0 * (xp.maximum(xp.abs(m), xp.abs(g)) <= reach), params["inequality"], values
+            lambda m, g: 1.0 * (xp.maximum(xp.abs(m), xp.abs(g)) <= least), params["inequality"], values
         )
         return {**space.zeros(), "inequality": kinks}
 

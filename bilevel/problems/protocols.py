@@ -17,6 +17,8 @@ Kind = Literal["hessian", "gauss-newton", "finite-differences", "proximal", "con
 "proximal" is an equation whose linear system has a symmetric form: see `bilevel.linearization.Reduction`.
 "constrained" are KKT conditions, whose matrix is symmetric and indefinite.
 """
+EQUATIONS: frozenset[Kind] = frozenset({"equation", "proximal", "constrained"})
+"""The kinds of problems whose r is no gradient of an inner objective."""
 
 
 @runtime_checkable
@@ -44,7 +46,7 @@ class BilevelProblem(Protocol):
 
 def is_equation(problem: BilevelProblem) -> bool:
     """Tell whether w* solves an equation, so that r is no gradient of an inner objective."""
-    return problem.kind in ("equation", "proximal", "constrained")
+    return problem.kind in EQUATIONS
 
 
 def has_symmetric_system(problem: BilevelProblem) -> bool:

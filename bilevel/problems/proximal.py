@@ -12,6 +12,7 @@ import numpy as np
 from bilevel.linearization import Dependence, LinearizedMap, Reduction
 from bilevel.options import check_real
 from bilevel.problems.gradients import in_params
+from bilevel.problems.kinks import reach
 from bilevel.problems.problem import check_functions
 from bilevel.problems.protocols import Kind
 from bilevel.spaces.array import Args, H, P
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
     from bilevel.backend import Backend
 
 SEED = 5
-WIDEST = 10.0  # residuals: the largest distance of a kink that counts as zero
-ROUNDING = 100.0  # machine epsilons: the least such distance, relative to the largest entry
 JUMP = 0.01  # of a product with a random vector: a larger change of an entry is no smooth change
 
 
@@ -255,12 +254,10 @@ def _kinks(space: Space[P], linearized_at: Callable[[P], LinearizedMap[P, Any]],
     residual is a measure.
     """
     xp = space.xp
-    size = xp.maximum(space.max_abs(params), space.max_abs(x))
-    size = xp.where(size > 0, size, 1.0)
-    reach = xp.clip(WIDEST * space.max_abs(residual), ROUNDING * space.eps * size, space.eps**0.5 * size)
+    distance = reach(space, residual, xp.maximum(space.max_abs(params), space.max_abs(x)))
     signs = space.map(xp.sign, space.normal(SEED))
     u = space.normal(SEED + 1)
-    high, low = (linearized_at(space.axpy(sign * reach, signs, x)).vjp_params(u) for sign in (1.0, -1.0))
+    high, low = (linearized_at(space.axpy(sign * distance, signs, x)).vjp_params(u) for sign in (1.0, -1.0))
     change = space.subtract(high, low)
     return space.map(lambda jump: 1.0 * (xp.abs(jump) > JUMP), change)
 
