@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -125,7 +126,7 @@ class TorchBackend(Backend):
         with weight_norm_right(nodes):
             grads = grad([loss], leaves(params), None, create_graph=True)
         self._check_influence(label, any(g is not None for g in grads), params)
-        return _products(grads, params, hparams, _others(nodes, params, hparams, trainable))[0]
+        return _products(grads, params, hparams, _others(nodes, params, hparams, trainable))
 
     @override
     @over_micro_batches(linearized)
@@ -133,7 +134,7 @@ class TorchBackend(Backend):
         params, hparams = as_graph_leaves(params, hparams)
         grads, product = gauss_newton(inner, params, hparams, args)
         self._check_influence("inner", any(g is not None for g in grads), params)
-        return _products(grads, params, hparams)[0]._replace(vjp_params=product)
+        return _products(grads, params, hparams)._replace(vjp_params=product)
 
     @override
     @over_micro_batches(linearized)
@@ -148,8 +149,8 @@ class TorchBackend(Backend):
         check_like(self, label, value, "params", params)
         check_dtypes(self, label, value, "params", params)
         self._check_influence(label, reaches(leaves(value), leaves(params)), params)
-        at, push = _products(leaves(value), params, hparams)
-        return at._replace(jvp_params=lambda v: push(leaves(v), leaves(params)))
+        push = _pushes(_varying(leaves(value)), params, leaves(params))
+        return _products(leaves(value), params, hparams)._replace(jvp_params=lambda v: push(leaves(v)))
 
     def _check_influence(self, label: str, has_influence: bool, params: object) -> None:
         if not has_influence:
@@ -296,13 +297,9 @@ def _others(
 
 def _products(
     outputs: Sequence[torch.Tensor | None], params: P, hparams: H, others: Sequence[tuple[int, ...]] = ()
-) -> tuple[LinearizedMap[P, H], Callable[[Sequence[torch.Tensor], Sequence[torch.Tensor]], P]]:
-    """Return a map with products of its Jacobians, and a product with its Jacobian by any inputs.
-
-    The outputs are like the leaves of params; None stands for zero.
-    """
-    # Where ∇L is constant, there is no second derivative, and autograd would raise an error.
-    varying = {i: r for i, r in enumerate(outputs) if r is not None and r.requires_grad}
+) -> LinearizedMap[P, H]:
+    """Return a map with products of its Jacobians. The outputs are like the leaves of params; None stands for zero."""
+    varying = _varying(outputs)
 
     def pull(v: object, inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor | None]:
         vs = leaves(v)
@@ -323,24 +320,39 @@ def _products(
             vjp_hparams(value)
         return Dependence([i in varying for i in range(len(outputs))], influences, others)
 
-    transposable: dict[tuple[int, ...], tuple[list[torch.Tensor], Sequence[torch.Tensor | None]]] = {}
+    push = _pushes(varying, params, leaves(hparams))
+    value = zeros_for_none([r if r is None else r.detach() for r in outputs], params)
+    return LinearizedMap(value, vjp_params, vjp_hparams, lambda u: push(leaves(u)), dependence)
 
-    def push(u: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> P:
-        """Return the product of the Jacobian by the inputs with u: the transpose of ``pull``, which is linear in v."""
-        key = tuple(map(id, inputs))
-        if key not in transposable:
-            with torch.enable_grad():
-                v = [torch.zeros_like(r, requires_grad=True) for r in varying.values()]
-                transposable[key] = v, grad([*varying.values()], inputs, v, create_graph=True)
-        v, pulled = transposable[key]
+
+def _varying(outputs: Sequence[torch.Tensor | None]) -> dict[int, torch.Tensor]:
+    """Return the outputs with a derivative, by their places.
+
+    Where ∇L is constant, there is no second derivative, and autograd would raise an error.
+    """
+    return {i: r for i, r in enumerate(outputs) if r is not None and r.requires_grad}
+
+
+def _pushes(
+    varying: dict[int, torch.Tensor], params: P, inputs: Sequence[torch.Tensor]
+) -> Callable[[Sequence[torch.Tensor]], P]:
+    """Return the product with the Jacobian of the outputs by the inputs. A product is like params."""
+
+    @cache
+    def transposable() -> tuple[list[torch.Tensor], Sequence[torch.Tensor | None]]:
+        """Return v and its pullback with a graph. It is linear in v, so its derivative by v is the transpose."""
+        with torch.enable_grad():
+            v = [torch.zeros_like(r, requires_grad=True) for r in varying.values()]
+            return v, grad([*varying.values()], inputs, v, create_graph=True)
+
+    def push(u: Sequence[torch.Tensor]) -> P:
+        v, pulled = transposable()
         pairs = [(p, d) for p, d in zip(pulled, u, strict=True) if p is not None and p.requires_grad]
         pushed = grad([p for p, _ in pairs], v, [d for _, d in pairs], retain_graph=True)
         products = dict(zip(varying, pushed, strict=True))
-        return zeros_for_none([products.get(i) for i in range(len(outputs))], params)
+        return zeros_for_none([products.get(i) for i in range(len(leaves(params)))], params)
 
-    value = zeros_for_none([r if r is None else r.detach() for r in outputs], params)
-    at = LinearizedMap(value, vjp_params, vjp_hparams, lambda u: push(leaves(u), leaves(hparams)), dependence)
-    return at, push
+    return push
 
 
 def _found(grads: Sequence[torch.Tensor | None]) -> list[bool]:
