@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from abc import abstractmethod
+from typing import Any, Self
 
 import numpy as np
 from sklearn.base import ClassifierMixin
@@ -20,17 +21,37 @@ class TunedClassifier(ClassifierMixin, TunedLinearModel):
     def _restart(self, found: Start) -> Start:
         return risen(found)
 
-    def _class_numbers(self, X: Any, y: Any) -> tuple[Any, np.ndarray]:
-        """Return the checked features and the number of the class of each row. Set ``classes_``."""
+    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
+        """Tune the penalties, and fit.
+
+        Args:
+            X: shape (n, n_features), dense or sparse.
+            y: labels of shape (n,).
+            sample_weight: shape (n,), weights of the losses in the fits and in the cross-validation.
+
+        Raises:
+            ValueError: for invalid input or options, or labels of one class.
+        """
         X, y = validate_data(self, X, y, accept_sparse="csr", dtype=np.float64)
         check_classification_targets(y)
         self.classes_, numbers = np.unique(y, return_inverse=True)
         if len(self.classes_) < 2:
             raise ValueError(f"y: expected at least two classes, got one class, {self.classes_[0]!r}.")
-        return X, numbers
-
-    def _set_coefficients(self, coef: np.ndarray) -> None:
+        coef = self._tune_classes(X, numbers, sample_weight, len(self.classes_))
         self.coef_, self.intercept_ = np.atleast_2d(coef.T), np.atleast_1d(self.intercept_)
+        return self
+
+    @abstractmethod
+    def _tune_classes(self, X: Any, numbers: np.ndarray, sample_weight: Any, count: int) -> np.ndarray:
+        """Tune the penalties. Return the coefficients, of shape (d,) for two classes, else (d, count).
+
+        Args:
+            X: the features.
+            numbers: the number of the class of each row.
+            sample_weight: as in `fit`.
+            count: the number of classes.
+        """
+        raise NotImplementedError
 
     def decision_function(self, X: Any) -> np.ndarray:
         """Return the scores, of shape (n,) for two classes, else (n, n_classes)."""

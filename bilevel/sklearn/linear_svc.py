@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -19,15 +19,11 @@ class TunedLinearSVC(TunedClassifier):
     `TunedLogisticRegression`, with the mean loss of the held-out rows, summed over the machines.
 
     Args:
-        penalty, cv, fit_intercept, bounds, max_iter, tol, verbose: as in `TunedRidge`. A number of folds means
-            stratified folds.
+        penalty, cv, fit_intercept, bounds, max_iter, tol, verbose: as in `TunedLogisticRegression`.
 
     Attributes:
-        classes_: the labels of the classes.
-        coef_: w, of shape (1, n_features) for two classes, else (n_classes, n_features).
-        intercept_: shape (1,) or (n_classes,).
-        alphas_: α of each feature, of shape (n_features,), in the units of 1/C.
-        history_, n_iter_, n_features_in_, feature_names_in_: as in `TunedRidge`.
+        classes_, coef_, intercept_, alphas_, history_, n_iter_, n_features_in_, feature_names_in_: as in
+            `TunedLogisticRegression`.
 
     >>> import numpy as np
     >>> rng = np.random.default_rng(0)
@@ -43,22 +39,7 @@ class TunedLinearSVC(TunedClassifier):
     def _units(self, total: float) -> float:
         return 2 * total  # the loss of the problem is half the squared hinge
 
-    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
-        """Tune the penalties, and fit.
-
-        Args:
-            X: shape (n, n_features), dense or sparse.
-            y: labels of shape (n,).
-            sample_weight: shape (n,), weights of the losses in the fits and in the cross-validation.
-
-        Raises:
-            ValueError: for invalid input or options, or labels of one class.
-        """
-        X, numbers = self._class_numbers(X, y)
-        count = len(self.classes_)
+    def _tune_classes(self, X: Any, numbers: np.ndarray, sample_weight: Any, count: int) -> np.ndarray:
         if count == 2:
-            coef = self._tune(X, numbers, sample_weight)
-        else:
-            coef = self._tune(X, np.eye(count)[numbers], sample_weight, (count,), labels=numbers)
-        self._set_coefficients(coef)
-        return self
+            return self._tune(X, numbers, sample_weight)
+        return self._tune(X, np.eye(count)[numbers], sample_weight, (count,), labels=numbers)

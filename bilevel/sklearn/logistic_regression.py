@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from scipy import special
@@ -44,24 +44,11 @@ class TunedLogisticRegression(TunedClassifier):
 
     _problem = staticmethod(logistic_regression)
 
-    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
-        """Tune the penalties, and fit.
-
-        Args:
-            X: shape (n, n_features), dense or sparse.
-            y: labels of shape (n,).
-            sample_weight: shape (n,), weights of the losses in the fits and in the cross-validation.
-
-        Raises:
-            ValueError: for invalid input or options, or labels of one class.
-        """
-        X, numbers = self._class_numbers(X, y)
-        count = len(self.classes_)
+    def _tune_classes(self, X: Any, numbers: np.ndarray, sample_weight: Any, count: int) -> np.ndarray:
         coef = self._tune(X, numbers, sample_weight, () if count == 2 else (count,))
         if count > 2:  # a common shift of all intercepts has no effect
             self.intercept_ = self.intercept_ - self.intercept_.mean()
-        self._set_coefficients(coef)
-        return self
+        return coef
 
     def predict_proba(self, X: Any) -> np.ndarray:
         """Return the probabilities of the classes, of shape (n, n_classes)."""

@@ -43,13 +43,15 @@ class TunedSparseModel(TunedLinearModel):
         tol: float = 1e-3,
         verbose: bool = False,
     ) -> None:
-        self.penalty = penalty
-        self.cv = cv
-        self.fit_intercept = fit_intercept
-        self.bounds: Any = bounds
-        self.max_iter = max_iter
-        self.tol = tol
-        self.verbose = verbose
+        super().__init__(
+            penalty=penalty,
+            cv=cv,
+            fit_intercept=fit_intercept,
+            bounds=bounds,
+            max_iter=max_iter,
+            tol=tol,
+            verbose=verbose,
+        )
 
     def _start(self, rows: SplitRows, params: np.ndarray, size: float) -> Start:
         groups = np.zeros(params.shape[0] - self.fit_intercept, int)

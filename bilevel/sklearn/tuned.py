@@ -98,7 +98,7 @@ class TunedLinearModel(BaseEstimator):
         penalty: Any = "feature",
         cv: Any = 5,
         fit_intercept: bool = True,
-        bounds: tuple[float, float] = (1e-3, 1e6),
+        bounds: tuple[float, float] | None = (1e-3, 1e6),
         max_iter: int = 100,
         tol: float = 1e-3,
         verbose: bool = False,
@@ -106,7 +106,7 @@ class TunedLinearModel(BaseEstimator):
         self.penalty = penalty
         self.cv = cv
         self.fit_intercept = fit_intercept
-        self.bounds = bounds
+        self.bounds: Any = bounds
         self.max_iter = max_iter
         self.tol = tol
         self.verbose = verbose
