@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,8 +74,7 @@ def gcv(problem: BilevelProblem, *, seed: int = 0) -> KFoldProblem:
     return RiskProblem(_checked("gcv", problem), _Probe(seed, GCV()))
 
 
-@dataclass(frozen=True)
-class _Criterion:
+class _Criterion(ABC):
     """A function of a = 1/n ‖Xw − y‖² and of the share of the degrees of freedom, s = df / n."""
 
     @abstractmethod

@@ -10,6 +10,7 @@ import scipy  # scipy.optimize loads at its first use
 
 from bilevel.backend import Backend
 from bilevel.errors import SolverWarning
+from bilevel.messages import callers_level
 from bilevel.problems.protocols import BilevelProblem, is_equation
 from bilevel.spaces.array import Args, Array, P
 from bilevel.validation import check_inputs, find_backend, wrong_calls_named
@@ -123,4 +124,4 @@ def _warn(found: scipy.optimize.OptimizeResult, slope: float, gtol: float) -> No
         f"SciPy: {str(found.message).rstrip(': ')}). A hypergradient needs an accurate minimum: raise maxiter or gtol, "
         "use float64, or keep the hyperparameters within bounds."
     )
-    warnings.warn(SolverWarning(message), stacklevel=3)
+    warnings.warn(SolverWarning(message), stacklevel=callers_level())

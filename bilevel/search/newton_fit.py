@@ -9,6 +9,7 @@ import numpy as np
 import scipy  # scipy.sparse loads at its first use
 
 from bilevel.errors import SolverWarning
+from bilevel.messages import callers_level
 from bilevel.problems.k_fold import KFoldProblem
 from bilevel.problems.linear import Penalties, linear_model
 from bilevel.problems.losses import check_shape
@@ -145,4 +146,4 @@ def _warn(steps: int, violation: float, tol: float) -> None:
         f"(tol: {tol:.2g}). A hypergradient needs an accurate minimum: raise maxiter or tol, use float64, or keep the "
         "hyperparameters within bounds."
     )
-    warnings.warn(SolverWarning(message), stacklevel=4)
+    warnings.warn(SolverWarning(message), stacklevel=callers_level())

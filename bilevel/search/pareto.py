@@ -58,12 +58,12 @@ def pareto(
             raise TypeError(f"objectives[{j}]: expected a function, got {type(objective).__name__}.")
     rows = _checked(weights, len(objectives))
     together = _with_outer(problem, _WeightedSum(tuple(objectives)))
+    singles = [_with_outer(problem, objective).outer for objective in objectives]
     results: list[scipy.optimize.OptimizeResult] = []
     for row in rows:
         shares = tuple(row.tolist())  # Python numbers: JAX compiles once for all of them
         args = (shares, *outer_args)
         found = minimize(together, hparams0, fit=fit, params0=params0, outer_args=args, **options)
-        singles = [_with_outer(problem, objective).outer for objective in objectives]
         found.objectives = np.array([float(each(found.params, found.x, *outer_args)) for each in singles])
         hparams0, params0 = found.x, found.params
         results.append(found)

@@ -14,6 +14,7 @@ from sklearn.model_selection import check_cv
 from sklearn.utils.validation import _check_sample_weight
 
 from bilevel.linear_solvers.cg import CG
+from bilevel.messages import callers_level
 from bilevel.problems.folds import Folds, SplitRows
 from bilevel.problems.k_fold import KFoldProblem
 from bilevel.problems.protocols import BilevelProblem
@@ -175,7 +176,7 @@ class TunedLinearModel(BaseEstimator):
         self.n_iter_ += max(int(found.nit), 1)
         if not self._ended(found):
             message = f"The search for penalties did not converge: {found.message} Raise max_iter or tol."
-            warnings.warn(ConvergenceWarning(message), stacklevel=4)
+            warnings.warn(ConvergenceWarning(message), stacklevel=callers_level())
         return Start(self._logs(found.x), found.params, start.bounds)
 
     def _damping(self, rows: SplitRows) -> float:
