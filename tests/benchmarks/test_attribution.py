@@ -15,9 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
-def _importable(monkeypatch):
-    """The benchmarks are run from the repository, not installed."""
-    monkeypatch.syspath_prepend(ROOT)
+def _float64():
     with jax.enable_x64(True):
         yield
 

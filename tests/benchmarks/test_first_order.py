@@ -8,19 +8,9 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("sklearn")
 
-import torch
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(autouse=True)
-def _importable(monkeypatch):
-    """The benchmarks are run from the repository, not installed. They set the number of threads."""
-    monkeypatch.syspath_prepend(ROOT)
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def test_wrong_labels_are_found():

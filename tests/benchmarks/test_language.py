@@ -15,15 +15,6 @@ ROOT = Path(__file__).parents[2]
 TINY = {"examples": 20, "words": 5, "vocabulary": 12, "width": 8, "steps": 20, "batch": 5, "queries": 3, "runs": 4}
 
 
-@pytest.fixture(autouse=True)
-def _importable(monkeypatch):
-    """The benchmarks are run from the repository, not installed. They set the number of threads."""
-    monkeypatch.syspath_prepend(ROOT)
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def folder(tmp_path):
     """Return a folder with a text of random words, which are not equally frequent."""

@@ -16,12 +16,6 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _importable(monkeypatch):
-    """The benchmarks are run from the repository, not installed."""
-    monkeypatch.syspath_prepend(ROOT)
-
-
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):
     if not FRAMEWORKS:

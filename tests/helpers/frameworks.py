@@ -25,6 +25,11 @@ def framework(name: str) -> Any:
     return bl.get_backend(name)
 
 
+def installed() -> dict[str, Any]:
+    """Return the backends whose frameworks are installed, by name."""
+    return {name: bl.get_backend(name) for name in FRAMEWORKS if importlib.util.find_spec(name) is not None}
+
+
 def namespace(backend: Any) -> Any:
     """Return the array namespace of a backend."""
     return backend.space(backend.from_numpy(np.ones(1))).xp
