@@ -10,6 +10,7 @@ pytest.importorskip("torch")
 import torch
 from first_order_cases import SGD, regression
 
+import bilevel as bl
 import bilevel_torch
 
 RANDOM = np.random.default_rng(0)
@@ -90,6 +91,16 @@ ERRORS = {
     ),
     "no losses": (lambda net, w, inner, outer: {"outer": []}, "outer: the list of functions is empty"),
 }
+
+
+def test_a_hyperparameter_without_influence_is_named_once():
+    net, weights, inner, outer = regression()
+    unused = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    first_order = bilevel_torch.FirstOrder(net, {"weights": weights, "unused": unused})
+    with pytest.warns(bl.DependenceWarning, match=r"Neither outer nor .* depends on hparams\['unused'\]"):
+        first_order.backward(inner, outer)
+    first_order.backward(inner, outer)
+    assert torch.equal(unused.grad, torch.zeros_like(unused))
 
 
 @pytest.mark.parametrize("case", ERRORS)

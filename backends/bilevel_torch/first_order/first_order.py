@@ -7,7 +7,9 @@ from typing import Any
 import torch
 
 from bilevel.convergence import OnFailure, check_on_failure
+from bilevel.dependence import warn_of_dependence
 from bilevel.errors import SolverError, SolverWarning
+from bilevel.linearization import Dependence
 from bilevel.messages import callers_level
 from bilevel.options import check_int, check_real
 from bilevel.results import Hypergradient, SolverInfo, Status
@@ -130,6 +132,7 @@ class FirstOrder:
 
         Warns:
             SolverWarning: if v grows.
+            DependenceWarning: in the first call, if neither loss uses a tensor of hparams.
         """
         check_on_failure(on_failure)
         inners, outers = _sequence("inner", inner), _sequence("outer", outer)
@@ -176,6 +179,8 @@ class FirstOrder:
         else:
             v, (cross, residual) = self._v, self._track(inner, c, self._optimizer)
         grad = self._combined(at.hparams, cross)
+        if self._multiple is None:
+            self._warn_of_unused([a is not None or b is not None for a, b in zip(at.hparams, cross, strict=True)])
         rhs_norm = norm(c)
         finite = torch.stack([rhs_norm.isfinite(), *[g.isfinite().all() for g in grad]]).all()
         status = torch.where(residual > GROWTH * rhs_norm, int(Status.DIVERGED), int(Status.CONVERGED))
@@ -262,6 +267,11 @@ class FirstOrder:
             (z if a is None else a) - (z if b is None else b).to(z.dtype)
             for (a, b, _), z in zip(pairs, zeros, strict=True)
         ]
+
+    def _warn_of_unused(self, used: list[bool]) -> None:
+        """Warn about hparams that neither loss uses."""
+        known = Dependence([True] * len(self._params), used)
+        warn_of_dependence(TorchBackend(), self._params, self._hparams, known, known)
 
     def _report(self, info: SolverInfo, on_failure: OnFailure) -> None:
         if info.status == Status.CONVERGED or on_failure == "ignore":
