@@ -165,16 +165,21 @@ class _MeanOverFolds:
 
     def grad(self, params: list[P], hparams: H, *args: object) -> tuple[list[P], H | None]:
         """Return (∂F/∂w, ∂F/∂λ) for the numpy backend. Other backends differentiate the call."""
-        if not hasattr(self.outer, "grad"):
-            raise TypeError(
-                f"the outer objective ({getattr(self.outer, '__name__', type(self.outer).__name__)}) has no method "
-                "'grad', which the numpy backend needs (see bilevel.problems). The torch and jax backends derive it."
-            )
         count, rows = len(self.folds), self.folds.held_out(args)
-        grads = [self.outer.grad(w, hparams, *part) for w, part in zip(params, rows, strict=True)]
+        grads = [analytic_grad(self.outer)(w, hparams, *part) for w, part in zip(params, rows, strict=True)]
         direct = [grad for _, grad in grads if grad is not None]
         mean = tree_map(lambda *leaves: sum(leaves) / count, *direct) if direct else None
         return [tree_map(lambda leaf: leaf / count, grad) for grad, _ in grads], mean
+
+
+def analytic_grad(outer: Any) -> Callable[..., Any]:
+    """Return the method ``grad`` of an outer objective. Raise a TypeError if it has none."""
+    if not hasattr(outer, "grad"):
+        raise TypeError(
+            f"the outer objective ({getattr(outer, '__name__', type(outer).__name__)}) has no method 'grad', which the "
+            "numpy backend needs (see bilevel.problems). The torch and jax backends derive it."
+        )
+    return outer.grad
 
 
 def _check_list(params: object, count: int, name: str) -> None:

@@ -227,7 +227,8 @@ def linear_model(problem: Any) -> Penalties:
     if not isinstance(inner, _Penalized):
         raise TypeError(
             "newton_fit: expected a ready linear model, such as bl.problems.ridge(), or bl.problems.k_fold of one, got "
-            f"{type(problem).__name__}. For other smooth problems, use bl.scipy_fit."
+            f"{type(problem).__name__}. For other smooth problems, use bl.scipy_fit, and for other proximal problems "
+            "bl.proximal_fit."
         )
 
     def penalties(params: Array, hparams: Any) -> tuple[Any, Any]:

@@ -100,6 +100,8 @@ class SURE(_Criterion):
 
     def __post_init__(self) -> None:
         check_real(self, "sigma", above=0)
+        if np.ndim(self.sigma):
+            raise ValueError(f"SURE.sigma: expected one number for all rows, got the shape {np.shape(self.sigma)}.")
 
     @override
     def value(self, a: Any, s: Any) -> Any:

@@ -96,7 +96,13 @@ class _ModelFit:
         tol: float,
         maxiter: int,
     ) -> None:
-        check_shape(y, X.shape[:1] + np.shape(y)[1:])
+        for name, array in {"X": X, "y": y, "sample_weight": sample_weight}.items():
+            if not isinstance(array, np.ndarray | None) and not (name == "X" and scipy.sparse.issparse(array)):
+                raise TypeError(
+                    f"{name}: newton_fit expects NumPy arrays, or scipy.sparse for X, got {type(array).__name__}. "
+                    "Torch and JAX have bl.scipy_fit and bl.proximal_fit."
+                )
+        check_shape(y, X.shape[:1] + y.shape[1:])
         weights = np.ones(len(y), X.dtype) if sample_weight is None else sample_weight
         check_shape(weights, X.shape[:1], "sample_weight")
         columns = scipy.sparse.csc_array(X) if scipy.sparse.issparse(X) else np.asfortranarray(X)
@@ -141,9 +147,13 @@ class _ModelFit:
 
 
 def _warn(steps: int, violation: float, tol: float) -> None:
+    if np.isfinite(violation):
+        reason = f"The conditions of optimality are violated by {violation:.2g} (tol: {tol:.2g})."
+        way_out = "raise maxiter or tol, use float64, or keep the hyperparameters within bounds"
+    else:
+        reason = "The gradient is not finite."
+        way_out = "look for nan, infinite or huge numbers in the data, the hyperparameters and the start"
     message = (
-        f"newton_fit stopped after {steps} Newton steps. The conditions of optimality are violated by {violation:.2g} "
-        f"(tol: {tol:.2g}). A hypergradient needs an accurate minimum: raise maxiter or tol, use float64, or keep the "
-        "hyperparameters within bounds."
+        f"newton_fit stopped after {steps} Newton steps. {reason} A hypergradient needs an accurate minimum: {way_out}."
     )
     warnings.warn(SolverWarning(message), stacklevel=callers_level())

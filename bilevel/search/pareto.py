@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import scipy  # scipy.optimize loads at its first use
 
-from bilevel.problems.k_fold import KFoldProblem
+from bilevel.problems.k_fold import KFoldProblem, analytic_grad
 from bilevel.problems.protocols import BilevelProblem
 from bilevel.search.minimize import minimize
 from bilevel.spaces.array import Args, H, P
@@ -53,6 +53,8 @@ def pareto(
     >>> [result.x.round(3).tolist() for result in found]
     [[1.0, 0.0], [3.0, 0.0]]
     """
+    if not isinstance(objectives, Sequence):
+        raise TypeError(f"objectives: expected a list of functions, got {type(objectives).__name__}.")
     for j, objective in enumerate(objectives):
         if not callable(objective):
             raise TypeError(f"objectives[{j}]: expected a function, got {type(objective).__name__}.")
@@ -81,7 +83,7 @@ class _WeightedSum:
 
     def grad(self, params: Any, hparams: Any, weights: Sequence[float], *args: Any) -> tuple[Any, Any]:
         """Return (∂F/∂w, ∂F/∂λ) for the numpy backend. Other backends differentiate the call."""
-        grads = [objective.grad(params, hparams, *args) for objective in self.objectives]
+        grads = [analytic_grad(objective)(params, hparams, *args) for objective in self.objectives]
 
         def total(parts: list[Any]) -> Any:
             known = [(weight, part) for weight, part in zip(weights, parts, strict=True) if part is not None]
@@ -107,7 +109,10 @@ def _with_outer(problem: Any, outer: Any) -> Any:
 
 
 def _checked(weights: Any, count: int) -> np.ndarray:
-    rows = np.asarray(weights, np.float64)
+    try:
+        rows: Any = np.asarray(weights, np.float64)
+    except (TypeError, ValueError):
+        rows = np.empty(0)
     if rows.ndim != 2 or rows.shape[1] != count or not (rows >= 0).all() or not rows.any(1).all():
         raise ValueError(
             f"weights: expected rows of {count} numbers >= 0, one for each objective, and not all zero, got "

@@ -87,5 +87,7 @@ def test_wrong_arguments():
         bl.problems.gcv(bl.FixedPoint(lambda w, h: w, lambda w, h: w))
     with pytest.raises(ValueError, match=r"SURE\.sigma: expected a finite number > 0, got 0"):
         bl.problems.sure(bl.problems.ridge(), 0)
+    with pytest.raises(ValueError, match=r"SURE\.sigma: expected one number for all rows, got the shape \(3,\)"):
+        bl.problems.sure(bl.problems.ridge(), np.ones(3))
     with pytest.raises(TypeError, match=r"sure and gcv take the arguments \(X, y\), got 3"):
         bl.newton_fit(bl.problems.gcv(bl.problems.ridge()), inner_args=(X, Y, np.ones(N)))

@@ -69,8 +69,12 @@ def test_cross_validation():
 def test_wrong_weights_and_objectives():
     problem = bl.problems.quadratic(np.eye(2), np.eye(2), np.zeros(2))
     call = {"problem": problem, "hparams0": np.ones(2), "fit": lambda h, _: h}
-    for weights in ([(1, 2)], [(-1,)], [(0,)], [1.0]):
+    for weights in ([(1, 2)], [(-1,)], [(0,)], [1.0], [("a",)]):
         with pytest.raises(ValueError, match="weights: expected rows of 1 numbers >= 0, one for each objective"):
             bl.pareto(objectives=[problem.outer], weights=weights, **call)
     with pytest.raises(TypeError, match=r"objectives\[0\]: expected a function, got str"):
         bl.pareto(objectives=["F"], weights=[(1,)], **call)
+    with pytest.raises(TypeError, match="objectives: expected a list of functions, got _Outer"):
+        bl.pareto(objectives=problem.outer, weights=[(1,)], **call)
+    with pytest.raises(TypeError, match="has no method 'grad', which the numpy backend needs"):
+        bl.pareto(objectives=[lambda w, h: w.sum()], weights=[(1,)], **call)

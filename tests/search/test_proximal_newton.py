@@ -159,6 +159,22 @@ class TestNewtonFit:
         with pytest.warns(bl.SolverWarning, match=r"newton_fit stopped after 1 Newton steps.*raise maxiter or tol"):
             bl.newton_fit(bl.problems.poisson(), inner_args=(X, y), maxiter=1)(np.full(6, -3.0), None)
 
+    def test_a_nan_is_named(self):
+        X, y, _ = self.data()
+        X[0, 0] = np.nan
+        with pytest.warns(bl.SolverWarning, match="The gradient is not finite.*look for nan"):
+            bl.newton_fit(bl.problems.ridge(), inner_args=(X, y))(np.zeros(6), None)
+
+    def test_other_kinds_of_arguments(self):
+        X, y, _ = self.data()
+        quadratic = bl.problems.quadratic(np.eye(6), np.eye(6), np.ones(6))
+        with pytest.raises(TypeError, match=r"for other proximal problems bl\.proximal_fit"):
+            bl.newton_fit(bl.Proximal(quadratic.inner, bl.prox.l1(), quadratic.outer), inner_args=(X, y))
+        with pytest.raises(TypeError, match=r"X: newton_fit expects NumPy arrays, or scipy\.sparse for X, got list"):
+            bl.newton_fit(bl.problems.ridge(), inner_args=(X.tolist(), y))
+        with pytest.raises(TypeError, match="y: newton_fit expects NumPy arrays"):
+            bl.newton_fit(bl.problems.ridge(), inner_args=(X, y.tolist()))
+
     def test_other_problems_and_shapes(self):
         X, y, s = self.data()
         quadratic = bl.problems.quadratic(np.eye(2), np.eye(2), np.ones(2))
