@@ -61,7 +61,7 @@ class TunedSparseModel(TunedLinearModel):
         empty = fit(self._hparams(np.log(np.full((len(self._kinds), 1), EMPTY))), [params] * len(rows))
         gradients = [problem.smooth.grad(w, None, *part) for w, part in zip(empty, rows.training(), strict=True)]
         largest = max(float(np.abs(gradient[: len(groups)]).max(initial=0.0)) for gradient in gradients)
-        limits = self._limits(max(largest, np.finfo(float).tiny), rows)
+        limits = self._limits(largest or 1.0, rows)  # for constant targets, any penalty has the same fit
         bounds = limits if self.bounds is None else self._log_bounds() - np.log(self._units(size))
         bounds = np.broadcast_to(bounds, limits.shape)
         path = self._path(limits, np.linspace(0, limits[0, 0] - limits[0, 1], LENGTH))

@@ -13,6 +13,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import check_cv
 from sklearn.utils.validation import _check_sample_weight
 
+from bilevel.errors import InnerProblemWarning
 from bilevel.linear_solvers.cg import CG
 from bilevel.messages import callers_level
 from bilevel.problems.folds import Folds, SplitRows
@@ -161,17 +162,21 @@ class TunedLinearModel(BaseEstimator):
         logs = np.broadcast_to(start.logs, (len(self._kinds), groups.max() + 1))
         cv = KFoldProblem(self._on(groups), rows)
         fit: Any = newton_fit(cv, inner_args=(), tol=float(np.clip(self.tol**2, FIT_TOL, LOOSEST)))
-        found = minimize(
-            cv,
-            self._hparams(logs),
-            fit=fit,
-            params0=start.params,
-            solver=CG(rtol=1e-6, maxiter=1000, damping=self._damping(rows), preconditioner=fit.precondition),
-            bounds=[tuple(pair) for pair in np.repeat(start.bounds, logs.shape[1], axis=0)],
-            maxiter=self.max_iter,
-            options=self._options(),
-            progress=bool(self.verbose),
-        )
+        with warnings.catch_warnings():
+            # A fit at a kink is no failure here, for example at the penalty where all weights become zero. An unsolved
+            # fit ends the search without success.
+            warnings.simplefilter("ignore", InnerProblemWarning)
+            found = minimize(
+                cv,
+                self._hparams(logs),
+                fit=fit,
+                params0=start.params,
+                solver=CG(rtol=1e-6, maxiter=1000, damping=self._damping(rows), preconditioner=fit.precondition),
+                bounds=[tuple(pair) for pair in np.repeat(start.bounds, logs.shape[1], axis=0)],
+                maxiter=self.max_iter,
+                options=self._options(),
+                progress=bool(self.verbose),
+            )
         self.history_ += found.history
         self.n_iter_ += max(int(found.nit), 1)
         if not self._ended(found):

@@ -289,3 +289,14 @@ def test_bounds_of_l1_penalties():
     assert model.path_alphas_.max() <= 2 + 1e-9
     with pytest.raises(ValueError, match="expected 0 < low <= high < inf"):
         TunedLasso(bounds=(0, 1)).fit(X, y)
+
+
+def test_targets_without_signal_give_a_fit_without_a_warning():
+    """All coefficients are zero at the end of the search, which is a kink of the Lasso."""
+    X = np.random.default_rng(0).standard_normal((40, 10))
+    model = TunedLasso(cv=3).fit(X, np.random.default_rng(1).standard_normal(40))
+    assert not model.coef_.any()
+    for estimator in (TunedLasso(cv=3), TunedElasticNet(cv=3)):
+        constant = estimator.fit(X, np.full(40, 2.0))
+        assert constant.intercept_ == pytest.approx(2.0)
+        assert 1e-6 < constant.alphas_[0] < 1e6

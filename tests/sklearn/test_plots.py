@@ -51,6 +51,28 @@ def test_the_search_after_the_path():
     assert len(tuned.plot_search(tuned.TunedRidge(cv=3).fit(*data())).lines) == 1
 
 
+def test_a_model_without_any_coefficient():
+    X, _ = data(10)
+    model = tuned.TunedLasso(cv=3).fit(X, np.random.default_rng(1).standard_normal(40))
+    assert not model.coef_.any()
+    ax = tuned.plot_penalties(model)
+    assert not ax.texts
+    assert [label.get_text() for label in ax.get_xticklabels(minor=True)] == ["0"]
+
+
+def test_other_objects():
+    from sklearn.linear_model import Ridge
+    from sklearn.pipeline import make_pipeline
+
+    pipeline = make_pipeline(tuned.TunedRidge(cv=3)).fit(*data())
+    for plot in (tuned.plot_penalties, tuned.plot_search):
+        with pytest.raises(TypeError, match=r"got Pipeline. From a pipeline, pass the step: pipeline\[-1\]"):
+            plot(pipeline)
+        with pytest.raises(TypeError, match=r"expected an estimator of bilevel\.sklearn, got Ridge"):
+            plot(Ridge().fit(*data()))
+        plot(pipeline[-1])
+
+
 def test_a_model_without_a_fit():
     for plot in (tuned.plot_penalties, tuned.plot_search):
         with pytest.raises(sklearn.exceptions.NotFittedError):
