@@ -1,9 +1,9 @@
 """JAXopt's examples of implicit differentiation, by JAXopt and by bilevel: values, times and lines side by side.
 
-The examples are those of JAXopt's gallery (https://jaxopt.github.io, version 0.8.5): ridge regression, Lasso, sparse
-coding, the dual of a multiclass SVM, dataset distillation and a deep equilibrium model, on random data. Both sides use
-the same solver of JAXopt for the inner problem, so the difference is the derivative. The script checks that the values
-agree before it measures. Run it in .venv-peers, with nothing else on the machine:
+The examples come from the gallery of JAXopt 0.8.5. They are ridge regression, the Lasso, sparse coding, the dual of a
+multiclass SVM, dataset distillation and a deep equilibrium model. Here, they have random data. Both sides solve the
+inner problem by the same solver of JAXopt, and only the derivative differs. The script first checks that the values
+agree. Run it in .venv-peers, with nothing else on the machine:
 
     OMP_NUM_THREADS=1 python -m benchmarks.jaxopt_examples
 """
@@ -207,7 +207,7 @@ def measure(example: Example) -> None:
 
 
 def main() -> None:
-    """Measure each example. Lines are those of the derivative, in JAXopt and here."""
+    """Measure each example. The lines are counted in the code of the derivative."""
     for example in EXAMPLES:
         source = inspect.getsource(example).splitlines()
         first = next(i for i, line in enumerate(source) if "def theirs" in line)

@@ -1,4 +1,4 @@
-"""The outer searches of `bl.minimize` beside HOAG's own steps: inner and linear work until F is close to its minimum.
+"""Count the work of `bl.minimize` and of HOAG until F is close to its minimum: fits, and products of linear solves.
 
 HOAG (Pedregosa, ICML 2016) takes gradient steps whose length follows a test of sufficient decrease. Its fits and linear
 solves have tolerances that decrease with a finite sum. `bl.minimize` uses L-BFGS-B with such tolerances of the linear

@@ -194,7 +194,7 @@ def main(argv: list[str] | None = None) -> None:
     size = replace(Size(), **{name: getattr(options, name) for name in asdict(Size())})
     for method in options.methods:
         for seed in range(options.seeds):
-            # In a process of its own, for its peak memory.
+            # The peak memory belongs to a process, so each run has its own.
             with multiprocessing.get_context("spawn").Pool(1) as pool:
                 found = pool.apply(run, (method, options.data, size, seed, options.compile, options.bfloat16))
             found.pop("path")

@@ -50,7 +50,10 @@ def plot_penalties(model: Any, ax: Axes | None = None) -> Axes:
     ax.set(xscale="log", yscale="log", xlabel="largest absolute coefficient", ylabel="penalty (alpha)")
     if zero.any():
         ax.set_xticks([floor], ["0"], minor=True)
-        ax.axvline(1.7 * floor, color="0.8", linewidth=1)
+        if zero.all():
+            ax.set_xticks([])
+        else:
+            ax.axvline(1.7 * floor, color="0.8", linewidth=1)
         ax.legend()
     return ax
 
