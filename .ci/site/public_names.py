@@ -17,6 +17,7 @@ PACKAGES = [  # in order: an object of several packages has one entry, under its
     "bilevel.methods",
     "bilevel.metagradients",
     "bilevel.diagnosis",
+    "bilevel.plot",
     "bilevel.sklearn",
     "bilevel.testing",
     "bilevel_numpy",

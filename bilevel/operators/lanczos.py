@@ -43,14 +43,26 @@ def spectrum(
     The errors are the bounds of the Ritz pairs, |β_k s_k| (Parlett, The Symmetric Eigenvalue Problem, 1998, §13.2).
     Power iteration with as many products is 0.5-4 % too low, which makes a step size too large.
     """
-    start = A.space.normal(SEED)
-    xp, process = A.space.xp, _lanczos(A, start if project is None else project(start), products)
-    index, s = _index(process, A), process
+    xp, s = A.space.xp, _lanczos(A, _start(A, project), products)
+    index = _index(s, A)
     ritz, vectors, nan = _ritz(s, s.k, A)
     last = xp.sum(xp.where(index == s.k - 1, s.betas, 0.0))
     tail = xp.sum(xp.where((index == s.k - 1)[:, None], vectors, 0.0), 0)
     errors = xp.abs(last * tail) + nan
     return Spectrum(ritz[0] + nan, ritz[-1] + nan, errors[0], errors[-1])
+
+
+def spectral_density(
+    A: LinearOperator[V], products: int, project: Callable[[V], V] | None = None
+) -> tuple[Array, Array]:
+    """Return nodes and weights, of shape (products,), of the spectral density of A, seen from a random vector.
+
+    It is Lanczos quadrature (Golub & Meurant, Matrices, Moments and Quadrature, 2010, ch. 6). The weights add up to
+    one. Nodes that do not exist, because the subspace is invariant, have weight zero. ``project`` is as in `spectrum`.
+    """
+    s = _lanczos(A, _start(A, project), products)
+    ritz, vectors, nan = _ritz(s, s.k, A)
+    return ritz + nan, vectors[0] ** 2
 
 
 def negative_curvature(A: LinearOperator[V], start: V) -> tuple[Array, Array]:
@@ -68,6 +80,11 @@ def negative_curvature(A: LinearOperator[V], start: V) -> tuple[Array, Array]:
     missing = xp.where(s.live & (s.k < A.space.size), xp.clip(seen - earlier, 0.0, None), 0.0)
     noise = NOISE * A.space.eps * xp.maximum(xp.abs(ritz[0]), xp.abs(ritz[-1]))
     return xp.where(seen > noise, seen + xp.minimum(seen, missing), 0.0) + nan, s.k
+
+
+def _start(A: LinearOperator[V], project: Callable[[V], V] | None) -> V:
+    start = A.space.normal(SEED)
+    return start if project is None else project(start)
 
 
 def _lanczos(A: LinearOperator[V], start: V, products: int) -> _Process[V]:

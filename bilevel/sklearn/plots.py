@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from sklearn.utils.validation import check_is_fitted
 
+from bilevel.plot.axes import axes
 from bilevel.sklearn.tuned import TunedLinearModel
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def plot_penalties(model: Any, ax: Axes | None = None) -> Axes:
         ModuleNotFoundError: if matplotlib is not installed.
     """
     _check(model, "alphas_")
-    ax = _axes(ax)
+    ax = axes(ax)
     sizes = np.abs(np.atleast_2d(model.coef_)).max(0)
     least = SHOWN * sizes.max(initial=0.0)
     zero = sizes <= least
@@ -74,7 +75,7 @@ def plot_search(model: Any, ax: Axes | None = None) -> Axes:
     from matplotlib.ticker import MaxNLocator
 
     _check(model, "history_")
-    ax = _axes(ax)
+    ax = axes(ax)
     path = np.asarray(getattr(model, "path_errors_", []))
     values = [evaluation.value for evaluation in model.history_]
     if len(path):
@@ -93,11 +94,3 @@ def _check(model: Any, attribute: str) -> None:
             "pipeline[-1]."
         )
     check_is_fitted(model, attribute)
-
-
-def _axes(ax: Axes | None) -> Axes:
-    if ax is not None:
-        return ax
-    import matplotlib.pyplot as plt
-
-    return plt.subplots(layout="constrained")[1]
