@@ -19,9 +19,7 @@ PEERS := .venv-peers
 .PHONY: demo test test-all test-oldest test-newest docs docs-site lint paper bench dist clean
 
 demo: $(INSTALLED)
-	$(BIN)/bilevel demo --backend numpy --out demo-output/
-	$(BIN)/bilevel demo --backend torch --out demo-output/
-	$(BIN)/bilevel demo --backend jax --out demo-output/
+	$(BIN)/bilevel demo --backend numpy torch jax --out demo-output/
 
 # One thread per test process: two processes that each start a thread per core slow each other down. Compiling is most of
 # the time of the JAX tests, so compiled code is kept in .cache/jax. conftest.py divides the tests among the processes.

@@ -1,11 +1,12 @@
-"""The `bilevel` command: `bilevel info`, and `bilevel demo`, an example on real data."""
+"""The `bilevel` command: `bilevel info`, `bilevel diagnose`, and `bilevel demo`, an example on real data."""
 
 import argparse
 import dataclasses
+import importlib
 import platform
 import sys
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 from typing import Any
@@ -13,19 +14,19 @@ from typing import Any
 from bilevel.config import get_backend, get_solver, solver_options
 from bilevel.errors import SolverError
 from bilevel.linear_solvers import CG
+from bilevel.messages import suggest
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code: 2 for invalid input, with one line on stderr."""
+    """Run the command and return its exit code: 1 for findings, and 2 for invalid input, with one line on stderr."""
     arguments = _parser().parse_args(argv)
     try:
-        arguments.run(arguments)
+        return arguments.run(arguments) or 0
     except KeyboardInterrupt:
         return 130
     except (ValueError, ImportError, OSError, SolverError) as error:
         print(f"bilevel: error: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -36,13 +37,35 @@ def _parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="show backends, devices, and solvers with their options")
     info.set_defaults(run=_info)
 
+    diagnose = commands.add_parser(
+        "diagnose",
+        help="check a hypergradient of your own problem",
+        description="Print the report of bilevel.diagnose on your problem: its errors, their causes, and remedies. The "
+        "exit code is 1 if there are findings.",
+        epilog="example: the file train.py defines  def check(): return {'problem': problem, 'params': weights, "
+        "'hparams': decay, 'inner_args': (x, y), 'outer_args': (x_val, y_val)}.  Then run: bilevel diagnose "
+        "train.py:check",
+    )
+    diagnose.add_argument(
+        "target",
+        metavar="FILE.py:FUNCTION",
+        help="a function that returns the arguments of bilevel.diagnose as a dict; MODULE:FUNCTION works too",
+    )
+    diagnose.set_defaults(run=_diagnose)
+
     demo = commands.add_parser(
         "demo",
         help="tune a penalty for every weight of a classifier of digits",
         description="Tune a penalty for every weight of a classifier of scikit-learn's digits, by implicit "
         "differentiation: softmax regression with the numpy backend, a small network with any other.",
     )
-    demo.add_argument("--backend", default="numpy", help="numpy (the default), torch or jax")
+    demo.add_argument(
+        "--backend",
+        nargs="+",
+        default=["numpy"],
+        metavar="NAME",
+        help="numpy (the default), torch or jax; several run one after the other, with a summary",
+    )
     solver = demo.add_mutually_exclusive_group()
     solver.add_argument("--solver", metavar="NAME", help="see bilevel info; default: CG with options for the model")
     solver.add_argument("--config", metavar="FILE.toml", help="a file with a table [solver]: its name and options")
@@ -78,7 +101,7 @@ def _seed(text: str) -> int:
 
 
 def _demo(arguments: argparse.Namespace) -> None:
-    from bilevel.demo import demo  # slow to import, and not needed for `bilevel info`
+    from bilevel.demo import demo, summary  # slow to import, and not needed for `bilevel info`
 
     solver = arguments.solver if arguments.config is None else Path(arguments.config)
     options = dict(arguments.options)
@@ -87,7 +110,41 @@ def _demo(arguments: argparse.Namespace) -> None:
     except TypeError as error:  # a wrong option; elsewhere, a TypeError is a bug
         hint = "" if solver else " This is the demo's default solver. Choose another one, such as --solver neumann."
         raise ValueError(f"{error}{hint}") from error
-    demo(arguments.backend, solver, options, arguments.seed, arguments.out)
+    for name in arguments.backend:
+        get_backend(name)  # a wrong name ends the command before the first run
+    runs = [demo(name, solver, options, arguments.seed, arguments.out) for name in arguments.backend]
+    if len(runs) > 1:
+        print(summary(runs))
+
+
+def _diagnose(arguments: argparse.Namespace) -> int:
+    from bilevel.diagnosis import diagnose
+
+    call = _function(arguments.target)()
+    if not isinstance(call, Mapping) or not {"problem", "params", "hparams"} <= set(call):
+        raise ValueError(
+            f"{arguments.target}: expected a dict with problem, params and hparams, and perhaps inner_args, outer_args "
+            f"and solver, got {sorted(call) if isinstance(call, Mapping) else type(call).__name__}."
+        )
+    report = diagnose(**call)
+    print(report)
+    return 0 if report.ok else 1
+
+
+def _function(target: str) -> Callable[[], Any]:
+    """Return the function that a command line names. Modules are found from the file's or the current folder."""
+    place, _, name = target.rpartition(":")
+    if not (place and name):
+        raise ValueError(f"expected FILE.py:FUNCTION or MODULE:FUNCTION, got {target!r}.")
+    path = Path(place)
+    if is_file := path.suffix == ".py":
+        path.stat()  # a missing file is an OSError that names it
+    sys.path.insert(0, str(path.parent if is_file else Path()))
+    module = importlib.import_module(path.stem if is_file else place)
+    if not callable(function := getattr(module, name, None)):
+        functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise ValueError(f"{place} has no function {name!r}.{suggest(name, functions)}")
+    return function
 
 
 def _info(arguments: argparse.Namespace) -> None:

@@ -3,6 +3,7 @@
 import importlib.util
 import platform
 import re
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import bilevel as bl
 from bilevel.cli import main
 
 needs_demo = pytest.mark.skipif(
-    any(importlib.util.find_spec(module) is None for module in ("sklearn", "matplotlib")),
+    any(importlib.util.find_spec(module) is None for module in ("sklearn", "matplotlib", "tqdm")),
     reason="the demo's packages are not installed",
 )
 
@@ -53,6 +54,66 @@ class TestInfo:
             assert re.search(rf"^  {name} ", out, re.MULTILINE)
         assert "maxiter=200, rtol=1e-05, atol=0.0, damping=0.0" in out
         assert "terms=20, step_size='auto', damping=0.0" in out
+
+
+PROBLEM = """
+import numpy as np
+import bilevel as bl
+
+problem = bl.problems.quadratic(hessian=np.diag([1.0, 4.0]), coupling=np.eye(2), target=np.ones(2))
+
+def solved():
+    return {"problem": problem, "params": np.array([1.0, 0.25]), "hparams": np.ones(2)}
+
+def unsolved():
+    return solved() | {"params": np.array([3.0, 3.0]), "solver": "minres"}
+
+def wrong():
+    return {"problem": problem, "weights": 1}
+
+def none():
+    pass
+"""
+
+
+class TestDiagnose:
+    @pytest.fixture
+    def place(self, tmp_path, monkeypatch):
+        (tmp_path / "my_check.py").write_text(PROBLEM)
+        monkeypatch.setattr("sys.path", list(sys.path))
+        monkeypatch.delitem(sys.modules, "my_check", raising=False)
+        return str(tmp_path / "my_check.py")
+
+    def test_a_report_without_findings(self, place, capsys):
+        assert main(["diagnose", f"{place}:solved"]) == 0
+        assert capsys.readouterr().out == f"{bl.diagnose(**sys.modules['my_check'].solved())}\n"
+
+    def test_findings_are_exit_code_1(self, place, capsys):
+        assert main(["diagnose", f"{place}:unsolved"]) == 1
+        assert capsys.readouterr().out.startswith("bl.diagnose: 1 finding\n\n> inner problem")
+
+    def test_a_module_of_the_current_folder(self, place, capsys, monkeypatch):
+        monkeypatch.chdir(Path(place).parent)
+        assert main(["diagnose", "my_check:solved"]) == 0
+
+    @pytest.mark.parametrize(
+        ("function", "message"),
+        [
+            ("solve", "has no function 'solve'. Did you mean 'solved'? There is: none, solved, unsolved, wrong."),
+            ("wrong", "expected a dict with problem, params and hparams, .* got ['problem', 'weights']."),
+            ("none", "got NoneType."),
+        ],
+    )
+    def test_errors(self, place, function, message, capsys):
+        line = error_of(capsys, "diagnose", f"{place}:{function}")
+        assert all(part in line for part in message.split(".* "))
+
+    def test_a_target_that_does_not_exist(self, place, capsys):
+        assert "expected FILE.py:FUNCTION or MODULE:FUNCTION, got 'train.py'" in error_of(
+            capsys, "diagnose", "train.py"
+        )
+        assert "nowhere.py" in error_of(capsys, "diagnose", "nowhere.py:check")
+        assert "No module named 'no_such_module'" in error_of(capsys, "diagnose", "no_such_module:check")
 
 
 @needs_demo
@@ -140,6 +201,16 @@ class TestArguments:
         path.write_text('[solver]\nname = "neumann"\nterms = 3\n')
         _, solver, options, _, _ = call("--config", str(path), "--set", "terms=4")
         assert bl.get_solver(solver, **options) == bl.Neumann(terms=4)
+
+    def test_several_backends_run_in_turn_with_a_summary(self, monkeypatch, capsys):
+        names = []
+        monkeypatch.setattr("bilevel.demo.demo", lambda name, *rest: names.append(name))
+        monkeypatch.setattr("bilevel.demo.summary", lambda runs: f"a table of {len(runs)}")
+        assert main(["demo", "--backend", "numpy", "numpy"]) == 0
+        assert names == ["numpy", "numpy"]
+        assert capsys.readouterr().out == "a table of 2\n"
+        assert "there is no 'nunpy'" in error_of(capsys, "demo", "--backend", "numpy", "nunpy")
+        assert len(names) == 2  # the wrong name was found before the first run
 
     def test_the_rest(self, call):
         assert call("--backend", "jax", "--seed", "3", "--out", "x/y") == ("jax", None, {}, 3, Path("x/y"))

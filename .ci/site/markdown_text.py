@@ -1,9 +1,11 @@
 """Changes of Markdown as GitHub reads it, and of docstrings, for Python-Markdown."""
 
 import re
+from collections.abc import Callable
 
 ITEM = re.compile(r"(?:[-*]|\d+\.) ")
 DOCTEST = re.compile(r"^( *)>>> .*(?:\n\1\S.*|\n\1 +\S.*)*", re.MULTILINE)
+FORMULA = re.compile(r"^```math\n(.*?)\n```$\n", re.MULTILINE | re.DOTALL)
 COMPARISON = re.compile(r"^( +\w[\w, ]*: )>", re.MULTILINE)
 
 
@@ -28,6 +30,11 @@ def with_indented_items(markdown: str) -> str:
             line = " " * more + line
         lines.append(line)
     return "\n".join(lines)
+
+
+def with_formulas(markdown: str, convert: Callable[[str], str]) -> str:
+    """Replace the fences of LaTeX, which GitHub shows as formulas, by what ``convert`` makes of them."""
+    return FORMULA.sub(lambda formula: f"<div>{convert(formula[1])}</div>\n", markdown)
 
 
 def docstring_as_markdown(docstring: str) -> str:

@@ -5,7 +5,7 @@ import re
 from functools import cache
 from typing import TYPE_CHECKING
 
-from markdown_text import with_indented_items
+from markdown_text import with_formulas, with_indented_items
 from public_names import ROOT
 
 if TYPE_CHECKING:
@@ -39,7 +39,16 @@ def on_page_markdown(markdown: str, page: "Page", config: "MkDocsConfig", files:
     """Make the links of a page lead to pages of the site. The first page has no other pages in its section."""
     if page.is_homepage:
         page.meta["hide"] = ["navigation"]
-    return with_site_links(with_indented_items(markdown), page.file.src_uri)
+    return with_site_links(with_indented_items(with_formulas(markdown, as_mathml)), page.file.src_uri)
+
+
+def as_mathml(latex: str) -> str:
+    """Return a formula as MathML, which browsers show without a script. Raise a ValueError for an unknown command."""
+    from latex2mathml.converter import convert
+
+    if "\\" in (made := convert(latex, display="block")):
+        raise ValueError(f"LaTeX that cannot be shown: {latex}")
+    return made
 
 
 @cache

@@ -9,9 +9,10 @@ from typing import Any
 from bilevel.config import get_backend, get_solver
 from bilevel.demo import data, picture, report
 from bilevel.demo.models import mlp, softmax_regression
-from bilevel.demo.search import Task
+from bilevel.demo.report import summary
+from bilevel.demo.search import Run, Task
 
-__all__ = ["demo"]
+__all__ = ["Run", "demo", "summary"]
 
 
 def demo(
@@ -20,8 +21,8 @@ def demo(
     options: Mapping[str, Any] | None = None,
     seed: int = 0,
     out: Path = Path(),
-) -> Path:
-    """Run the demo, print its results, and return the path of its picture.
+) -> Run:
+    """Run the demo, print its results, and return them.
 
     Args:
         backend: "numpy" tunes softmax regression; other backends tune a small network.
@@ -51,16 +52,18 @@ def demo(
         outcome = task.tune(solver)
         errors = instance.errors(solver)
     picture.save(outcome, f"A penalty for each of {outcome.hyperparameters:,} weights of {model.name}", path)
+    run = Run(backend, outcome, time.perf_counter() - began, path)
 
     print(report.scores(model, outcome))
     print(report.verdict(outcome))
-    print(report.facts(outcome, instance.size, errors, time.perf_counter() - began))
+    print(report.facts(outcome, instance.size, errors, run.seconds))
     print(f"  picture                    {path}")
     if outcome.failures:
         print(f"\n{outcome.failures} of the {outcome.hypergradients} hypergradients did not converge.")
     for warning in caught:
         print(f"warning: {warning.message}")
-    return path
+    print(flush=True)
+    return run
 
 
 def _one_thread() -> Any:

@@ -25,7 +25,7 @@ class Digits(NamedTuple):
 
 def check_installed() -> None:
     """Raise an ImportError, with a command for installation, if a package that the demo needs is missing."""
-    for module, package in (("sklearn", "scikit-learn"), ("matplotlib", "matplotlib")):
+    for module, package in (("sklearn", "scikit-learn"), ("matplotlib", "matplotlib"), ("tqdm", "tqdm")):
         if find_spec(module) is None:
             raise ImportError(f'The demo needs {package}, which is not installed: pip install "bilevel[demo]".')
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from bilevel.demo.models import Model
-from bilevel.demo.search import Outcome, Score, Task
+from bilevel.demo.search import Outcome, Run, Score, Task
 
 CLEAR = 1.02  # the least ratio of two losses that counts as a difference
 
@@ -86,3 +86,18 @@ def facts(outcome: Outcome, weights: int, errors: list[float], seconds: float) -
         lines.append(f"                           the solver's damping: without it, the error is {errors[1]:.1e}")
     lines.append(f"wall time                  {seconds:.1f} s")
     return "\n".join(["", *("  " + line for line in lines)])
+
+
+def summary(runs: list[Run]) -> str:
+    """Return a table of several runs: the best shared penalty and the tuned penalties, on the test images."""
+    lines = [
+        f"{'summary, on test':<18}{'penalties':>10}{'loss: shared':>15}{'tuned':>9}{'accuracy: shared':>19}{'tuned':>8}"
+        f"{'time':>8}"
+    ]
+    for run in runs:
+        shared, tuned = run.outcome.shared, run.outcome.scores[-1]
+        losses = f"{shared.test_loss:>15.4f}{tuned.test_loss:>9.4f}"
+        accuracies = f"{shared.test_accuracy:>19.1%}{tuned.test_accuracy:>8.1%}"
+        lines.append(f"{run.backend:<18}{run.outcome.hyperparameters:>10,}{losses}{accuracies}{run.seconds:>6.0f} s")
+    lines.append(f"{'all':<18}{sum(run.seconds for run in runs):>67.0f} s")
+    return "\n".join(lines)

@@ -1,8 +1,10 @@
 """The demo's computations: a grid search for one penalty, the tuning of all, and a check of the hypergradient."""
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from tqdm.auto import tqdm
 
 from bilevel.backend import Backend
 from bilevel.demo.data import Digits
@@ -35,6 +37,15 @@ class Outcome(NamedTuple):
     hypergradients: int
     failures: int  # hypergradients that did not converge
     steps: int  # total steps of the solver
+
+
+class Run(NamedTuple):
+    """A run of the demo: the name of the backend, the results, the wall time in seconds, and the picture's path."""
+
+    backend: str
+    outcome: Outcome
+    seconds: float
+    picture: Path
 
 
 class Task:
@@ -71,7 +82,8 @@ class Task:
     def tune(self, solver: LinearSolver[Any] | Method) -> Outcome:
         """Search the grid for a shared penalty; then tune a penalty per weight from the same fixed start."""
         model, backend = self.model, self.backend
-        grid = [(self.score(self.fit(self.shared(p), self.params0)), p) for p in model.grid]
+        penalties = tqdm(model.grid, "grid search", leave=False, disable=None)  # None: only on a terminal
+        grid = [(self.score(self.fit(self.shared(p), self.params0)), p) for p in penalties]
         shared, penalty = min(grid, key=lambda found: found[0].validation_loss)
         start = self.shared(model.start)
         params0 = self.fit(start, self.params0)

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,10 +13,11 @@ import bilevel as bl
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
+pytest.importorskip("tqdm")
 
 from bilevel.demo import data, demo, picture, report
 from bilevel.demo.models import mlp, softmax_regression
-from bilevel.demo.search import Outcome, Score, Task
+from bilevel.demo.search import Outcome, Run, Score, Task
 
 NETWORK_FRAMEWORKS = ["torch", "jax"]
 
@@ -166,6 +168,13 @@ class TestReport:
         assert "without it, the error is 3.0e-01" in report.facts(outcome((1, 1), (1, 1)), 10, [1e-5, 0.3], 1.0)
         assert "without it" not in report.facts(outcome((1, 1), (1, 1)), 10, [1e-5], 1.0)
 
+    def test_a_summary_of_several_runs(self):
+        runs = [Run(name, outcome((0.2, 0.3), (0.1, 0.25)), 12.4, Path()) for name in ("numpy", "torch")]
+        lines = report.summary(runs).split("\n")
+        assert lines[2].split() == ["torch", "650", "0.3000", "0.2500", "90.0%", "90.0%", "12", "s"]
+        assert lines[3].split() == ["all", "25", "s"]
+        assert len({len(line) for line in lines}) == 1
+
 
 def test_the_picture_is_a_png(tmp_path):
     path = tmp_path / "picture.png"
@@ -179,7 +188,8 @@ def test_the_picture_is_a_png(tmp_path):
 
 @pytest.mark.slow
 def test_a_run_from_end_to_end(capsys, tmp_path):
-    path = demo("numpy", out=tmp_path / "made" / "for it")
+    run = demo("numpy", out=tmp_path / "made" / "for it")
+    path = run.picture
     assert path == tmp_path / "made" / "for it" / "bilevel-demo-numpy.png"
     assert path.stat().st_size > 10_000
     out, err = capsys.readouterr()

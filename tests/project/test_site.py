@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 from api_links import with_references
-from markdown_text import docstring_as_markdown, with_indented_items
+from markdown_text import docstring_as_markdown, with_formulas, with_indented_items
 from public_names import FURTHER, entries, exported, public_names
 from site_pages import with_site_links
 
@@ -37,6 +37,12 @@ def test_the_further_names_exist():
     for name in FURTHER:
         module, _, attribute = name.rpartition(".")
         assert hasattr(importlib.import_module(module), attribute) or importlib.import_module(name)
+
+
+def test_formulas_are_converted_where_github_shows_them():
+    text = "a\n\n```math\nx^2\n+ 1\n```\n\n```python\n```math\n```\n"
+    made = with_formulas(text, lambda latex: f"<math>{latex.split()}</math>")
+    assert made == "a\n\n<div><math>['x^2', '+', '1']</math></div>\n\n```python\n```math\n```\n"
 
 
 @pytest.mark.parametrize(
