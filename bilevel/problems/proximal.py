@@ -15,6 +15,8 @@ from bilevel.problems.gradients import in_params
 from bilevel.problems.kinks import reach
 from bilevel.problems.problem import check_functions
 from bilevel.problems.protocols import Kind
+from bilevel.prox.operator import Projection, ProximalOperator
+from bilevel.prox.separable import Separable
 from bilevel.spaces.array import Args, H, P
 from bilevel.spaces.space import Space
 
@@ -174,6 +176,13 @@ class Projected(_ProximalStep):
     def __post_init__(self) -> None:
         check_functions(self, smooth="a scalar", outer="a scalar")
         _check_operator(self, "project", "(v, hparams)")
+        parts = [part for _, part in self.project.operators] if isinstance(self.project, Separable) else [self.project]
+        for part in parts:
+            if isinstance(part, ProximalOperator) and not isinstance(part, Projection):
+                raise TypeError(
+                    f"Projected.project: {type(part).__name__} is a proximal operator and no projection, so it needs "
+                    "the step size. Use bl.Proximal."
+                )
         check_real(self, "step_size", above=0)
 
     @property
@@ -269,3 +278,9 @@ def _check_operator(problem: object, role: str, arguments: str) -> None:
             f"{type(problem).__name__}.{role}: expected a function of {arguments} that returns a tree like params, got "
             f"{type(operator).__name__}."
         )
+    for other in ("smooth", "outer"):
+        if isinstance(found := getattr(problem, other), ProximalOperator | Separable):
+            raise TypeError(
+                f"{type(problem).__name__}.{other}: got the operator {type(found).__name__}. Pass the arguments in the "
+                f"order (smooth, {role}, outer), or by name."
+            )

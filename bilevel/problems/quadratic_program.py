@@ -55,9 +55,14 @@ def quadratic_program(
     for names, pair in (("A and b", (A, b)), ("G and h", (G, h))):
         if (pair[0] is None) != (pair[1] is None):
             raise TypeError(f"quadratic_program: {names} belong together. Give both, or none of them.")
+    matrix = given("Q", Q)
+    if isinstance(matrix, Constant) and not matrix.array.ndim and matrix.array != 0:
+        raise ValueError(
+            f"quadratic_program: Q is the number {matrix.array:g}. Pass a matrix, or 0.0 for a linear program."
+        )
     equality = None if A is None else _Affine("A", given("A", A), "b", given("b", b))
     inequality = None if G is None else _Affine("G", given("G", G), "h", given("h", h))
-    return Constrained(_Quadratic(given("Q", Q), given("q", q)), outer, equality, inequality)
+    return Constrained(_Quadratic(matrix, given("q", q)), outer, equality, inequality)
 
 
 @dataclass(frozen=True)
@@ -68,14 +73,22 @@ class _Quadratic:
     q: Source
 
     def _matrix(self, w: Any, hparams: Any) -> Any:
-        Q = _value("Q", self.Q, w, hparams)
-        return (Q + Q.T) / 2 if Q.ndim else 0.0 * w[:, None] * w
+        Q, n = _value("Q", self.Q, w, hparams), w.shape[0]
+        if isinstance(self.Q, Constant) and not Q.ndim:
+            return 0.0 * w[:, None] * w
+        _check_shape("Q", Q, [(n, n)])
+        return (Q + Q.T) / 2
+
+    def _vector(self, w: Any, hparams: Any) -> Any:
+        q = _value("q", self.q, w, hparams)
+        _check_shape("q", q, [(w.shape[0],), ()] if isinstance(self.q, Constant) else [(w.shape[0],)])
+        return q
 
     def __call__(self, w: Any, hparams: Any) -> Any:
-        return 0.5 * w @ (self._matrix(w, hparams) @ w) + (_value("q", self.q, w, hparams) * w).sum()
+        return 0.5 * w @ (self._matrix(w, hparams) @ w) + (self._vector(w, hparams) * w).sum()
 
     def grad(self, w: Any, hparams: Any) -> Any:
-        return self._matrix(w, hparams) @ w + _value("q", self.q, w, hparams)
+        return self._matrix(w, hparams) @ w + self._vector(w, hparams)
 
     def hvp(self, w: Any, hparams: Any, vector: Any) -> Any:
         return self._matrix(w, hparams) @ vector
@@ -120,6 +133,15 @@ class _Affine:
 
     def cross_vjp(self, w: Any, hparams: Any, multipliers: Any, vector: Any) -> Any:
         return _in_hparams(hparams, {self.M: np.outer(multipliers, vector)})
+
+
+def _check_shape(name: str, found: Any, shapes: list[tuple[int, ...]]) -> None:
+    """Raise a ValueError unless a matrix or vector fits w."""
+    if tuple(found.shape) not in shapes:
+        raise ValueError(
+            f"quadratic_program: w has {shapes[0][0]} entries, so expected {name} of shape {shapes[0]}, got "
+            f"{tuple(found.shape)}."
+        )
 
 
 def _value(name: str, source: Source, w: Any, hparams: Any) -> Any:

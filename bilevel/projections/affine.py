@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 from typing_extensions import override
 
-from bilevel.prox.operator import Constant, Given, ProximalOperator, constant_like, given
+from bilevel.prox.operator import Constant, Given, Projection, constant_like, given
 
 
 def affine(A: Any, b: Given = None) -> Affine:
@@ -40,7 +40,7 @@ def affine(A: Any, b: Given = None) -> Affine:
 
 
 @dataclass(frozen=True)
-class Affine(ProximalOperator):
+class Affine(Projection):
     """See `affine`."""
 
     values: ClassVar[tuple[str, ...]] = ("b",)

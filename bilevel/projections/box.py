@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 from typing_extensions import override
 
-from bilevel.prox.operator import Constant, Given, ProximalOperator, given, reduced, spread
+from bilevel.prox.operator import Constant, Given, Projection, given, reduced, spread
 from bilevel.spaces.namespace import namespace
 
 
@@ -47,7 +47,7 @@ def nonnegative() -> Box:
 
 
 @dataclass(frozen=True)
-class Box(ProximalOperator):
+class Box(Projection):
     """See `box`."""
 
     values: ClassVar[tuple[str, ...]] = ("low", "high")

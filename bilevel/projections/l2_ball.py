@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 from typing_extensions import override
 
-from bilevel.prox.operator import Given, ProximalOperator, given
+from bilevel.prox.operator import Given, Projection, given
 from bilevel.spaces.namespace import namespace
 
 
@@ -33,7 +33,7 @@ def l2_ball(radius: Given = None) -> L2Ball:
 
 
 @dataclass(frozen=True)
-class L2Ball(ProximalOperator):
+class L2Ball(Projection):
     """See `l2_ball`."""
 
     values: ClassVar[tuple[str, ...]] = ("radius",)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 from typing_extensions import override
 
-from bilevel.prox.operator import Given, ProximalOperator, given
+from bilevel.prox.operator import Given, Projection, given
 from bilevel.spaces.namespace import namespace
 
 
@@ -52,7 +52,7 @@ def l1_ball(radius: Given = None) -> L1Ball:
 
 
 @dataclass(frozen=True)
-class Simplex(ProximalOperator):
+class Simplex(Projection):
     """See `simplex`."""
 
     values: ClassVar[tuple[str, ...]] = ("radius",)
@@ -71,7 +71,7 @@ class Simplex(ProximalOperator):
 
 
 @dataclass(frozen=True)
-class L1Ball(ProximalOperator):
+class L1Ball(Projection):
     """See `l1_ball`."""
 
     values: ClassVar[tuple[str, ...]] = ("radius",)

@@ -48,10 +48,9 @@ def given(name: str, value: Given) -> Any:
 
 
 class ProximalOperator:
-    """A proximal operator or a projection of one array: ``operator(v, hparams, step_size)``.
+    """A proximal operator of one array: ``operator(v, hparams, step_size)``.
 
-    In torch and JAX, the backend differentiates `apply`. In NumPy, it calls ``vjp_params`` and ``vjp_hparams``. A
-    projection ignores ``step_size``.
+    In torch and JAX, the backend differentiates `apply`. In NumPy, it calls ``vjp_params`` and ``vjp_hparams``.
 
     Attributes:
         values: the fields that hold a `Given`.
@@ -120,6 +119,10 @@ class ProximalOperator:
                 f'{name}="key" to use hparams["key"].'
             )
         return namespace(found).exp(found) if name in self.logs else found
+
+
+class Projection(ProximalOperator):
+    """A projection on a convex set: a proximal operator that ignores ``step_size``."""
 
 
 def check_array(name: str, v: Any) -> None:

@@ -210,3 +210,9 @@ def test_wrong_quadratic_programs_raise():
         bl.constrained_fit(problem)({key: x for key, x in hparams.items() if key != "q"}, START)
     with pytest.raises(ValueError, match=r"expected A of shape \(1, 4\), got \(1, 5\)"):
         bl.constrained_fit(problem)({**hparams, "A": np.ones((1, 5))}, START)
+    with pytest.raises(ValueError, match=r"w has 4 entries, so expected Q of shape \(4, 4\), got \(3, 3\)"):
+        bl.constrained_fit(problem)({**hparams, "Q": np.eye(3)}, START)
+    with pytest.raises(ValueError, match=r"w has 4 entries, so expected q of shape \(4,\), got \(\)"):
+        bl.constrained_fit(problem)({**hparams, "q": np.array(1.0)}, START)
+    with pytest.raises(ValueError, match=r"Q is the number 2\. Pass a matrix, or 0\.0 for a linear program"):
+        bl.problems.quadratic_program(SquaredNorm(), Q=2.0, G=-np.eye(4), h=np.zeros(4))

@@ -401,7 +401,17 @@ def test_diagnose_of_a_regular_point():
             ValueError,
             r"Proximal\.step_size: .*> 0, got 0",
         ),
-        (lambda: bl.Projected(Quadratic(), prox.l1(), Distance(), "auto"), TypeError, r"Projected\.step_size"),
+        (lambda: bl.Projected(Quadratic(), abs, Distance(), "auto"), TypeError, r"Projected\.step_size"),
+        (
+            lambda: bl.Projected(Quadratic(), prox.separable({"w": prox.l1()}), Distance()),
+            TypeError,
+            r"Projected\.project: L1 is a proximal operator and no projection.* Use bl\.Proximal",
+        ),
+        (
+            lambda: bl.Proximal(prox.l1(), Quadratic(), Distance()),
+            TypeError,
+            r"Proximal\.smooth: got the operator L1\. Pass .* in the order \(smooth, prox, outer\)",
+        ),
         (lambda: projections.box(1.0, 0.0), ValueError, r"box: expected low <= high"),
         (lambda: projections.affine(np.ones((2, 3)), 1.0), ValueError, r"A: .* independent rows.*the rank 1"),
         (lambda: prox.l1(object()), TypeError, r"penalty: expected None .*, a string .*, got object"),
