@@ -1,4 +1,4 @@
-"""Run all snippets of docs/coming-from.md and docs/from-jaxopt.md.
+"""Run all snippets of docs/coming-from.md, docs/from-jaxopt.md and docs/from-search.md.
 
 The test suite leaves out the snippets of the other libraries.
 
@@ -11,7 +11,7 @@ import sys
 import warnings
 from pathlib import Path
 
-PAGES = ("coming-from.md", "from-jaxopt.md")
+PAGES = ("coming-from.md", "from-jaxopt.md", "from-search.md")
 
 
 def main() -> None:
