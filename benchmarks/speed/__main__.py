@@ -18,7 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from benchmarks.speed import report
+from benchmarks.speed import chart, report
 from benchmarks.speed.measure import FRUGAL_MALLOC, machine
 from benchmarks.speed.plan import MARK, plan
 
@@ -52,6 +52,8 @@ def main() -> int:
             json_file.parent.mkdir(exist_ok=True)
             json_file.write_text(json.dumps(result, indent=1) + "\n")
     text = report.markdown(result)
+    if not partial:
+        chart.save(result["records"], HERE.parent / "docs" / f"speed-{options.device}.png")
     if tables_file:
         tables_file.write_text(report.between_markers(tables_file.read_text(), text, options.device))
     else:

@@ -75,3 +75,20 @@ def test_markers_keep_the_rest_of_the_page():
     assert "## More" in page
     assert "second" in page
     assert "first" not in page
+
+
+def test_the_chart_shows_every_cell(monkeypatch):
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    from benchmarks.speed import chart
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: drawn.append(figure))
+    measured = json.loads((ROOT / "benchmarks" / "results" / "speed-cpu.json").read_text())
+    chart.save(measured["records"], Path("chart.png"))
+    for ax, framework in zip(drawn[0].axes, ("torch", "jax"), strict=True):
+        cells = [r for r in records(measured, "times") if r["framework"] == framework]
+        ours = next(line for line in ax.lines if line.get_label() == "ours")
+        assert list(ours.get_xdata()) == [cell["columns"]["ours"]["ratio"][1] for cell in cells]
+        assert len(ax.get_yticks()) == len(cells)
