@@ -262,8 +262,8 @@ def main(argv: list[str] | None = None) -> None:
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
     options = parser.parse_args(argv)
     size = replace(Size(), **{name: getattr(options, name) for name in asdict(Size())})
-    for method in options.methods:
-        for seed in range(options.seeds):
+    for seed in range(options.seeds):
+        for method in options.methods:
             # The peak memory belongs to a process, so each run has its own.
             with multiprocessing.get_context("spawn").Pool(1) as pool:
                 arguments = (method, options.data, size, seed, options.compile, options.bfloat16, options.again)

@@ -186,6 +186,20 @@ def test_collator_names_mistakes():
     assert collator([{"input_ids": [1, 2]}]).keys() == {"input_ids", "attention_mask"}
 
 
+@pytest.mark.slow
+def test_compiled_model_gives_the_same_weights(tmp_path):
+    torch._dynamo.reset()
+    runs = [
+        weighted(tmp_path, max_steps=2, **options)
+        for options in ({}, {"torch_compile": True, "torch_compile_backend": "aot_eager"})
+    ]
+    for run in runs:
+        run.train()
+    torch._dynamo.reset()
+    assert isinstance(runs[1].model_wrapped, torch._dynamo.OptimizedModule)
+    torch.testing.assert_close(*[run.data_weights.scores for run in runs], rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's own use
 def test_lora_moves_only_its_adapters(tmp_path):
     peft = pytest.importorskip("peft")
@@ -197,6 +211,26 @@ def test_lora_moves_only_its_adapters(tmp_path):
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name]) == ("lora" not in name)
     assert trainer.state.log_history[1].keys() >= {"loss", "outer_loss", "weight_0", "weight_2"}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("dora", [False, True])
+def test_diagnose_finds_that_dora_detaches(dora):
+    """Its gradient is no derivative of the loss, and its product is no derivative of the gradient."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    net, x = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Tanh()).double(), torch.randn(2, 6, 4).double()
+    config = peft.LoraConfig(target_modules=["0"], r=2, use_dora=dora, init_lora_weights=False)
+    model = peft.PeftModel(net, config).double()
+    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    scores = torch.zeros(6, dtype=torch.float64, requires_grad=True)
+
+    def inner():
+        return (scores.exp() * ((model(x[0]) - 1) ** 2).sum(1)).mean() + sum((p**2).sum() for p in params.values())
+
+    report = str(bilevel_torch.diagnose(inner, lambda: (model(x[1]) ** 2).mean(), params, scores, solver="identity"))
+    assert ("WRONG" in report) == dora
 
 
 def test_other_models_are_weighted_per_example(tmp_path):
@@ -234,6 +268,7 @@ def tokenizer():
     return transformers.PreTrainedTokenizerFast(tokenizer_object=whole, pad_token="<pad>", eos_token="<eos>")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
 def test_supervised_fine_tuning_by_trl(tmp_path):
     """The weights move, and the weighted losses of TRL's batches are right for texts and for packed texts."""
@@ -271,17 +306,25 @@ def test_supervised_fine_tuning_by_trl(tmp_path):
             outer_every=1,
         )
 
+    def loss(run, examples):
+        batch = run.data_collator(examples)
+        with torch.no_grad():
+            run.data_weights.scores.copy_(SCORES)
+            run.model.train()
+            return run._loss(batch, weighted=True), run.compute_loss(run.model, batch)
+
     run = trainer(texts)
     run.train()
     assert run.data_weights.scores.abs().max() > 0
-    packed = trl.pack_dataset(
-        run.train_dataset.select_columns(["input_ids", "labels", "source"]).map(
-            lambda x: {"source": [x["source"]] * len(x["input_ids"])}
-        ),
-        seq_length=16,
-    )
+    examples = run.train_dataset.select_columns(["input_ids", "labels", "source"])
+    found = loss(run, list(examples))
+    expected = mean_of(run.model, run.data_weights, list(examples)).detach()
+    torch.testing.assert_close(torch.stack(found), expected.expand(2), rtol=1e-5, atol=1e-6)
+
+    packed = trl.pack_dataset(examples.map(lambda x: {"source": [x["source"]] * len(x["input_ids"])}), seq_length=16)
     run = trainer(packed, packing=True, dataset_kwargs={"skip_prepare_dataset": True}, padding_free=True)
-    batch = next(iter(run.get_train_dataloader()))
-    assert batch["source"].shape == batch["labels"].shape
     run.train()
     assert run.data_weights.scores.abs().max() > 0
+    found = loss(run, list(packed))
+    expected = mean_of(run.model, run.data_weights, list(examples)).detach()
+    torch.testing.assert_close(torch.stack(found), expected.expand(2), rtol=1e-5, atol=1e-6)
