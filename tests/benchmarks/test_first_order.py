@@ -38,7 +38,7 @@ def test_settings_of_weights_are_compared():
     from benchmarks.first_order import recipe
 
     settings = recipe.settings("tracked")
-    assert len(settings) == len(set(settings.values())) == 9
+    assert len(settings) == len(set(settings.values())) == 10
     of = recipe.read(None, 0)
     found = dict(zip(recipe.COLUMNS, recipe.run(settings["base"], "linear", of, 200, 0), strict=True))
     assert found["F1"] > 0.8

@@ -16,9 +16,9 @@ class WeightedSampler(Sampler[int]):
 
         q = (1 − uniform) w / (sum of all w) + uniform / N
 
-    for each draw. Multiply the losses of a batch by `loss_weights`, w / (N q), and take the mean. It estimates the mean
-    of w times the loss over all N examples without bias (importance sampling), and so does its derivative by the
-    scores. Examples of little weight are rarely drawn, and no loss weight is more than w / ``uniform``.
+    for each draw. Multiply the losses of a batch by `loss_weights`, w / (N q), and take the mean. It is an unbiased
+    estimate of the mean of w times the loss over all N examples (importance sampling). Its derivative by the scores is
+    unbiased too. Examples of little weight are rarely drawn, and no loss weight is more than w / ``uniform``.
 
     The probabilities are computed when an iteration starts, and stay until the next one. So batches that a loader
     fetches early have the right loss weights. The sampler sees new weights after ``num_samples`` draws.

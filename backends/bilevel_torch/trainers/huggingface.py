@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
+from bilevel.options import check_int
 from bilevel_torch.data import DataWeights
 from bilevel_torch.trainers.collator import KeepColumn
 from bilevel_torch.trainers.outer_step import OuterStep
@@ -76,6 +77,8 @@ class DataWeightsMixin(_Base):
             raise ValueError("compute_loss_func: the weights need losses of tokens. Override token_losses instead.")
         if isinstance(data_weights.scores, torch.nn.Module):
             raise ValueError("data_weights: a trainer needs a table of weights. Pass DataWeights(number of sources).")
+        self.outer_every = outer_every
+        check_int(self, "outer_every", least=1)
         super().__init__(*args, **kwargs)
         if self.args.world_size > 1 or self.args.n_gpu > 1:
             raise ValueError(

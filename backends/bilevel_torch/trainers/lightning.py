@@ -15,6 +15,7 @@ if find_spec("lightning") is None:
 
 import lightning as L
 
+from bilevel.options import check_int
 from bilevel_torch.trainers.outer_step import OuterStep
 
 LossOfBatch = Callable[[Any, Any], torch.Tensor]  # from the module and a batch
@@ -55,6 +56,8 @@ class HypergradientCallback(L.Callback):
         optimizer: torch.optim.Optimizer | None = None,
         every: int = 10,
     ) -> None:
+        self.every = every
+        check_int(self, "every", least=1)
         tensors = list(hparams)
         self._inner, self._outer = inner, outer
         self._step = OuterStep(tensors, optimizer or torch.optim.Adam(tensors, 0.1), batches, every)

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 
-from bilevel.options import check_int
 from bilevel.results import Hypergradient
 from bilevel_torch.first_order import FirstOrder
 from bilevel_torch.first_order.adaptation import ADAPTIVE
@@ -23,21 +22,20 @@ class OuterStep:
         hparams: leaf tensors that require gradients.
         optimizer: their optimizer.
         batches: the batches for F, which are read again and again.
-        every: the number of training steps between two steps of hparams.
+        every: the number of training steps between two steps of hparams, >= 1.
     """
 
     def __init__(
         self, hparams: Sequence[torch.Tensor], optimizer: torch.optim.Optimizer, batches: Iterable[Any], every: int
     ) -> None:
-        self.every = every
-        check_int(self, "every", least=1)
+        self._every = every
         self._hparams, self._optimizer, self._batches = hparams, optimizer, Repeated(batches)
         self._first_order: FirstOrder | None = None
         self._loaded: dict[str, Any] | None = None  # until the first step makes a FirstOrder
 
     def due(self, step: int) -> bool:
         """Tell whether hparams take a step after so many training steps."""
-        return step % self.every == 0
+        return step % self._every == 0
 
     def __call__(
         self, module: torch.nn.Module, trained_by: torch.optim.Optimizer, inner: list[Loss], outer: Outer

@@ -252,6 +252,8 @@ def test_mistakes_are_named(tmp_path):
         WeightedTrainer(llama(), compute_loss_func=print, data_weights=DataWeights(3), outer_dataset=HELD)
     with pytest.raises(ValueError, match="data_weights: a trainer needs a table of weights"):
         WeightedTrainer(llama(), data_weights=DataWeights(torch.nn.Linear(2, 1)), outer_dataset=HELD)
+    with pytest.raises(ValueError, match=r"WeightedTrainer\.outer_every: expected an integer >= 1"):
+        weighted(tmp_path, every=0)
     trainer = weighted(tmp_path)
     with pytest.raises(ValueError, match=r"returns no logits. Turn off kernels that fuse the loss"):
         trainer.token_losses({"loss": 0}, torch.zeros(1, 2))

@@ -143,5 +143,5 @@ def test_empty_loader_is_named():
     module = Regression()
     with pytest.raises(ValueError, match="batches: the loader of batches for the outer loss is empty"):
         trainer([callback(module, batches=iter(()))]).fit(module, loader())
-    with pytest.raises(ValueError, match=r"OuterStep\.every: expected an integer >= 1"):
+    with pytest.raises(ValueError, match=r"HypergradientCallback\.every: expected an integer >= 1"):
         callback(module, every=0)
