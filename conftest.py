@@ -22,6 +22,8 @@ def missing(module: str) -> bool:
 
 absent = [framework for framework in ("torch", "jax") if missing(framework)]
 collect_ignore = [f"backends/bilevel_{framework}" for framework in absent]
+trainers = {"huggingface": "transformers", "lightning": "lightning"}
+collect_ignore += [f"backends/bilevel_torch/trainers/{name}.py" for name, needed in trainers.items() if missing(needed)]
 
 
 # `make test HIDE=torch` names torch here.

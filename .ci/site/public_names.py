@@ -22,6 +22,9 @@ PACKAGES = [  # in order: an object of several packages has one entry, under its
     "bilevel.testing",
     "bilevel_numpy",
     "bilevel_torch",
+    "bilevel_torch.data",
+    "bilevel_torch.trainers.huggingface",
+    "bilevel_torch.trainers.lightning",
     "bilevel_jax",
 ]
 FURTHER = [  # in no `__all__`: for authors of problems, solvers and backends, for tests, and parts of results

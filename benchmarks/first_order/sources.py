@@ -4,7 +4,9 @@ WikiText-2's validation and test texts are cut into eight sources. The words of 
 A softmax of eight numbers weights the losses of the sources. A hypergradient of the loss on clean text changes them
 every few steps. Printed for each method and seed: the AUC of the weights (clean against shuffled), the loss on held-out
 clean text, CPU seconds, and the peak memory of the process. "uniform" trains without hypergradients, "clean" on the
-clean half only.
+clean half only. "sampled" is "sama" with sequences drawn in proportion to the weights. "random" is the best of several
+trainings with random weights, by the validation loss. With --again, a new network is also trained with the weights
+found.
 
     OMP_NUM_THREADS=1 python -m benchmarks.first_order.sources --data DIR [--methods ...] [--seeds 5] [--compile]
 """
@@ -15,6 +17,7 @@ import resource
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,12 +29,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, gelu, scaled_dot_product_attention
 
 import bilevel_torch
+from bilevel_torch.data import DataWeights, WeightedSampler
 
 sys.path.append(str(Path(__file__).parents[2] / "examples" / "paper"))
 import data
 
 SOURCES = 8
-METHODS = ["uniform", "clean", "identity", "sama", "tracked"]
+METHODS = ["uniform", "clean", "identity", "sama", "sampled", "tracked", "random"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,9 @@ class Size:
     every: int = 4  # steps between two hypergradients
     rate: float = 0.1  # of Adam, for the weights of the sources
     tracking: float = 0.1  # the learning rate of SGD for v
+    outer_batch: int = 16
+    held: int = 0  # validation sequences in use, 0: all
+    trials: int = 4  # of random search
 
 
 class Transformer(nn.Module):
@@ -121,38 +128,68 @@ def losses(net: nn.Module, sequences: Tensor, bfloat16: bool = False) -> Tensor:
     return cross_entropy(logits.float().transpose(1, 2), sequences[:, 1:], reduction="none").mean(1)
 
 
-def run(method: str, folder: Path | None, size: Size, seed: int, compiled: bool, bfloat16: bool) -> dict[str, Any]:
-    """Train, and return the measurements."""
-    torch.set_num_threads(1)
+@dataclass(frozen=True)
+class Trained:
+    """A network after training, the weights of the sources, and CPU seconds."""
+
+    net: Transformer
+    weights: DataWeights
+    seconds: float
+    path: list[list[float]]  # the scores after each hypergradient
+
+
+def batches(
+    method: str, text: Text, size: Size, weights: DataWeights, rng: np.random.Generator
+) -> Iterator[tuple[Tensor, Callable[[], Tensor]]]:
+    """Yield the numbers of sequences, and a function that returns the factors of their losses."""
+    if method == "sampled":
+        generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
+        sampler = WeightedSampler(weights, text.source, size.every * size.batch, generator=generator)
+        while True:
+            for rows in torch.tensor(list(sampler)).split(size.batch):
+                yield rows, partial(sampler.loss_weights, rows)
+    usable = np.flatnonzero(~text.shuffled[text.source]) if method == "clean" else np.arange(len(text.train))
+    while True:
+        rows = torch.tensor(rng.choice(usable, size.batch))
+        yield rows, partial(weights, text.source[rows])
+
+
+def train(
+    method: str,
+    text: Text,
+    size: Size,
+    seed: int,
+    compiled: bool = False,
+    bfloat16: bool = False,
+    weights: DataWeights | None = None,
+) -> Trained:
+    """Train a network, with fixed weights if they are given."""
     torch.manual_seed(seed)
-    text, net = read(folder, size, seed), Transformer(size)
+    net, tuned = Transformer(size), weights is None and method not in ("uniform", "clean")
     model: Any = torch.compile(net, fullgraph=True) if compiled else net
     optimizer = torch.optim.AdamW(net.parameters(), 3e-3)
-    scores = torch.zeros(SOURCES, requires_grad=True)
-    outer_optimizer = torch.optim.Adam([scores], size.rate)
-    track = partial(torch.optim.SGD, lr=size.tracking, weight_decay=1e-2)
+    weights = weights or DataWeights(SOURCES)
+    outer_optimizer = torch.optim.Adam(weights.parameters(), size.rate)
     first_order = bilevel_torch.FirstOrder(
         net,
-        scores,
-        optimizer=track if method == "tracked" else None,
-        preconditioner=optimizer if method == "sama" else None,
+        weights.parameters(),
+        optimizer=partial(torch.optim.SGD, lr=size.tracking, weight_decay=1e-2) if method == "tracked" else None,
+        preconditioner=optimizer if method in ("sama", "sampled") else None,
     )
     rng = np.random.default_rng(seed)
-    usable = np.flatnonzero(~text.shuffled[text.source]) if method == "clean" else np.arange(len(text.train))
-    tuned = method not in ("uniform", "clean")
+    drawn = batches(method, text, size, weights, rng)
     began, path = time.process_time(), []
     for step in range(size.steps):
         if step == 10:  # compiled, and in caches
             began = time.process_time()
-        batch = torch.tensor(rng.choice(usable, size.batch))
-        sequences, source = text.train[batch], text.source[batch]
-        validation = text.validation[torch.tensor(rng.choice(len(text.validation), size.batch))]
+        rows, factors = next(drawn)
+        others = text.validation[torch.tensor(rng.choice(len(text.validation), size.outer_batch))]
 
-        def inner(sequences: Tensor = sequences, source: Tensor = source) -> Tensor:
-            return (SOURCES * scores.softmax(0)[source] * losses(model, sequences, bfloat16)).mean()
+        def inner(sequences: Tensor = text.train[rows], factors: Callable[[], Tensor] = factors) -> Tensor:
+            return (factors() * losses(model, sequences, bfloat16)).mean()
 
-        def outer(validation: Tensor = validation) -> Tensor:
-            return losses(model, validation, bfloat16).mean()
+        def outer(sequences: Tensor = others) -> Tensor:
+            return losses(model, sequences, bfloat16).mean()
 
         optimizer.zero_grad()
         inner().backward()
@@ -161,23 +198,55 @@ def run(method: str, folder: Path | None, size: Size, seed: int, compiled: bool,
         if tuned and (step + 1) % size.every == 0:
             first_order.backward(inner, outer, accumulate=False)
             outer_optimizer.step()
-            path.append(scores.detach().tolist())
-    seconds = time.process_time() - began
-    with torch.no_grad():
-        test = torch.cat([losses(net, part) for part in text.test.split(64)]).mean()
-    weights = scores.detach().softmax(0).numpy()
-    good, bad = weights[~text.shuffled], weights[text.shuffled]
-    auc = float(np.mean((good[:, None] > bad) + 0.5 * (good[:, None] == bad)))
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {
-        "auc": auc,
-        "weight of the clean half": float(good.sum()),
-        "test loss": float(test),
-        "CPU seconds": seconds,
-        "MiB": memory,
-        "path": path,
-        "weights": sum(p.numel() for p in net.parameters()),
+            path.append(weights.scores.detach().tolist())
+    return Trained(net, weights, time.process_time() - began, path)
+
+
+def random_search(text: Text, size: Size, seed: int) -> Trained:
+    """Train with random weights, several times. Return the training with the least validation loss."""
+    found = []
+    for trial in range(size.trials):
+        weights = DataWeights(SOURCES)
+        generator = torch.Generator().manual_seed(1000 * seed + trial)
+        nn.init.normal_(weights.scores, generator=generator)
+        found.append(train("random", text, size, seed, weights=weights))
+    best = min(found, key=lambda trained: mean_loss(trained.net, text.validation))
+    return replace(best, seconds=sum(trained.seconds for trained in found))
+
+
+@torch.no_grad()
+def mean_loss(net: nn.Module, sequences: Tensor) -> float:
+    """Return the mean loss of sequences."""
+    return float(torch.cat([losses(net, part) for part in sequences.split(64)]).mean())
+
+
+def run(
+    method: str, folder: Path | None, size: Size, seed: int, compiled: bool, bfloat16: bool, again: bool = False
+) -> dict[str, Any]:
+    """Train, and return the measurements. Then perhaps train again with the weights found."""
+    torch.set_num_threads(1)
+    text = read(folder, size, seed)
+    text = replace(text, validation=text.validation[: size.held or None])
+    if method == "random":
+        trained = random_search(text, size, seed)
+    else:
+        trained = train(method, text, size, seed, compiled, bfloat16)
+    w = trained.weights().detach().numpy()
+    good, bad = w[~text.shuffled], w[text.shuffled]
+    measured: dict[str, Any] = {
+        "auc": float(np.mean((good[:, None] > bad) + 0.5 * (good[:, None] == bad))),
+        "weight of the clean half": float(good.sum() / w.sum()),
+        "validation loss": mean_loss(trained.net, text.validation),
+        "test loss": mean_loss(trained.net, text.test),
+        "CPU seconds": trained.seconds,
+        "MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "path": trained.path,
+        "weights": sum(p.numel() for p in trained.net.parameters()),
     }
+    if again and trained.path:
+        fixed = "sampled" if method == "sampled" else "uniform"
+        measured["test loss again"] = mean_loss(train(fixed, text, size, seed, weights=trained.weights).net, text.test)
+    return measured
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -188,15 +257,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--bfloat16", action="store_true")
+    parser.add_argument("--again", action="store_true")
     for name, default in asdict(Size()).items():
-        parser.add_argument(f"--{name}", type=type(default), default=default)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
     options = parser.parse_args(argv)
     size = replace(Size(), **{name: getattr(options, name) for name in asdict(Size())})
-    for method in options.methods:
-        for seed in range(options.seeds):
+    for seed in range(options.seeds):
+        for method in options.methods:
             # The peak memory belongs to a process, so each run has its own.
             with multiprocessing.get_context("spawn").Pool(1) as pool:
-                found = pool.apply(run, (method, options.data, size, seed, options.compile, options.bfloat16))
+                arguments = (method, options.data, size, seed, options.compile, options.bfloat16, options.again)
+                found = pool.apply(run, arguments)
             found.pop("path")
             print(f"{method:>14} seed {seed}:", {k: round(v, 3) for k, v in found.items()}, flush=True)
 

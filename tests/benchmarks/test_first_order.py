@@ -25,12 +25,24 @@ def test_wrong_labels_are_found():
 def test_shuffled_sources_are_measured():
     from benchmarks.first_order import sources
 
-    size = sources.Size(vocabulary=50, words=6, width=8, layers=1, heads=2, steps=24, batch=8)
+    size = sources.Size(vocabulary=50, words=6, width=8, layers=1, heads=2, steps=24, batch=8, trials=2)
     for method in sources.METHODS:
-        found = sources.run(method, None, size, 0, compiled=False, bfloat16=method == "sama")
+        found = sources.run(method, None, size, 0, compiled=False, bfloat16=method == "sama", again=True)
         assert np.isfinite(found["test loss"])
         assert 0 <= found["auc"] <= 1
-        assert len(found["path"]) == (0 if method in ("uniform", "clean") else 6)
+        assert len(found["path"]) == (0 if method in ("uniform", "clean", "random") else 6)
+        assert ("test loss again" in found) == bool(found["path"])
+
+
+def test_settings_of_weights_are_compared():
+    from benchmarks.first_order import recipe
+
+    settings = recipe.settings("tracked")
+    assert len(settings) == len(set(settings.values())) == 10
+    of = recipe.read(None, 0)
+    found = dict(zip(recipe.COLUMNS, recipe.run(settings["base"], "linear", of, 200, 0), strict=True))
+    assert found["F1"] > 0.8
+    assert min(found["test again"], found["test without"]) > 0.8
 
 
 def test_penalties_are_tuned_by_four_gradients_a_step():

@@ -32,6 +32,11 @@ def test_a_framework_backend_loads_no_other_framework(framework, other):
     assert other not in loaded_by(f"bilevel_{framework}")
 
 
+def test_the_torch_backend_loads_no_trainer_and_no_picture():
+    pytest.importorskip("torch")
+    assert loaded_by("bilevel_torch, bilevel_torch.data").isdisjoint({"transformers", "lightning", "matplotlib"})
+
+
 def test_import_contracts_hold():
     lint = Path(sys.executable).with_name("lint-imports")
     done = subprocess.run([lint, "--no-cache", "--no-logo"], cwd=ROOT, capture_output=True, text=True)

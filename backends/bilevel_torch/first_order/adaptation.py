@@ -8,13 +8,13 @@ from typing_extensions import TypeIs
 from bilevel_torch.first_order.vectors import norm
 
 MOMENTS = ("max_exp_avg_sq", "exp_avg_sq")  # of AMSGrad, which replaces the other, and of Adam
+ADAPTIVE = torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam
 FLOOR = 0.1  # against the root mean square of √v̂
 
 
 def check_adaptive(optimizer: object) -> TypeIs[torch.optim.Optimizer]:
     """Raise a TypeError unless an object is None or an optimizer of the Adam family."""
-    known = torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam
-    if optimizer is not None and not isinstance(optimizer, known):
+    if optimizer is not None and not isinstance(optimizer, ADAPTIVE):
         raise TypeError(
             "preconditioner: expected the Adam, AdamW, NAdam or RAdam of torch.optim that trains the module, got "
             f"{type(optimizer).__name__}. Leave it out for other optimizers."
