@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from bilevel.plot.axes import axes
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -74,10 +76,7 @@ class WeightReport:
         Raises:
             ModuleNotFoundError: if matplotlib is not installed.
         """
-        if ax is None:
-            import matplotlib.pyplot as plt
-
-            ax = plt.subplots(layout="constrained")[1]
+        ax = axes(ax)
         w, shown = self.weights.detach().double().cpu(), self._shown()
         places = [-(row + (row >= self.most and len(shown) < len(w))) for row in range(len(shown))]  # with a gap
         ax.barh(places, w[shown].tolist(), color=["C0" if w[i] >= w.mean() else "C1" for i in shown])
