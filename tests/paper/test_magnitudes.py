@@ -91,8 +91,9 @@ def test_a_second_call_reads_what_the_first_has_stored(system, command, historie
     check_stored(system, command, histories)
 
 
-def test_the_report_has_a_table_and_a_picture(system, histories, tmp_path):
-    assert report_of(system, histories, tmp_path).count("\n| ") == len(histories) + 2
+def test_the_report_has_tables_and_a_picture(system, histories, tmp_path):
+    tuned = 3  # each has a row along the training and one trained again
+    assert report_of(system, histories, tmp_path).count("\n| ") == (2 + len(histories)) + (2 + 2 * tuned)
 
 
 class TestReport:
