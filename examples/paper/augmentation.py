@@ -12,7 +12,7 @@ import zlib
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -85,44 +85,81 @@ def penalized(logits: Tensor, y: Tensor, weights: dict, decay: float) -> Tensor:
 
 
 def run(solver: Any, split: data.Split, sizes: Sizes, seed: int, checkpoint: Path) -> dict:
-    """Train a model on augmented images, and the augmentation on validation images if there is a solver."""
+    """Train a model on images that the U-Net changes, and the U-Net if there is a solver."""
     torch.manual_seed(seed)
-    x, y = torch.as_tensor(split.train.x), torch.as_tensor(split.train.y)
-    order = torch.randperm(len(y))
-    train, val = order[: sizes.train], order[sizes.train : sizes.train + sizes.validation]
-    model, augment = small_cnn(*x.shape[1:3]), Augmentation(x.shape[1])
+    parts = Parts.of(split, sizes)
+    channels, side = parts.train.x.shape[1:3]
+    model, augment = small_cnn(channels, side), Augmentation(channels)
+    history = fit(model, augment, solver, parts, sizes, checkpoint)
+    return history | {"images": packed(augment, parts.train.x[:6]) if solver else ""}
+
+
+class Part(NamedTuple):
+    """Images and labels."""
+
+    x: Tensor
+    y: Tensor
+
+    def batch(self, size: int) -> "Part":
+        """Return so many of them at random."""
+        chosen = torch.randperm(len(self.y))[:size]
+        return Part(self.x[chosen], self.y[chosen])
+
+
+class Parts(NamedTuple):
+    """The images to train on, to tune on and to test on."""
+
+    train: Part
+    val: Part
+    test: Part
+
+    @classmethod
+    def of(cls, split: data.Split, sizes: Sizes) -> "Parts":
+        """Draw the images to train and to tune on."""
+        x, y = torch.as_tensor(split.train.x), torch.as_tensor(split.train.y)
+        order = torch.randperm(len(y))
+        train, val = order[: sizes.train], order[sizes.train : sizes.train + sizes.validation]
+        test = Part(torch.as_tensor(split.test.x), torch.as_tensor(split.test.y))
+        return cls(Part(x[train], y[train]), Part(x[val], y[val]), test)
+
+
+def fit(model: nn.Module, augment: Any, solver: Any, parts: Parts, sizes: Sizes, checkpoint: Path) -> dict[str, Any]:
+    """Train a model on augmented images, and the augmentation on validation images if there is a solver."""
     optimizer = torch.optim.Adam(model.parameters(), sizes.lr)
     outer_optimizer = torch.optim.Adam(augment.parameters(), sizes.lr_augment)
     problem = problem_of(model, augment, sizes.decay)
     weights, hparams = dict(model.named_parameters()), dict(augment.named_parameters())
-
     state = {"model": model, "augment": augment, "optimizer": optimizer, "outer": outer_optimizer}
     loop = Loop(checkpoint, sizes.steps, state, about=checkpoint.stem)
     for step in loop:
-        chosen = train[torch.randperm(len(train))[: sizes.batch]]
-        batch = x[chosen], y[chosen], torch.randn(len(chosen))
+        x, y = parts.train.batch(sizes.batch)
+        noise = augment.noise(len(y))
         with torch.no_grad():
-            augmented = augment(batch[0], batch[2]) if solver else batch[0]
+            augmented = augment(x, noise)
         optimizer.zero_grad()
-        train_loss = penalized(model(augmented), batch[1], weights, sizes.decay)
+        train_loss = penalized(model(augmented), y, weights, sizes.decay)
         train_loss.backward()
         optimizer.step()
         if solver and step >= sizes.warmup and step % sizes.every == 0:
-            chosen = val[torch.randperm(len(val))[: sizes.batch_val]]
             hg = bl.hypergradient(
-                problem, weights, hparams, inner_args=batch, outer_args=(x[chosen], y[chosen]), solver=solver
+                problem,
+                weights,
+                hparams,
+                inner_args=(x, y, noise),
+                outer_args=parts.val.batch(sizes.batch_val),
+                solver=solver,
             )
             for name, parameter in augment.named_parameters():
                 parameter.grad = hg.grad[name]
             outer_optimizer.step()
         if (step + 1) % (sizes.steps // 24) == 0:
-            change = (augmented - batch[0]).abs().mean().item()
-            val_loss, _ = evaluate(model, x[val], y[val])
-            loop.row(step=step + 1, train_loss=train_loss.item(), val_loss=val_loss, change=change)
+            change = (augmented - x).abs().mean().item()
+            val_loss, _ = evaluate(model, *parts.val)
+            loop.row(step=step + 1, train_loss=train_loss.item(), val_loss=val_loss, change=change, **augment.numbers())
     result = {}
-    for part, of in (("val", (x[val], y[val])), ("test", map(torch.as_tensor, split.test))):
-        result[f"{part}_loss"], result[f"{part}_accuracy"] = evaluate(model, *of)
-    return {**loop.history(change=change, **result), "images": packed(augment, x[train[:6]]) if solver else ""}
+    for name, part in (("val", parts.val), ("test", parts.test)):
+        result[f"{name}_loss"], result[f"{name}_accuracy"] = evaluate(model, *part)
+    return loop.history(change=change, **augment.numbers(), **result)
 
 
 @torch.no_grad()

@@ -1,7 +1,10 @@
 """Networks that the systems train or tune."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
+from torch.nn.functional import affine_grid, grid_sample, interpolate
 
 
 class ExampleWeights(nn.Module):
@@ -61,6 +64,50 @@ class Augmentation(nn.Module):
         fine = self.down(torch.cat([x, noise], 1))
         merged = self.merge(torch.cat([self.up(self.bottom(fine)), fine], 1))
         return x + self.last(merged).tanh()
+
+    def noise(self, images: int) -> torch.Tensor:
+        """Return random numbers for so many images."""
+        return torch.randn(images)
+
+    def numbers(self) -> dict[str, float]:
+        """Return what a history keeps: nothing."""
+        return {}
+
+
+MAGNITUDES = ("rotation", "right", "down", "size", "shear x", "shear y", "elastic")
+
+
+class Warp(nn.Module):
+    """A random affine and elastic deformation, with a magnitude for each of its kinds.
+
+    Magnitudes are standard deviations: radians for the rotation, halves of the image for the translations and the
+    elastic displacements, logarithms for the size. Their logarithms are the parameters.
+    """
+
+    COARSE = 4  # the elastic displacements are smooth: drawn on a grid of this side, and interpolated
+
+    def __init__(self, magnitudes: Sequence[float]) -> None:
+        super().__init__()
+        self.logs = nn.Parameter(torch.tensor(magnitudes).log())
+
+    def forward(self, x: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        magnitudes = self.logs.exp()
+        turn, right, down, larger, shear_x, shear_y = (magnitudes[:6] * noise[:, :6]).T
+        cosine, sine, size = turn.cos(), turn.sin(), larger.exp()
+        first = torch.stack([size * cosine, shear_x - sine, right], 1)
+        second = torch.stack([shear_y + sine, size * cosine, down], 1)
+        grid = affine_grid(torch.stack([first, second], 1), list(x.shape), align_corners=False)
+        elastic = noise[:, 6:].view(-1, 2, self.COARSE, self.COARSE)
+        elastic = interpolate(elastic, list(x.shape[2:]), mode="bicubic", align_corners=False)
+        return grid_sample(x, grid + magnitudes[6] * elastic.movedim(1, -1), align_corners=False)
+
+    def noise(self, images: int) -> torch.Tensor:
+        """Return random numbers for so many images."""
+        return torch.randn(images, 6 + 2 * self.COARSE**2)
+
+    def numbers(self) -> dict[str, float]:
+        """Return what a history keeps: the magnitudes, by name."""
+        return dict(zip(MAGNITUDES, self.logs.detach().exp().tolist(), strict=True))
 
 
 def _convolutions(before: int, after: int) -> nn.Sequential:

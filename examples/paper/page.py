@@ -17,6 +17,7 @@ SYSTEMS = [
     "overfit",
     "distillation",
     "augmentation",
+    "magnitudes",
     "language_model",
     "reweighting",
     "validation_split",

@@ -1,0 +1,193 @@
+"""The learned magnitudes: what each way to tune them gains, and at what cost."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from models import MAGNITUDES
+from report.common import by_variant, draw, mean, spread, table
+
+NAMES = {
+    "none": "none",
+    "hand": "chosen by hand",
+    "random": "random search",
+    "identity": "identity",
+    "neumann": "3 Neumann terms",
+    "cg": "CG, 10 steps",
+    "config": "solver of --config",
+}
+AGAIN, TARGET = "again_test_accuracy", 8
+Runs = dict[str, list[dict[str, Any]]]
+
+
+def row(histories: dict[str, dict[str, Any]]) -> tuple[str, str, str]:
+    """Return title, the paper's figure and ours."""
+    runs = variants(histories)
+    best = max(learned(runs), key=lambda name: mean(runs[name], "again_test_accuracy"))
+    ours = f"{NAMES[best]}: test accuracy {accuracy(runs[best], 'again_test_accuracy')} %, trained again; "
+    ours += f"{accuracy(runs['none'])} % without, {accuracy(runs['hand'])} % chosen by hand"
+    return "Learned magnitudes", "not in the paper", ours
+
+
+def section(histories: dict[str, dict[str, Any]], pictures: Path) -> str:
+    """Return the section."""
+    runs = variants(histories)
+    tuned, searched = runs[learned(runs)[0]][0]["settings"], runs["random"][0]["settings"]
+    by_hand = runs["hand"][0]["settings"]["start"]
+    hand = ", ".join(f"{value:g} ({name})" for name, value in zip(MAGNITUDES, by_hand, strict=True))
+    head = ["magnitudes", "test accuracy, %", "gain", "trained again, %", "gain", "validation loss", "CPU seconds"]
+    lines = [cells(name, of, runs["none"]) for name, of in runs.items()]
+    return f"""\
+The U-Net above changes pixels freely, and gains nothing. Here, an augmentation has the magnitudes of seven random
+deformations: {", ".join(MAGNITUDES)}. They start at {tuned["start"][0]:g}.
+Their logarithms are tuned while the same network trains: by a step of Adam ({tuned["lr_augment"]:g}) after every
+{tuned["every"]} steps of training, with a new batch of {tuned["batch_val"]} validation images. Neumann's step and the
+damping are automatic. The training is that of the U-Net, with {tuned["steps"]} steps. Short runs with another seed
+chose these settings.
+
+- *Chosen by hand*: {hand}. These were the best of three choices on two other seeds.
+- *Random search* draws each magnitude from {searched["least"]:g} to {searched["most"]:g}, evenly in its logarithm. It
+  trains with {searched["trials"]} draws, and keeps the training of the lowest validation loss.
+- *Trained again*: a training from new weights with the magnitudes that the tuning ended with.
+- *Gains* are differences to no augmentation with the same seed and images, in points.
+
+The network never trains on the {tuned["validation"]:,} validation images, only the magnitudes do.
+{tuned["train"]} images of {tuned["data"]}, means ± standard deviations over {counts(runs)}:
+
+{table(head, lines)}
+Next to random search in the same CPU time, with the time of the second training where there is one, over the seeds
+that both have:
+
+{comparison(runs)}
+{findings(runs)}
+
+{draw(pictures / "magnitudes.png", (10, 3.6), lambda figure: _fill(figure, runs))}"""
+
+
+def findings(runs: Runs) -> str:
+    """Return what the gains are, and how the magnitudes move, in words that follow from the numbers."""
+    none = runs["none"]
+    sure = [NAMES[n] for n in learned(runs) if min(gains(runs[n], none) + gains(runs[n], none, AGAIN)) > TARGET]
+    best = max(learned(runs), key=lambda name: np.mean(gains(runs[name], none, AGAIN)))
+    early, late = (
+        ", ".join(f"{f(runs[name]):.0%} ({NAMES[name]})" for name in learned(runs)) for f in (dip, wandering)
+    )
+    return f"""\
+Gains of more than {TARGET} points with every seed, along the training and trained again: {", ".join(sure) or "none"}.
+The largest mean gain is {np.mean(gains(runs[best], none, AGAIN)):.1f} points, by {NAMES[best]}.
+
+Two things cost accuracy. After the first quarter of the training, the geometric mean of the magnitudes, relative to the
+start, is {early}. A likely reason, not tested: a hypergradient judges by the weights of the moment, and early on,
+deformations only make training harder. In the second half, the standard deviation of a magnitude is still {late}. So
+the values at the end are partly noise of the small batches, or not yet settled."""
+
+
+def log_magnitudes(history: dict[str, Any]) -> np.ndarray:
+    """Return the logarithms of the magnitudes along a run, of shape (rows, magnitudes)."""
+    return np.log([[row[name] for name in MAGNITUDES] for row in history["rows"]])
+
+
+def dip(of: list[dict[str, Any]]) -> float:
+    """Return the geometric mean of the magnitudes after a quarter of the run, relative to the start."""
+    logs = [log_magnitudes(history) for history in of]
+    return float(np.exp(np.mean([at[len(at) // 4 - 1] for at in logs]))) / of[0]["settings"]["start"][0]
+
+
+def wandering(of: list[dict[str, Any]]) -> float:
+    """Return the relative standard deviation of a magnitude in the second half of a run, on average."""
+    logs = [log_magnitudes(history) for history in of]
+    return math.expm1(float(np.mean([at[len(at) // 2 :].std(0) for at in logs])))
+
+
+def counts(runs: Runs) -> str:
+    """Return the number of seeds, and the variants that have fewer."""
+    fewer = [f"{NAMES[name]} over {len(of)}" for name, of in runs.items() if len(of) < len(runs["none"])]
+    return f"{len(runs['none'])} seeds" + (f" ({', '.join(fewer)})" if fewer else "")
+
+
+def variants(histories: dict[str, dict[str, Any]]) -> Runs:
+    """Return the runs by variant, in the order of NAMES."""
+    found = by_variant(histories)
+    return {name: found[name] for name in NAMES if name in found}
+
+
+def learned(runs: Runs) -> list[str]:
+    """Return the variants that are tuned by hypergradients."""
+    return [name for name in runs if name not in ("none", "hand", "random")]
+
+
+def accuracy(of: list[dict[str, Any]], key: str = "test_accuracy") -> str:
+    """Return mean ± standard deviation of an accuracy in per cent."""
+    return _spread([100 * history["result"][key] for history in of])
+
+
+def gains(of: list[dict[str, Any]], none: list[dict[str, Any]], key: str = "test_accuracy") -> list[float]:
+    """Return the difference to no augmentation of each seed, in points."""
+    return [100 * (a["result"][key] - b["result"]["test_accuracy"]) for a, b in zip(of, none, strict=False)]
+
+
+def cells(variant: str, of: list[dict[str, Any]], none: list[dict[str, Any]]) -> list[str]:
+    """Return a line of the table."""
+    seconds = f"{np.mean([history['cpu_seconds'] for history in of]):.0f}"
+    along = [accuracy(of), "" if variant == "none" else _spread(gains(of, none))]
+    again = ["", ""]
+    if variant not in ("none", "hand", "random"):
+        again = [accuracy(of, "again_test_accuracy"), _spread(gains(of, none, "again_test_accuracy"))]
+    name = f"{NAMES[variant]}, {len(of[0]['rows'])} trainings" if variant == "random" else NAMES[variant]
+    return [name, *along, *again, spread(of, "val_loss"), seconds]
+
+
+def search_of(history: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """Return the best trial of a random search that has had at least so many seconds, or all its trials."""
+    rows = history["rows"]
+    trials = max(1, math.ceil(seconds / np.mean([row["cpu_seconds"] for row in rows])))
+    return {"result": min(rows[:trials], key=lambda row: row["val_loss"]), "trials": min(trials, len(rows))}
+
+
+def comparison(runs: Runs) -> str:
+    """Return a table: each tuned run next to random search in its CPU time."""
+    none, hand = runs["none"], np.mean(gains(runs["hand"], runs["none"]))
+    training = float(np.mean([history["cpu_seconds"] for history in none]))
+    rows = []
+    for name in learned(runs):
+        for key, extra, how in (("test_accuracy", 0.0, ""), ("again_test_accuracy", training, ", trained again")):
+            found = gains(runs[name], none, key)
+            pairs = zip(runs["random"], runs[name], strict=False)  # one may have fewer seeds
+            searches = [search_of(search, history["cpu_seconds"] + extra) for search, history in pairs]
+            ahead = [a - b for a, b in zip(found, gains(searches, none), strict=False)]
+            counts = f"{sum(a > 0 for a in ahead)} of {len(ahead)}"
+            trials = _range([search["trials"] for search in searches])
+            rows.append(
+                [NAMES[name] + how, f"{np.mean(found) / hand:.0%}", trials, accuracy(searches), _spread(ahead), counts]
+            )
+    head = ["tuned by", "share of the gain by hand", "trainings of random search in the same CPU time"]
+    return table([*head, "their best", "difference, points", "seeds ahead"], rows)
+
+
+def _spread(values: Sequence[float]) -> str:
+    return spread([{"result": {"": value}} for value in values], "", ".1f")
+
+
+def _range(counts: Sequence[int]) -> str:
+    return f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
+
+
+def _fill(figure: Figure, runs: Runs) -> None:
+    left, right = figure.subplots(1, 2, width_ratios=(1, 1.4))
+    for i, (name, of) in enumerate(runs.items()):
+        left.plot([100 * h["result"]["test_accuracy"] for h in of], [i] * len(of), "o", color=f"C{i}")
+        if name in learned(runs):
+            left.plot([100 * h["result"]["again_test_accuracy"] for h in of], [i] * len(of), "x", color=f"C{i}")
+    left.set(yticks=range(len(runs)), yticklabels=[NAMES[name] for name in runs], xlabel="test accuracy, %")
+    left.set_title("A mark for each seed (cross: trained again)", fontsize=9)
+    best = max(learned(runs), key=lambda name: mean(runs[name], "again_test_accuracy"))
+    for i, name in enumerate(MAGNITUDES):
+        steps = [row["step"] for row in runs[best][0]["rows"]]
+        right.plot(steps, [row[name] for row in runs[best][0]["rows"]], f"C{i}", label=name)
+    right.set(yscale="log", xlabel="step of training", ylabel="magnitude")
+    right.set_title(f"{NAMES[best]}, seed 0", fontsize=9)
+    right.legend(fontsize=7, ncols=2)
