@@ -1,0 +1,273 @@
+"""Hypergradients of models whose parameters are DTensors."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.autograd.graph import Node
+from typing_extensions import override
+
+from bilevel.backend import R, Data
+from bilevel.linearization import Inputs, LinearizedMap, OuterDerivatives
+from bilevel.micro_batches import MicroBatches
+from bilevel.problems.model_loss import ModelLoss
+from bilevel.spaces.array import Args, H, P, V
+from bilevel.spaces.tree import leaves, with_leaves
+from bilevel_torch.autograd import LEAF, as_graph_leaves, evaluate, scalar
+from bilevel_torch.backend import check_recording
+from bilevel_torch.data_parallel import ONE_RANK, DataParallel
+from bilevel_torch.graph import nodes_of
+from bilevel_torch.sharded.gathering import Gathering
+from bilevel_torch.sharded.space import ShardedSpace
+from bilevel_torch.shards import is_dtensor, is_split, local
+
+WITHIN = (
+    "Compute the two losses inside of `with backend.losses():`, where backend is the Sharded(module) of the call. The "
+    "hooks of fully_shard reduce gradients only in loss.backward(), so these derivatives would be of one rank."
+)
+
+AVERAGED = "bilevel: the gradient is averaged"
+
+
+class Sharded(DataParallel):
+    """The torch backend for parameters that are sharded over ranks: the hypergradient of all data, on every rank.
+
+    Parameters are DTensors, as `fully_shard` (FSDP2) and ``parallelize_module`` (tensor parallelism) make them. Every
+    vector of the solver is sharded as the parameters are. Compute the losses in the context `losses`, and pass the
+    backend on all ranks:
+
+        backend = bilevel_torch.Sharded(net, inner_samples=len(y), outer_samples=len(y_val))
+        with backend.losses():
+            inner_loss, outer_loss = loss(net(x), y), loss(net(x_val), y_val)
+        bilevel_torch.backward(inner_loss, outer_loss, net.parameters(), hparams, backend=backend)
+
+    Each loss is a mean over the samples of the rank's batch. The backend solves the problem of the means over all
+    samples, as `DataParallel` does. A loss that is a DTensor is a loss of all data.
+
+    Hyperparameters are plain tensors that are equal on all ranks, or DTensors. Parameters that are no DTensors are
+    equal on all ranks. The mesh of each DTensor has all ranks of the group.
+
+    With `bilevel.hypergradient`, the backend itself evaluates the objectives in the context `losses`.
+
+    Args:
+        module: the module that computes the losses. It matters only if `fully_shard` has sharded parts of it.
+        inner_samples: number of samples in the mean of this rank's inner loss; None: the same number on every rank.
+        outer_samples: number of samples in the mean of this rank's outer loss; None: the same number on every rank.
+        group: the process group; None: the default group.
+
+    Raises:
+        ValueError: if there is no process group, this process is not in it, a count is negative, or FSDP keeps
+            parameters on the CPU. When called, if a loss was computed outside of `losses`, or a mesh lacks ranks. When
+            called, on all ranks, if only some ranks give counts, or the layouts of params or hparams, or the solvers,
+            differ.
+        TypeError: for Gauss-Newton products, `bilevel.MicroBatches`, several outer objectives at once,
+            `bilevel.diagnose`, and solvers that need the whole matrix (``exact``).
+
+    >>> import torch, bilevel_torch, torch.distributed as dist
+    >>> from torch.distributed.fsdp import fully_shard
+    >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    >>> net = torch.nn.Linear(1, 1, bias=False)
+    >>> _ = torch.nn.init.ones_(net.weight)
+    >>> _ = fully_shard(net, mesh=dist.device_mesh.init_device_mesh("cpu", (1,)))
+    >>> backend, decay = bilevel_torch.Sharded(net), torch.tensor(0.5, requires_grad=True)
+    >>> with backend.losses():
+    ...     y = net(torch.ones(1, 1))
+    ...     inner, outer = (y - 1).square().sum() + decay * y.square().sum(), (y - 2).square().sum()
+    >>> hg = bilevel_torch.backward(inner, outer, net.parameters(), decay, backend=backend)
+    >>> decay.grad
+    tensor(1.3333)
+    >>> dist.destroy_process_group()
+    """
+
+    def __init__(
+        self,
+        module: torch.nn.Module | None = None,
+        *,
+        inner_samples: float | None = None,
+        outer_samples: float | None = None,
+        group: Any = None,
+    ) -> None:
+        super().__init__(inner_samples=inner_samples, outer_samples=outer_samples, group=group)
+        self.ranks = dist.get_world_size(group)
+        self.gathering = Gathering(torch.nn.Module() if module is None else module)
+
+    @contextmanager
+    def losses(self) -> Iterator[None]:
+        """Compute losses in this context: their graphs lead to the sharded parameters.
+
+        The module reads each parameter by an all-gather, and the hooks of `fully_shard` do not run. Graphs store no
+        gathered parameter. A product gathers it again. After the context, the module trains as before.
+
+        ``module.parameters()`` are the sharded parameters. For a penalty, sum over them, and convert the sum once:
+        ``sum((p**2).sum() for p in module.parameters()).full_tensor()``.
+        """
+        with self.gathering.forward():
+            yield
+
+    @override
+    def space(self, tree: V) -> ShardedSpace[V]:
+        return ShardedSpace(tree, self.group)
+
+    @override
+    def check_leaf(self, path: str, leaf: torch.Tensor) -> None:
+        check_recording(path, leaf)
+        if id(leaf) in self.gathering.unsharded():
+            raise ValueError(f"{path} is a parameter that the hooks of fully_shard have gathered. {WITHIN}")
+        t: Any = leaf
+        if is_dtensor(t) and t.device_mesh.size() != self.ranks:
+            raise ValueError(
+                f"{path} is on a mesh of {t.device_mesh.size()} ranks, but there are {self.ranks} ranks. The mesh must "
+                "have all ranks of the group."
+            )
+
+    @override
+    def to_numpy(self, array: torch.Tensor) -> np.ndarray:
+        return super().to_numpy(local(array))  # for messages, which may be of one rank
+
+    @override
+    def inner(self, objective: Callable[..., object], params: P, hparams: H, args: Args) -> LinearizedMap[P, H]:
+        _check_whole(args)
+        params, hparams = as_graph_leaves(params, hparams)
+        with self.losses():
+            value = evaluate(objective, params, hparams, *args)
+        return self.inner_of(value, params, hparams, trainable=torch.nn.Parameter)
+
+    @override
+    def inner_of(
+        self,
+        value: object,
+        params: P,
+        hparams: H,
+        label: str = "inner",
+        trainable: type[torch.Tensor] = torch.Tensor,
+    ) -> LinearizedMap[P, H]:
+        loss = self._weighted(label, value, "inner")
+        with self.losses():
+            own = ONE_RANK.inner_of(loss, params, hparams, label, trainable)
+        # A checkpoint inside of the module runs it again in each product.
+        products = {name: self._within(getattr(own, name)) for name in ("vjp_params", "vjp_hparams", "jvp_hparams")}
+        return self._averaged(own._replace(**products), hparams)
+
+    def _within(self, product: Callable[..., R]) -> Callable[..., R]:
+        def run(*args: object) -> R:
+            with self.losses():
+                return product(*args)
+
+        return run
+
+    @override
+    def gauss_newton(self, inner: ModelLoss, params: P, hparams: H, args: Args) -> LinearizedMap[P, H]:
+        raise TypeError('Sharded: curvature="gauss-newton" is not supported. Use a solver with damping instead.')
+
+    @override
+    def outer(
+        self,
+        objective: Callable[..., object],
+        params: P,
+        hparams: H,
+        args: Args,
+        *,
+        label: str = "outer",
+        data: Data = "outer",
+    ) -> OuterDerivatives[P, H]:
+        _check_whole(args)
+        params, hparams = as_graph_leaves(params, hparams)
+        with self.losses():
+            value = evaluate(objective, params, hparams, *args)
+        return self.outer_of(value, params, hparams, label, data)
+
+    @override
+    def outer_of(
+        self,
+        value: object,
+        params: P,
+        hparams: H,
+        label: str = "outer",
+        data: Data = "outer",
+        retain_graph: bool = False,
+    ) -> OuterDerivatives[P, H]:
+        def own() -> OuterDerivatives[P, H]:
+            loss = self._weighted(label, value, data)
+            with self.losses():
+                return ONE_RANK.outer_of(loss, params, hparams, label, data, retain_graph)
+
+        return self._averaged_outer(own, params, hparams, data)
+
+    @override
+    def outers(self, objective: Any, params: P, hparams: H, args: Args) -> OuterDerivatives[P, H]:
+        raise TypeError("Sharded: several outer objectives at once are not supported. Make one call for each.")
+
+    @override
+    @contextmanager
+    def isolated(self, inputs: Inputs[P, H], double: bool) -> Iterator[Any]:
+        raise TypeError("Sharded: diagnose is not supported. Run it in one process, on a small copy of the model.")
+        yield  # pyright: ignore[reportUnreachable]
+
+    def _weighted(self, label: str, value: object, data: Data) -> torch.Tensor:
+        """Return a loss times a weight, so that its derivatives have to be averaged over the ranks."""
+        loss: Any = scalar(label, value)
+        with torch.enable_grad():
+            if is_dtensor(loss):  # of the data of all ranks
+                return loss.full_tensor()
+            nodes = list(nodes_of([loss]))
+            self._check_within(label, nodes)
+            weight = super()._share(data, loss.device) * self.ranks
+            if self.gathering.states or weight != 1:
+                self._average_gradients(nodes)
+            return loss * weight
+
+    def _check_within(self, label: str, nodes: Iterable[Node]) -> None:
+        """Raise a ValueError if a loss was computed with the hooks of FSDP."""
+        unsharded = self.gathering.unsharded()
+        leaf_nodes: Iterable[Any] = (node for node in nodes if node.name() == LEAF)
+        if names := [unsharded[id(node.variable)] for node in leaf_nodes if id(node.variable) in unsharded]:
+            raise ValueError(f"{label} was computed with the gathered parameter {names[0]!r}. {WITHIN}")
+
+    def _average_gradients(self, nodes: Iterable[Any]) -> None:
+        """Average the gradients that arrive at ``full_tensor()``: PyTorch assumes that they are equal on all ranks."""
+        for node in nodes:
+            if node.name() != "_ToTorchTensorBackward" or node.grad_placements is not None or AVERAGED in node.metadata:
+                continue
+            if node.dtensor_spec.mesh.size() == self.ranks and not any(map(is_split, node.dtensor_spec.placements)):
+                node.metadata[AVERAGED] = True
+                node.register_prehook(self._mean_of_gradients)
+
+    def _mean_of_gradients(self, grads: Sequence[torch.Tensor | None]) -> tuple[torch.Tensor | None, ...]:
+        return tuple(None if g is None else _mean_over(g, self.group) for g in grads)
+
+    @override
+    def _share(self, data: Data, device: torch.device) -> float:
+        return 1 / self.ranks  # the losses have weights
+
+    @override
+    def _mean(self, tree: V, share: float) -> V:
+        """Return the mean over the ranks of plain tensors. DTensors are already means."""
+        plain = iter(super()._mean([t for t in leaves(tree) if not is_dtensor(t)], share))
+        return with_leaves(tree, [t if is_dtensor(t) else next(plain) for t in leaves(tree)])
+
+
+def _mean_over(g: torch.Tensor, group: Any) -> torch.Tensor:
+    return _Mean.apply(g, group)  # pyright: ignore[reportReturnType]
+
+
+class _Mean(torch.autograd.Function):
+    """The mean over the ranks, which is its own transpose."""
+
+    @staticmethod
+    def forward(ctx: Any, t: torch.Tensor, group: Any) -> torch.Tensor:
+        ctx.group = group
+        mean = t / dist.get_world_size(group)
+        dist.all_reduce(mean, group=group)
+        return mean
+
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor) -> Any:
+        return _mean_over(g, ctx.group), None
+
+
+def _check_whole(args: object) -> None:
+    if isinstance(args, MicroBatches):
+        raise TypeError("Sharded: bl.MicroBatches is not supported. Use activation checkpoints in the module.")
