@@ -1,6 +1,6 @@
 """Hypergradients of models whose parameters are DTensors."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,14 +22,13 @@ from bilevel_torch.data_parallel import ONE_RANK, DataParallel
 from bilevel_torch.graph import nodes_of
 from bilevel_torch.sharded.gathering import Gathering
 from bilevel_torch.sharded.space import ShardedSpace
-from bilevel_torch.shards import is_dtensor, is_split, local
+from bilevel_torch.sharded.transitions import prepare
+from bilevel_torch.shards import is_dtensor, local
 
 WITHIN = (
     "Compute the two losses inside of `with backend.losses():`, where backend is the Sharded(module) of the call. The "
     "hooks of fully_shard reduce gradients only in loss.backward(), so these derivatives would be of one rank."
 )
-
-AVERAGED = "bilevel: the gradient is averaged"
 
 
 class Sharded(DataParallel):
@@ -117,10 +116,10 @@ class Sharded(DataParallel):
         if id(leaf) in self.gathering.unsharded():
             raise ValueError(f"{path} is a parameter that the hooks of fully_shard have gathered. {WITHIN}")
         t: Any = leaf
-        if is_dtensor(t) and t.device_mesh.size() != self.ranks:
+        if is_dtensor(t) and not self._has_data(t.device_mesh):
             raise ValueError(
-                f"{path} is on a mesh of {t.device_mesh.size()} ranks, but there are {self.ranks} ranks. The mesh must "
-                "have all ranks of the group."
+                f"{path} is on a mesh of {t.device_mesh.size()} of {self.ranks} ranks, and fully_shard does not shard it "
+                "over the others. Use a mesh with all ranks of the group, or fully_shard over the other dimension."
             )
 
     @override
@@ -148,8 +147,9 @@ class Sharded(DataParallel):
         with self.losses():
             own = ONE_RANK.inner_of(loss, params, hparams, label, trainable)
         # A checkpoint inside of the module runs it again in each product.
-        products = {name: self._within(getattr(own, name)) for name in ("vjp_params", "vjp_hparams", "jvp_hparams")}
-        return self._averaged(own._replace(**products), hparams)
+        products = {name: self._within(getattr(own, name)) for name in ("vjp_params", "vjp_hparams")}
+        # The transpose would differentiate a redistribution three times, which PyTorch does not support.
+        return self._averaged(own._replace(**products, jvp_hparams=None), hparams)
 
     def _within(self, product: Callable[..., R]) -> Callable[..., R]:
         def run(*args: object) -> R:
@@ -210,14 +210,18 @@ class Sharded(DataParallel):
         """Return a loss times a weight, so that its derivatives have to be averaged over the ranks."""
         loss: Any = scalar(label, value)
         with torch.enable_grad():
-            if is_dtensor(loss):  # of the data of all ranks
-                return loss.full_tensor()
             nodes = list(nodes_of([loss]))
+            if is_dtensor(loss):  # of the data of all ranks
+                prepare(nodes, self.group, lambda _: False)
+                return loss.full_tensor()
             self._check_within(label, nodes)
             weight = super()._share(data, loss.device) * self.ranks
-            if self.gathering.states or weight != 1:
-                self._average_gradients(nodes)
+            prepare(nodes, self.group, self._has_data if self.gathering.states or weight != 1 else lambda _: False)
             return loss * weight
+
+    def _has_data(self, mesh: Any) -> bool:
+        """Return whether ranks of a mesh may have different data: not if the mesh is only of tensor parallelism."""
+        return mesh.size() == self.ranks or mesh in self.gathering.meshes
 
     def _check_within(self, label: str, nodes: Iterable[Node]) -> None:
         """Raise a ValueError if a loss was computed with the hooks of FSDP."""
@@ -225,18 +229,6 @@ class Sharded(DataParallel):
         leaf_nodes: Iterable[Any] = (node for node in nodes if node.name() == LEAF)
         if names := [unsharded[id(node.variable)] for node in leaf_nodes if id(node.variable) in unsharded]:
             raise ValueError(f"{label} was computed with the gathered parameter {names[0]!r}. {WITHIN}")
-
-    def _average_gradients(self, nodes: Iterable[Any]) -> None:
-        """Average the gradients that arrive at ``full_tensor()``: PyTorch assumes that they are equal on all ranks."""
-        for node in nodes:
-            if node.name() != "_ToTorchTensorBackward" or node.grad_placements is not None or AVERAGED in node.metadata:
-                continue
-            if node.dtensor_spec.mesh.size() == self.ranks and not any(map(is_split, node.dtensor_spec.placements)):
-                node.metadata[AVERAGED] = True
-                node.register_prehook(self._mean_of_gradients)
-
-    def _mean_of_gradients(self, grads: Sequence[torch.Tensor | None]) -> tuple[torch.Tensor | None, ...]:
-        return tuple(None if g is None else _mean_over(g, self.group) for g in grads)
 
     @override
     def _share(self, data: Data, device: torch.device) -> float:
@@ -247,25 +239,6 @@ class Sharded(DataParallel):
         """Return the mean over the ranks of plain tensors. DTensors are already means."""
         plain = iter(super()._mean([t for t in leaves(tree) if not is_dtensor(t)], share))
         return with_leaves(tree, [t if is_dtensor(t) else next(plain) for t in leaves(tree)])
-
-
-def _mean_over(g: torch.Tensor, group: Any) -> torch.Tensor:
-    return _Mean.apply(g, group)  # pyright: ignore[reportReturnType]
-
-
-class _Mean(torch.autograd.Function):
-    """The mean over the ranks, which is its own transpose."""
-
-    @staticmethod
-    def forward(ctx: Any, t: torch.Tensor, group: Any) -> torch.Tensor:
-        ctx.group = group
-        mean = t / dist.get_world_size(group)
-        dist.all_reduce(mean, group=group)
-        return mean
-
-    @staticmethod
-    def backward(ctx: Any, g: torch.Tensor) -> Any:
-        return _mean_over(g, ctx.group), None
 
 
 def _check_whole(args: object) -> None:

@@ -30,6 +30,7 @@ class Gathering:
         self.running = False
         self.states = _states(module)
         self.params: dict[torch.nn.Module, dict[str, Any]] = {}  # records of FSDP, by module and name
+        self.meshes: set[Any] = set()
         self.classes: dict[torch.nn.Module, type] = {}  # with properties that gather
         self.weights = _Weights()
         for state in self.states:
@@ -41,6 +42,7 @@ class Gathering:
                 places = zip([info.module, *info.shared_modules], [info.param_name, *info.shared_param_names], strict=True)
                 for part, name in places:
                     self.params.setdefault(part, {})[name] = record
+                self.meshes.add(record.sharded_param.device_mesh)
 
     @contextmanager
     def forward(self) -> Iterator[None]:
