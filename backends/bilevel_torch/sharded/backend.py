@@ -20,7 +20,7 @@ from bilevel_torch.autograd import LEAF, as_graph_leaves, evaluate, scalar
 from bilevel_torch.backend import check_recording
 from bilevel_torch.data_parallel import ONE_RANK, DataParallel
 from bilevel_torch.graph import nodes_of
-from bilevel_torch.sharded.gathering import Gathering
+from bilevel_torch.sharded.gathering import Gathering, changed
 from bilevel_torch.sharded.space import ShardedSpace
 from bilevel_torch.sharded.transitions import prepare
 from bilevel_torch.shards import is_dtensor, local
@@ -215,6 +215,7 @@ class Sharded(DataParallel):
                 prepare(nodes, self.group, lambda _: False)
                 return loss.full_tensor()
             self._check_within(label, nodes)
+            self._check_unchanged(label, nodes)
             weight = super()._share(data, loss.device) * self.ranks
             prepare(nodes, self.group, self._has_data if self.gathering.states or weight != 1 else lambda _: False)
             return loss * weight
@@ -229,6 +230,17 @@ class Sharded(DataParallel):
         leaf_nodes: Iterable[Any] = (node for node in nodes if node.name() == LEAF)
         if names := [unsharded[id(node.variable)] for node in leaf_nodes if id(node.variable) in unsharded]:
             raise ValueError(f"{label} was computed with the gathered parameter {names[0]!r}. {WITHIN}")
+
+    def _check_unchanged(self, label: str, nodes: Iterable[Node]) -> None:
+        """Raise a RuntimeError on all ranks if a parameter has changed on any rank since a loss was computed."""
+        if (flag := changed(nodes)) is None:
+            return
+        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.group)
+        if flag > 0:
+            raise RuntimeError(
+                f"{label}: a parameter has changed since the loss was computed, for example by an optimizer step. "
+                "Compute the losses again before the call."
+            )
 
     @override
     def _share(self, data: Data, device: torch.device) -> float:

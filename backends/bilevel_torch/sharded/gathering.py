@@ -8,12 +8,14 @@ an error. So each read of a parameter gathers it by operations that autograd can
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from bilevel_torch.shards import is_dtensor, local
+
+GATHERED = "gathered by bilevel"
 
 
 class Gathering:
@@ -103,6 +105,8 @@ class _Weights:
         """Return a whole parameter. Its gradient is averaged over the ranks, and sharded as the parameter is."""
         whole = _gather(param, record)
         self._remember(whole, param, record)
+        if whole.grad_fn is not None:
+            whole.grad_fn.metadata[GATHERED] = param, _mark(param)
         return whole
 
     def _remember(self, whole: Any, param: Any, record: Any) -> None:
@@ -125,17 +129,12 @@ class _Weights:
         _, param, record = found
         layout = (t.device_mesh, t.placements, t.shape, t.stride()) if is_dtensor(t) else None
         view = part.shape, part.stride(), part.storage_offset()
-        return _Saved(param, record, local(param)._version, view, layout)
+        return _Saved(param, record, view, layout)
 
     def unpack(self, saved: Any) -> torch.Tensor:
         """Return the tensor that was saved, from the sharded parameter."""
         if not isinstance(saved, _Saved):
             return saved
-        if local(saved.param)._version != saved.version:
-            raise RuntimeError(
-                "one of the variables needed for gradient computation has been modified by an inplace operation: a "
-                f"sharded parameter of shape {tuple(saved.param.shape)}."
-            )
         with torch.no_grad():
             whole = _gather(saved.param, saved.record)
             self._remember(whole, saved.param, saved.record)
@@ -146,9 +145,27 @@ class _Weights:
             return type(saved.param).from_local(part, mesh, placements, run_check=False, shape=shape, stride=stride)
 
 
-class _Saved:
-    def __init__(self, param: Any, record: Any, version: int, view: Any, layout: Any) -> None:
-        self.param, self.record, self.version, self.view, self.layout = param, record, version, view, layout
+class _Saved(NamedTuple):
+    """A gathered parameter that a graph saves: the sharded parameter, and the view of it."""
+
+    param: Any
+    record: Any
+    view: tuple[torch.Size, tuple[int, ...], int]
+    layout: tuple[Any, ...] | None
+
+
+def changed(nodes: Iterable[Any]) -> torch.Tensor | None:
+    """Return whether a parameter has changed since a graph gathered it, as a number; None if it gathered none.
+
+    PyTorch's own check sees no change of a DTensor by a foreach or a fused optimizer.
+    """
+    marks = [node.metadata[GATHERED] for node in nodes if GATHERED in node.metadata]
+    differ = [_mark(param) != mark for param, mark in marks]
+    return torch.stack(differ).any().double() if differ else None
+
+
+def _mark(param: Any) -> torch.Tensor:
+    return torch.nan_to_num(local(param)).sum(dtype=torch.float64)
 
 
 def _gather(param: Any, record: Any) -> Any:
