@@ -56,8 +56,6 @@ def placed(t: Any, target: Any) -> Any:
     return t.redistribute(placements=target.placements)
 
 
-
-
 def layout_of(t: Any) -> str:
     """Return the mesh and the placements of a DTensor as text; "" for any other tensor."""
     return f"{tuple(t.device_mesh.shape)} {t.placements}" if is_dtensor(t) else ""

@@ -59,7 +59,15 @@ def make(name):
         return net.eval(), lambda g: torch.randn(SAMPLES, 2, 7, generator=g, dtype=torch.float64)
     layers = [nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, CLASSES)]
     if name == "deep":
-        layers = [nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, CLASSES)]
+        layers = [
+            nn.Linear(4, 6),
+            nn.Tanh(),
+            nn.Linear(6, 5),
+            nn.Tanh(),
+            nn.Linear(5, 6),
+            nn.Tanh(),
+            nn.Linear(6, CLASSES),
+        ]
     net = Checkpointed(*layers) if name == "checkpointed" else nn.Sequential(*layers)
     return net.double(), lambda g: torch.randn(SAMPLES, 4, generator=g, dtype=torch.float64)
 

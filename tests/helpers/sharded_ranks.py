@@ -3,7 +3,6 @@
 import os
 import signal
 import sys
-import warnings
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -74,7 +73,12 @@ class Run:
     def hypergradient(self, solver=CG, **options):
         params = dict(self.net.named_parameters())
         return bilevel_torch.hypergradient(
-            *self.losses(), params, self.hparams, solver=solver, backend=self.backend, **{"on_failure": "ignore"} | options
+            *self.losses(),
+            params,
+            self.hparams,
+            solver=solver,
+            backend=self.backend,
+            **{"on_failure": "ignore"} | options,
         )
 
     def vectors(self, solver=CG):
@@ -207,9 +211,12 @@ def mishaps(rank, world, mesh):
     attempt("counts", call, change=other_counts)
     attempt("exact", lambda *args: call(*args, solver="exact"))
     attempt("changed", call, spoil=step)
-    attempt("diagnose", lambda run, *_: bilevel_torch.diagnose(
-        run.inner, run.outer, list(run.net.parameters()), run.hparams, backend=run.backend
-    ))
+    attempt(
+        "diagnose",
+        lambda run, *_: bilevel_torch.diagnose(
+            run.inner, run.outer, list(run.net.parameters()), run.hparams, backend=run.backend
+        ),
+    )
     return said
 
 

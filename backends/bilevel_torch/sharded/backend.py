@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.autograd.graph import Node
 from typing_extensions import override
 
-from bilevel.backend import R, Data
+from bilevel.backend import Data, R
 from bilevel.linearization import Inputs, LinearizedMap, OuterDerivatives
 from bilevel.micro_batches import MicroBatches
 from bilevel.problems.model_loss import ModelLoss
@@ -20,7 +20,8 @@ from bilevel_torch.autograd import LEAF, as_graph_leaves, evaluate, scalar
 from bilevel_torch.backend import check_recording
 from bilevel_torch.data_parallel import ONE_RANK, DataParallel
 from bilevel_torch.graph import nodes_of
-from bilevel_torch.sharded.gathering import Gathering, changed
+from bilevel_torch.sharded.gathering import Gathering
+from bilevel_torch.sharded.recomputation import changed
 from bilevel_torch.sharded.space import ShardedSpace
 from bilevel_torch.sharded.transitions import prepare
 from bilevel_torch.shards import is_dtensor, local

@@ -6,16 +6,17 @@ an error. So each read of a parameter gathers it by operations that autograd can
 # pyright: reportPrivateUsage=false
 # (FSDP2 has no public way around its hooks. All private names of it are in this file.)
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, NamedTuple
+from weakref import ref
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from bilevel_torch.shards import is_dtensor, local
-
-GATHERED = "gathered by bilevel"
+from bilevel_torch.sharded.recomputation import GATHERED, READS, Read, Recomputation, mark
+from bilevel_torch.shards import is_dtensor, local, wrapped
 
 
 class Gathering:
@@ -41,7 +42,9 @@ class Gathering:
                 if record.offload_to_cpu:
                     raise ValueError("Sharded: CPUOffloadPolicy is not supported. Keep the parameters on the device.")
                 info = record._module_info
-                places = zip([info.module, *info.shared_modules], [info.param_name, *info.shared_param_names], strict=True)
+                places = zip(
+                    [info.module, *info.shared_modules], [info.param_name, *info.shared_param_names], strict=True
+                )
                 for part, name in places:
                     self.params.setdefault(part, {})[name] = record
                 self.meshes.add(record.sharded_param.device_mesh)
@@ -63,6 +66,7 @@ class Gathering:
                 stack.callback(setattr, part, "__class__", type(part))
                 part.__class__ = self._reading(part)
             stack.enter_context(saved_tensors_hooks(self.weights.pack, self.weights.unpack))
+            stack.enter_context(Recomputation(self.weights.pack))
             yield
 
     def _reading(self, part: torch.nn.Module) -> type:
@@ -99,14 +103,15 @@ class _Weights:
     """Gathered parameters. A graph that saves one saves the sharded parameter in its place."""
 
     def __init__(self) -> None:
-        self.known: dict[int, tuple[Any, Any, Any]] = {}  # by the address of the storage
+        self.known: dict[int, tuple[Any, Any, Any, Any]] = {}  # by the address of the storage
 
     def gathered(self, param: Any, record: Any) -> Any:
         """Return a whole parameter. Its gradient is averaged over the ranks, and sharded as the parameter is."""
-        whole = _gather(param, record)
+        whole: Any = _Whole.apply(param, record)
         self._remember(whole, param, record)
         if whole.grad_fn is not None:
-            whole.grad_fn.metadata[GATHERED] = param, _mark(param)
+            read = Read(param, mark(param), partial(self.gathered, record=record))
+            whole.grad_fn.metadata.update({GATHERED: read, READS: [read]})
         return whole
 
     def _remember(self, whole: Any, param: Any, record: Any) -> None:
@@ -119,25 +124,26 @@ class _Weights:
             if reference.expired():
                 del self.known[address]
         # A weak reference keeps the address in use, so that no other storage gets it.
-        self.known[storage._cdata] = StorageWeakRef(storage), param, record
+        self.known[storage._cdata] = StorageWeakRef(storage), param, record, ref(whole)
 
     def pack(self, t: torch.Tensor) -> Any:
         """Return what a graph saves for a tensor."""
         part = local(t)
         if part.layout != torch.strided or (found := self.known.get(part.untyped_storage()._cdata)) is None:
             return t
-        _, param, record = found
+        _, param, record, whole = found
         layout = (t.device_mesh, t.placements, t.shape, t.stride()) if is_dtensor(t) else None
         view = part.shape, part.stride(), part.storage_offset()
-        return _Saved(param, record, view, layout)
+        return _Saved(param, record, whole, view, layout)
 
     def unpack(self, saved: Any) -> torch.Tensor:
         """Return the tensor that was saved, from the sharded parameter."""
         if not isinstance(saved, _Saved):
             return saved
         with torch.no_grad():
-            whole = _gather(saved.param, saved.record)
-            self._remember(whole, saved.param, saved.record)
+            if (whole := saved.whole()) is None:  # it has been freed
+                whole = _gather(saved.param, saved.record)
+                self._remember(whole, saved.param, saved.record)
             part = local(whole).as_strided(*saved.view)
             if saved.layout is None:
                 return part
@@ -150,50 +156,72 @@ class _Saved(NamedTuple):
 
     param: Any
     record: Any
+    whole: Callable[[], Any]
     view: tuple[torch.Size, tuple[int, ...], int]
     layout: tuple[Any, ...] | None
 
 
-def changed(nodes: Iterable[Any]) -> torch.Tensor | None:
-    """Return whether a parameter has changed since a graph gathered it, as a number; None if it gathered none.
+class _Whole(torch.autograd.Function):
+    """Gather a parameter. The gradient is averaged over the ranks of the data, and sharded as the parameter is."""
 
-    PyTorch's own check sees no change of a DTensor by a foreach or a fused optimizer.
-    """
-    marks = [node.metadata[GATHERED] for node in nodes if GATHERED in node.metadata]
-    differ = [_mark(param) != mark for param, mark in marks]
-    return torch.stack(differ).any().double() if differ else None
+    @staticmethod
+    def forward(ctx: Any, param: Any, record: Any) -> Any:
+        ctx.record = record
+        ctx.set_materialize_grads(False)  # PyTorch's zeros would be no DTensors
+        return _gather(param, record)
+
+    @staticmethod
+    def backward(ctx: Any, g: Any) -> Any:
+        return None if g is None else _Reduced.apply(g, ctx.record), None
 
 
-def _mark(param: Any) -> torch.Tensor:
-    return torch.nan_to_num(local(param)).sum(dtype=torch.float64)
+class _Reduced(torch.autograd.Function):
+    """The transpose of `_Whole`, for gradients of one rank that count as parts of a mean."""
+
+    @staticmethod
+    def forward(ctx: Any, g: Any, record: Any) -> Any:
+        ctx.record = record
+        ctx.set_materialize_grads(False)
+        return _reduce(g, record)
+
+    @staticmethod
+    def backward(ctx: Any, v: Any) -> Any:
+        return None if v is None else _Whole.apply(v, ctx.record), None
 
 
 def _gather(param: Any, record: Any) -> Any:
-    """Return a parameter, whole over the ranks of data, with the layout of tensor parallelism if it has one."""
-    from torch.distributed.tensor import DTensor, Partial, Replicate
+    """Return a parameter, whole over the ranks of the data, with the layout of tensor parallelism if it has one."""
+    from torch.distributed.tensor import DTensor, Replicate
 
-    if (dtype := record.param_dtype) is not None and dtype != param.dtype:
-        param = param.to(dtype)
-    whole = record._unsharded_dtensor_spec
+    whole, mesh, placements = record._unsharded_dtensor_spec, record.mesh_info.mesh, _placements(record)
+    part = local(param if record.param_dtype is None else param.to(record.param_dtype))
+    shape, stride = record._orig_size, record._contiguous_orig_stride
+    part = DTensor.from_local(part, mesh, placements, run_check=False, shape=shape, stride=stride)
+    gathered = part.redistribute(placements=[Replicate()] * mesh.ndim).to_local()
     if whole is None:
-        return _whole(param, Replicate, Partial)
-    # Two meshes: gather over the ranks of data only.
-    mesh, dims = record.mesh_info.mesh, record.mesh_info.mesh.ndim
-    data = [Replicate()] * dims
-    if record.mesh_info.shard_mesh_size > 1:
-        data[-1] = record.fsdp_placement
-    split = param.to_local()
-    shape = torch.Size(record._orig_size)
-    part = DTensor.from_local(split, mesh, data, run_check=False, shape=shape, stride=record._contiguous_orig_stride)
-    gathered = _whole(part, Replicate, Partial)
+        return gathered
     return DTensor.from_local(
         gathered, whole.mesh, whole.placements, run_check=False, shape=param.shape, stride=param.stride()
     )
 
 
-def _whole(param: Any, replicate: Any, partial: Any) -> torch.Tensor:
-    dims = param.device_mesh.ndim
-    return param.redistribute(placements=[replicate()] * dims).to_local(grad_placements=[partial("avg")] * dims)
+def _reduce(g: Any, record: Any) -> Any:
+    """Return the mean over the ranks of the data of gradients by a gathered parameter, sharded as the parameter is."""
+    from torch.distributed.tensor import DTensor, Partial
+
+    whole, mesh, param = record._unsharded_dtensor_spec, record.mesh_info.mesh, record.sharded_param
+    if whole is not None:
+        g = g.redistribute(placements=whole.placements).to_local()
+    partial = DTensor.from_local(g, mesh, [Partial("avg")] * mesh.ndim, run_check=False)
+    part = partial.redistribute(placements=_placements(record)).to_local().to(param.dtype)
+    return wrapped(part, param)
+
+
+def _placements(record: Any) -> list[Any]:
+    """Return the placements of a parameter on the mesh of the data: the last dimension shards it."""
+    from torch.distributed.tensor import Replicate
+
+    return [*[Replicate()] * (record.mesh_info.mesh.ndim - 1), record.fsdp_placement]
 
 
 def _states(module: torch.nn.Module) -> list[Any]:

@@ -46,10 +46,10 @@ def _redistribution(node: Any) -> Callable[[Grads], Grads]:
     def hook(grads: Grads) -> Grads:
         from torch.distributed.tensor import Replicate
 
-        placements = node.grad_placements or [Replicate() if p.is_partial() else p for p in node.forward_input_placements]
-        return tuple(
-            g if g is None else g.redistribute(node.forward_input_device_mesh, placements) for g in grads
-        )
+        placements = node.grad_placements or [
+            Replicate() if p.is_partial() else p for p in node.forward_input_placements
+        ]
+        return tuple(g if g is None else g.redistribute(node.forward_input_device_mesh, placements) for g in grads)
 
     return hook
 
