@@ -110,7 +110,8 @@ class _Weights:
         whole: Any = _Whole.apply(param, record)
         self._remember(whole, param, record)
         if whole.grad_fn is not None:
-            read = Read(param, mark(param), partial(self.gathered, record=record))
+            gather, reduce = partial(self.gathered, record=record), lambda g: _Reduced.apply(g, record)
+            read = Read(param, mark(param), gather, reduce)
             whole.grad_fn.metadata.update({GATHERED: read, READS: [read]})
         return whole
 

@@ -35,11 +35,13 @@ class Read(NamedTuple):
         param: the sharded parameter.
         mark: the sum of its entries on this rank.
         gather: the function that gathers it.
+        reduce: the function that reduces a gradient by the gathered parameter.
     """
 
     param: Any
     mark: torch.Tensor
     gather: Callable[[Any], torch.Tensor]
+    reduce: Callable[[torch.Tensor], Any]
 
 
 def mark(param: Any) -> torch.Tensor:
@@ -76,8 +78,7 @@ class Recomputation(TorchFunctionMode):
             return func(*args)
         inputs = [reads[i].param if i in reads else a for i, a in enumerate(args)]
         gathered = [a if i in reads else None for i, a in enumerate(args)]
-        gathers = {i: read.gather for i, read in reads.items()}
-        result: Any = _Recomputed.apply(func, gathered, gathers, *inputs)
+        result: Any = _Recomputed.apply(func, gathered, reads, *inputs)
         result.grad_fn.metadata[READS] = list(reads.values())
         return result
 
@@ -98,9 +99,9 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, func: Any, gathered: Sequence[Any], gathers: dict[int, Callable[[Any], Any]], *inputs: Any
+        ctx: Any, func: Any, gathered: Sequence[Any], reads: dict[int, Read], *inputs: Any
     ) -> torch.Tensor:
-        ctx.func, ctx.gathers = func, gathers
+        ctx.func, ctx.reads = func, reads
         ctx.tensors = [i for i, a in enumerate(inputs) if isinstance(a, torch.Tensor)]
         ctx.others = [None if isinstance(a, torch.Tensor) else a for a in inputs]
         ctx.save_for_backward(*[inputs[i] for i in ctx.tensors])
@@ -109,14 +110,15 @@ class _Recomputed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: torch.Tensor) -> Any:
         again = torch.is_grad_enabled()
+        places = [i for i in ctx.tensors if ctx.needs_input_grad[i + 3]]
         inputs = list(ctx.others)
-        for i, t in zip(ctx.tensors, ctx.saved_tensors, strict=True):
-            inputs[i] = t
-        wanted = [i for i in ctx.tensors if ctx.needs_input_grad[i + 3]]
         with torch.enable_grad(), torch._C.DisableTorchFunction():
-            whole = [ctx.gathers[i](a) if i in ctx.gathers else a for i, a in enumerate(inputs)]
-            found = torch.autograd.grad(ctx.func(*whole), [inputs[i] for i in wanted], g, create_graph=again)
+            for i, t in zip(ctx.tensors, ctx.saved_tensors, strict=True):
+                # A view: one input may be computed from another.
+                inputs[i] = ctx.reads[i].gather(t) if i in ctx.reads else t.view_as(t)
+            wanted = [inputs[i] for i in places]
+            found = torch.autograd.grad(ctx.func(*inputs), wanted, g, create_graph=again, allow_unused=True)
         grads: list[Any] = [None] * len(inputs)
-        for i, grad in zip(wanted, found, strict=True):
-            grads[i] = grad
+        for i, grad in zip(places, found, strict=True):
+            grads[i] = ctx.reads[i].reduce(grad) if i in ctx.reads and grad is not None else grad
         return None, None, None, *grads
