@@ -3,17 +3,16 @@
     python -m benchmarks.sharded
     python -m benchmarks.sharded --ranks 1 2 --width 400 --layers 4
 
-A perceptron with layers of equal width, in float32, sharded by `fully_shard` layer by layer. Each number of ranks runs in as
-many processes. Printed are, for one rank:
+A perceptron with layers of equal width, in float32, sharded by `fully_shard` layer by layer. Each rank is a process.
+Printed are, for the first rank:
 
 - vectors: the peak memory of tensors as large as the rank's part of a layer, during a call with 10 products of CG, in
   copies of all parameters. One process without shards (``plain``) is the reference: the target is 1/R of it;
 - gathered: the peak memory of whole layers, in layers;
-- sent: the bytes that a rank sends for one product, in copies of all parameters, divided by (R − 1)/R. An all-gather and a
-  reduce-scatter of n bytes send n (R − 1)/R bytes, an all-reduce sends twice as much;
-- time: a product, divided by a forward and backward pass of FSDP2 with the same batch. Both are interleaved. The median of
-  the ratios of wall times is noisy on a shared machine, and so there is also the ratio of the CPU times;
-- error: of the hypergradient in float64, relative to one process, for each solver and model of the tests (``--errors``).
+- sent: the bytes that a rank sends for one product, in copies of all parameters, divided by (R − 1)/R. An all-gather
+  and a reduce-scatter of n bytes send n (R − 1)/R bytes, an all-reduce sends twice as much;
+- time: a product, divided by a forward and backward pass of FSDP2 with the same batch. Both are interleaved. Printed are
+  the medians of the ratios of wall times and of CPU times.
 """
 
 import argparse

@@ -92,8 +92,8 @@ class TorchBackend(Backend):
         check_recording(path, leaf)
         if is_dtensor(leaf):
             raise TypeError(
-                f"{path} is a DTensor, a tensor that is sharded over ranks. Pass backend=bilevel_torch.Sharded(module) to "
-                "bilevel_torch.backward or bilevel_torch.hypergradient, and compute the losses inside of "
+                f"{path} is a DTensor, a tensor that is sharded over ranks. Pass backend=bilevel_torch.Sharded(module) "
+                "to bilevel_torch.backward or bilevel_torch.hypergradient, and compute the losses inside of "
                 "backend.losses(): docs/distributed.md. For a module of fully_shard, bilevel_torch.FirstOrder needs no "
                 "backend. Other functions need whole tensors, as under DistributedDataParallel."
             )

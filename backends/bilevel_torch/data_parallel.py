@@ -109,8 +109,8 @@ class DataParallel(TorchBackend):
         dist.all_reduce(ends, dist.ReduceOp.MAX, group=self.group)
         if ends[0] != -ends[1]:
             raise ValueError(
-                f"{self.label}: the solver, its options, adjoint0 or loss_scale differ between the ranks. This rank has "
-                f"{', '.join(map(repr, settings))}."
+                f"{self.label}: the solver, its options, adjoint0 or loss_scale differ between the ranks. This rank "
+                f"has {', '.join(map(repr, settings))}."
             )
 
     def _check_equal(self, **trees: object) -> None:

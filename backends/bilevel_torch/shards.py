@@ -1,4 +1,4 @@
-"""The part of a DTensor on this rank. (`DTensor` is not imported: it would double the time to import this package.)"""
+"""The part of a DTensor on this rank. To import `DTensor` would double the time to import this package."""
 
 from math import prod
 from typing import Any
@@ -15,7 +15,7 @@ def is_dtensor(value: object) -> bool:
 
 
 def local(t: Any) -> Any:
-    """Return the part of a DTensor on this rank, without a graph and in the same memory, and any other value as it is."""
+    """Return the part of a DTensor on this rank, without a graph, in the same memory. Return any other value as it is."""
     return t.detach().to_local() if is_dtensor(t) else t
 
 

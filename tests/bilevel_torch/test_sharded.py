@@ -133,10 +133,10 @@ def test_the_loss_may_read_a_weight_of_the_module(mesh):
     """It is the whole weight, as in a module that is not sharded."""
     net, h = sharded_net(mesh), torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
     backend, x = bilevel_torch.Sharded(net), torch.ones(2, 3, dtype=torch.float64)
-    grads = []
+    stored, grads = net.get_parameter("0.weight"), []
     for penalty in (
         lambda: net[0].weight.square().sum(),
-        lambda: net[0]._parameters["weight"].square().sum().full_tensor(),
+        lambda: stored.square().sum().full_tensor(),
     ):
         with backend.losses():
             inner, outer = (net(x) - 1).square().mean() + h * penalty(), net(x).square().mean()

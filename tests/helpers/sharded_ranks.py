@@ -1,4 +1,4 @@
-"""The program of each process in test_sharded.py: `python sharded_ranks.py RANK WORLD FOLDER WHAT`, where WHAT is a function."""
+"""The program of each process in test_sharded.py: `python sharded_ranks.py RANK WORLD FOLDER FUNCTION`."""
 
 import os
 import signal
@@ -70,7 +70,7 @@ class Run:
         with context:
             return self.inner(), self.outer()
 
-    def hypergradient(self, solver=CG, **options):
+    def hypergradient(self, solver=CG):
         params = dict(self.net.named_parameters())
         return bilevel_torch.hypergradient(
             *self.losses(),
@@ -78,7 +78,7 @@ class Run:
             self.hparams,
             solver=solver,
             backend=self.backend,
-            **{"on_failure": "ignore"} | options,
+            on_failure="ignore",
         )
 
     def vectors(self, solver=CG):

@@ -119,8 +119,8 @@ class Sharded(DataParallel):
         t: Any = leaf
         if is_dtensor(t) and not self._has_data(t.device_mesh):
             raise ValueError(
-                f"{path} is on a mesh of {t.device_mesh.size()} of {self.ranks} ranks, and fully_shard does not shard it "
-                "over the others. Use a mesh with all ranks of the group, or fully_shard over the other dimension."
+                f"{path} is on a mesh of {t.device_mesh.size()} of {self.ranks} ranks, and fully_shard does not shard "
+                "it over the others. Use a mesh with all ranks of the group, or fully_shard over the other dimension."
             )
 
     @override

@@ -1,7 +1,7 @@
 """Run modules of `fully_shard` without its hooks, so that the graph of a loss leads to the sharded parameters.
 
-The hooks reduce gradients only in ``loss.backward()``. `torch.autograd.grad` would return gradients of one rank, without
-an error. So each read of a parameter gathers it by operations that autograd can differentiate twice.
+The hooks reduce gradients only in ``loss.backward()``. `torch.autograd.grad` would return gradients of one rank,
+without an error. So each read of a parameter gathers it by operations that autograd can differentiate twice.
 """
 # pyright: reportPrivateUsage=false
 # (FSDP2 has no public way around its hooks. All private names of it are in this file.)
@@ -172,7 +172,7 @@ class _Whole(torch.autograd.Function):
         return _gather(param, record)
 
     @staticmethod
-    def backward(ctx: Any, g: Any) -> Any:
+    def backward(ctx: Any, g: Any) -> Any:  # pyright: ignore
         return None if g is None else _Reduced.apply(g, ctx.record), None
 
 
@@ -186,7 +186,7 @@ class _Reduced(torch.autograd.Function):
         return _reduce(g, record)
 
     @staticmethod
-    def backward(ctx: Any, v: Any) -> Any:
+    def backward(ctx: Any, v: Any) -> Any:  # pyright: ignore
         return None if v is None else _Whole.apply(v, ctx.record), None
 
 

@@ -1,8 +1,8 @@
 """Compute large operations of gathered parameters again in each backward pass.
 
-A product has two gradients by each parameter: one from the backward pass inside of ∇L, one from the forward pass. If both
-arrive at one gathered parameter, autograd keeps the first until the second is there. So each rank would hold a whole
-vector. Here each backward pass gathers the parameter by itself, and reduces its gradient at once.
+A product has two gradients by each parameter: one from the backward pass inside of ∇L, one from the forward pass. If
+both arrive at one gathered parameter, autograd keeps the first until the second is there. So each rank would hold a
+whole vector. Here each backward pass gathers the parameter by itself, and reduces its gradient at once.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -84,7 +84,7 @@ class Recomputation(TorchFunctionMode):
 
     def _in_checkpoint(self) -> bool:
         """Return whether a checkpoint runs, which computes all its operations again."""
-        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore
         return hooks is not None and hooks[0] != self.pack
 
 
@@ -98,9 +98,7 @@ class _Recomputed(torch.autograd.Function):
     """An operation of sharded parameters, without a graph inside. Its backward pass has derivatives."""
 
     @staticmethod
-    def forward(
-        ctx: Any, func: Any, gathered: Sequence[Any], reads: dict[int, Read], *inputs: Any
-    ) -> torch.Tensor:
+    def forward(ctx: Any, func: Any, gathered: Sequence[Any], reads: dict[int, Read], *inputs: Any) -> torch.Tensor:
         ctx.func, ctx.reads = func, reads
         ctx.tensors = [i for i, a in enumerate(inputs) if isinstance(a, torch.Tensor)]
         ctx.others = [None if isinstance(a, torch.Tensor) else a for a in inputs]
@@ -108,7 +106,7 @@ class _Recomputed(torch.autograd.Function):
         return func(*[a if whole is None else whole for a, whole in zip(inputs, gathered, strict=True)])
 
     @staticmethod
-    def backward(ctx: Any, g: torch.Tensor) -> Any:
+    def backward(ctx: Any, g: torch.Tensor) -> Any:  # pyright: ignore
         again = torch.is_grad_enabled()
         places = [i for i in ctx.tensors if ctx.needs_input_grad[i + 3]]
         inputs = list(ctx.others)

@@ -1,7 +1,7 @@
 """Make gradients right where a graph goes from plain tensors to DTensors or back.
 
-Hooks on the nodes of `DTensor.from_local` and `DTensor.to_local` prepare the gradients that arrive at them. Each node gets
-its hook once. The hooks stay, and they do not change a gradient that PyTorch treats correctly.
+Hooks on the nodes of `DTensor.from_local` and `DTensor.to_local` prepare the gradients that arrive at them. Each node
+gets its hook once. The hooks stay, and they do not change a gradient that PyTorch treats correctly.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -73,5 +73,5 @@ class _Mean(torch.autograd.Function):
         return mean
 
     @staticmethod
-    def backward(ctx: Any, g: torch.Tensor) -> Any:
+    def backward(ctx: Any, g: torch.Tensor) -> Any:  # pyright: ignore
         return _Mean.apply(g, ctx.group), None
