@@ -11,8 +11,8 @@ Printed are, for the first rank:
 - gathered: the peak memory of whole layers, in layers;
 - sent: the bytes that a rank sends for one product, in copies of all parameters, divided by (R − 1)/R. An all-gather
   and a reduce-scatter of n bytes send n (R − 1)/R bytes, an all-reduce sends twice as much;
-- time: a product, divided by a forward and backward pass of FSDP2 with the same batch. Both are interleaved. Printed are
-  the medians of the ratios of wall times and of CPU times.
+- time: a product, divided by a forward and backward pass of FSDP2 with the same batch. Both are interleaved. The
+  table has the medians of the ratios of wall times and of CPU times.
 """
 
 import argparse

@@ -15,7 +15,7 @@ def is_dtensor(value: object) -> bool:
 
 
 def local(t: Any) -> Any:
-    """Return the part of a DTensor on this rank, without a graph, in the same memory. Return any other value as it is."""
+    """Return the part of a DTensor on this rank, without a graph, in the same memory; any other value as it is."""
     return t.detach().to_local() if is_dtensor(t) else t
 
 

@@ -228,8 +228,9 @@ class Sharded(DataParallel):
     def _check_within(self, label: str, nodes: Iterable[Node]) -> None:
         """Raise a ValueError if a loss was computed with the hooks of FSDP."""
         unsharded = self.gathering.unsharded()
-        leaf_nodes: Iterable[Any] = (node for node in nodes if node.name() == LEAF)
-        if names := [unsharded[id(node.variable)] for node in leaf_nodes if id(node.variable) in unsharded]:
+        leaf_nodes: list[Any] = [node for node in nodes if node.name() == LEAF]
+        variables = [id(node.variable) for node in leaf_nodes]
+        if names := [unsharded[key] for key in variables if key in unsharded]:
             raise ValueError(f"{label} was computed with the gathered parameter {names[0]!r}. {WITHIN}")
 
     def _check_unchanged(self, label: str, nodes: Iterable[Node]) -> None:

@@ -127,7 +127,7 @@ class _Weights:
         # A weak reference keeps the address in use, so that no other storage gets it.
         self.known[storage._cdata] = StorageWeakRef(storage), param, record, ref(whole)
 
-    def pack(self, t: torch.Tensor) -> Any:
+    def pack(self, t: Any) -> Any:
         """Return what a graph saves for a tensor."""
         part = local(t)
         if part.layout != torch.strided or (found := self.known.get(part.untyped_storage()._cdata)) is None:
@@ -222,12 +222,14 @@ def _placements(record: Any) -> list[Any]:
     """Return the placements of a parameter on the mesh of the data: the last dimension shards it."""
     from torch.distributed.tensor import Replicate
 
+    if record._unsharded_dtensor_spec is None:
+        return list(record.sharded_param.placements)
     return [*[Replicate()] * (record.mesh_info.mesh.ndim - 1), record.fsdp_placement]
 
 
 def _states(module: torch.nn.Module) -> list[Any]:
     """Return the states of FSDP in a module, each once."""
-    parts = [part for part in module.modules() if type(part).__name__.startswith("FSDP")]
+    parts: list[Any] = [part for part in module.modules() if type(part).__name__.startswith("FSDP")]
     states = [part._get_fsdp_state() for part in parts if hasattr(part, "_get_fsdp_state")]
     return list({id(state): state for state in states}.values())
 
