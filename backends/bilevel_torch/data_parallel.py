@@ -139,7 +139,7 @@ class DataParallel(TorchBackend):
                 )
 
     @override
-    def space(self, tree: V) -> "AgreedSpace[V]":
+    def space(self, tree: V) -> TorchSpace[V]:
         return AgreedSpace(tree, self.group)
 
     @override

@@ -213,7 +213,7 @@ def _reduce(g: Any, record: Any) -> Any:
     whole, mesh, param = record._unsharded_dtensor_spec, record.mesh_info.mesh, record.sharded_param
     if whole is not None:
         g = g.redistribute(placements=whole.placements).to_local()
-    partial = DTensor.from_local(g, mesh, [Partial("avg")] * mesh.ndim, run_check=False)
+    partial = DTensor.from_local(g.detach(), mesh, [Partial("avg")] * mesh.ndim, run_check=False)
     part = partial.redistribute(placements=_placements(record)).to_local().to(param.dtype)
     return wrapped(part, param)
 

@@ -103,7 +103,7 @@ class ShardedSpace(TorchSpace[V]):
 
     @override
     def normal(self, seed: int, count: int | None = None) -> Any:
-        """Draw each leaf whole, so that the numbers are those of one process, and keep the part of this rank."""
+        """Draw each leaf whole, and keep the part of this rank. One process draws the same numbers."""
         options: Any = {"generator": torch.Generator("cpu").manual_seed(seed), "dtype": torch.float32}
         if count is None:
             return tree_map(lambda a: wrapped(_part(torch.randn(a.shape, **options), a), a), self.like)
