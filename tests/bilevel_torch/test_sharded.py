@@ -110,6 +110,7 @@ def mesh():
 def sharded_net(mesh):
     from torch.distributed.fsdp import fully_shard
 
+    torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1)).double()
     return fully_shard(net, mesh=mesh)
 
@@ -140,8 +141,10 @@ def test_the_loss_may_read_a_weight_of_the_module(mesh):
     ):
         with backend.losses():
             inner, outer = (net(x) - 1).square().mean() + h * penalty(), net(x).square().mean()
-        solver = bl.CG(damping=3.0)
-        hg = bilevel_torch.hypergradient(inner, outer, net.parameters(), h, solver=solver, backend=backend)
+        solver = bl.Neumann(terms=5, damping=10.0)
+        hg = bilevel_torch.hypergradient(
+            inner, outer, net.parameters(), h, solver=solver, backend=backend, on_failure="ignore"
+        )
         grads.append(float(hg.grad))
     assert grads[0] == pytest.approx(grads[1], rel=1e-12)
 
@@ -149,7 +152,7 @@ def test_the_loss_may_read_a_weight_of_the_module(mesh):
 def test_a_sharded_parameter_needs_the_backend(mesh):
     net, h = sharded_net(mesh), torch.zeros((), dtype=torch.float64, requires_grad=True)
     train = bilevel_torch.implicit_minimizer(lambda w, h, start: (h * w - start).sum())(lambda h, start: start)
-    with pytest.raises(TypeError, match=r"start is a DTensor.*Other functions need whole tensors"):
+    with pytest.raises(TypeError, match=r"is a DTensor.*Other functions need whole tensors"):
         train(h, net.get_parameter("0.weight"))
 
 
