@@ -19,7 +19,7 @@ import bilevel_torch  # noqa: E402
 dist = torch.distributed
 PROGRAM = Path(__file__).parents[1] / "helpers" / "sharded_ranks.py"
 CASES = ["cg", "minres", "neumann", "nystrom", "identity", "convnet", "tied", "checkpointed", "loop", "functions"]
-CASES += ["tensor parallel"]
+CASES += ["tensor parallel", "replicated cotangent"]
 
 
 def start(what, world, folder):

@@ -144,6 +144,17 @@ def error(found, expected):
     return max(float((a - b).norm() / (norm if (norm := b.norm()) > 1e-12 else 1)) for a, b in pairs)
 
 
+def of_a_replicated_cotangent(run):
+    """Return a product with a vector that DTensor operations have replicated, and the product with its sharded form."""
+    weight = run.net.get_parameter("0.weight")
+    with run.backend.losses():
+        loss = (run.net[0].weight ** 3).sum()
+        (g,) = torch.autograd.grad(loss, weight, create_graph=True)
+    v = torch.distributed.tensor.distribute_tensor(torch.arange(20.0).double().reshape(5, 4), weight.device_mesh)
+    forms = [v, v.redistribute(placements=weight.placements)]
+    return [[torch.autograd.grad(g, weight, form, retain_graph=True)[0]] for form in forms]
+
+
 def results(rank, world, mesh):
     """Return the relative error against one process, by case."""
     errors = {}
@@ -161,6 +172,8 @@ def results(rank, world, mesh):
     errors["tensor parallel"] = error(
         Run("deep", lambda net: tensor_parallel(net, mesh)).vectors(), Run("deep").vectors()
     )
+    replicated, sharded = of_a_replicated_cotangent(Run("mlp", shard, mine))
+    errors["replicated cotangent"] = error(replicated, [whole(t) for t in sharded])
     policy = MixedPrecisionPolicy(param_dtype=torch.float32, output_dtype=torch.float64)
     mixed = Run("mlp", lambda net: fsdp(net, mesh, mp_policy=policy), mine)
     errors["mixed precision"] = error(mixed.vectors(SOLVERS["neumann"]), Run("mlp").vectors(SOLVERS["neumann"]))

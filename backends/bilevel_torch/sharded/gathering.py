@@ -16,7 +16,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from bilevel_torch.sharded.recomputation import GATHERED, READS, Read, Recomputation, mark
-from bilevel_torch.shards import is_dtensor, local, wrapped
+from bilevel_torch.shards import is_dtensor, local, placed, wrapped
 
 
 class Gathering:
@@ -194,6 +194,7 @@ def _gather(param: Any, record: Any) -> Any:
     """Return a parameter, whole over the ranks of the data, with the layout of tensor parallelism if it has one."""
     from torch.distributed.tensor import DTensor, Replicate
 
+    param = placed(param, record.sharded_param)  # operations may have changed the layout of a gradient
     whole, mesh, placements = record._unsharded_dtensor_spec, record.mesh_info.mesh, _placements(record)
     part = local(param if record.param_dtype is None else param.to(record.param_dtype))
     shape, stride = record._orig_size, record._contiguous_orig_stride
