@@ -14,6 +14,7 @@ from bilevel_torch.first_order import FirstOrder
 from bilevel_torch.from_losses import backward, hypergradient
 from bilevel_torch.implicit import implicit_fixed_point, implicit_minimizer, implicit_root
 from bilevel_torch.placement import place_grad
+from bilevel_torch.sharded import Sharded
 from bilevel_torch.space import TorchSpace
 from bilevel_torch.training import TrainingState, TrainingStep, recording, replay
 
@@ -22,6 +23,7 @@ backend = TorchBackend()
 __all__ = [
     "DataParallel",
     "FirstOrder",
+    "Sharded",
     "TorchBackend",
     "TorchSpace",
     "TrainingState",

@@ -14,6 +14,7 @@ from bilevel.validation import check_scalar
 from bilevel_torch.advice import FOREIGN, NOT_REENTRANT, advice
 from bilevel_torch.graph import functions_recorded, nodes_of
 from bilevel_torch.isolation import buffers_isolated
+from bilevel_torch.shards import local, placed
 
 
 def as_graph_leaves(params: P, hparams: H) -> tuple[P, H]:
@@ -106,7 +107,8 @@ def grad(
                 f"a gradient of shape {tuple(g.shape)} is sparse, and so has no second derivative. Leave out "
                 "sparse=True, as in torch.nn.Embedding(n, d)."
             )
-        grads[i] = g
+        with nullcontext() if options.get("create_graph") is None else torch.enable_grad():
+            grads[i] = placed(g, inputs[i])
     return grads
 
 
@@ -182,7 +184,7 @@ def check_recorded(label: str, nodes: Iterable[Any], params: object) -> None:
     """
     # A view inside the graph also shares memory with its base, but it is not a copy. So only leaves are compared.
     named = leaves_with_paths(params, "params")
-    handed = {t.data_ptr(): (path, t) for path, t in named if t.is_leaf and t.numel()}
+    handed = {local(t).data_ptr(): (path, t) for path, t in named if t.is_leaf and local(t).numel()}
     for node in nodes:
         name = node.name()
         if name == "CheckpointFunctionBackward":
@@ -193,7 +195,7 @@ def check_recorded(label: str, nodes: Iterable[Any], params: object) -> None:
         if name != LEAF:
             continue
         own = node.variable
-        path, copy = handed.get(own.data_ptr(), ("", own)) if own.numel() else ("", own)
+        path, copy = handed.get(local(own).data_ptr(), ("", own)) if local(own).numel() else ("", own)
         if copy is not own:
             raise ValueError(
                 f"{label} was computed with another tensor than {path}, which is a copy of it: a module uses its own "

@@ -33,6 +33,7 @@ from bilevel_torch.autograd import (
 from bilevel_torch.gauss_newton import gauss_newton
 from bilevel_torch.graph import nodes_of, weight_norm_right
 from bilevel_torch.isolation import isolated
+from bilevel_torch.shards import is_dtensor
 from bilevel_torch.space import TorchSpace
 from bilevel_torch.steps import TorchSteps
 
@@ -88,7 +89,17 @@ class TorchBackend(Backend):
 
     @override
     def check_leaf(self, path: str, leaf: torch.Tensor) -> None:
-        check_supported(path, leaf)
+        check_recording(path, leaf)
+        if is_dtensor(leaf):
+            raise TypeError(
+                f"{path} is a DTensor, a tensor that is sharded over ranks. Pass backend=bilevel_torch.Sharded(module) "
+                "to bilevel_torch.backward or bilevel_torch.hypergradient, and compute the losses inside of "
+                "backend.losses(): docs/distributed.md. For a module of fully_shard, bilevel_torch.FirstOrder needs no "
+                "backend. Other functions need whole tensors, as under DistributedDataParallel."
+            )
+
+    def check_settings(self, params: object, *settings: object) -> None:
+        """Raise an error if the settings of a call do not suit the backend. In one process, all do."""
 
     @override
     def from_numpy(self, array: np.ndarray) -> torch.Tensor:
@@ -250,23 +261,12 @@ class TorchBackend(Backend):
             yield at
 
 
-def check_supported(path: str, tensor: torch.Tensor) -> None:
-    """Raise for a tensor whose derivatives would be zero or wrong without an error.
-
-    Raises:
-        RuntimeError: in inference mode, or for a tensor that was made in inference mode.
-        TypeError: for a sharded tensor.
-    """
+def check_recording(path: str, tensor: torch.Tensor) -> None:
+    """Raise a RuntimeError in inference mode, or for a tensor that was made in inference mode."""
     if torch.is_inference_mode_enabled() or tensor.is_inference():
         raise RuntimeError(
             f"{path}: autograd does not record in torch.inference_mode(), so a hypergradient would be zero without an "
             "error. Make the call and the tensors outside of torch.inference_mode()."
-        )
-    if type(tensor).__name__ == "DTensor":  # an import of the class takes as long as the import of this package
-        raise TypeError(
-            f"{path} is a DTensor, but solvers take whole tensors. Gather them for the losses and the call "
-            "(fully_shard gives modules unshard(); docs/distributed.md has a recipe). Or replicate them, as "
-            "DistributedDataParallel does, and use bilevel_torch.DataParallel."
         )
 
 

@@ -1,5 +1,6 @@
 """Hypergradients of ranks with different batches of one problem, as under DistributedDataParallel."""
 
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from bilevel.problems.model_loss import ModelLoss
 from bilevel.spaces.array import Args, H, P, V
 from bilevel.spaces.tree import leaves, leaves_with_paths, with_leaves
 from bilevel_torch.backend import TorchBackend
+from bilevel_torch.shards import is_dtensor, layout_of, local
 from bilevel_torch.space import TorchSpace
 
 if dist.is_available():
@@ -63,16 +65,21 @@ class DataParallel(TorchBackend):
 
     requires_all_ranks = True
 
+    @property
+    def label(self) -> str:
+        """The name of the class, for errors."""
+        return type(self).__name__
+
     def __init__(
         self, *, inner_samples: float | None = None, outer_samples: float | None = None, group: Any = None
     ) -> None:
         if not (dist.is_available() and dist.is_initialized()):
-            raise ValueError("DataParallel: there is no process group: call torch.distributed.init_process_group().")
+            raise ValueError(f"{self.label}: there is no process group: call torch.distributed.init_process_group().")
         if dist.get_rank(group) < 0:  # its reductions would do nothing, without an error
-            raise ValueError(f"DataParallel: rank {dist.get_rank()} is not in the group. Make no DataParallel there.")
+            raise ValueError(f"{self.label}: rank {dist.get_rank()} is not in the group. Make no {self.label} there.")
         for name, samples in (("inner_samples", inner_samples), ("outer_samples", outer_samples)):
             if samples is not None and not samples >= 0:
-                raise ValueError(f"DataParallel.{name}: expected a number >= 0, got {samples!r}.")
+                raise ValueError(f"{self.label}.{name}: expected a number >= 0, got {samples!r}.")
         super().__init__()
         self.samples = (inner_samples, outer_samples)
         self.group = group
@@ -84,16 +91,33 @@ class DataParallel(TorchBackend):
         totals = self._sum([torch.tensor([*counts, *unknown], dtype=torch.float64, device=device)])[0].tolist()
         for name, total, without in zip(("inner_samples", "outer_samples"), totals[:2], totals[2:], strict=True):
             if without not in (0, dist.get_world_size(self.group)):
-                raise ValueError(f"DataParallel.{name}: only some ranks give it. Give it on all ranks, or on none.")
+                raise ValueError(f"{self.label}.{name}: only some ranks give it. Give it on all ranks, or on none.")
             if not total > 0:
-                raise ValueError(f"DataParallel.{name}: zero on all ranks.")
+                raise ValueError(f"{self.label}.{name}: zero on all ranks.")
         return counts[0] / totals[0], counts[1] / totals[1]
+
+    def _share(self, data: Data, device: torch.device) -> float:
+        """Return the weight of this rank's values in a sum over the ranks."""
+        return self._shares(device)[0 if data == "inner" else 1]
+
+    @override
+    def check_settings(self, params: object, *settings: object) -> None:
+        """Raise a ValueError on all ranks unless the settings of a call are equal on all ranks."""
+        text = re.sub(r"0x[0-9a-f]+", "", repr(settings))  # without addresses
+        mark = local(leaves(params)[0]).new_full((), crc32(text.encode()), dtype=torch.float64)
+        ends = torch.stack([mark, -mark])
+        dist.all_reduce(ends, dist.ReduceOp.MAX, group=self.group)
+        if ends[0] != -ends[1]:
+            raise ValueError(
+                f"{self.label}: the solver, its options, adjoint0 or loss_scale differ between the ranks. This rank "
+                f"has {', '.join(map(repr, settings))}."
+            )
 
     def _check_equal(self, **trees: object) -> None:
         """Raise a ValueError on all ranks unless the layout and the sums of each tree are equal on all ranks."""
         named = [[*leaves_with_paths(tree)] for tree in trees.values()]
-        layouts = [[(path, t.shape, t.dtype, t.requires_grad) for path, t in part] for part in named]
-        sums = [torch.stack([t.detach().sum(dtype=torch.float64) for _, t in part]) for part in named]
+        layouts = [[(path, t.shape, t.dtype, t.requires_grad, layout_of(t)) for path, t in part] for part in named]
+        sums = [torch.stack([_sum_of(t) for _, t in part]) for part in named]
         places = [torch.arange(1, len(part) + 1, dtype=part.dtype, device=part.device) for part in sums]
         marks = torch.stack([torch.dot(part, place) for part, place in zip(sums, places, strict=True)])
         marks = torch.cat([marks.new_tensor([crc32(repr(layout).encode()) for layout in layouts]), marks])
@@ -104,18 +128,18 @@ class DataParallel(TorchBackend):
         for name, layout, values in zip(trees, differ, differ[len(trees) :], strict=False):
             if layout:
                 raise ValueError(
-                    f"DataParallel: {name} are other tensors on some ranks, by their order, names, shapes, dtypes or "
+                    f"{self.label}: {name} are other tensors on some ranks, by their order, names, shapes, dtypes or "
                     "requires_grad. If a hyperparameter has one entry per example, pass the entries of all examples on "
                     "every rank, and index the part that this rank needs."
                 )
             if values:
                 raise ValueError(
-                    f"DataParallel: {name} are not the same on all ranks. Use the same seed on all ranks before they "
+                    f"{self.label}: {name} are not the same on all ranks. Use the same seed on all ranks before they "
                     "are made, or broadcast them from one rank. Update them by equal optimizers."
                 )
 
     @override
-    def space(self, tree: V) -> "AgreedSpace[V]":
+    def space(self, tree: V) -> TorchSpace[V]:
         return AgreedSpace(tree, self.group)
 
     @override
@@ -140,7 +164,7 @@ class DataParallel(TorchBackend):
     @override
     def jacobian(self, *args: object, **options: object) -> LinearizedMap[Any, Any]:
         raise TypeError(
-            "DataParallel: fixed points, roots and proximal problems of several ranks' data are not supported."
+            f"{self.label}: fixed points, roots and proximal problems of several ranks' data are not supported."
         )
 
     @override
@@ -181,7 +205,7 @@ class DataParallel(TorchBackend):
         if data == "outer":
             self._check_equal(params=params, hparams=hparams)
         own = compute()
-        share = self._shares(own.value.device)[0 if data == "inner" else 1]  # pyright: ignore
+        share = self._share(data, own.value.device)  # pyright: ignore
         mean, grad_params = self._mean((own.value, own.grad_params), share)
         return OuterDerivatives(mean, grad_params, self._mean_or_none(own.grad_hparams, hparams, share))
 
@@ -189,7 +213,7 @@ class DataParallel(TorchBackend):
     def outers(self, objective: Any, params: P, hparams: H, args: Args) -> OuterDerivatives[P, H]:
         self._check_equal(params=params, hparams=hparams)
         value, grad_params, grad_hparams, _ = super().outers(objective, params, hparams, args)
-        share = self._shares(leaves(grad_params)[0].device)[1]
+        share = self._share("outer", leaves(grad_params)[0].device)
         value, grad_params = self._mean((value, grad_params), share)
         like = stacked(self, [hparams] * len(value))
         return OuterDerivatives(value, grad_params, self._mean_or_none(grad_hparams, like, share))
@@ -201,7 +225,7 @@ class DataParallel(TorchBackend):
 
     def _averaged(self, own: LinearizedMap[P, H], hparams: H) -> LinearizedMap[P, H]:
         """Return the map of all ranks' data: values and products averaged over the ranks."""
-        share = self._shares(leaves(own.residual)[0].device)[0]
+        share = self._share("inner", leaves(own.residual)[0].device)
         jvp_hparams, jvp_params = own.jvp_hparams, own.jvp_params
         return LinearizedMap(
             residual=self._mean(own.residual, share),
@@ -221,7 +245,7 @@ class DataParallel(TorchBackend):
         if not leaves(like):
             return tree
         own = self.space(like).zeros() if tree is None else tree
-        influence = leaves(like)[0].new_full((), float(tree is not None))
+        influence = local(leaves(like)[0]).new_full((), float(tree is not None))
         mean = self._mean(own, share), self._sum([influence])[0]
         return mean[0] if mean[1] > 0 else None
 
@@ -235,6 +259,13 @@ class DataParallel(TorchBackend):
             for i, part in zip(places, flat.split([tensors[i].numel() for i in places]), strict=True):
                 sums[i] = part.reshape(tensors[i].shape)
         return sums
+
+
+def _sum_of(t: torch.Tensor) -> torch.Tensor:
+    """Return the sum of the entries; of a DTensor zero, because ranks have different parts."""
+    if is_dtensor(t):
+        return local(t).new_zeros((), dtype=torch.float64)
+    return t.detach().sum(dtype=torch.float64)
 
 
 def this_process() -> TorchBackend:

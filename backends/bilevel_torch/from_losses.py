@@ -29,7 +29,7 @@ from bilevel_torch.autograd import (
     check_untransformed,
     no_grad_no_autocast,
 )
-from bilevel_torch.backend import TorchBackend, check_supported
+from bilevel_torch.backend import TorchBackend
 from bilevel_torch.data_parallel import this_process
 from bilevel_torch.graph import nodes_of
 from bilevel_torch.placement import add_to_grad
@@ -147,6 +147,7 @@ def hypergradient(
     v = None if adjoint0 is None else tree_of("adjoint0", adjoint0)
     check_trees(backend, {"params": w, "hparams": h, "adjoint0": v}, {"adjoint0": "params"})
     _check_recorded(backend, {"inner_loss": inner_loss, "outer_loss": outer_loss}, w, h)
+    backend.check_settings(w, linear_solver, "no adjoint0" if v is None else "adjoint0", f"loss_scale={loss_scale}")
     # No vector has entries for frozen parameters: with a large frozen model, they would be most of the memory.
     frozen = [not t.requires_grad for t in leaves(w)]
     trained = prune(w, frozen)
@@ -160,10 +161,10 @@ def hypergradient(
         method = Implicit(linear_solver)
 
         def locate() -> str:
+            u = A.space.normal(1)  # all ranks take part in products, also if v is finite on some of them
+            found = Derivatives(at.residual, A(u), at.vjp_hparams(u), cotangent, direct)
             if start := in_start(backend, v):
                 return start
-            u = A.space.normal(1)
-            found = Derivatives(at.residual, A(u), at.vjp_hparams(u), cotangent, direct)
             losses = float(inner_loss.detach()), float(outer_loss.detach())
             return described(find_not_finite(backend, {"params": w, "hparams": h}, *losses, entries(backend, found)))
 
@@ -176,7 +177,7 @@ def _check_recorded(backend: TorchBackend, losses: dict[str, object], params: ob
     """Raise unless the two losses can be differentiated in hparams and in some params."""
     tensors = {name: loss for name, loss in losses.items() if isinstance(loss, torch.Tensor)}
     for name, loss in tensors.items():
-        check_supported(name, loss)
+        backend.check_leaf(name, loss)
     check_distinct(params, hparams)
     for path, leaf in backend.leaves(hparams):
         if not leaf.requires_grad:

@@ -11,7 +11,7 @@ from bilevel.convergence import OnFailure, check_on_failure
 from bilevel.hypergradient import SolverSpec
 from bilevel.spaces.tree import leaves_with_paths
 from bilevel.trainings import FIXED_POINT, MINIMUM, ROOT, Condition, bind_arguments
-from bilevel_torch.backend import check_supported
+from bilevel_torch.backend import TorchBackend
 from bilevel_torch.implicit_rules import Training
 from bilevel_torch.trees import tree_of
 
@@ -171,7 +171,7 @@ def _decorator(
             arguments = arguments._replace(hparams=tree_of("hparams", arguments.hparams))
             for path, leaf in leaves_with_paths(arguments._asdict()):
                 if isinstance(leaf, torch.Tensor):
-                    check_supported(path, leaf)
+                    TorchBackend().check_leaf(path, leaf)
             params, aux = Training(train, condition, function, linear_solver, on_failure, has_aux, arguments)()
             return (params, aux) if has_aux else params
 

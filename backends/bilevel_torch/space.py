@@ -48,8 +48,11 @@ class TorchSpace(Space[V]):
 
     @override
     def dot(self, x: V, y: V) -> Any:
-        dots = [_rows_dot(a.reshape(-1), b) for a, b in zip(leaves(x), leaves(y), strict=True)]
-        return sum(dots[1:], start=dots[0])
+        return self._total([_rows_dot(a.reshape(-1), b) for a, b in zip(leaves(x), leaves(y), strict=True)])
+
+    def _total(self, parts: list[torch.Tensor]) -> Any:
+        """Return the sum of the dots of the leaves."""
+        return sum(parts[1:], start=parts[0])
 
     @override
     def axpy(self, alpha: Number, x: V, y: V) -> V:
@@ -127,8 +130,8 @@ class TorchSpace(Space[V]):
 
     @override
     def stack_dot(self, stack: object, x: V) -> Any:
-        parts = [_rows_dot(s.reshape(s.shape[0], a.numel()), a) for s, a in zip(leaves(stack), leaves(x), strict=True)]
-        return sum(parts[1:], start=parts[0])
+        pairs = zip(leaves(stack), leaves(x), strict=True)
+        return self._total([_rows_dot(s.reshape(s.shape[0], a.numel()), a) for s, a in pairs])
 
     @override
     def linear_combination(self, coefficients: Any, stack: Any) -> V:
@@ -137,8 +140,9 @@ class TorchSpace(Space[V]):
     @override
     def gram(self, rows: Any, others: Any) -> Any:
         pairs = zip(leaves(rows), leaves(others), strict=True)
-        parts = [_product(a.reshape(len(a), a[0].numel()), b.reshape(len(b), b[0].numel()).T) for a, b in pairs]
-        return sum(parts[1:], start=parts[0])
+        return self._total(
+            [_product(a.reshape(len(a), a[0].numel()), b.reshape(len(b), b[0].numel()).T) for a, b in pairs]
+        )
 
     @override
     def while_loop(

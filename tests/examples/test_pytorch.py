@@ -25,8 +25,9 @@ def test_plain_loop_cleans_its_training_set(capsys):
     assert "tuned weights, test accuracy" in capsys.readouterr().out
 
 
-def test_ddp_loop_prints_the_same_on_two_ranks_as_on_one(tmp_path):
-    script = [str(EXAMPLES / "pytorch" / "ddp_loop.py"), *CONFIG, "--steps", "5"]
+@pytest.mark.parametrize(("loop", "steps"), [("ddp_loop.py", 5), ("fsdp_loop.py", 2)])
+def test_a_loop_prints_the_same_on_two_ranks_as_on_one(tmp_path, loop, steps):
+    script = [str(EXAMPLES / "pytorch" / loop), *CONFIG, "--steps", str(steps)]
     env = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
     printed = []
     for ranks in (1, 2):

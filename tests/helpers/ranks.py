@@ -138,7 +138,7 @@ def odd_machine(rank):
 
 @contextmanager
 def gathered(net):
-    """Hold whole parameters, as plain tensors, on every rank: as in docs/distributed.md."""
+    """Hold whole parameters, as plain tensors, on every rank."""
     from torch.distributed.fsdp import FSDPModule
 
     parts = [part for part in net.modules() if isinstance(part, FSDPModule)]

@@ -1,0 +1,260 @@
+"""Hypergradients of models whose parameters are DTensors."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.autograd.graph import Node
+from typing_extensions import override
+
+from bilevel.backend import Data, R
+from bilevel.linearization import Inputs, LinearizedMap, OuterDerivatives
+from bilevel.micro_batches import MicroBatches
+from bilevel.problems.model_loss import ModelLoss
+from bilevel.spaces.array import Args, H, P, V
+from bilevel.spaces.tree import leaves, with_leaves
+from bilevel_torch.autograd import LEAF, as_graph_leaves, evaluate, scalar
+from bilevel_torch.backend import check_recording
+from bilevel_torch.data_parallel import ONE_RANK, DataParallel
+from bilevel_torch.graph import nodes_of
+from bilevel_torch.sharded.gathering import Gathering
+from bilevel_torch.sharded.recomputation import changed
+from bilevel_torch.sharded.space import ShardedSpace
+from bilevel_torch.sharded.transitions import prepare
+from bilevel_torch.shards import is_dtensor, local
+
+WITHIN = (
+    "Compute the two losses inside of `with backend.losses():`, where backend is the Sharded(module) of the call. The "
+    "hooks of fully_shard reduce gradients only in loss.backward(), so these derivatives would be of one rank."
+)
+
+
+class Sharded(DataParallel):
+    """The torch backend for parameters that are sharded over ranks: the hypergradient of all data, on every rank.
+
+    Parameters are DTensors, as `fully_shard` (FSDP2) and ``parallelize_module`` (tensor parallelism) make them. Every
+    vector of the solver is sharded as the parameters are. Compute the losses in the context `losses`, and pass the
+    backend on all ranks:
+
+        backend = bilevel_torch.Sharded(net, inner_samples=len(y), outer_samples=len(y_val))
+        with backend.losses():
+            inner_loss, outer_loss = loss(net(x), y), loss(net(x_val), y_val)
+        bilevel_torch.backward(inner_loss, outer_loss, net.parameters(), hparams, backend=backend)
+
+    Each loss is a mean over the samples of the rank's batch. The backend solves the problem of the means over all
+    samples, as `DataParallel` does. A loss that is a DTensor is a loss of all data.
+
+    Hyperparameters are plain tensors that are equal on all ranks, or DTensors. Parameters that are no DTensors are
+    equal on all ranks. The mesh of each DTensor has all ranks of the group.
+
+    With `bilevel.hypergradient`, the backend itself evaluates the objectives in the context `losses`.
+
+    Args:
+        module: the module that computes the losses. It matters only if `fully_shard` has sharded parts of it.
+        inner_samples: number of samples in the mean of this rank's inner loss; None: the same number on every rank.
+        outer_samples: number of samples in the mean of this rank's outer loss; None: the same number on every rank.
+        group: the process group; None: the default group.
+
+    Raises:
+        ValueError: if there is no process group, this process is not in it, a count is negative, or FSDP keeps
+            parameters on the CPU. When called, if a loss was computed outside of `losses`, or a mesh lacks ranks. When
+            called, on all ranks, if only some ranks give counts, or the layouts of params or hparams, or the solvers,
+            differ.
+        TypeError: for Gauss-Newton products, `bilevel.MicroBatches`, several outer objectives at once,
+            `bilevel.diagnose`, and solvers that need the whole matrix (``exact``).
+
+    >>> import torch, bilevel_torch, torch.distributed as dist
+    >>> from torch.distributed.fsdp import fully_shard
+    >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    >>> net = torch.nn.Linear(1, 1, bias=False)
+    >>> _ = torch.nn.init.ones_(net.weight)
+    >>> _ = fully_shard(net, mesh=dist.device_mesh.init_device_mesh("cpu", (1,)))
+    >>> backend, decay = bilevel_torch.Sharded(net), torch.tensor(0.5, requires_grad=True)
+    >>> with backend.losses():
+    ...     y = net(torch.ones(1, 1))
+    ...     inner, outer = (y - 1).square().sum() + decay * y.square().sum(), (y - 2).square().sum()
+    >>> hg = bilevel_torch.backward(inner, outer, net.parameters(), decay, backend=backend)
+    >>> decay.grad
+    tensor(1.3333)
+    >>> dist.destroy_process_group()
+    """
+
+    def __init__(
+        self,
+        module: torch.nn.Module | None = None,
+        *,
+        inner_samples: float | None = None,
+        outer_samples: float | None = None,
+        group: Any = None,
+    ) -> None:
+        super().__init__(inner_samples=inner_samples, outer_samples=outer_samples, group=group)
+        self.ranks = dist.get_world_size(group)
+        self.gathering = Gathering(torch.nn.Module() if module is None else module)
+
+    @contextmanager
+    def losses(self) -> Iterator[None]:
+        """Compute losses in this context: their graphs lead to the sharded parameters.
+
+        The module reads each parameter by an all-gather, and the hooks of `fully_shard` do not run. Graphs store no
+        gathered parameter. A product gathers it again. After the context, the module trains as before.
+
+        ``module.parameters()`` are the sharded parameters. For a penalty, sum over them, and convert the sum once:
+        ``sum((p**2).sum() for p in module.parameters()).full_tensor()``.
+        """
+        with self.gathering.forward():
+            yield
+
+    @override
+    def space(self, tree: V) -> ShardedSpace[V]:
+        return ShardedSpace(tree, self.group)
+
+    @override
+    def check_leaf(self, path: str, leaf: torch.Tensor) -> None:
+        check_recording(path, leaf)
+        if id(leaf) in self.gathering.unsharded():
+            raise ValueError(f"{path} is a parameter that the hooks of fully_shard have gathered. {WITHIN}")
+        t: Any = leaf
+        if is_dtensor(t) and not self._has_data(t.device_mesh):
+            raise ValueError(
+                f"{path} is on a mesh of {t.device_mesh.size()} of {self.ranks} ranks, and fully_shard does not shard "
+                "it over the others. Use a mesh with all ranks of the group, or fully_shard over the other dimension."
+            )
+
+    @override
+    def to_numpy(self, array: torch.Tensor) -> np.ndarray:
+        return super().to_numpy(local(array))  # for messages, which may be of one rank
+
+    @override
+    def inner(self, objective: Callable[..., object], params: P, hparams: H, args: Args) -> LinearizedMap[P, H]:
+        _check_whole(args)
+        params, hparams = as_graph_leaves(params, hparams)
+        with self.losses():
+            value = evaluate(objective, params, hparams, *args)
+        return self.inner_of(value, params, hparams, trainable=torch.nn.Parameter)
+
+    @override
+    def inner_of(
+        self,
+        value: object,
+        params: P,
+        hparams: H,
+        label: str = "inner",
+        trainable: type[torch.Tensor] = torch.Tensor,
+    ) -> LinearizedMap[P, H]:
+        loss = self._weighted(label, value, "inner")
+        with self.losses():
+            own = ONE_RANK.inner_of(loss, params, hparams, label, trainable)
+        # A checkpoint inside of the module runs it again in each product.
+        products = {name: self._within(getattr(own, name)) for name in ("vjp_params", "vjp_hparams")}
+        # The transpose would differentiate a redistribution three times, which PyTorch does not support.
+        return self._averaged(own._replace(**products, jvp_hparams=None), hparams)
+
+    def _within(self, product: Callable[..., R]) -> Callable[..., R]:
+        def run(*args: object) -> R:
+            with self.losses():
+                return product(*args)
+
+        return run
+
+    @override
+    def gauss_newton(self, inner: ModelLoss, params: P, hparams: H, args: Args) -> LinearizedMap[P, H]:
+        raise TypeError('Sharded: curvature="gauss-newton" is not supported. Use a solver with damping instead.')
+
+    @override
+    def outer(
+        self,
+        objective: Callable[..., object],
+        params: P,
+        hparams: H,
+        args: Args,
+        *,
+        label: str = "outer",
+        data: Data = "outer",
+    ) -> OuterDerivatives[P, H]:
+        _check_whole(args)
+        params, hparams = as_graph_leaves(params, hparams)
+        with self.losses():
+            value = evaluate(objective, params, hparams, *args)
+        return self.outer_of(value, params, hparams, label, data)
+
+    @override
+    def outer_of(
+        self,
+        value: object,
+        params: P,
+        hparams: H,
+        label: str = "outer",
+        data: Data = "outer",
+        retain_graph: bool = False,
+    ) -> OuterDerivatives[P, H]:
+        def own() -> OuterDerivatives[P, H]:
+            loss = self._weighted(label, value, data)
+            with self.losses():
+                return ONE_RANK.outer_of(loss, params, hparams, label, data, retain_graph)
+
+        return self._averaged_outer(own, params, hparams, data)
+
+    @override
+    def outers(self, objective: Any, params: P, hparams: H, args: Args) -> OuterDerivatives[P, H]:
+        raise TypeError("Sharded: several outer objectives at once are not supported. Make one call for each.")
+
+    @override
+    @contextmanager
+    def isolated(self, inputs: Inputs[P, H], double: bool) -> Iterator[Any]:
+        raise TypeError("Sharded: diagnose is not supported. Run it in one process, on a small copy of the model.")
+        yield  # pyright: ignore[reportUnreachable]
+
+    def _weighted(self, label: str, value: object, data: Data) -> torch.Tensor:
+        """Return a loss times a weight, so that its derivatives have to be averaged over the ranks."""
+        loss: Any = scalar(label, value)
+        with torch.enable_grad():
+            nodes = list(nodes_of([loss]))
+            if is_dtensor(loss):  # of the data of all ranks
+                prepare(nodes, self.group, lambda _: False)
+                return loss.full_tensor()
+            self._check_within(label, nodes)
+            self._check_unchanged(label, nodes)
+            weight = super()._share(data, loss.device) * self.ranks
+            prepare(nodes, self.group, self._has_data if self.gathering.states or weight != 1 else lambda _: False)
+            return loss * weight
+
+    def _has_data(self, mesh: Any) -> bool:
+        """Return whether ranks of a mesh may have different data: not if the mesh is only of tensor parallelism."""
+        return mesh.size() == self.ranks or mesh in self.gathering.meshes
+
+    def _check_within(self, label: str, nodes: Iterable[Node]) -> None:
+        """Raise a ValueError if a loss was computed with the hooks of FSDP."""
+        unsharded = self.gathering.unsharded()
+        leaf_nodes: list[Any] = [node for node in nodes if node.name() == LEAF]
+        variables = [id(node.variable) for node in leaf_nodes]
+        if names := [unsharded[key] for key in variables if key in unsharded]:
+            raise ValueError(f"{label} was computed with the gathered parameter {names[0]!r}. {WITHIN}")
+
+    def _check_unchanged(self, label: str, nodes: Iterable[Node]) -> None:
+        """Raise a RuntimeError on all ranks if a parameter has changed on any rank since a loss was computed."""
+        if (flag := changed(nodes)) is None:
+            return
+        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.group)
+        if flag > 0:
+            raise RuntimeError(
+                f"{label}: a parameter has changed since the loss was computed, for example by an optimizer step. "
+                "Compute the losses again before the call."
+            )
+
+    @override
+    def _share(self, data: Data, device: torch.device) -> float:
+        return 1 / self.ranks  # the losses have weights
+
+    @override
+    def _mean(self, tree: V, share: float) -> V:
+        """Return the mean over the ranks of plain tensors. DTensors are already means."""
+        plain = iter(super()._mean([t for t in leaves(tree) if not is_dtensor(t)], share))
+        return with_leaves(tree, [t if is_dtensor(t) else next(plain) for t in leaves(tree)])
+
+
+def _check_whole(args: object) -> None:
+    if isinstance(args, MicroBatches):
+        raise TypeError("Sharded: bl.MicroBatches is not supported. Use activation checkpoints in the module.")

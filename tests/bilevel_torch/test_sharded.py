@@ -1,0 +1,165 @@
+"""Parameters that are sharded over ranks, with gloo: hypergradients are equal to those of one process."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
+    pytest.skip("this torch is built without gloo", allow_module_level=True)
+
+import bilevel as bl  # noqa: E402
+import bilevel_torch  # noqa: E402
+
+dist = torch.distributed
+PROGRAM = Path(__file__).parents[1] / "helpers" / "sharded_ranks.py"
+CASES = ["cg", "minres", "neumann", "nystrom", "identity", "convnet", "tied", "checkpointed", "loop", "functions"]
+CASES += ["tensor parallel", "replicated cotangent"]
+
+
+def start(what, world, folder):
+    """Start the ranks of a program, and return the processes."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    return [
+        subprocess.Popen([sys.executable, PROGRAM, str(rank), str(world), folder, what], env=environment)
+        for rank in range(world)
+    ]
+
+
+def results(what, world, folder):
+    """Run a program, and return the results of its ranks."""
+    for process in start(what, world, folder):
+        assert process.wait(120) == 0
+    return [torch.load(folder / f"{what}-{world}-{rank}.pt") for rank in range(world)]
+
+
+@pytest.fixture(scope="module")
+def errors(tmp_path_factory):
+    return results("results", 2, tmp_path_factory.mktemp("results"))
+
+
+@pytest.fixture(scope="module")
+def said(tmp_path_factory):
+    return results("mishaps", 2, tmp_path_factory.mktemp("mishaps"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_it_is_that_of_one_process(errors, case):
+    """With uneven shares of the data, and hyperparameters that are replicated, per example, and sharded."""
+    for rank in errors:
+        assert rank[case] <= 1e-10
+
+
+@pytest.mark.slow
+def test_a_mixed_precision_policy_applies(errors):
+    for rank in errors:
+        assert 1e-12 < rank["mixed precision"] < 1e-5  # parameters in float32, all else in float64
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("outside", r"ValueError: outer_loss was computed with the gathered parameter .*with backend\.losses\(\)"),
+        ("outside, no penalty", r"ValueError: outer_loss was computed with the gathered .*would be of one rank"),
+        ("no backend", r"TypeError: params\['0\.bias'\] is a DTensor.*bilevel_torch\.Sharded"),
+        ("nan", r"SolverError: CG: nan or infinity in the losses"),
+        ("solver", r"ValueError: Sharded: the solver, its options.* differ .*damping=(4|5)\.0"),
+        ("decay", r"ValueError: Sharded: hparams are not the same on all ranks"),
+        ("counts", r"ValueError: Sharded\.inner_samples: only some ranks give it"),
+        ("exact", r"TypeError: Sharded: a solver needs the whole matrix.*\"cg\""),
+        ("changed", r"RuntimeError: outer_loss: a parameter has changed.*Compute the losses again"),
+        ("diagnose", r"TypeError: Sharded: diagnose is not supported"),
+    ],
+)
+def test_every_rank_gets_the_error(said, case, message):
+    for rank in said:
+        assert re.match(message, rank[case])
+        assert len(rank) == 10
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_ends_the_others(tmp_path):
+    first, last = start("without_a_rank", 2, tmp_path)
+    assert last.wait(60) == -signal.SIGKILL
+    assert first.wait(60) == 0
+    assert torch.load(tmp_path / "without_a_rank-2-0.pt").startswith("RuntimeError: ")
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_two_ranks_is_loaded_by_one(tmp_path):
+    saved, _ = results("checkpoint", 2, tmp_path)
+    [(loaded, steps)] = results("checkpoint", 1, tmp_path)
+    assert all(torch.equal(saved[name], loaded[name]) for name in saved)
+    assert steps == 0
+
+
+@pytest.fixture
+def mesh():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.device_mesh.init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def sharded_net(mesh):
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1)).double()
+    return fully_shard(net, mesh=mesh)
+
+
+def test_the_module_is_as_before_after_the_context(mesh):
+    net, x = sharded_net(mesh), torch.ones(2, 3, dtype=torch.float64)
+    before = [(type(part), dict(part._forward_hooks), dict(part._forward_pre_hooks)) for part in net.modules()]
+    backend = bilevel_torch.Sharded(net)
+    with backend.losses():
+        inside = net(x)
+        assert type(net[0].weight) is torch.Tensor  # gathered
+        assert type(dict(net.named_parameters())["0.weight"]).__name__ == "DTensor"
+    assert before == [(type(p), dict(p._forward_hooks), dict(p._forward_pre_hooks)) for p in net.modules()]
+    with pytest.raises(ZeroDivisionError), backend.losses():
+        raise ZeroDivisionError
+    assert before == [(type(p), dict(p._forward_hooks), dict(p._forward_pre_hooks)) for p in net.modules()]
+    assert torch.equal(net(x), inside)
+
+
+def test_the_loss_may_read_a_weight_of_the_module(mesh):
+    """It is the whole weight, as in a module that is not sharded."""
+    net, h = sharded_net(mesh), torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    backend, x = bilevel_torch.Sharded(net), torch.ones(2, 3, dtype=torch.float64)
+    stored, grads = net.get_parameter("0.weight"), []
+    for penalty in (
+        lambda: net[0].weight.square().sum(),
+        lambda: stored.square().sum().full_tensor(),
+    ):
+        with backend.losses():
+            inner, outer = (net(x) - 1).square().mean() + h * penalty(), net(x).square().mean()
+        solver = bl.Neumann(terms=5, damping=10.0)
+        hg = bilevel_torch.hypergradient(
+            inner, outer, net.parameters(), h, solver=solver, backend=backend, on_failure="ignore"
+        )
+        grads.append(float(hg.grad))
+    assert grads[0] == pytest.approx(grads[1], rel=1e-12)
+
+
+def test_a_sharded_parameter_needs_the_backend(mesh):
+    net, h = sharded_net(mesh), torch.zeros((), dtype=torch.float64, requires_grad=True)
+    train = bilevel_torch.implicit_minimizer(lambda w, h, start: (h * w - start).sum())(lambda h, start: start)
+    with pytest.raises(TypeError, match=r"is a DTensor.*Other functions need whole tensors"):
+        train(h, net.get_parameter("0.weight"))
+
+
+def test_a_mesh_of_some_ranks_is_refused(mesh, monkeypatch):
+    weight = torch.distributed.tensor.distribute_tensor(torch.ones(2), mesh).requires_grad_()
+    backend = bilevel_torch.Sharded()
+    monkeypatch.setattr(backend, "ranks", 2)
+    loss = weight.sum().full_tensor()
+    with pytest.raises(ValueError, match=r"params is on a mesh of 1 of 2 ranks"):
+        bilevel_torch.backward(loss, loss, weight, torch.ones(1, requires_grad=True), backend=backend)
