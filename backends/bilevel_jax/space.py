@@ -14,6 +14,7 @@ from jax.flatten_util import ravel_pytree
 from typing_extensions import override
 
 from bilevel.spaces.array import Array, V
+from bilevel.spaces.jax_callback import jax_callback
 from bilevel.spaces.space import Layout, Space, State, X, kind_of
 from bilevel_jax.no_reverse_mode import raise_no_derivative, without_reverse_mode
 from bilevel_jax.sharding import equations, explicitly_sharded
@@ -151,13 +152,12 @@ class JaxSpace(Space[V]):
     def numpy_callback(self, function: Callable[..., np.ndarray], *arrays: jax.Array) -> jax.Array:
         like = arrays[-1]
 
-        def call(*host: jax.Array) -> np.ndarray:
-            return function(*(np.asarray(a, np.float64) for a in host)).astype(like.dtype)
+        def call(*host: np.ndarray) -> np.ndarray:
+            return function(*(a.astype(np.float64) for a in host))
 
         @jax.custom_jvp
         def without_derivative(*arrays: jax.Array) -> jax.Array:
-            result = jax.ShapeDtypeStruct(like.shape, like.dtype)
-            return jax.pure_callback(call, result, *arrays, vmap_method="sequential")
+            return jax_callback(call, like, *arrays)
 
         without_derivative.defjvp(raise_no_derivative)
         return jnp.zeros_like(like) + without_derivative(*arrays)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -12,6 +11,7 @@ from typing_extensions import override
 
 from bilevel.prox.groups import sums_of_groups
 from bilevel.prox.operator import Given, ProximalOperator, given, without_derivative
+from bilevel.spaces.jax_callback import jax_callback
 from bilevel.spaces.namespace import namespace
 
 
@@ -89,12 +89,7 @@ def _on_host(v: Any, threshold: Any) -> Any:
         return v.new_tensor(denoised(v.double().cpu().numpy(), float(threshold)))
     if isinstance(v, np.ndarray | np.generic):
         return denoised(np.asarray(v, np.float64), float(threshold))
-    jax = sys.modules["jax"]
-
-    def on_host(v: Any, threshold: Any) -> np.ndarray:
-        return denoised(np.asarray(v, np.float64), float(threshold)).astype(v.dtype)
-
-    return jax.pure_callback(on_host, jax.ShapeDtypeStruct(v.shape, v.dtype), v, threshold, vmap_method="sequential")
+    return jax_callback(lambda v, threshold: denoised(v.astype(np.float64), float(threshold)), v, v, threshold)
 
 
 def denoised(y: Any, threshold: float) -> np.ndarray:
