@@ -20,7 +20,7 @@ PREFIXES = {"api/torch.md": "bilevel_torch.", "api/jax.md": "bilevel_jax.", "api
 NOT_TEXT = r"<pre.*?</pre>|<a\b.*?</a>|<h[1-6]\b.*?</h[1-6]>"
 CODE = re.compile(rf"{NOT_TEXT}|<code>@?([\w.]+)(\([^<]*\))?</code>", re.DOTALL)
 NOT_LISTED = [
-    *("bl.problems", "bl.prox", "bl.projections"),  # packages
+    *("bl.problems", "bl.prox", "bl.projections", "bilevel_torch.data"),  # packages
     *("bl.__version__", "bilevel_torch.backend", "bilevel_jax.backend"),
 ]
 OLD = ["changelog.md"]  # pages that name what no longer exists
