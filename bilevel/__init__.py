@@ -1,7 +1,5 @@
 """Bilevel optimization: hypergradients by implicit differentiation, in NumPy, PyTorch and JAX."""
 
-from importlib.metadata import version
-
 from bilevel import problems, projections, prox
 from bilevel.config import get_backend, get_solver, list_backends, list_preconditioners, list_solvers
 from bilevel.diagnosis import diagnose, diagnose_training
@@ -40,8 +38,6 @@ from bilevel.search.newton_fit import newton_fit
 from bilevel.search.pareto import pareto
 from bilevel.search.proximal_fit import proximal_fit
 from bilevel.warm_start import WarmStart
-
-__version__ = version("bilevel")
 
 __all__ = [
     "CG",
@@ -101,3 +97,11 @@ __all__ = [
     "scipy_fit",
     "with_multipliers",
 ]
+
+
+def __getattr__(name: str) -> str:
+    if name == "__version__":
+        from importlib.metadata import version  # slow to import
+
+        return version("bilevel")
+    raise AttributeError(f"module 'bilevel' has no attribute {name!r}")
