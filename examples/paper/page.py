@@ -27,11 +27,11 @@ SYSTEMS = [
 INTRODUCTION = """\
 # The paper's systems
 
-What Lorraine, Vicol & Duvenaud ("Optimizing Millions of Hyperparameters by Implicit Differentiation", AISTATS 2020)
-did with hypergradients, done again with this library at a size that two CPU cores manage. `make paper DATA=DIR` makes
-this page and its pictures from the histories in [`examples/paper/results`](../examples/paper/results), and runs what
-has no history yet. Without data of your own, `--fast --out DIR` runs a system on data that scikit-learn brings. The
-paper's figures are quoted as we know them; those that we have second-hand say so.
+This page repeats the experiments of Lorraine, Vicol & Duvenaud (AISTATS 2020) at a size for two CPU cores. Their paper
+is "Optimizing Millions of Hyperparameters by Implicit Differentiation". `make paper DATA=DIR` makes the page and
+its pictures from the histories in [`examples/paper/results`](../examples/paper/results). It also runs the systems that
+have no history yet. Without data of your own, `--fast --out DIR` runs a system on data that scikit-learn brings. Some
+figures of the paper are known to us second-hand only. The page marks them.
 
 """
 

@@ -44,18 +44,19 @@ def section(histories: dict[str, dict[str, Any]], pictures: Path) -> str:
         cells = [spread(of, key) for key in ("test_loss", "test_accuracy", "change")]
         rows.append([NAMES[name], spread(of, "val_loss"), spread(lowest, "lowest"), *cells])
     return f"""\
-The paper's U-Net (6,497 parameters for grey images) changes the training images of a small convolutional network, and
-is tuned so that what is trained on them validates well: {settings["train"]} images of {settings["data"]} to train on,
-{settings["validation"]:,} to validate on; {settings["steps"]:,} steps of training on {settings["batch"]} images each,
-and every {settings["every"]} of them, but the first {settings["warmup"]}, a hypergradient on {settings["batch_val"]}
-images. The paper trains a ResNet-18 on 45,000 images of CIFAR-10, {45000 / settings["train"]:.0f} times as many: here
-little data makes overfitting the main trouble. Its Neumann series has the steps of training; ours, and the unrolled
-descent, have steps of {settings["solver"]["step_size"]}, since we train by Adam. The automatic step is one over the
-largest curvature, plus damping. The learning rate of the U-Net and that step were chosen by short runs on one seed:
-three times the rate saturated its tanh, and the automatic step without damping did worse. In a few of the solves by 3
-Neumann terms the Hessian had negative curvature, of which the library warned; the runs stand as they are. Means ±
-standard deviations over {len(runs["neumann"])} seed(s); "its lowest" is the lowest validation loss on the way, which
-early stopping would have kept.
+The paper's U-Net (6,497 parameters for grey images) changes the training images of a small convolutional network. It is
+tuned by the validation loss of the trained network. The network trains on {settings["train"]} images of
+{settings["data"]}, and {settings["validation"]:,} are for validation. It takes {settings["steps"]:,} steps on
+{settings["batch"]} images each. After every {settings["every"]} steps, except in the first {settings["warmup"]}, there
+is a hypergradient on {settings["batch_val"]} images. The paper trains a ResNet-18 on 45,000 images of CIFAR-10,
+{45000 / settings["train"]:.0f} times as many. Here, little data makes overfitting the main difficulty.
+
+The paper's Neumann series has the step size of the training. Ours has {settings["solver"]["step_size"]}, as the
+unrolled descent has, since Adam trains here. The automatic step is one over the largest curvature, plus damping. Short
+runs on one seed chose the learning rate of the U-Net and this step. Three times the rate saturated its tanh. The
+automatic step without damping was worse. A few of the solves by 3 Neumann terms met negative curvature, and the
+library warned. The numbers are means ± standard deviations over {len(runs["neumann"])} seed(s). "Its lowest" is the
+lowest validation loss on the way, which early stopping would have kept.
 
 {table(head, rows)}
 {draw(pictures / "augmentation.png", (11, 4.2), lambda figure: _fill(figure, runs))}
@@ -85,29 +86,32 @@ def _comparison(runs: dict[str, list[dict[str, Any]]]) -> str:
                 names.append(NAMES[name])
         return ", ".join(names) if names else "nothing"
 
-    gaps = "; ".join(f"{NAMES[name]} {_reductions(runs[name], runs['none'])}" for name in tuned)
+    gaps = "\n".join(f"- {NAMES[name]}: {_reductions(runs[name], runs['none'])}" for name in tuned)
     val, test = (
         100 * (mean(runs["neumann"], key) - mean(runs["none"], key)) for key in ("val_accuracy", "test_accuracy")
     )
     words = (
-        "Judged by the objective, a lower validation loss than without augmentation, with every seed: "
-        f"{better('val_loss', -1)} (reductions, seed by seed: {gaps}). A lower test loss with every seed: "
-        f"{better('test_loss', -1)}. A higher test accuracy with every seed: {better('test_accuracy', 1)}. The "
-        "paper gains 2.5 points of validation accuracy by 3 Neumann terms (second-hand); here they change its mean by "
-        f"{val:+.1f} points, and that of test accuracy by {test:+.1f}, over {len(runs['none'])} seed(s)."
+        "These variants are better than no augmentation with every seed:\n\n"
+        f"- a lower validation loss, which is the objective: {better('val_loss', -1)}\n"
+        f"- a lower test loss: {better('test_loss', -1)}\n"
+        f"- a higher test accuracy: {better('test_accuracy', 1)}\n\n"
+        f"The validation loss is lower by these parts, seed by seed:\n\n{gaps}\n\n"
+        "The paper gains 2.5 points of validation accuracy by 3 Neumann terms (second-hand). Here they change the mean "
+        f"validation accuracy by {val:+.1f} points, and the mean test accuracy by {test:+.1f} points, over "
+        f"{len(runs['none'])} seed(s)."
     )
     stopped = float(np.mean([_lowest(history) for history in runs["none"]]))
     ended = [name for name in tuned if mean(runs[name], "val_loss") < stopped]
     words += (
-        f" Without augmentation, but stopped at its lowest validation loss, training would have ended at "
-        f"{stopped:.3f}; {len(ended)} of the {len(tuned)} variants end below that on average."
+        f" A training without augmentation that stops at its lowest validation loss ends at {stopped:.3f}. On average, "
+        f"{len(ended)} of the {len(tuned)} variants end below that."
     )
     flat = {name: sum(h["result"]["change"] > SATURATED for h in runs[name]) for name in tuned}
     if any(flat.values()):
         counts = ", ".join(f"{NAMES[name]} ({n} of {len(runs[name])})" for name, n in flat.items() if n)
         words += (
-            f" Beware of what has been learned: in some runs the tanh has saturated, by {counts}. The augmentation "
-            "then adds or takes away almost 1 everywhere, which regularizes, but varies nothing."
+            f" In some runs the tanh has saturated: by {counts}. Then the augmentation adds or takes away almost 1 "
+            "everywhere. This regularizes, but it varies nothing."
         )
     return words
 

@@ -39,12 +39,13 @@ def section(histories: dict[str, Any], pictures: Path) -> str:
     flat = products[20][MEMORY] / products[1][MEMORY]
     assert abs(flat - 1) < 0.1  # what is said below
     text = (
-        f"A decay for each of {products[3]['hyperparameters']:,} weights of an MLP with two layers of "
-        f"{sizes['hidden']:,} units, batches of {sizes['batch']}. A hypergradient with K Neumann terms takes "
-        f"{start:.1f} + {slope:.2f} K training gradients (fitted to K = 1, 3, 5, 20), and {flat:.2f} times the memory "
-        "with K = 20 of that with K = 1. Algorithm 1 as a whole is five training steps with Adam for each step of the "
-        "hyperparameters, over the five steps alone; memory is that above a process that has loaded model and data. "
-        "`unrolled T` differentiates through T steps of its own.\n\n"
+        f"Each of the {products[3]['hyperparameters']:,} weights of an MLP has a decay. The MLP has two layers of "
+        f"{sizes['hidden']:,} units, and batches have {sizes['batch']} examples. A hypergradient with K Neumann terms "
+        f"takes {start:.1f} + {slope:.2f} K training gradients (fitted to K = 1, 3, 5, 20). Its memory with K = 20 is "
+        f"{flat:.2f} times its memory with K = 1. Joint training is Algorithm 1, with five training steps of Adam for "
+        "each step of the hyperparameters. Its time and memory are divided by those five steps alone. Memory is "
+        "counted above a process that has loaded model and data. `unrolled T` differentiates through T further "
+        "steps.\n\n"
     )
     text += table(["method", "training gradients", "joint / training, time", "joint / training, memory"], lines)
     text += "\n" + _systems() + "\n" + draw(pictures / "cost.png", (9, 3.6), lambda figure: _fill(figure, results))
@@ -71,8 +72,8 @@ def _systems() -> str:
     if not lines:
         return ""
     return (
-        "What a whole run of the other systems took in processor time, over the run of the same steps that tunes "
-        "nothing:\n\n" + table(["system", "variant", "time / no tuning"], lines)
+        "The next table is about whole runs of the other systems. It has their processor time, divided by the time of "
+        "a run without tuning:\n\n" + table(["system", "variant", "time / no tuning"], lines)
     )
 
 

@@ -53,32 +53,32 @@ def section(histories: dict[str, dict[str, Any]], pictures: Path) -> str:
     picture = draw(pictures / "distillation.png", (8.5, 0.72 * len(shown)), lambda figure: _images(figure, runs, shown))
     jax = [history["result"] for history in runs["mnist-jax-cg-10"]]
     return f"""\
-Section 5.3 and figure 6 of the paper. A logistic regression learns from ten images, one per class, that start at zero;
-their pixels are tuned on the loss of {setup["validation"]:,} real ones, {setup["inner_steps"]} steps of Adam on the
-regression for each of the {setup["steps"]:,} steps of Adam on the images. {setup["data"]},
-{mnist["result"]["hparams"]:,} hyperparameters; test accuracy of the regression that was trained along with the images,
-and of one that is trained on the final images from scratch to its minimum:
+Section 5.3 and figure 6 of the paper. A logistic regression learns from ten images, one for each class. They start at
+zero, and their pixels are tuned on the loss of {setup["validation"]:,} real images. There are {setup["inner_steps"]}
+steps of Adam on the regression for each of the {setup["steps"]:,} steps of Adam on the images. The data are
+{setup["data"]}, with {mnist["result"]["hparams"]:,} hyperparameters. The table has two test accuracies. The first
+regression was trained along with the images. The second was trained on the final images, from scratch to its minimum:
 
 {table(head, rows)}
 The same for {cifar["settings"]["data"]}, {cifar["result"]["hparams"]:,} hyperparameters:
 
 {table(head[:3], colour)}
 {picture}
-Where the regression follows the images closely (learning rate {setup["lr"]:g}), from scratch the best of the solvers
-with products, {_best(runs, "mnist")}, is {_ahead(runs, "mnist")} the identity. Where it lags behind (learning rate
-{lagging["settings"]["lr"]:g}; the paper's code has 1e-4), the best, {_best(runs, "lagging")}, is
-{_ahead(runs, "lagging")} the identity. The accuracy along with the images says little about what
-the images are worth without the weights that have seen them change: the two differ by up to {_gap(runs):.1f} points.
-All trainings, those on real images too, have the same weight decay, which is tuned for none of them.
+With a learning rate of {setup["lr"]:g}, the regression follows the images closely. There, the best solver with
+products is {_best(runs, "mnist")}. From scratch, it is {_ahead(runs, "mnist")} the identity. With a learning rate of
+{lagging["settings"]["lr"]:g}, the regression lags behind (the paper's code has 1e-4). There, the best solver is
+{_best(runs, "lagging")}, {_ahead(runs, "lagging")} the identity. The two accuracies differ by up to {_gap(runs):.1f}
+points. So the accuracy along with the images does not tell what the final images are worth alone. All trainings have
+the same weight decay, also on real images. It is tuned for none of them.
 
-The losses are written once, for arrays of either framework. At the end of {len(jax)} runs in JAX the hypergradients of
-JAX and PyTorch at the same point differ by at most {max(r["difference_from_torch"] for r in jax):.0e} of their norm, in
-float32; whole runs end at a validation loss of {spread(runs["mnist-jax-cg-10"], "val_loss", ".4f")} in JAX and
-{spread(runs["mnist-cg-10"], "val_loss", ".4f")} in PyTorch. {sum(r["unsolved"] for r in jax)} of
-{len(jax) * setup["steps"]:,} systems in JAX were not solved to the tolerance.
+The losses are written once, for arrays of both frameworks. {len(jax)} runs in JAX compare their last hypergradient with
+PyTorch's at the same point. They differ by at most {max(r["difference_from_torch"] for r in jax):.0e} of their norm, in
+float32. Whole runs end at a validation loss of {spread(runs["mnist-jax-cg-10"], "val_loss", ".4f")} in JAX, and
+{spread(runs["mnist-cg-10"], "val_loss", ".4f")} in PyTorch. In JAX, {sum(r["unsolved"] for r in jax)} of
+{len(jax) * setup["steps"]:,} systems were not solved to the tolerance.
 
-Scaled down: the paper's code takes 10,000 steps, with the identity as its solver; the paper has CIFAR-100, too
-(second-hand). In the picture, seed 0, the brightness of distilled images is stretched.
+Scaled down: the paper's code takes 10,000 steps, with the identity as its solver. The paper also has CIFAR-100
+(second-hand). The picture shows seed 0, and stretches the brightness of distilled images.
 """
 
 

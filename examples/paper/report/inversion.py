@@ -49,22 +49,23 @@ def section(histories: Histories, pictures: Path) -> str:
     head += [*(f"CG {k}" for k in shown), *(f"{method} {last}" for method in METHODS[2:4])]
     rows = [r for group in groups.values() for h in group for r in h["rows"] if r["products"] > 0]
     return f"""\
-Figures 3 and 4 of the paper: how near approximate inverses come to the hypergradient of the exact one, on Boston
-housing, with a weight decay for each weight (log decay −7). Here also on scikit-learn's diabetes. The features are
-standardised, the inner problem is solved to a gradient of 1e-10, all is in float64, and Neumann's α is 1/λmax. The
-paper measures in mid-training; that is left out, since there the Hessian of the network has negative eigenvalues and
-its exact inverse is no yardstick. Means ± standard deviations over {_seeds(groups)} splits.
+Figures 3 and 4 of the paper compare the hypergradients of approximate inverses with the hypergradient of the exact
+inverse. They are on Boston housing, with a weight decay for each weight (log decay −7). This section adds
+scikit-learn's diabetes. The features are standardised, and the inner problem is solved to a gradient of 1e-10. All
+numbers are in float64, and Neumann's α is 1/λmax. The paper measures in mid-training. There the Hessian of the network
+has negative eigenvalues, so its exact inverse is no yardstick. So this section leaves mid-training out. The numbers
+are means ± standard deviations over {_seeds(groups)} splits.
 
 {table(head, lines)}
 {draw(pictures / "inversion.png", (4.2 * len(groups), 6.2), lambda figure: _fill(figure, groups))}
-The paper finds that 5 Neumann terms are comparable to CG or better in direction (second-hand). {_order(rows)} With one
-product CG is still at the direction of the right-hand side, where Neumann already has a term more; later CG makes more
-of its products. The CG of the published code is another one: as we read it, it starts at the right-hand side and puts
-0.01 for denominators below 0.005 (the curve *clamped CG*). {_clamped(groups)} Nyström is the library's, with its
-default damping of 0.01. Gauss-Newton is the Hessian of a linear model; on the networks it has a limit of its own, a
-cosine of {_limit(groups)} after {last} products.
+The paper finds that 5 Neumann terms are comparable to CG or better in direction (second-hand). {_order(rows)} After one
+product, CG still has the direction of the right-hand side, and Neumann has one more term. Later, CG gains more from
+each product. The published code has another CG. As we read it, it starts at the right-hand side, and replaces
+denominators below 0.005 by 0.01 (the curve *clamped CG*). {_clamped(groups)} `nystrom` has its default damping of
+0.01. The Gauss-Newton matrix equals the Hessian of a linear model. On the networks it differs, and its cosine is
+{_limit(groups)} after {last} products.
 
-The failure half, on raw features: {_failure(raw)}
+The next runs have raw features, where solvers fail. {_failure(raw)}
 """
 
 
@@ -102,9 +103,9 @@ def _order(rows: Iterable[dict[str, float]]) -> str:
     assert 4 * len(ahead) < len(rows)  # the section says that the paper's order is the exception
     assert early > len(few) / 4
     return (
-        f"We do not see that: of {len(rows):,} comparisons at equal products, Neumann has the greater cosine in "
-        f"{len(ahead)}, never beyond {max(ahead)} products, and the smaller distance in {len(nearer)}. At one or two "
-        f"products it has the greater cosine in {early} of {len(few)}."
+        f"We do not see that. In {len(rows):,} comparisons at equal products, Neumann has the greater cosine "
+        f"{len(ahead)} times, never beyond {max(ahead)} products. It has the smaller distance {len(nearer)} times. At "
+        f"one or two products, it has the greater cosine in {early} of {len(few)}."
     )
 
 
@@ -117,9 +118,9 @@ def _clamped(groups: dict[str, list[dict[str, Any]]]) -> str:
     ahead = sum(n > c for n, c in zip(neumann, clamped, strict=True))
     assert 2 * ahead < len(clamped)
     return (
-        f"On the linear models it is at a cosine of {min(clamped):.2f} to {max(clamped):.2f} after {last} products, "
-        f"where CG has at least {min(cg):.4f}; Neumann is ahead of it there in {ahead} of "
-        f"{len(clamped)} runs, so that this explains a part of the published order at most."
+        f"On the linear models, its cosine is {min(clamped):.2f} to {max(clamped):.2f} after {last} products, and CG "
+        f"has at least {min(cg):.4f}. Neumann is ahead of clamped CG in {ahead} of {len(clamped)} runs. So the clamps "
+        "explain at most a part of the published order."
     )
 
 
@@ -140,12 +141,14 @@ def _failure(raw: dict[str, list[dict[str, Any]]]) -> str:
         low, high = (format(end([r[key] for r in results]), form) for end in (min, max))
         return low if low == high else f"{low} to {high}"
 
-    return f"""the condition is {span("condition")}. With the published step of 0.001 the bare series
-reaches a relative error of {span("unguarded 5 error")} after 5 terms, {span("unguarded 20 error")} after 20. Here it
-is flagged `DIVERGED` at the first term, and `on_failure="raise"` refuses it. The automatic step holds, but 20 terms
-leave an error of {span("automatic step error", ".2f")}. CG in float32 says that it has failed, and it has: an error of
-{span("float32 CG error")}, behind a residual of {span("float32 CG residual")}. In float64 it converges, with an error
-of {span("float64 CG error")}, and in float32 with the diagonal preconditioner, with {span("preconditioned CG error")}.
+    return f"""The condition is {span("condition")}. Without checks and with the published
+step of 0.001, the series has a relative error of {span("unguarded 5 error")} after 5 terms. After 20 terms, it is
+{span("unguarded 20 error")}.
+The library reports `DIVERGED` at the first term, and `on_failure="raise"` raises an error. The automatic step
+converges, but 20 terms leave an error of {span("automatic step error", ".2f")}. CG in float32 reports a failure. Its
+error is {span("float32 CG error")}, at a residual of {span("float32 CG residual")}. In float64, CG converges with an
+error of {span("float64 CG error")}. In float32 with the diagonal preconditioner, it converges with an error of
+{span("preconditioned CG error")}.
 """
 
 

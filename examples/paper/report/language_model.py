@@ -55,20 +55,20 @@ def section(histories: dict[str, Any], pictures: Path) -> str:
     return "\n".join(
         [
             f"An LSTM of {settings['size']} units with tied embeddings, {weights:,} weights, on {settings['train']:,} "
-            f"words of {settings['data']}. Perplexities at the epoch that is best on validation; what is tuned on is a "
-            f"text of its own. Mean over {seeds} seed{'s' * (seeds > 1)}; random search is the better of {trials} runs "
-            "by validation, its time that of all:",
+            f"words of {settings['data']}. The table has perplexities at the epoch that is best on validation. They "
+            f"are means over {seeds} seed{'s' * (seeds > 1)}. Another text is for tuning. Random search keeps the "
+            f"best of {trials} runs by validation. Its time includes all runs:",
             "",
             table(head, rows),
             draw(pictures / "language_model.png", (9, 3.8), lambda figure: fill(figure, runs)),
             " ".join(findings(runs)),
             "",
-            f"Scaled down: {settings['vocabulary']:,} words and one layer (the paper: Penn Treebank, 10,000 words, two "
-            f"layers of 650), {settings['epochs']} epochs of Adam on windows of {settings['window']} words that each "
-            f"start from a state of zero, a step of the hyperparameters after every {settings['every']} of training "
-            "(the paper: each). One layer has 5 scalar regularizers where the paper's two have 7. All start at "
-            f"dropout of {settings['rates']['input']} and penalties of {settings['rates']['slowness']}; 'no tuning' "
-            "stays there.",
+            f"Scaled down: the vocabulary has {settings['vocabulary']:,} words, and there is one layer. The paper has "
+            f"Penn Treebank, 10,000 words and two layers of 650 units. Here, Adam takes {settings['epochs']} epochs on "
+            f"windows of {settings['window']} words, each from a state of zero. The hyperparameters take a step after "
+            f"every {settings['every']} steps of training, and in the paper after each. One layer has 5 scalar "
+            f"regularizers, and the paper's two layers have 7. All start at a dropout of {settings['rates']['input']} "
+            f"and penalties of {settings['rates']['slowness']}. 'No tuning' stays there.",
         ]
     )
 
@@ -77,13 +77,13 @@ def findings(runs: dict[str, list]) -> list[str]:
     """Return what the table says, in words that follow from its numbers."""
     none, tests = mean(runs["none"], "test"), {name: mean(found, "test") for name, found in runs.items()}
     first = min(tests, key=tests.__getitem__)
-    said = [f"The best test perplexity is that of '{NAMES[first]}', {tests[first]:.2f}, against {none:.2f} untuned."]
+    said = [f"'{NAMES[first]}' has the best test perplexity, {tests[first]:.2f}, against {none:.2f} without tuning."]
     changes = "; ".join(f"{NAMES[name]}: {tests[name] - none:+.2f}" for name in tests if name != "none")
     said.append(f"Changes against no tuning, in test perplexity: {changes}.")
     better = tests["many"] < tests["random"]
     said.append(
-        f"Random search of a few runs is {'behind' if better else 'ahead of'} many tuned hyperparameters here"
-        + ("." if better else ": a wide draw of rates gets further than this many steps from small ones.")
+        f"A random search of a few runs is {'behind' if better else 'ahead of'} many tuned hyperparameters here."
+        + ("" if better else " It draws from a wide range of rates. Tuning starts at small rates, and takes few steps.")
     )
     for name in ("few", "many"):
         rates = ", ".join(f"{mean(runs[name], f'{key}_rate'):.2f} ({RATES[key]})" for key in RATES)
@@ -91,10 +91,10 @@ def findings(runs: dict[str, list]) -> list[str]:
     start, end = (np.mean([history["rows"][i]["input_rate"] for history in runs["few"]]) for i in (0, -1))
     if end < start and not better:
         said.append(
-            f"One reason may show in them: the one rate at the input ends at {end:.3f}, where the best of the random "
-            f"runs have {mean(runs['random'], 'input_rate'):.2f}. Early in training noise costs more than it gains, a "
-            "hypergradient looks no further than the weights of the moment, and near zero relaxed dropout has hardly a "
-            "gradient to come back by (an explanation that we have not tested)."
+            f"The rates may show a reason. The rate at the input ends at {end:.3f}, and the best random runs have "
+            f"{mean(runs['random'], 'input_rate'):.2f}. Early in training, noise costs more than it gains, and a "
+            "hypergradient looks only at the present weights. Near zero, relaxed dropout has a small gradient, so the "
+            "rate hardly comes back. We have not tested this explanation."
         )
     return said
 

@@ -44,10 +44,10 @@ def section(histories: dict[str, dict[str, Any]], pictures: Path) -> str:
     return f"""\
 The U-Net above changes pixels freely, and gains nothing. Here, an augmentation has the magnitudes of seven random
 deformations: {", ".join(MAGNITUDES)}. They start at {tuned["start"][0]:g}.
-Their logarithms are tuned while the same network trains: by a step of Adam ({tuned["lr_augment"]:g}) after every
-{tuned["every"]} steps of training, with a new batch of {tuned["batch_val"]} validation images. Neumann's step and the
-damping are automatic. The training is that of the U-Net, with {tuned["steps"]} steps. Short runs with another seed
-chose these settings.
+Their logarithms are tuned while the same network trains. After every {tuned["every"]} steps of training, they take a
+step of Adam ({tuned["lr_augment"]:g}) with a new batch of {tuned["batch_val"]} validation images. Neumann's step and
+the damping are automatic. The network trains as with the U-Net, but for {tuned["steps"]} steps. Short runs with another
+seed chose these settings.
 
 - *Chosen by hand*: {hand}. These were the best of three choices on two other seeds.
 - *Random search* draws each magnitude from {searched["least"]:g} to {searched["most"]:g}, evenly in its logarithm. It
@@ -59,8 +59,8 @@ The network never trains on the {tuned["validation"]:,} validation images, only 
 {tuned["train"]} images of {tuned["data"]}, means ± standard deviations over {counts(runs)}:
 
 {table(head, lines)}
-Next to random search in the same CPU time, with the time of the second training where there is one, over the seeds
-that both have:
+The next table compares with random search in the same CPU time, over the seeds that both have. If there is a second
+training, its time counts:
 
 {comparison(runs)}
 {findings(runs)}
@@ -80,10 +80,10 @@ def findings(runs: Runs) -> str:
 Gains of more than {TARGET} points with every seed, along the training and trained again: {", ".join(sure) or "none"}.
 The largest mean gain is {np.mean(gains(runs[best], none, AGAIN)):.1f} points, by {NAMES[best]}.
 
-Two things cost accuracy. After the first quarter of the training, the geometric mean of the magnitudes, relative to the
-start, is {early}. A likely reason, not tested: a hypergradient judges by the weights of the moment, and early on,
-deformations only make training harder. In the second half, the standard deviation of a magnitude is still {late}. So
-the values at the end are partly noise of the small batches, or not yet settled."""
+Two things cost accuracy. First, the magnitudes fall at the beginning. After a quarter of the training, their geometric
+mean is {early} of the start. There is a likely reason, which was not tested: a hypergradient sees only the present
+weights, and early deformations make training harder. Second, the magnitudes do not settle. In the second half, the
+standard deviation of a magnitude is still {late}. The noise of the small batches may be a part of this."""
 
 
 def log_magnitudes(history: dict[str, Any]) -> np.ndarray:

@@ -41,21 +41,22 @@ def section(histories: dict[str, dict[str, Any]], pictures: Path) -> str:
         count = f"{of[0]['result']['hparams']:,}" if tuned else ""
         rows.append([NAMES[name], count, *weights, spread(of, "test_loss"), spread(of, "test_accuracy")])
     return f"""\
-{settings["data"]}: {settings["train"]:,} training examples, {settings["wrong"]:.0%} of them with a wrong label, and
-{settings["validation"]:,} clean ones for validation. A softmax regression is trained while the weights of the examples,
-or a network from an image and its label to a weight, are tuned: {settings["steps"]} hypergradients, and
-{settings["inner_steps"]} steps of Adam on all examples before each; a solve starts from the last one's solution. Then a
-model is trained from scratch with the weights, and tested. AUC is the chance that a right label weighs more than a
-wrong one. Means ± standard deviations over {len(runs["cg"])} seed(s).
+{settings["data"]} has {settings["train"]:,} training examples, {settings["wrong"]:.0%} of them with a wrong label, and
+{settings["validation"]:,} examples with right labels for validation. A softmax regression trains while the weights of
+the examples are tuned. In another variant, a network maps an image and its label to the weight. There are
+{settings["steps"]} hypergradients, with {settings["inner_steps"]} steps of Adam on all examples before each. Each solve
+starts from the last solution. Then a model is trained from scratch with the weights, and tested. AUC is the probability
+that a right label has more weight than a wrong one. The numbers are means ± standard deviations over
+{len(runs["cg"])} seed(s).
 
 {table(head, rows)}
 {draw(pictures / "reweighting.png", (11, 3.4), lambda figure: _fill(figure, runs))}
 {_comparison(runs)}
 
-On images that it was not tuned with, {settings["wrong"]:.0%} of them with wrong labels again, the network has an AUC of
-{spread(runs["network"], "auc_unseen")}; weights per example say nothing of those. We know of no result of the paper's
-to compare with. Its code has a network that sees the image alone and weighs by a softmax over the batch; ours sees the
-label too, without which nobody could tell that it is wrong, and ends in a sigmoid.
+On other images, {settings["wrong"]:.0%} of them with wrong labels, the network has an AUC of
+{spread(runs["network"], "auc_unseen")}. Weights per example cannot judge other images. We know of no result of the
+paper to compare with. In the paper's code, a network sees only the image, and has a softmax over the batch. Our network
+also sees the label, since a wrong label cannot be found without it. It ends in a sigmoid.
 """
 
 
@@ -69,14 +70,14 @@ def _comparison(runs: dict[str, list[dict[str, Any]]]) -> str:
     fitted = min(tuned, key=lambda name: mean(runs[name], "val_loss"))
     regained = (accuracy["cg"] - accuracy["all"]) / (accuracy["clean"] - accuracy["all"])
     words = (
-        f"{len(above_all)} of the {len(tuned)} kinds of tuned weights beat equal weights, {len(above_validation)} beat "
-        "a model of the validation set alone, the control that uses as much of the truth. The weights by CG regain "
-        f"{regained:.0%} of the accuracy that the wrong labels cost. "
+        f"{len(above_all)} of the {len(tuned)} kinds of tuned weights have a higher test accuracy than equal weights. "
+        f"{len(above_validation)} have a higher one than a model that trains on the validation set alone. The weights "
+        f"by CG regain {regained:.0%} of the loss by wrong labels.\n\n"
     )
     if best_auc != fitted:
         words += (
-            f"The lowest validation loss ({NAMES[fitted]}) and the highest AUC ({NAMES[best_auc]}) are not the same "
-            "solver's: so many weights can serve the validation set in other ways than by finding wrong labels."
+            f"'{NAMES[fitted]}' has the lowest validation loss, and '{NAMES[best_auc]}' has the highest AUC. So many "
+            "weights can lower the validation loss in other ways than by finding wrong labels."
         )
     return words.strip()
 

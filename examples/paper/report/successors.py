@@ -59,23 +59,33 @@ def section(histories: Histories, pictures: Path) -> str:
     apart = abs(_mean(groups, "cosine")["cg"] - _mean(groups, "cosine")["gauss-newton"])
     assert apart < 0.05  # of two runs that differ in rounding, and where CG stops
     return f"""\
-Not in the paper: the methods that followed it, on logistic regression with a log penalty for each feature of
-{settings["data"]}, from {settings["start"]:g}, within {low:g} and {high:g}. Two thirds of the examples train, one third
-validates. *Reference*: L-BFGS on exact hypergradients at exact optima. HOAG is L-BFGS, too, with CG whose tolerance
-falls. The others alternate: {inner} steps of gradient descent (SOBA: one) on all examples, then one of Adam
-on the penalties, {settings["steps"]} times. So the hypergradients are those of the methods, in one deterministic loop;
-stochastic steps, their own step sizes and variance reduction are left out. *Cosine* and *relative error*: of the last
-hypergradient, against the exact one at the optimum for the same penalties. Losses are those at that optimum. Means ±
-standard deviations over {seeds} splits; CPU seconds leave the judging out.
+This section compares methods that came after the paper. A logistic regression on {settings["data"]} has a log penalty
+for each feature. They start at {settings["start"]:g}, and stay between {low:g} and {high:g}. Two thirds of the examples
+are for training, and one third is for validation.
+
+- *Reference*: L-BFGS with exact hypergradients at exact optima.
+- *HOAG*: L-BFGS, with CG whose tolerance falls.
+- *The others* alternate {settings["steps"]} times: {inner} steps of gradient descent on all examples (SOBA: one), then
+  one step of Adam on the penalties. So each method's hypergradient is in one deterministic loop. Stochastic steps, the
+  methods' step sizes and variance reduction are left out.
+
+*Cosine* and *relative error* compare the last hypergradient with the exact one at the optimum for the same penalties.
+Losses are at that optimum. The numbers are means ± standard deviations over {seeds} splits. CPU seconds do not include
+the comparison.
 
 {table(head, lines)}
 {draw(pictures / "successors.png", (9, 3.6), lambda figure: _fill(figure, groups))}
-Of the loops, the greatest cosine in the end is that of {LABELS[nearest]}, the smallest error that of
-{LABELS[closest]}, the lowest validation loss that of {LABELS[lowest]}; {LABELS[quickest]} takes the least time. None
-has the cosine of HOAG, which solves each inner problem: what descent leaves unsolved weighs on all of them, CG too, and
-they end {least:.0e} or more above the reference, which stops after {settings["iterations"]} iterations. Gauss-Newton is
-the Hessian of logistic regression, a linear model: its cosine and that of CG differ by {apart:.0e}. Its time is that of
-PyTorch on dense data; all others run in NumPy on sparse ones.
+Among the loops, these are the best at the end:
+
+- the greatest cosine: {LABELS[nearest]}
+- the smallest error: {LABELS[closest]}
+- the lowest validation loss: {LABELS[lowest]}
+- the least time: {LABELS[quickest]}
+
+HOAG solves each inner problem, and no loop has its cosine. The loops leave the inner problem unsolved, which costs all
+of them accuracy, also CG. They end {least:.0e} or more above the reference, which stops after {settings["iterations"]}
+iterations. Logistic regression is a linear model, so the Gauss-Newton matrix is its Hessian. The cosines of the two CG
+loops differ by {apart:.0e}. CG on Gauss-Newton runs in PyTorch on dense data. All others run in NumPy on sparse data.
 """
 
 

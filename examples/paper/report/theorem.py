@@ -44,19 +44,23 @@ def section(histories: Histories, pictures: Path) -> str:
     head = ["system", "weights", "condition", "largest difference", f"error after {terms[-1]:,} products"]
     between = np.max([_apart(group) for group in by_variant(measured).values()])
     return f"""\
-Theorem 2 of the paper says that K Neumann products give what differentiating K + 1 steps of gradient descent from the
-optimum gives, and that both tend to the implicit hypergradient, by a factor of at most 1 − αμ a product. Here α is
-1/λmax, all is in float64, and each system is solved until the norm of its gradient is below 1e-10. *Difference*:
-between the hypergradient of the series and that of the unrolled steps, the largest over K from {terms[0]} to
-{terms[-1]:,}. *Error*: against the implicit hypergradient by the dense Hessian. Both are relative to its norm.
+Theorem 2 of the paper is about K Neumann products, and about K + 1 steps of gradient descent from the optimum. Both
+give the same hypergradient. Both tend to the implicit hypergradient, by a factor of at most 1 − αμ for each product.
+Here α is 1/λmax, and all numbers are in float64. Each system is solved until the norm of its gradient is below 1e-10.
+
+- *Difference*: between the hypergradients of the series and of the unrolled steps. The table has the largest one over
+  K from {terms[0]} to {terms[-1]:,}.
+- *Error*: the distance from the implicit hypergradient by the dense Hessian.
+
+Both are relative to the norm of the implicit hypergradient.
 
 {table([*head, "factor seen", "1 − αμ"], lines)}
 {draw(pictures / "theorem.png", (9, 3.6), lambda figure: _fill(figure, measured))}
-The two agree to rounding and the quality of the optimum, at each K. The error of v stays below its bound,
-(1 − αμ)^(K+1), at each K and in each system; of the last products each takes the factor shown. The exact
-hypergradient is the same in {", ".join(frameworks)}, to {between:.0e} of its norm, and agrees with central
-differences that solve the inner problem again, to 1e-5. A step of 2.1/λmax is flagged `DIVERGED`, one of 1.9/λmax
-converges. Nothing was scaled down: the paper has no experiment on this.
+The two agree to rounding and to the accuracy of the optimum, at each K. The error of v stays below its bound,
+(1 − αμ)^(K+1), at each K and in each system. The table shows the factor of the last products. The exact hypergradient
+is the same in {", ".join(frameworks)}, to {between:.0e} of its norm. It agrees with central differences to 1e-5, for
+which the inner problem is solved again. A step of 2.1/λmax is reported as `DIVERGED`, and a step of 1.9/λmax converges.
+The paper has no experiment on this.
 """
 
 

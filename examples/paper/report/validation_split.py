@@ -45,20 +45,20 @@ def section(histories: dict[str, Any], pictures: Path) -> str:
     seeds = len(next(iter(runs.values())))
     return "\n".join(
         [
-            f"A logistic regression on {settings['data']}. A share of its n images is held out, and the weight decay "
-            f"is tuned on it along with training: one, or {count:,}. The adjoint is the gradient itself (`identity`, "
-            f"as in the paper). Test accuracy by the share held out, mean ± standard deviation over {seeds} seeds; "
-            "with nothing held out nothing is tuned:",
+            f"A logistic regression on {settings['data']}. A share of its n images is held out. The weight decay, one "
+            f"number or {count:,} numbers, is tuned on this share while the model trains. The adjoint is the gradient "
+            f"itself (`identity`), as in the paper. The table has the test accuracy by the share held out, as mean ± "
+            f"standard deviation over {seeds} seeds. With a share of 0 %, nothing is tuned:",
             "",
             table(["n", "weight decay", "weights", *(f"{share:.0%}" for share in shares)], rows),
             draw(pictures / "validation_split.png", (9, 3.8), lambda figure: fill(figure, runs, order)),
             "\n\n".join(findings(runs, order)),
             "",
-            f"Scaled down: MNIST alone and its first 10,000 training images to draw from, "
-            f"{settings['outer_steps'] * settings['inner_steps']:,} steps of full-batch descent (the paper: 250 epochs "
-            f"of batches), {len({points(name) for name in runs})} sizes of the data set (the paper: 100, 200, 1,600). "
-            "Decays are kept below 1 / learning rate, above which descent is unstable; all start at "
-            f"exp({settings['start']:.0f}).",
+            f"Scaled down: the images are from the first 10,000 training images of MNIST. There are "
+            f"{settings['outer_steps'] * settings['inner_steps']:,} steps of descent on all data, where the paper has "
+            f"250 epochs of batches. The data set has {len({points(name) for name in runs})} sizes, and in the paper "
+            "three (100, 200, 1,600). Decays stay below 1 / learning rate, because descent is unstable above it. "
+            f"All start at exp({settings['start']:.0f}).",
         ]
     )
 
@@ -72,12 +72,13 @@ def findings(runs: dict[str, list], order: list[str]) -> list[str]:
         more = mean(many, "test")[-1]
         tuned = max(max(mean(runs[name], fit)[1:]) for name in order if points(name) == n for fit in FITS)
         said.append(
-            f"**{n:,} images.** Before re-training the best share that is held out is {best(few, 'test'):.0%} with one "
-            f"decay and {best(many, 'test'):.0%} with one per weight; after it, {best(few, 'retrained'):.0%} and "
-            f"{best(many, 'retrained'):.0%}. At the largest share, not re-trained, many decays are "
+            f"**{n:,} images.** Before re-training, the best share to hold out is {best(few, 'test'):.0%} with one "
+            f"decay and {best(many, 'test'):.0%} with one per weight. After re-training, it is "
+            f"{best(few, 'retrained'):.0%} and {best(many, 'retrained'):.0%}. At the largest share, without "
+            "re-training, many decays are "
             f"{'better' if more > last else 'no better'} than one: {more:.3f} and {last:.3f}. The best of all tuned "
-            f"cells is {tuned:.3f}, against {untuned:.3f} without tuning, which may use all images: "
-            + ("a difference within" if abs(tuned - untuned) < deviation(few)[0] else "a difference beyond")
+            f"cells is {tuned:.3f}. Without tuning, which may use all images, it is {untuned:.3f}. The difference is "
+            + ("within" if abs(tuned - untuned) < deviation(few)[0] else "more than")
             + " one standard deviation over seeds."
         )
     solved = [name for name in order if kind(name) == "many_cg"]
@@ -89,9 +90,8 @@ def findings(runs: dict[str, list], order: list[str]) -> list[str]:
             np.abs(mean(runs[name], fit) - mean(runs[name.replace("_cg", "")], fit)) for name in solved for fit in FITS
         ]
         said.append(
-            f"Ten steps of damped conjugate gradients in place of the identity move no cell by more than "
-            f"{np.max(gaps):.3f}; in {unsolved / sum(steps):.0%} of the hyperparameter steps they were too few for the "
-            "tolerance asked for."
+            f"Ten steps of damped CG in place of the identity change no cell by more than {np.max(gaps):.3f}. In "
+            f"{unsolved / sum(steps):.0%} of the hyperparameter steps, ten did not reach the tolerance."
         )
     return said
 
