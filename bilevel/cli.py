@@ -16,6 +16,13 @@ from bilevel.errors import SolverError
 from bilevel.linear_solvers import CG
 from bilevel.messages import suggest
 
+EXAMPLES = """\
+examples:
+  bilevel info                             what is installed, and what a config of a solver may contain
+  bilevel demo --backend numpy torch jax   tune up to 19,210 penalties, with a table and pictures
+  bilevel diagnose train.py:check          is the hypergradient of my problem right?
+"""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code: 1 for findings, and 2 for invalid input, with one line on stderr."""
@@ -30,12 +37,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="bilevel", description="Hypergradients by implicit differentiation.")
+    parser = argparse.ArgumentParser(
+        prog="bilevel",
+        description="Hypergradients by implicit differentiation.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--version", action="version", version=f"bilevel {version('bilevel')}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="command")
 
     info = commands.add_parser("info", help="show backends, devices, and solvers with their options")
     info.set_defaults(run=_info)
+    commands.add_parser("version", help="show the version").set_defaults(run=_version)
 
     diagnose = commands.add_parser(
         "diagnose",
@@ -145,6 +158,11 @@ def _function(target: str) -> Callable[[], Any]:
         functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise ValueError(f"{place} has no function {name!r}.{suggest(name, functions)}")
     return function
+
+
+def _version(arguments: argparse.Namespace) -> None:
+    del arguments
+    print(f"bilevel {version('bilevel')}")
 
 
 def _info(arguments: argparse.Namespace) -> None:

@@ -31,6 +31,18 @@ def test_version(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["--version"])
     assert capsys.readouterr().out == f"bilevel {version('bilevel')}\n"
+    assert main(["version"]) == 0
+    assert capsys.readouterr().out == f"bilevel {version('bilevel')}\n"
+
+
+def test_the_commands_of_the_help_exist(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    named = re.findall(r"^  bilevel (\w+)", capsys.readouterr().out, re.MULTILINE)
+    assert named == ["info", "demo", "diagnose"]
+    for command in named:
+        with pytest.raises(SystemExit, match="0"):
+            main([command, "--help"])
 
 
 class TestInfo:
