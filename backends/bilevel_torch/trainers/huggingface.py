@@ -79,7 +79,9 @@ class DataWeightsMixin(_Base):
         if kwargs.get("compute_loss_func") is not None:
             raise ValueError("compute_loss_func: the weights need losses of tokens. Override token_losses instead.")
         if not isinstance(data_weights, DataWeights):
-            raise TypeError(f"data_weights: expected DataWeights(number of sources), got {type(data_weights).__name__}.")
+            raise TypeError(
+                f"data_weights: expected DataWeights(number of sources), got {type(data_weights).__name__}."
+            )
         if isinstance(data_weights.scores, torch.nn.Module):
             raise ValueError("data_weights: a trainer needs a table of weights. Pass DataWeights(number of sources).")
         _check_outer_dataset(outer_dataset)

@@ -283,7 +283,11 @@ def trained(folder, outer=HELD, **options):
         ),
         ({"train": [{**e, "source": "wiki"} for e in TRAIN]}, TypeError, "'source': expected integers.*got 'wiki'"),
         ({"train": [{**e, "source": 1.0} for e in TRAIN]}, TypeError, r"'source': expected integers.*got 1\.0"),
-        ({"train": [{**e, "source": 3} for e in TRAIN]}, IndexError, "expected integers from 0 to 2, got numbers from 3"),
+        (
+            {"train": [{**e, "source": 3} for e in TRAIN]},
+            IndexError,
+            "expected integers from 0 to 2, got numbers from 3",
+        ),
         ({"train": [{"input_ids": [1], "source": 0}] * 4}, ValueError, "training batches have no 'labels'"),
     ],
 )

@@ -177,7 +177,7 @@ class Greedy(Regression):
 
 def test_hyperparameters_in_the_optimizer_of_the_module_are_refused():
     module = Greedy()
-    with pytest.raises(ValueError, match="configure_optimizers: .* also moves hyperparameters.*Leave them out"):
+    with pytest.raises(ValueError, match=r"configure_optimizers: .* also moves hyperparameters.*Leave them out"):
         trainer([callback(module)]).fit(module, loader())
 
 
