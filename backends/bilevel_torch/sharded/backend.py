@@ -239,7 +239,7 @@ class Sharded(DataParallel):
         if names := [unsharded[key] for key in variables if key in unsharded]:
             raise ValueError(f"{label} was computed with the gathered parameter {names[0]!r}. {WITHIN}")
 
-    def _check_no_mixture(self, label: str, loss: Any, nodes: Iterable[Node]) -> None:
+    def _check_no_mixture(self, label: str, loss: Any, nodes: Iterable[Any]) -> None:
         """Raise a ValueError if a DTensor is the sum of a loss of one rank's data and a penalty."""
         if loss.device_mesh in self.gathering.meshes and any(READS in node.metadata for node in nodes):
             raise ValueError(

@@ -44,9 +44,10 @@ class DataWeightsMixin(_Base):
         L = Σ w ℓ / number of labels
 
     over the tokens of all micro-batches of a step, where w is the weight of the example or token. Labels of -100 do not
-    count. With all weights 1, it is the loss of the trainer. Every ``outer_every`` steps, the unweighted loss of a
-    batch of ``outer_dataset`` is the outer loss. An Adam that trains the model is also the preconditioner. A
-    ``label_smoothing_factor`` smooths both losses.
+    count. With all weights 1, it is the trainer's loss of a language model. (Under gradient accumulation, the trainer
+    itself takes a sum over the micro-batches for some classifiers. Here it is the mean over all examples.) Every
+    ``outer_every`` steps, the unweighted loss of a batch of ``outer_dataset`` is the outer loss. An Adam that trains
+    the model is also the preconditioner. A ``label_smoothing_factor`` smooths both losses.
 
     Evaluation is unweighted. The trainer logs the outer loss and up to 32 weights. Its checkpoints have the state of
     the mixin in the file ``bilevel.pt``, so ``train(resume_from_checkpoint=...)`` continues to the same weights.

@@ -301,6 +301,31 @@ def test_outer_batch_without_labels_is_named(tmp_path):
         trained(tmp_path, outer=[{"input_ids": [1, 2], "labels": [-100, -100]}])
 
 
+def test_micro_batches_of_a_classifier_are_one_batch(tmp_path):
+    """The trainer itself takes the sum of their means (findings/transformers-classifier-accumulation.sh)."""
+    config = transformers.LlamaConfig(**llama().config.to_dict() | {"num_labels": 3, "pad_token_id": 0})
+    train = [{**example, "labels": i % 3} for i, example in enumerate(TRAIN[:8])]
+    moved = []
+    for batch, accumulation in ((8, 1), (2, 4)):
+        torch.manual_seed(0)
+        model = transformers.LlamaForSequenceClassification(config)
+        trainer = weighted(
+            tmp_path,
+            train,
+            model,
+            every=9,
+            scores=SCORES,
+            max_steps=1,
+            optim="sgd",
+            max_grad_norm=0.0,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulation,
+        )
+        trainer.train()
+        moved.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    torch.testing.assert_close(*moved, rtol=1e-5, atol=1e-7)
+
+
 def test_mistakes_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"training batches have no 'source'\. Add this column"):
         weighted(tmp_path, train=HELD).train()
