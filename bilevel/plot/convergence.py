@@ -79,13 +79,13 @@ def convergence(
                 backend=backend,
                 on_failure="ignore",
             )
-            if steps and hg.info.steps == steps[-1]:
-                break
             relative = hg.info.residual_norm / hg.info.rhs_norm if hg.info.rhs_norm else math.nan
+            if steps and (hg.info.steps == steps[-1] or not math.isfinite(relative)):
+                break
             if not math.isfinite(relative):
                 raise ValueError(
-                    f"solvers[{label!r}]: the residual relative to ∂F/∂w is {relative} after {count} iterations, since "
-                    f"∂F/∂w has the norm {hg.info.rhs_norm}. bl.diagnose finds the cause."
+                    f"solvers[{label!r}]: the residual after {count} iterations is {hg.info.residual_norm}, and ∂F/∂w has "
+                    f"the norm {hg.info.rhs_norm}. bl.diagnose finds the cause."
                 )
             steps.append(hg.info.steps)
             residuals.append(relative)
