@@ -84,12 +84,12 @@ def convergence(
                 break
             if not math.isfinite(relative):
                 raise ValueError(
-                    f"solvers[{label!r}]: the residual after {count} iterations is {hg.info.residual_norm}, and ∂F/∂w has "
+                    f"solvers[{label!r}]: after {count} iterations, the residual is {hg.info.residual_norm}. ∂F/∂w has "
                     f"the norm {hg.info.rhs_norm}. bl.diagnose finds the cause."
                 )
             steps.append(hg.info.steps)
             residuals.append(relative)
-        lines += ax.plot(steps, residuals, "o-", markersize=4)
+        lines += ax.plot(steps, residuals, "o-", markersize=4, label=str(label))
     ax.set(xscale="log", yscale="log", xlabel="iterations", ylabel="residual, relative to ∂F/∂w")
     for text in ax.legend(lines, list(map(str, limited))).get_texts():
         text.set_parse_math(False)
