@@ -2,10 +2,12 @@
 
 import argparse
 import dataclasses
-import importlib
+import importlib.util
+import inspect
 import platform
 import sys
 import tomllib
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
@@ -25,13 +27,13 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code: 1 for findings, and 2 for invalid input, with one line on stderr."""
+    """Run the command and return its exit code: 1 for findings, and 2 for invalid input, with the error on stderr."""
     arguments = _parser().parse_args(argv)
     try:
         return arguments.run(arguments) or 0
     except KeyboardInterrupt:
         return 130
-    except (ValueError, ImportError, OSError, SolverError) as error:
+    except (ValueError, ImportError, OSError, SyntaxError, SolverError) as error:
         print(f"bilevel: error: {error}", file=sys.stderr)
         return 2
 
@@ -133,15 +135,32 @@ def _demo(arguments: argparse.Namespace) -> None:
 def _diagnose(arguments: argparse.Namespace) -> int:
     from bilevel.diagnosis import diagnose
 
-    call = _function(arguments.target)()
+    function = _function(arguments.target)
+    try:
+        call = function()
+    except Exception:
+        return _traceback()
     if not isinstance(call, Mapping) or not {"problem", "params", "hparams"} <= set(call):
         raise ValueError(
             f"{arguments.target}: expected a dict with problem, params and hparams, and perhaps inner_args, outer_args "
             f"and solver, got {sorted(call) if isinstance(call, Mapping) else type(call).__name__}."
         )
-    report = diagnose(**call)
+    known = list(inspect.signature(diagnose).parameters)
+    for key in call:
+        if key not in known:
+            raise ValueError(f"{arguments.target}: bilevel.diagnose has no argument {key!r}.{suggest(key, known)}")
+    try:
+        report = diagnose(**call)
+    except Exception:
+        return _traceback()
     print(report)
     return 0 if report.ok else 1
+
+
+def _traceback() -> int:
+    """Print where the user's code failed, and return the exit code for invalid input."""
+    traceback.print_exc()
+    return 2
 
 
 def _function(target: str) -> Callable[[], Any]:
@@ -150,14 +169,23 @@ def _function(target: str) -> Callable[[], Any]:
     if not (place and name):
         raise ValueError(f"expected FILE.py:FUNCTION or MODULE:FUNCTION, got {target!r}.")
     path = Path(place)
-    if is_file := path.suffix == ".py":
-        path.stat()  # a missing file is an OSError that names it
+    is_file = path.suffix == ".py"
     sys.path.insert(0, str(path.parent if is_file else Path()))
-    module = importlib.import_module(path.stem if is_file else place)
+    module = _loaded(path) if is_file else importlib.import_module(place)
     if not callable(function := getattr(module, name, None)):
         functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise ValueError(f"{place} has no function {name!r}.{suggest(name, functions)}")
     return function
+
+
+def _loaded(path: Path) -> Any:
+    """Return the module of a file. Its name may be the name of another module, such as random.py."""
+    path.stat()  # a missing file is an OSError that names it
+    name = path.stem if path.stem not in sys.modules else f"{path.stem} of bilevel diagnose"
+    spec: Any = importlib.util.spec_from_file_location(name, path)
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def _version(arguments: argparse.Namespace) -> None:

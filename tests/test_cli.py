@@ -85,6 +85,15 @@ def wrong():
 
 def none():
     pass
+
+def misspelled():
+    return solved() | {"inner_arg": ()}
+
+def broken():
+    raise ValueError("my own error")
+
+def wrong_solver():
+    return solved() | {"solver": {"name": "cg", "rtoll": 1}}
 """
 
 
@@ -111,7 +120,8 @@ class TestDiagnose:
     @pytest.mark.parametrize(
         ("function", "message"),
         [
-            ("solve", "has no function 'solve'. Did you mean 'solved'? There is: none, solved, unsolved, wrong."),
+            ("solve", "has no function 'solve'. Did you mean 'solved'? There is: broken, misspelled, none, solved"),
+            ("misspelled", "bilevel.diagnose has no argument 'inner_arg'. Did you mean 'inner_args'?"),
             ("wrong", "expected a dict with problem, params and hparams, .* got ['problem', 'weights']."),
             ("none", "got NoneType."),
         ],
@@ -119,6 +129,29 @@ class TestDiagnose:
     def test_errors(self, place, function, message, capsys):
         line = error_of(capsys, "diagnose", f"{place}:{function}")
         assert all(part in line for part in message.split(".* "))
+
+    @pytest.mark.parametrize(
+        ("function", "last"),
+        [
+            ("broken", "ValueError: my own error"),
+            ("wrong_solver", "TypeError: solver 'cg' has no option 'rtoll'. Did you mean 'rtol'?"),
+        ],
+    )
+    def test_errors_of_the_users_code_have_a_traceback(self, place, function, last, capsys):
+        assert main(["diagnose", f"{place}:{function}"]) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert lines[0].startswith("Traceback")
+        assert lines[-1].startswith(last)
+
+    def test_a_file_with_the_name_of_a_loaded_module(self, place, capsys):
+        path = Path(place).rename(Path(place).parent / "random.py")
+        loaded = sys.modules["random"]
+        assert main(["diagnose", f"{path}:solved"]) == 0
+        assert sys.modules["random"] is loaded
+
+    def test_a_file_that_is_no_program(self, place, capsys):
+        Path(place).write_text("def f(:")
+        assert "invalid syntax (my_check.py, line 1)" in error_of(capsys, "diagnose", f"{place}:f")
 
     def test_a_target_that_does_not_exist(self, place, capsys):
         assert "expected FILE.py:FUNCTION or MODULE:FUNCTION, got 'train.py'" in error_of(

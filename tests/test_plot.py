@@ -62,6 +62,17 @@ class TestHistory:
             plot.history({})
         with pytest.raises(ValueError, match="there is no evaluation"):
             plot.history([])
+        with pytest.raises(TypeError, match=r"ax: expected axes of matplotlib, .* got Figure"):
+            plot.history(searched(), ax=plt.figure())
+        nans = [e._replace(value=np.nan) for e in searched().history]
+        with pytest.raises(ValueError, match="history: no evaluation has a finite 'value'"):
+            plot.history(nans)
+
+    def test_nan_is_a_gap(self):
+        history = searched().history[:1]
+        ax = plot.history([history[0]._replace(value=value) for value in (1.0, np.nan, 20.0)])
+        assert np.array_equal(ax.lines[0].get_ydata(), [1.0, np.nan, 20.0], equal_nan=True)
+        assert ax.get_yscale() == "log"
 
 
 class TestHparams:
@@ -87,8 +98,21 @@ class TestHparams:
     def test_errors(self):
         with pytest.raises(ValueError, match="count: expected an integer >= 1, got 0"):
             plot.hparams(np.ones(3), count=0)
-        with pytest.raises(ValueError, match="names: expected 3, one for each entry of hparams, got 1"):
+        with pytest.raises(ValueError, match="names: expected 3, one for each number, got 1"):
             plot.hparams(np.ones(3), names=["x"])
+        for names in ("xyz", {"x": 1}, 3):
+            with pytest.raises(TypeError, match=r"names: expected a list of 3 names, got (str|dict|int)"):
+                plot.hparams(np.ones(3), names=names)
+        with pytest.raises(ValueError, match=r"\['a'\]\[1\] is nan: no bar shows it"):
+            plot.hparams({"a": np.array([1.0, np.nan, 2.0])})
+        with pytest.raises(ValueError, match="hparams: there are no entries"):
+            plot.hparams(np.zeros(0))
+
+    def test_dollars_are_no_formulas(self):
+        ax = plot.hparams(np.ones(2), names=["$5 and $6", r"$\nothing$"])
+        ax.figure.canvas.draw()  # raises an error if it finds a formula
+        assert [label.get_text() for label in ax.get_yticklabels()] == ["$5 and $6", r"$\nothing$"]
+        assert not any(label.get_parse_math() for label in ax.get_yticklabels())
 
 
 class TestSpectrum:
@@ -121,6 +145,15 @@ class TestSpectrum:
         with pytest.raises(ValueError, match="Jacobian of a fixed point or a root is not symmetric"):
             plot.spectrum(problem, np.zeros(2), np.zeros(2))
 
+    @pytest.mark.parametrize("products", [0, -1, 2.5, True])
+    def test_wrong_numbers_of_products(self, products):
+        with pytest.raises(ValueError, match=f"products: expected an integer >= 1, got {products}"):
+            plot.spectrum(quadratic(), np.zeros(5), np.zeros(5), products=products)
+
+    def test_nan_is_named(self):
+        with pytest.raises(ValueError, match=r"spectrum: a Hessian-vector product is not finite. bl.diagnose"):
+            plot.spectrum(quadratic(np.array([np.nan, 1.0])), np.zeros(2), np.zeros(2))
+
 
 class TestConvergence:
     def test_residuals_are_those_of_the_solves(self):
@@ -146,6 +179,19 @@ class TestConvergence:
             plot.convergence(quadratic(), w, w, {"x": "identity"})
         with pytest.raises(TypeError, match=r"solvers: expected a mapping, .* got list"):
             plot.convergence(quadratic(), w, w, ["cg"])
+        with pytest.raises(ValueError, match="solvers: there is none"):
+            plot.convergence(quadratic(), w, w, {})
+        for counts in ([], [0, 1], [2, 1], [1.5], 4):
+            with pytest.raises(ValueError, match="counts: expected increasing integers >= 1"):
+                plot.convergence(quadratic(), w, w, {"x": "cg"}, counts=counts)
+        with pytest.raises(ValueError, match=r"solvers\['x'\]: after 1 .* the residual .* ∂F/∂w has the norm 0"):
+            plot.convergence(quadratic(), np.ones(5), w, {"x": "cg"})  # F has its minimum there
+
+    def test_labels_are_as_given(self):
+        labels = ["_cg", r"$\nothing$"]
+        ax = plot.convergence(quadratic(EIGENVALUES[1:]), np.zeros(4), np.zeros(4), dict.fromkeys(labels, "cg"))
+        ax.figure.canvas.draw()
+        assert [text.get_text() for text in ax.get_legend().get_texts()] == labels
 
 
 def test_without_matplotlib(monkeypatch):

@@ -3,6 +3,7 @@
 import re
 import warnings
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import Any
 from zlib import crc32
 
@@ -78,7 +79,7 @@ class DataParallel(TorchBackend):
         if dist.get_rank(group) < 0:  # its reductions would do nothing, without an error
             raise ValueError(f"{self.label}: rank {dist.get_rank()} is not in the group. Make no {self.label} there.")
         for name, samples in (("inner_samples", inner_samples), ("outer_samples", outer_samples)):
-            if samples is not None and not samples >= 0:
+            if samples is not None and (not isinstance(samples, Real) or not samples >= 0):
                 raise ValueError(f"{self.label}.{name}: expected a number >= 0, got {samples!r}.")
         super().__init__()
         self.samples = (inner_samples, outer_samples)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from bilevel.backend import Backend
@@ -43,7 +46,7 @@ def convergence(
         problem, params, hparams, inner_args, outer_args, backend: as in `bilevel.hypergradient`.
         solvers: a solver for each label: a name, a mapping, a TOML file or an object. They need an option ``maxiter``
             or ``terms``: "cg", "minres", "bicgstab", "normal-cg", "neumann".
-        counts: the numbers of iterations, increasing.
+        counts: the numbers of iterations, >= 1 and increasing.
         ax: the axes to draw on. None: new ones.
 
     Raises:
@@ -58,9 +61,12 @@ def convergence(
     """
     if not isinstance(solvers, Mapping):
         raise TypeError(f'solvers: expected a mapping, such as {{"CG": "cg"}}, got {type(solvers).__name__}.')
-    ax = axes(ax)
-    for label, spec in solvers.items():
-        solver, length = _limited(label, spec)
+    if not solvers:
+        raise ValueError('solvers: there is none. Pass a mapping, such as {"CG": "cg"}.')
+    _check_counts(counts)
+    limited = {label: _limited(label, spec) for label, spec in solvers.items()}
+    ax, lines = axes(ax), []
+    for label, (solver, length) in limited.items():
         steps, residuals = [], []
         for count in counts:
             hg = hypergradient(
@@ -73,14 +79,29 @@ def convergence(
                 backend=backend,
                 on_failure="ignore",
             )
-            if steps and hg.info.steps == steps[-1]:
+            relative = hg.info.residual_norm / hg.info.rhs_norm if hg.info.rhs_norm else math.nan
+            if steps and (hg.info.steps == steps[-1] or not math.isfinite(relative)):
                 break
+            if not math.isfinite(relative):
+                raise ValueError(
+                    f"solvers[{label!r}]: after {count} iterations, the residual is {hg.info.residual_norm}. ∂F/∂w has "
+                    f"the norm {hg.info.rhs_norm}. bl.diagnose finds the cause."
+                )
             steps.append(hg.info.steps)
-            residuals.append(hg.info.residual_norm / (hg.info.rhs_norm or 1.0))
-        ax.plot(steps, residuals, "o-", markersize=4, label=label)
+            residuals.append(relative)
+        lines += ax.plot(steps, residuals, "o-", markersize=4, label=str(label))
     ax.set(xscale="log", yscale="log", xlabel="iterations", ylabel="residual, relative to ∂F/∂w")
-    ax.legend()
+    for text in ax.legend(lines, list(map(str, limited))).get_texts():
+        text.set_parse_math(False)
     return ax
+
+
+def _check_counts(counts: Any) -> None:
+    """Raise an error if the numbers of iterations are not positive and increasing."""
+    numbers = list(counts) if isinstance(counts, Iterable) else []
+    integers = all(isinstance(n, Integral) for n in numbers)
+    if not numbers or not integers or any(a >= b for a, b in pairwise([0, *numbers])):
+        raise ValueError(f"counts: expected increasing integers >= 1, such as (1, 2, 4), got {counts!r:.60}.")
 
 
 def _limited(label: str, spec: SolverSpec) -> tuple[Any, str]:

@@ -26,7 +26,7 @@ def history(result: Any, *, field: str = "value", ax: Axes | None = None) -> Axe
     """Draw one number of each evaluation of a search.
 
     Red crosses mark evaluations whose linear solve did not converge. The scale is logarithmic if all numbers are
-    positive and differ by a factor of ten or more.
+    positive and differ by a factor of ten or more. Numbers that are not finite leave gaps.
 
     Args:
         result: a result of `bilevel.minimize`, or its ``history``, such as ``history_`` of an estimator of
@@ -36,7 +36,7 @@ def history(result: Any, *, field: str = "value", ax: Axes | None = None) -> Axe
 
     Raises:
         TypeError: if the result has no history.
-        ValueError: for another field, or an empty history.
+        ValueError: for another field, or a history without a finite number of it.
         ModuleNotFoundError: if matplotlib is not installed.
 
     >>> import numpy as np, bilevel as bl, bilevel.plot
@@ -47,25 +47,27 @@ def history(result: Any, *, field: str = "value", ax: Axes | None = None) -> Axe
     """
     check_choice("field", field, list(LABELS))
     evaluations = getattr(result, "history", result)
-    if not isinstance(evaluations, list) or not all(hasattr(e, "grad_norm") for e in evaluations):
+    if not isinstance(evaluations, list | tuple) or not all(hasattr(e, "grad_norm") for e in evaluations):
         raise TypeError(
             f"history: expected a result of bl.minimize, or its history, got {type(result).__name__}. From an "
             "estimator of bilevel.sklearn, pass model.history_."
         )
     if not evaluations:
         raise ValueError("history: there is no evaluation.")
+    numbers = np.array([getattr(evaluation, field) for evaluation in evaluations], float)
+    finite = numbers[np.isfinite(numbers)]
+    if not finite.size:
+        raise ValueError(f"history: no evaluation has a finite {field!r}.")
     ax = axes(ax)
     from matplotlib.ticker import MaxNLocator
 
-    numbers = np.array([getattr(evaluation, field) for evaluation in evaluations], float)
     index = np.arange(1, len(numbers) + 1)
     ax.plot(index, numbers, "o-", markersize=4)
     failed = np.array([evaluation.status != Status.CONVERGED for evaluation in evaluations])
     if failed.any():
         ax.plot(index[failed], numbers[failed], "x", color="C3", markersize=9, label="solve did not converge")
         ax.legend()
-    finite = numbers[np.isfinite(numbers)]
-    if finite.size and finite.min() > 0 and finite.max() >= DECADE * finite.min():
+    if finite.min() > 0 and finite.max() >= DECADE * finite.min():
         ax.set_yscale("log")
     ax.set(xlabel="evaluation", ylabel=LABELS[field])
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))

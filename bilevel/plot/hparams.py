@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bilevel.backend import Backend
-from bilevel.plot.axes import axes
+from bilevel.plot.axes import axes, check_names
 from bilevel.validation import find_backend
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def hparams(
         hparams: a tree of arrays of any backend.
         count: the number of entries on each side, >= 1. If there are at most 2 ``count`` entries, all are drawn.
         names: a name for each entry, in the order of the leaves and their entries. None: the path of the leaf and the
-            index, such as ``['W1'][3, 5]``.
+            index, such as ``['W1'][3, 5]``. Names are drawn as they are: a "$" is no formula.
         backend: as in `bilevel.hypergradient`.
         ax: the axes to draw on. None: new ones.
 
@@ -51,17 +51,24 @@ def hparams(
     found = find_backend(backend, hparams, hparams, ("hparams", "hparams"))
     arrays = {path: np.asarray(found.to_numpy(leaf), float) for path, leaf in found.leaves(hparams)}
     entries = np.concatenate([array.ravel() for array in arrays.values()])
-    if names is not None and len(names) != len(entries):
-        raise ValueError(f"names: expected {len(entries)}, one for each entry of hparams, got {len(names)}.")
+    if names is not None:
+        check_names(names, len(entries))
+    if not len(entries) or not np.isfinite(entries).all():
+        bad = int(np.argmin(np.isfinite(entries))) if len(entries) else None
+        raise ValueError(
+            "hparams: there are no entries."
+            if bad is None
+            else f"{_name(arrays, bad)} is {entries[bad]}: no bar shows it."
+        )
     order = np.argsort(-entries, kind="stable")
     split = len(entries) > 2 * count
     shown = np.concatenate([order[:count], order[-count:]]) if split else order
-    labels = [_name(arrays, i) if names is None else str(names[i]) for i in shown.tolist()]
+    texts = [_name(arrays, i) if names is None else str(names[i]) for i in shown.tolist()]
 
     ax = axes(ax)
     places = np.arange(len(shown))
     ax.barh(places, entries[shown], color=["C0" if entry >= 0 else "C1" for entry in entries[shown]])
-    ax.set_yticks(places, labels, fontsize=8)
+    ax.set_yticks(places, texts, fontsize=8, parse_math=False)
     ax.invert_yaxis()
     if split:
         ax.axhline(count - 0.5, color="0.6", linestyle="--", linewidth=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -43,7 +44,8 @@ def spectrum(
         ax: the axes to draw on. None: new ones.
 
     Raises:
-        TypeError, ValueError: for invalid input. Also for a fixed point or a root, whose Jacobian is not symmetric.
+        TypeError, ValueError: for invalid input, or a nan. Also for a fixed point or a root, whose Jacobian is not
+            symmetric.
         ModuleNotFoundError: if matplotlib is not installed.
 
     >>> import numpy as np, bilevel as bl, bilevel.plot
@@ -52,6 +54,8 @@ def spectrum(
     >>> [round(float(line[0, 0]), 6) for line in ax.collections[0].get_segments()]
     [1.0, 4.0]
     """
+    if isinstance(products, bool) or not isinstance(products, Integral) or products < 1:
+        raise ValueError(f"products: expected an integer >= 1, got {products!r}.")
     check_problem(problem)
     if not has_symmetric_system(problem):
         raise ValueError(
@@ -62,6 +66,8 @@ def spectrum(
     with wrong_calls_named(problem, batches[0], None):
         density = found.run(_density, problem, params, hparams, batches[:1], products)
     nodes, weights = (np.asarray(found.to_numpy(x), float) for x in density)
+    if not (np.isfinite(nodes).all() and np.isfinite(weights).all()):
+        raise ValueError("spectrum: a Hessian-vector product is not finite. bl.diagnose finds the cause.")
     nodes, weights = nodes[weights > DUST], weights[weights > DUST]
 
     ax, floor = axes(ax), 0.3 * weights.min(initial=1.0)

@@ -122,6 +122,7 @@ def test_wrong_arguments_are_named(arguments, error, message):
     [
         (3, "softmax", [1, 2], "sizes: expected 3 positive numbers"),
         (3, "softmax", [1, 2, 0], "sizes: expected 3 positive numbers"),
+        (3, "softmax", {"a": 1, "b": 1, "c": 1}, "sizes: expected 3 positive numbers.*got {'a'"),
         (3, "sigmoid", [1, 2, 3], "sizes: only the softmax of a table"),
     ],
 )
@@ -144,6 +145,8 @@ def test_wrong_items_are_named():
         DataWeights(nn.Linear(2, 1))()
     with pytest.raises(ValueError, match=r"scores: the module returned the shape \(4, 2\) for 4 examples"):
         DataWeights(nn.Linear(3, 2))(torch.zeros(4, 3))
+    with pytest.raises(ValueError, match="items: the batch has no examples"):
+        DataWeights(nn.Linear(3, 1))(torch.zeros(0, 3))
 
 
 SOURCE = torch.tensor([0, 0, 1, 2, 2, 2, 1, 0])
@@ -212,6 +215,35 @@ def test_wrong_options_of_the_sampler_are_named(options, message):
         )
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weights": torch.ones(2)}, "weights: expected DataWeights, got Tensor"),
+        ({"items": None}, "items: expected a tensor .* got NoneType"),
+        ({"items": [0, 1]}, "items: expected a tensor .* got list"),
+        ({"items": torch.zeros(0, dtype=torch.long)}, "items: expected a tensor .* one or more examples"),
+    ],
+)
+def test_wrong_types_of_the_sampler_are_named(options, message):
+    with pytest.raises(TypeError, match=message):
+        WeightedSampler(**{"weights": DataWeights(2), "items": torch.zeros(3).long(), "num_samples": 2} | options)
+
+
+@pytest.mark.parametrize(
+    ("indices", "error", "message"),
+    [
+        (torch.tensor([8]), IndexError, "indices: expected numbers of examples, from 0 to 7, got numbers from 8 to 8"),
+        (torch.tensor([-1, 2]), IndexError, "got numbers from -1 to 2"),
+        (torch.ones(8, dtype=torch.bool), TypeError, r"indices: .* got a tensor of torch\.bool"),
+        ([1], TypeError, "indices: expected a tensor of numbers of examples, got list"),
+    ],
+)
+def test_wrong_indices_are_named(indices, error, message):
+    sampler = WeightedSampler(DataWeights(3), SOURCE, 4)
+    with pytest.raises(error, match=message):
+        sampler.loss_weights(indices)
+
+
 def test_sampler_needs_a_positive_sum():
     weights = with_scores("sigmoid", scores=torch.full((2,), -200.0))
     with pytest.raises(ValueError, match="weights: the sum of the weights of all examples is 0"):
@@ -234,21 +266,25 @@ def test_report_sorts_and_shortens():
 
 def test_report_draws_its_rows():
     pytest.importorskip("matplotlib")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     ax = Figure().subplots()
-    report = WeightReport(with_scores()(), ["books", "forum", "wiki"])
+    report = WeightReport(with_scores()(), ["books", "forum", r"$\wiki$"])  # no formula
     assert report.plot(ax) is ax
     assert [bar.get_width() for bar in ax.patches] == sorted(report.weights.tolist(), reverse=True)
-    assert [label.get_text() for label in ax.get_yticklabels()] == ["wiki", "books", "forum"]
+    assert [label.get_text() for label in ax.get_yticklabels()] == [r"$\wiki$", "books", "forum"]
+    FigureCanvasAgg(ax.figure).draw()  # raises an error if it finds a formula
     assert WeightReport(torch.arange(40.0), most=3).plot(Figure().subplots()).patches[3].get_width() == 2
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((torch.ones(2, 2),), r"weights: expected a tensor of shape \(n,\), got Tensor \(2, 2\)"),
-        ((torch.ones(2), ["a"]), "names: got 1 names for 2 weights"),
+        ((torch.ones(2, 2),), r"weights: expected a tensor of shape \(n,\), such as .* got Tensor \(2, 2\)"),
+        ((torch.tensor([1.0, float("nan")]),), "weights: expected finite numbers >= 0"),
+        ((torch.tensor([1.0, -1.0]),), "weights: expected finite numbers >= 0"),
+        ((torch.ones(2), ["a"]), "names: expected 2, one for each number, got 1"),
         ((torch.ones(2), None, 0), "most: expected an integer >= 1, got 0"),
     ],
 )

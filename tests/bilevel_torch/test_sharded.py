@@ -19,7 +19,7 @@ import bilevel_torch  # noqa: E402
 dist = torch.distributed
 PROGRAM = Path(__file__).parents[1] / "helpers" / "sharded_ranks.py"
 CASES = ["cg", "minres", "neumann", "nystrom", "identity", "convnet", "tied", "checkpointed", "loop", "functions"]
-CASES += ["tensor parallel", "replicated cotangent"]
+CASES += ["tensor parallel", "replicated cotangent", "resharded late", "compiled"]
 
 
 def start(what, world, folder):
@@ -75,13 +75,16 @@ def test_a_mixed_precision_policy_applies(errors):
         ("counts", r"ValueError: Sharded\.inner_samples: only some ranks give it"),
         ("exact", r"TypeError: Sharded: a solver needs the whole matrix.*\"cg\""),
         ("changed", r"RuntimeError: outer_loss: a parameter has changed.*Compute the losses again"),
+        ("mixture", r"ValueError: inner_loss is a DTensor, but .* one rank. Convert penalties.*full_tensor\(\)"),
+        ("parts", r"ValueError: inner_loss contains a part of a sharded tensor, from to_local\(\).*Use full_tensor"),
+        ("part of the module", r"ValueError: outer_loss was computed with the gathered .* the whole module"),
         ("diagnose", r"TypeError: Sharded: diagnose is not supported"),
     ],
 )
 def test_every_rank_gets_the_error(said, case, message):
     for rank in said:
         assert re.match(message, rank[case])
-        assert len(rank) == 10
+        assert len(rank) == 13
 
 
 @pytest.mark.slow
@@ -163,3 +166,11 @@ def test_a_mesh_of_some_ranks_is_refused(mesh, monkeypatch):
     loss = weight.sum().full_tensor()
     with pytest.raises(ValueError, match=r"params is on a mesh of 1 of 2 ranks"):
         bilevel_torch.backward(loss, loss, weight, torch.ones(1, requires_grad=True), backend=backend)
+
+
+@pytest.mark.parametrize("wrong", [torch.nn.Linear, iter(()), 3])
+def test_wrong_arguments_are_named(mesh, wrong):
+    with pytest.raises(TypeError, match="Sharded: expected the module that computes the losses, got"):
+        bilevel_torch.Sharded(wrong)
+    with pytest.raises(ValueError, match=r"Sharded\.inner_samples: expected a number >= 0, got '4'"):
+        bilevel_torch.Sharded(inner_samples="4")

@@ -144,6 +144,20 @@ def error(found, expected):
     return max(float((a - b).norm() / (norm if (norm := b.norm()) > 1e-12 else 1)) for a, b in pairs)
 
 
+def trained(run):
+    """Return a run after a forward and a backward pass."""
+    run.train_loss().backward()
+    run.net.zero_grad()
+    return run
+
+
+def compiled(run):
+    """Return a run with compiled layers. Compiled code has no second derivative."""
+    for part in run.net:
+        part.compile(backend="aot_eager")
+    return run
+
+
 def of_a_replicated_cotangent(run):
     """Return a product with a vector that DTensor operations have replicated, and the product with its sharded form."""
     weight = run.net.get_parameter("0.weight")
@@ -172,6 +186,11 @@ def results(rank, world, mesh):
     errors["tensor parallel"] = error(
         Run("deep", lambda net: tensor_parallel(net, mesh)).vectors(), Run("deep").vectors()
     )
+    errors["resharded late"] = error(
+        trained(Run("tied", lambda net: fsdp(net, mesh, reshard_after_forward=False), mine)).vectors(),
+        Run("tied").vectors(),
+    )
+    errors["compiled"] = error(trained(compiled(Run("mlp", shard, mine))).vectors(), Run("mlp").vectors())
     replicated, sharded = of_a_replicated_cotangent(Run("mlp", shard, mine))
     errors["replicated cotangent"] = error(replicated, [whole(t) for t in sharded])
     policy = MixedPrecisionPolicy(param_dtype=torch.float32, output_dtype=torch.float64)
@@ -209,6 +228,16 @@ def mishaps(rank, world, mesh):
     def without_penalty(run):
         run.inner = run.outer
 
+    def with_penalty(penalty):
+        def change(run):
+            run.inner = lambda: run.outer() + penalty(run.net)
+
+        return change
+
+    def of_a_part(run):
+        run.train_loss()  # FSDP finds the whole module here
+        run.backend = bilevel_torch.Sharded(run.net[0])
+
     def other_decay(run):
         run.decay.data.fill_(float(rank))
 
@@ -222,6 +251,9 @@ def mishaps(rank, world, mesh):
     attempt("solver", lambda *args: call(*args, solver=bl.CG(damping=4.0 + rank)))
     attempt("decay", call, change=other_decay)
     attempt("counts", call, change=other_counts)
+    attempt("mixture", call, change=with_penalty(lambda net: sum((p**2).sum() for p in net.parameters())))
+    attempt("parts", call, change=with_penalty(lambda net: sum((p.to_local() ** 2).sum() for p in net.parameters())))
+    attempt("part of the module", call, change=of_a_part)
     attempt("exact", lambda *args: call(*args, solver="exact"))
     attempt("changed", call, spoil=step)
     attempt(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from bilevel.plot.axes import axes
+from bilevel.plot.axes import axes, check_names
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,7 +22,7 @@ class WeightReport:
     """The sources or examples whose weights are largest and smallest. ``str(report)`` is a table.
 
     Args:
-        weights: n weights, such as ``DataWeights(n)()``.
+        weights: n finite weights >= 0, such as ``DataWeights(n)()``.
         names: a name or text for each weight. None: their numbers.
         most: the number of rows for each of the two ends.
 
@@ -49,9 +49,14 @@ class WeightReport:
     def __post_init__(self) -> None:
         if not isinstance(self.weights, torch.Tensor) or self.weights.ndim != 1 or not len(self.weights):
             shape = tuple(getattr(self.weights, "shape", ()))
-            raise ValueError(f"weights: expected a tensor of shape (n,), got {type(self.weights).__name__} {shape}.")
-        if self.names is not None and len(self.names) != len(self.weights):
-            raise ValueError(f"names: got {len(self.names)} names for {len(self.weights)} weights.")
+            raise ValueError(
+                f"weights: expected a tensor of shape (n,), such as data_weights(), got {type(self.weights).__name__} "
+                f"{shape}."
+            )
+        if self.weights.is_complex() or not bool((self.weights >= 0).all() and self.weights.isfinite().all()):
+            raise ValueError("weights: expected finite numbers >= 0.")
+        if self.names is not None:
+            check_names(self.names, len(self.weights))
         if isinstance(self.most, bool) or not isinstance(self.most, int) or self.most < 1:
             raise ValueError(f"most: expected an integer >= 1, got {self.most!r}.")
 
@@ -81,7 +86,7 @@ class WeightReport:
         places = [-(row + (row >= self.most and len(shown) < len(w))) for row in range(len(shown))]  # with a gap
         ax.barh(places, w[shown].tolist(), color=["C0" if w[i] >= w.mean() else "C1" for i in shown])
         ax.axvline(float(w.mean()), color="0.5", linewidth=1)
-        ax.set_yticks(places, [self._name(i, SHORT) for i in shown])
+        ax.set_yticks(places, [self._name(i, SHORT) for i in shown], parse_math=False)
         ax.set(xlabel="weight")
         return ax
 

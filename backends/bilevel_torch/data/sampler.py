@@ -59,6 +59,13 @@ class WeightedSampler(Sampler[int]):
         check_real(self, "uniform", above=0)
         if uniform > 1:
             raise ValueError(f"WeightedSampler.uniform: expected a part from 0 to 1, got {uniform!r}.")
+        if not isinstance(weights, DataWeights):
+            raise TypeError(f"weights: expected DataWeights, got {type(weights).__name__}.")
+        if not isinstance(items, torch.Tensor) or not items.ndim or not len(items):
+            raise TypeError(
+                "items: expected a tensor with the number of the source, or the features, of each of one or more "
+                f"examples, got {type(items).__name__}."
+            )
         if isinstance(weights.scores, torch.nn.Module) and weights.transform == "softmax":
             raise ValueError(
                 "weights: a module with a softmax over the batch has no weights of single examples. Construct "
@@ -84,7 +91,9 @@ class WeightedSampler(Sampler[int]):
             raise ValueError(f"items: expected one number or row of features for each example, got {tuple(w.shape)}.")
         total = w.sum()
         if not bool(total.isfinite() and total > 0):
-            raise ValueError(f"weights: the sum of the weights of all examples is {float(total)}.")
+            raise ValueError(
+                f"weights: the sum of the weights of all examples is {float(total)}. A score may be nan, or too large."
+            )
         return (1 - self.uniform) * w / total + self.uniform / len(w)
 
     def loss_weights(self, indices: torch.Tensor) -> torch.Tensor:
@@ -95,8 +104,20 @@ class WeightedSampler(Sampler[int]):
 
         Returns:
             Factors for the losses of these examples, in the shape and on the device of the indices.
+
+        Raises:
+            TypeError, IndexError: if the indices are no numbers of examples.
         """
+        if not isinstance(indices, torch.Tensor) or indices.is_floating_point() or indices.dtype == torch.bool:
+            got = f"a tensor of {indices.dtype}" if isinstance(indices, torch.Tensor) else type(indices).__name__
+            raise TypeError(f"indices: expected a tensor of numbers of examples, got {got}.")
+        indices, count = indices.long(), len(self._probabilities)
+        if bool(((indices < 0) | (indices >= count)).any()):
+            raise IndexError(
+                f"indices: expected numbers of examples, from 0 to {count - 1}, got numbers from {int(indices.min())} "
+                f"to {int(indices.max())}."
+            )
         at = indices.to(self._items.device)
         w = self._weights(self._items[at.reshape(-1)]).reshape(indices.shape)
-        scale = 1 / (len(self._probabilities) * self._probabilities[indices.cpu()])
+        scale = 1 / (count * self._probabilities[indices.cpu()])
         return (w * scale.to(w)).to(indices.device)

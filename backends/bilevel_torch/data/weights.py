@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from math import log
+from numbers import Integral
 
 import torch
 
@@ -88,20 +89,23 @@ class DataWeights(torch.nn.Module):
 
 
 def _table(number: object) -> torch.nn.Parameter:
-    if isinstance(number, bool) or not isinstance(number, int):
+    if isinstance(number, bool) or not isinstance(number, Integral):
         raise TypeError(
             "scores: expected the number of sources or examples, or a module that maps features to scores, got "
             f"{type(number).__name__}."
         )
     if number < 1:
         raise ValueError(f"scores: expected at least one source or example, got {number}.")
-    return torch.nn.Parameter(torch.zeros(number))
+    return torch.nn.Parameter(torch.zeros(int(number)))
 
 
 def _log_shares(sizes: Sequence[float], scores: torch.nn.Module | torch.nn.Parameter, transform: str) -> torch.Tensor:
     if isinstance(scores, torch.nn.Module) or transform != "softmax":
         raise ValueError("sizes: only the softmax of a table has a mean over sources. Leave sizes out.")
-    given = torch.as_tensor(sizes, dtype=torch.float64)
+    try:
+        given = torch.as_tensor(sizes, dtype=torch.float64)
+    except (TypeError, ValueError):
+        given = torch.zeros(0, dtype=torch.float64)  # which raises below
     if given.shape != scores.shape or not bool((given > 0).all() and given.isfinite().all()):
         raise ValueError(f"sizes: expected {len(scores)} positive numbers, one for each source, got {sizes!r:.100}.")
     return (given / given.sum()).log().to(scores.dtype)
@@ -123,6 +127,8 @@ def _rows(scores: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
 
 def _scores(module: torch.nn.Module, features: torch.Tensor) -> torch.Tensor:
     scores = module(features)
+    if not len(features):
+        raise ValueError("items: the batch has no examples.")
     if scores.shape not in ((len(features),), (len(features), 1)):
         raise ValueError(
             f"scores: the module returned the shape {tuple(scores.shape)} for {len(features)} examples. Return one "

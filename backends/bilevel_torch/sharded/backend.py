@@ -21,14 +21,15 @@ from bilevel_torch.backend import check_recording
 from bilevel_torch.data_parallel import ONE_RANK, DataParallel
 from bilevel_torch.graph import nodes_of
 from bilevel_torch.sharded.gathering import Gathering
-from bilevel_torch.sharded.recomputation import changed
+from bilevel_torch.sharded.recomputation import READS, changed
 from bilevel_torch.sharded.space import ShardedSpace
 from bilevel_torch.sharded.transitions import prepare
-from bilevel_torch.shards import is_dtensor, local
+from bilevel_torch.shards import is_dtensor, is_split, local
 
 WITHIN = (
-    "Compute the two losses inside of `with backend.losses():`, where backend is the Sharded(module) of the call. The "
-    "hooks of fully_shard reduce gradients only in loss.backward(), so these derivatives would be of one rank."
+    "Compute the two losses inside of `with backend.losses():`, where backend is the Sharded(module) of the call, and "
+    "module is the whole module. The hooks of fully_shard reduce gradients only in loss.backward(), so these "
+    "derivatives would be of one rank."
 )
 
 
@@ -91,6 +92,9 @@ class Sharded(DataParallel):
         group: Any = None,
     ) -> None:
         super().__init__(inner_samples=inner_samples, outer_samples=outer_samples, group=group)
+        if module is not None and not isinstance(module, torch.nn.Module):
+            got = module.__name__ if isinstance(module, type) else type(module).__name__
+            raise TypeError(f"Sharded: expected the module that computes the losses, got {got}.")
         self.ranks = dist.get_world_size(group)
         self.gathering = Gathering(torch.nn.Module() if module is None else module)
 
@@ -213,9 +217,11 @@ class Sharded(DataParallel):
         with torch.enable_grad():
             nodes = list(nodes_of([loss]))
             if is_dtensor(loss):  # of the data of all ranks
+                self._check_no_mixture(label, loss, nodes)
                 prepare(nodes, self.group, lambda _: False)
                 return loss.full_tensor()
             self._check_within(label, nodes)
+            self._check_no_parts(label, nodes)
             self._check_unchanged(label, nodes)
             weight = super()._share(data, loss.device) * self.ranks
             prepare(nodes, self.group, self._has_data if self.gathering.states or weight != 1 else lambda _: False)
@@ -232,6 +238,25 @@ class Sharded(DataParallel):
         variables = [id(node.variable) for node in leaf_nodes]
         if names := [unsharded[key] for key in variables if key in unsharded]:
             raise ValueError(f"{label} was computed with the gathered parameter {names[0]!r}. {WITHIN}")
+
+    def _check_no_mixture(self, label: str, loss: Any, nodes: Iterable[Any]) -> None:
+        """Raise a ValueError if a DTensor is the sum of a loss of one rank's data and a penalty."""
+        if loss.device_mesh in self.gathering.meshes and any(READS in node.metadata for node in nodes):
+            raise ValueError(
+                f"{label} is a DTensor, but the module has computed a part of it from the batch of one rank. Convert "
+                "penalties on module.parameters() before you add them: penalty.full_tensor()."
+            )
+
+    def _check_no_parts(self, label: str, nodes: Iterable[Node]) -> None:
+        """Raise a ValueError if a loss contains the rank's part of a sharded parameter or hyperparameter."""
+        for node in nodes:
+            spec = getattr(node, "dtensor_spec", None)
+            if spec is not None and spec.mesh in self.gathering.meshes and any(map(is_split, spec.placements)):
+                raise ValueError(
+                    f"{label} contains a part of a sharded tensor, from to_local(). So it would count a penalty of "
+                    "one rank only. Use full_tensor(), for example of the sum: sum((p**2).sum() for p in "
+                    "module.parameters()).full_tensor()."
+                )
 
     def _check_unchanged(self, label: str, nodes: Iterable[Node]) -> None:
         """Raise a RuntimeError on all ranks if a parameter has changed on any rank since a loss was computed."""

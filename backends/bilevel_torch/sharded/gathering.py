@@ -6,6 +6,7 @@ without an error. So each read of a parameter gathers it by operations that auto
 # pyright: reportPrivateUsage=false
 # (FSDP2 has no public way around its hooks. All private names of it are in this file.)
 
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -58,6 +59,8 @@ class Gathering:
         self.running = True
         with ExitStack() as stack:
             stack.callback(setattr, self, "running", False)
+            if "torch._dynamo" in sys.modules:  # it would compile again, and has no second derivative
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
             for state in self.states:
                 for part in state._modules:
                     part.reshard()
@@ -78,9 +81,17 @@ class Gathering:
         return self.classes[part]
 
     def unsharded(self) -> dict[int, str]:
-        """Return the names of the parameters as the hooks of FSDP gather them, by their ids."""
-        records = [(record, name) for part in self.params.values() for name, record in part.items()]
-        return {id(r._unsharded_param): r._param_fqn or name for r, name in records if hasattr(r, "_unsharded_param")}
+        """Return the names of the parameters as the hooks of FSDP gather them, by their ids.
+
+        If the module is a part of a larger one, the other parameters of that are included.
+        """
+        states = [*self.states, *(other for state in self.states for other in state._state_ctx.all_states)]
+        records = (record for state in states for record in _records(state))
+        return {
+            id(r._unsharded_param): r._param_fqn or r._module_info.param_name
+            for r in records
+            if hasattr(r, "_unsharded_param")
+        }
 
 
 class _Gathered:

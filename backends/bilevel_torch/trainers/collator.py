@@ -23,8 +23,18 @@ class KeepColumn:
             return batch
         if any(numbers is None for numbers in column):
             raise ValueError(f"Some examples of a batch have no {self.column!r}. Give it to all examples, or to none.")
-        batch[self.column] = _stacked([torch.as_tensor(numbers) for numbers in column], batch, self.column)
+        batch[self.column] = _stacked([_integers(numbers, self.column) for numbers in column], batch, self.column)
         return batch
+
+
+def _integers(numbers: Any, name: str) -> torch.Tensor:
+    try:
+        found = torch.as_tensor(numbers)
+    except (TypeError, ValueError, RuntimeError):
+        found = None
+    if found is None or found.is_floating_point() or found.dtype == torch.bool:
+        raise TypeError(f"{name!r}: expected integers, such as the number of the source, got {numbers!r:.60}.")
+    return found
 
 
 def _stacked(column: list[torch.Tensor], batch: Any, name: str) -> torch.Tensor:

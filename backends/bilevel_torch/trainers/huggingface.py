@@ -1,5 +1,6 @@
 """Trainers of transformers that learn weights of their training data."""
 
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
+from bilevel.errors import DependenceWarning
 from bilevel.options import check_int
 from bilevel_torch.data import DataWeights
 from bilevel_torch.trainers.collator import KeepColumn
@@ -42,8 +44,10 @@ class DataWeightsMixin(_Base):
         L = Σ w ℓ / number of labels
 
     over the tokens of all micro-batches of a step, where w is the weight of the example or token. Labels of -100 do not
-    count. With all weights 1, it is the loss of the trainer. Every ``outer_every`` steps, the unweighted loss of a
-    batch of ``outer_dataset`` is the outer loss. An Adam that trains the model is also the preconditioner.
+    count. With all weights 1, it is the trainer's loss of a language model. (Under gradient accumulation, the trainer
+    itself takes a sum over the micro-batches for some classifiers. Here it is the mean over all examples.) Every
+    ``outer_every`` steps, the unweighted loss of a batch of ``outer_dataset`` is the outer loss. An Adam that trains
+    the model is also the preconditioner. A ``label_smoothing_factor`` smooths both losses.
 
     Evaluation is unweighted. The trainer logs the outer loss and up to 32 weights. Its checkpoints have the state of
     the mixin in the file ``bilevel.pt``, so ``train(resume_from_checkpoint=...)`` continues to the same weights.
@@ -53,7 +57,7 @@ class DataWeightsMixin(_Base):
         data_weights: the weights. They move to the device of the model.
         weighted_by: a column of the training data. It has an integer for each example, such as the number of its
             source. For packed examples, it has a list of integers, one for each token.
-        outer_dataset: clean data of the wanted kind, with the columns of the evaluation data.
+        outer_dataset: clean data of the wanted kind, with the columns of the evaluation data. A data set with a length.
         outer_every: the number of optimizer steps between two steps of the weights.
         outer_batch_size: examples of an outer batch. None: ``args.per_device_train_batch_size``.
         outer_optimizer: the optimizer of the weights. None: Adam with a learning rate of 0.1.
@@ -75,10 +79,17 @@ class DataWeightsMixin(_Base):
     ) -> None:
         if kwargs.get("compute_loss_func") is not None:
             raise ValueError("compute_loss_func: the weights need losses of tokens. Override token_losses instead.")
+        if not isinstance(data_weights, DataWeights):
+            raise TypeError(
+                f"data_weights: expected DataWeights(number of sources), got {type(data_weights).__name__}."
+            )
         if isinstance(data_weights.scores, torch.nn.Module):
             raise ValueError("data_weights: a trainer needs a table of weights. Pass DataWeights(number of sources).")
-        self.outer_every = outer_every
+        _check_outer_dataset(outer_dataset)
+        self.outer_every, self.outer_batch_size = outer_every, outer_batch_size
         check_int(self, "outer_every", least=1)
+        if outer_batch_size is not None:
+            check_int(self, "outer_batch_size", least=1)
         super().__init__(*args, **kwargs)
         if self.args.world_size > 1 or self.args.n_gpu > 1:
             raise ValueError(
@@ -119,16 +130,16 @@ class DataWeightsMixin(_Base):
         logits = outputs.get("logits")
         if logits is None:
             raise ValueError("The model returns no logits. Turn off kernels that fuse the loss, such as Liger's.")
-        if labels.ndim == 1 and logits.ndim == 2:
-            return cross_entropy(logits.float(), labels, reduction="none", ignore_index=MASKED)
-        if labels.ndim != 2 or logits.ndim != 3 or not _is_causal(self.model):
+        options: Any = {"ignore_index": MASKED, "label_smoothing": self.args.label_smoothing_factor}
+        integers = not labels.is_floating_point()  # else a regression
+        if integers and labels.ndim == 1 and logits.ndim == 2:
+            return cross_entropy(logits.float(), labels, reduction="none", **options)
+        if not integers or labels.ndim != 2 or logits.ndim != 3 or not _is_causal(self.model):
             raise ValueError(
-                f"token_losses: {type(self.model).__name__} with labels of the shape {tuple(labels.shape)} is neither "
-                "a causal language model nor a classifier. Override token_losses."
+                f"token_losses: {type(self.model).__name__} with labels of {labels.dtype} of the shape "
+                f"{tuple(labels.shape)} is neither a causal language model nor a classifier. Override token_losses."
             )
-        losses = cross_entropy(
-            logits[:, :-1].float().transpose(1, 2), labels[:, 1:], reduction="none", ignore_index=MASKED
-        )
+        losses = cross_entropy(logits[:, :-1].float().transpose(1, 2), labels[:, 1:], reduction="none", **options)
         return torch.nn.functional.pad(losses, (1, 0))  # nothing predicts the first token
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -146,6 +157,8 @@ class DataWeightsMixin(_Base):
                 f"The training batches have no {self.weighted_by!r}. Add this column to train_dataset. SFTTrainer's "
                 "packing drops it: pack with trl.pack_dataset first, with a list of integers for each text."
             )
+        if "labels" not in inputs:
+            raise ValueError("The training batches have no 'labels'. Add this column to train_dataset, or a collator.")
         if self._outer_step.due(self.state.global_step + 1):
             self._micro_batches.append((dict(inputs), num_items_in_batch))
         return super().training_step(model, inputs, num_items_in_batch)
@@ -188,7 +201,9 @@ class DataWeightsMixin(_Base):
     def _loss(self, inputs: Any, weighted: bool, num_items_in_batch: Any = None) -> torch.Tensor:
         """Return the loss of a batch, without the other measurements of a trainer."""
         inputs = dict(self._prepare_inputs(dict(inputs)))
-        items, labels = inputs.pop(self.weighted_by, None), inputs.pop("labels")
+        items, labels = inputs.pop(self.weighted_by, None), inputs.pop("labels", None)
+        if not weighted:
+            _check_outer_labels(labels)
         model: Any = self.model_wrapped
         with self.compute_loss_context_manager():
             outputs = model(**inputs)
@@ -244,6 +259,27 @@ class _Hooks(transformers.TrainerCallback):
     def on_save(self, *args: Any, **kwargs: Any) -> None:
         """Add the state to the checkpoint."""
         self._trainer._save_weights()
+
+
+def _check_outer_dataset(data: Any) -> None:
+    indexed = hasattr(data, "__len__") and hasattr(data, "__getitem__") and not isinstance(data, dict)
+    if not indexed or not len(data):
+        raise ValueError(
+            "outer_dataset: expected a data set or a list of one or more examples, indexed by their numbers, got "
+            f"{type(data).__name__}. For a DatasetDict, choose a split."
+        )
+
+
+def _check_outer_labels(labels: torch.Tensor | None) -> None:
+    if labels is None:
+        raise ValueError("outer_dataset: its batches have no 'labels'. Add this column.")
+    if bool((labels == MASKED).all()):
+        warnings.warn(
+            f"outer_dataset: all labels of a batch are {MASKED}, so its outer loss is 0. Remove examples without "
+            "labels, which may also be texts that were cut.",
+            DependenceWarning,
+            stacklevel=2,
+        )
 
 
 def _is_causal(model: Any) -> bool:

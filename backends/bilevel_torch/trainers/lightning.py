@@ -16,7 +16,7 @@ if find_spec("lightning") is None:
 import lightning as L
 
 from bilevel.options import check_int
-from bilevel_torch.trainers.outer_step import OuterStep
+from bilevel_torch.trainers.outer_step import OuterStep, ids, parameters
 
 LossOfBatch = Callable[[Any, Any], torch.Tensor]  # from the module and a batch
 
@@ -58,8 +58,17 @@ class HypergradientCallback(L.Callback):
     ) -> None:
         self.every = every
         check_int(self, "every", least=1)
-        tensors = list(hparams)
+        tensors = [hparams] if isinstance(hparams, torch.Tensor) else list(hparams)
+        if not tensors or not all(isinstance(t, torch.Tensor) for t in tensors):
+            raise ValueError("hparams: expected one or more tensors, such as weights.parameters().")
+        for name, function in {"inner": inner, "outer": outer}.items():
+            if not callable(function):
+                raise TypeError(
+                    f"{name}: expected a function of the module and a batch, got {type(function).__name__}. For "
+                    "example, pass Module.train_loss."
+                )
         self._inner, self._outer = inner, outer
+        self._hparams = tensors
         self._step = OuterStep(tensors, optimizer or torch.optim.Adam(tensors, 0.1), batches, every)
         self._micro_batches: list[Any] = []
         self._steps = 0  # of training, when the micro-batches began
@@ -76,17 +85,23 @@ class HypergradientCallback(L.Callback):
                 "HypergradientCallback supports one process. For several, call bilevel_torch.FirstOrder in "
                 "training_step, and average the .grad of the hyperparameters."
             )
+        if ids(self._hparams) & ids(parameters(trainer.optimizers[0])):
+            raise ValueError(
+                "configure_optimizers: the optimizer of the module also moves hyperparameters, along the gradient of "
+                "the training loss. Leave them out, for example by torch.optim.AdamW(self.net.parameters())."
+            )
         self._micro_batches, self._steps = [], trainer.global_step
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Take a step of the hyperparameters if a training step has ended and it is time."""
-        self._micro_batches.append(batch)
+        if outputs:  # else training_step has skipped this batch
+            self._micro_batches.append(batch)
         if trainer.global_step == self._steps:
             return
         micro_batches, self._micro_batches, self._steps = self._micro_batches, [], trainer.global_step
-        if not self._step.due(self._steps):
+        if not micro_batches or not self._step.due(self._steps):
             return
 
         def loss(function: LossOfBatch, batch: Any) -> torch.Tensor:

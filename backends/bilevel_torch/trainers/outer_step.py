@@ -23,14 +23,19 @@ class OuterStep:
         optimizer: their optimizer.
         batches: the batches for F, which are read again and again.
         every: the number of training steps between two steps of hparams, >= 1.
+
+    Raises:
+        TypeError, ValueError: for an optimizer that is none, or that does not have all of hparams.
     """
 
     def __init__(
         self, hparams: Sequence[torch.Tensor], optimizer: torch.optim.Optimizer, batches: Iterable[Any], every: int
     ) -> None:
+        _check_optimizer(optimizer, hparams)
         self._every = every
         self._hparams, self._optimizer, self._batches = hparams, optimizer, Repeated(batches)
         self._first_order: FirstOrder | None = None
+        self._trained: tuple[torch.nn.Module, torch.optim.Optimizer] | None = None  # of the FirstOrder
         self._loaded: dict[str, Any] | None = None  # until the first step makes a FirstOrder
 
     def due(self, step: int) -> bool:
@@ -41,8 +46,8 @@ class OuterStep:
         self, module: torch.nn.Module, trained_by: torch.optim.Optimizer, inner: list[Loss], outer: Outer
     ) -> Hypergradient[Any, Any]:
         """Take a step of hparams. ``inner`` has a function for each micro-batch, whose mean is L."""
-        if self._first_order is None:
-            self._first_order = self._made(module, trained_by)
+        if self._first_order is None or self._trained != (module, trained_by):  # another run has another optimizer
+            self._first_order, self._trained = self._made(module, trained_by), (module, trained_by)
         batch = next(self._batches)
         hg = self._first_order.backward(inner, lambda: outer(batch), accumulate=False)
         self._optimizer.step()
@@ -51,6 +56,8 @@ class OuterStep:
 
     def _made(self, module: torch.nn.Module, trained_by: torch.optim.Optimizer) -> FirstOrder:
         preconditioner = trained_by if isinstance(trained_by, ADAPTIVE) else None
+        if self._first_order is not None:
+            self._loaded = self._first_order.state_dict()
         made = FirstOrder(module, self._hparams, preconditioner=preconditioner)
         if self._loaded is not None:
             made.load_state_dict(self._loaded)
@@ -74,10 +81,33 @@ class OuterStep:
         self._batches.load_state_dict(state_dict["batches"])
 
 
+def _check_optimizer(optimizer: Any, hparams: Sequence[torch.Tensor]) -> None:
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        got = optimizer.__name__ if isinstance(optimizer, type) else type(optimizer).__name__
+        raise TypeError(f"The optimizer of the hyperparameters: expected an optimizer of torch.optim, got {got}.")
+    if not ids(hparams) <= ids(parameters(optimizer)):
+        raise ValueError(
+            "The optimizer of the hyperparameters does not have all of them. Construct it with these tensors, such as "
+            "torch.optim.Adam(weights.parameters(), 0.1)."
+        )
+
+
+def parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """Return the tensors that an optimizer moves."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def ids(tensors: Iterable[torch.Tensor]) -> set[int]:
+    """Return the ids of tensors, since ``==`` compares their entries."""
+    return {id(t) for t in tensors}
+
+
 class Repeated:
     """The batches of a loader, again and again. Its state is a position, and the loader's generator if it has one."""
 
     def __init__(self, loader: Iterable[Any]) -> None:
+        if not isinstance(loader, Iterable):
+            raise TypeError(f"batches: expected a loader of batches for the outer loss, got {type(loader).__name__}.")
         self._loader = loader
         self._pass: Iterator[Any] = iter(())
         self._position = 0

@@ -12,6 +12,7 @@ import torch
 import transformers
 from torch.nn.functional import cross_entropy
 
+import bilevel as bl
 import bilevel_torch
 from bilevel_torch.data import DataWeights
 from bilevel_torch.trainers.collator import KeepColumn
@@ -87,9 +88,21 @@ def mean_of(model, weights, examples):
     return total / count
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_with_equal_weights_the_run_is_the_plain_run(tmp_path, accumulation):
-    options = {"gradient_accumulation_steps": accumulation, "max_steps": 3}
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"gradient_accumulation_steps": 2},
+        # Batches of 5, 5 and 2, and steps of two batches and of one.
+        {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 5, "max_steps": -1, "num_train_epochs": 2},
+        {"dataloader_drop_last": True, "per_device_train_batch_size": 5, "per_device_eval_batch_size": 5},
+        {"label_smoothing_factor": 0.3},
+        {"bf16": True, "max_grad_norm": 0.1},
+    ],
+    ids=lambda options: ", ".join(options) or "plain",
+)
+def test_with_equal_weights_the_run_is_the_plain_run(tmp_path, options):
+    options = {"max_steps": 3} | options
     plain = transformers.Trainer(
         llama(),
         arguments(tmp_path, **options),
@@ -245,6 +258,74 @@ def test_other_models_are_weighted_per_example(tmp_path):
     torch.testing.assert_close(trainer._loss(batch, weighted=True), expected)
 
 
+def trained(folder, outer=HELD, **options):
+    """Train two steps, each with a step of the weights."""
+    given = {"data_weights": DataWeights(3), "outer_dataset": outer, "outer_every": 1} | options
+    train = given.pop("train", TRAIN)
+    WeightedTrainer(llama(), arguments(folder, max_steps=2), train_dataset=train, **given).train()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"data_weights": 3}, TypeError, r"data_weights: expected DataWeights\(number of sources\), got int"),
+        ({"outer": None}, ValueError, "outer_dataset: expected a data set or a list .*, got NoneType"),
+        ({"outer": []}, ValueError, "outer_dataset: expected .* one or more examples"),
+        ({"outer": iter(HELD)}, ValueError, "outer_dataset: expected .* indexed by their numbers, got list_iterator"),
+        ({"outer": {"train": HELD}}, ValueError, "outer_dataset: .*For a DatasetDict, choose a split"),
+        ({"outer": [{"input_ids": [1, 2]}]}, ValueError, "outer_dataset: its batches have no 'labels'"),
+        ({"outer_batch_size": 0}, ValueError, r"WeightedTrainer\.outer_batch_size: expected an integer >= 1"),
+        ({"outer_optimizer": torch.optim.Adam}, TypeError, "optimizer of the hyperparameters: expected .* got Adam"),
+        (
+            {"outer_optimizer": torch.optim.SGD([torch.zeros(1, requires_grad=True)])},
+            ValueError,
+            "optimizer of the hyperparameters does not have all of them",
+        ),
+        ({"train": [{**e, "source": "wiki"} for e in TRAIN]}, TypeError, "'source': expected integers.*got 'wiki'"),
+        ({"train": [{**e, "source": 1.0} for e in TRAIN]}, TypeError, r"'source': expected integers.*got 1\.0"),
+        (
+            {"train": [{**e, "source": 3} for e in TRAIN]},
+            IndexError,
+            "expected integers from 0 to 2, got numbers from 3",
+        ),
+        ({"train": [{"input_ids": [1], "source": 0}] * 4}, ValueError, "training batches have no 'labels'"),
+    ],
+)
+def test_each_mistake_is_named(tmp_path, options, error, message):
+    with pytest.raises(error, match=message):
+        trained(tmp_path, **options)
+
+
+def test_outer_batch_without_labels_is_named(tmp_path):
+    with pytest.warns(bl.DependenceWarning, match="outer_dataset: all labels of a batch are -100"):
+        trained(tmp_path, outer=[{"input_ids": [1, 2], "labels": [-100, -100]}])
+
+
+def test_micro_batches_of_a_classifier_are_one_batch(tmp_path):
+    """The trainer itself takes the sum of their means (findings/transformers-classifier-accumulation.sh)."""
+    config = transformers.LlamaConfig(**llama().config.to_dict() | {"num_labels": 3, "pad_token_id": 0})
+    train = [{**example, "labels": i % 3} for i, example in enumerate(TRAIN[:8])]
+    moved = []
+    for batch, accumulation in ((8, 1), (2, 4)):
+        torch.manual_seed(0)
+        model = transformers.LlamaForSequenceClassification(config)
+        trainer = weighted(
+            tmp_path,
+            train,
+            model,
+            every=9,
+            scores=SCORES,
+            max_steps=1,
+            optim="sgd",
+            max_grad_norm=0.0,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulation,
+        )
+        trainer.train()
+        moved.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    torch.testing.assert_close(*moved, rtol=1e-5, atol=1e-7)
+
+
 def test_mistakes_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"training batches have no 'source'\. Add this column"):
         weighted(tmp_path, train=HELD).train()
@@ -257,8 +338,10 @@ def test_mistakes_are_named(tmp_path):
     trainer = weighted(tmp_path)
     with pytest.raises(ValueError, match=r"returns no logits. Turn off kernels that fuse the loss"):
         trainer.token_losses({"loss": 0}, torch.zeros(1, 2))
-    with pytest.raises(ValueError, match=r"LlamaForCausalLM with labels of the shape \(1, 2, 3\) is neither"):
-        trainer.token_losses({"logits": torch.zeros(1, 2, 3, 4)}, torch.zeros(1, 2, 3))
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM with labels of torch\.int64 of the shape \(1, 2, 3\)"):
+        trainer.token_losses({"logits": torch.zeros(1, 2, 3, 4)}, torch.zeros(1, 2, 3).long())
+    with pytest.raises(ValueError, match=r"labels of torch\.float32 of the shape \(2,\) is neither"):  # a regression
+        trainer.token_losses({"logits": torch.zeros(2, 1)}, torch.zeros(2))
 
 
 def tokenizer():

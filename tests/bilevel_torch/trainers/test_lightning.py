@@ -1,5 +1,7 @@
 """`bilevel_torch.trainers.lightning`: the callback does what a loop by hand does, and resumes."""
 
+from copy import deepcopy
+
 import pytest
 
 pytest.importorskip("torch")
@@ -129,6 +131,82 @@ def test_losses_are_computed_in_the_precision_of_the_trainer():
     assert module.dtypes == {torch.bfloat16}
     assert run.callback_metrics["outer_loss"] > 0
     assert held.state_dict()["first_order"]["eps"] == torch.finfo(torch.bfloat16).eps
+
+
+def test_second_fit_uses_its_own_optimizer():
+    """Its Adam is the preconditioner, and the result is that of a new callback with the same state."""
+    module, held = Regression(), validation()
+    first = callback(module, every=1, batches=held)
+    trainer([first], epochs=1).fit(module, loader())
+    copy, state = copy_of(module), deepcopy(first.state_dict())
+    trainer([first], epochs=1).fit(module, loader())
+    second = callback(copy, every=1)
+    second.load_state_dict(state)
+    trainer([second], epochs=1).fit(copy, loader())
+    assert torch.equal(module.weights.scores, copy.weights.scores)
+
+
+def copy_of(module):
+    copy = Regression()
+    copy.load_state_dict(module.state_dict())
+    return copy
+
+
+class Skipping(Regression):
+    """A module that skips the second half of its batches."""
+
+    def training_step(self, batch, batch_idx):
+        return None if batch_idx >= 2 else super().training_step(batch, batch_idx)
+
+
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+def test_skipped_batches_take_no_part():
+    skipping, short = Skipping(), Regression()
+    trainer([callback(skipping, every=1)], epochs=1).fit(skipping, loader())
+    trainer([callback(short, every=1)], epochs=1, limit_train_batches=2).fit(short, loader())
+    assert short.weights.scores.abs().min() > 0
+    assert torch.equal(skipping.weights.scores, short.weights.scores)
+
+
+class Greedy(Regression):
+    """A module whose optimizer also has the weights."""
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.05)
+
+
+def test_hyperparameters_in_the_optimizer_of_the_module_are_refused():
+    module = Greedy()
+    with pytest.raises(ValueError, match=r"configure_optimizers: .* also moves hyperparameters.*Leave them out"):
+        trainer([callback(module)]).fit(module, loader())
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"hparams": []}, ValueError, "hparams: expected one or more tensors"),
+        ({"hparams": [1.0]}, ValueError, "hparams: expected one or more tensors"),
+        ({"inner": None}, TypeError, "inner: expected a function of the module and a batch, got NoneType"),
+        ({"outer": 3}, TypeError, "outer: expected a function of the module and a batch, got int"),
+        ({"batches": None}, TypeError, "batches: expected a loader .* got NoneType"),
+        ({"optimizer": torch.optim.Adam}, TypeError, r"expected an optimizer of torch\.optim, got Adam"),
+        (
+            {"optimizer": torch.optim.SGD([torch.zeros(1, requires_grad=True)])},
+            ValueError,
+            "does not have all of them",
+        ),
+    ],
+)
+def test_each_mistake_is_named(options, error, message):
+    given = {
+        "hparams": torch.zeros(2, requires_grad=True),
+        "inner": Regression.train_loss,
+        "outer": Regression.val_loss,
+        "batches": validation(),
+    }
+    HypergradientCallback(**given)
+    with pytest.raises(error, match=message):
+        HypergradientCallback(**(given | options))
 
 
 def test_manual_optimization_is_refused():
