@@ -22,9 +22,11 @@ demo: $(INSTALLED)
 	$(BIN)/bilevel demo --backend numpy torch jax --out demo-output/
 
 # One thread per test process: two processes that each start a thread per core slow each other down. Compiling is most of
-# the time of the JAX tests, so compiled code is kept in .cache/jax. conftest.py divides the tests among the processes.
+# the time of the JAX tests, so compiled code is kept in .cache/jax, and LLVM optimizes little. XLA's own passes still run.
+# conftest.py divides the tests among the processes.
 RUN := OMP_NUM_THREADS=1 JAX_COMPILATION_CACHE_DIR='$(CURDIR)/.cache/jax' \
-	JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1
+	JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1 \
+	JAX_DISABLE_MOST_OPTIMIZATIONS=1
 
 test: $(INSTALLED)
 	$(RUN) BILEVEL_HIDE='$(HIDE)' PYTHONPATH='$(if $(HIDE),$(CURDIR)/.ci/hide)' $(BIN)/pytest -n auto -m 'not slow' $(TESTS)

@@ -29,7 +29,7 @@ def times(spec: dict[str, Any]) -> Iterator[dict[str, Any]]:
             calls = {name: call for name, call in calls.items() if name in spec["columns"]}
         elif method != "unrolled" and count > PEERS_AT_MOST and not spec["peers_always"]:
             calls = {name: call for name, call in calls.items() if name in (STEP, OURS) or name.startswith(HAND)}
-        result = compare(calls, OURS, HAND, (STEP,), spec["budget"])
+        result = compare(calls, OURS, HAND, (STEP,), spec["budget"], least=1 if spec["quick"] else 3)
         yield _about(spec, w, method, count) | {"kind": spec["job"], "columns": result}
 
 

@@ -61,7 +61,12 @@ def relative_error(answer: Any, reference: Any) -> float:
 
 
 def compare(
-    columns: Mapping[str, Callable[[], Any]], reference: str, baseline: str, unchecked: tuple[str, ...], budget: float
+    columns: Mapping[str, Callable[[], Any]],
+    reference: str,
+    baseline: str,
+    unchecked: tuple[str, ...],
+    budget: float,
+    least: int = 3,
 ) -> dict[str, Any]:
     """Check each column's answer against that of ``reference``, then time them all and divide by ``baseline``.
 
@@ -85,7 +90,7 @@ def compare(
         if name not in unchecked:
             result[name]["error"] = relative_error(answer, expected)
     del answer, expected
-    seconds = {name: np.asarray(values) for name, values in interleave(working, budget).items()}
+    seconds = {name: np.asarray(values) for name, values in interleave(working, budget, least).items()}
     best = min((name for name in seconds if name.startswith(baseline)), key=lambda name: np.median(seconds[name]))
     for name, values in seconds.items():
         result[name] |= {

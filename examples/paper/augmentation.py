@@ -42,7 +42,7 @@ class Sizes:
     lr_augment: float = 1e-3
 
 
-FULL, FAST = Sizes(), Sizes(validation=300, steps=192, warmup=48)
+FULL, FAST = Sizes(), Sizes(validation=300, steps=96, warmup=24)
 SOLVERS = {
     "identity": "identity",
     "neumann": {"name": "neumann", "terms": 3, "step_size": 0.02},

@@ -70,7 +70,7 @@ class Setup:
     test: int = 1000
 
 
-FULL, FAST = Setup(steps=100), Setup(steps=32, test=400)
+FULL, FAST = Setup(steps=100), Setup(steps=16, test=400)
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict[str, Any]]:

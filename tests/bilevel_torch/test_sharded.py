@@ -22,30 +22,42 @@ CASES = ["cg", "minres", "neumann", "nystrom", "identity", "convnet", "tied", "c
 CASES += ["tensor parallel", "replicated cotangent", "resharded late", "compiled"]
 
 
-def start(what, world, folder):
+def start(functions, world, folder):
     """Start the ranks of a program, and return the processes."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     return [
-        subprocess.Popen([sys.executable, PROGRAM, str(rank), str(world), folder, what], env=environment)
+        subprocess.Popen([sys.executable, PROGRAM, str(rank), str(world), folder, *functions], env=environment)
         for rank in range(world)
     ]
 
 
+def run(functions, world, folder):
+    """Run functions of the program on all ranks."""
+    for process in start(functions, world, folder):
+        assert process.wait(240) == 0
+
+
 def results(what, world, folder):
-    """Run a program, and return the results of its ranks."""
-    for process in start(what, world, folder):
-        assert process.wait(120) == 0
+    """Return the results of a function, by rank."""
     return [torch.load(folder / f"{what}-{world}-{rank}.pt") for rank in range(world)]
 
 
 @pytest.fixture(scope="module")
-def errors(tmp_path_factory):
-    return results("results", 2, tmp_path_factory.mktemp("results"))
+def folder(tmp_path_factory):
+    """Run all functions of two ranks in the same processes: PyTorch takes long to start."""
+    folder = tmp_path_factory.mktemp("ranks")
+    run(["results", "checkpoint", "mishaps"], 2, folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
-def said(tmp_path_factory):
-    return results("mishaps", 2, tmp_path_factory.mktemp("mishaps"))
+def errors(folder):
+    return results("results", 2, folder)
+
+
+@pytest.fixture(scope="module")
+def said(folder):
+    return results("mishaps", 2, folder)
 
 
 @pytest.mark.slow
@@ -89,16 +101,17 @@ def test_every_rank_gets_the_error(said, case, message):
 
 @pytest.mark.slow
 def test_a_rank_that_dies_ends_the_others(tmp_path):
-    first, last = start("without_a_rank", 2, tmp_path)
+    first, last = start(["without_a_rank"], 2, tmp_path)
     assert last.wait(60) == -signal.SIGKILL
     assert first.wait(60) == 0
     assert torch.load(tmp_path / "without_a_rank-2-0.pt").startswith("RuntimeError: ")
 
 
 @pytest.mark.slow
-def test_a_checkpoint_of_two_ranks_is_loaded_by_one(tmp_path):
-    saved, _ = results("checkpoint", 2, tmp_path)
-    [(loaded, steps)] = results("checkpoint", 1, tmp_path)
+def test_a_checkpoint_of_two_ranks_is_loaded_by_one(folder):
+    saved, _ = results("checkpoint", 2, folder)
+    run(["checkpoint"], 1, folder)
+    [(loaded, steps)] = results("checkpoint", 1, folder)
     assert all(torch.equal(saved[name], loaded[name]) for name in saved)
     assert steps == 0
 

@@ -1,4 +1,4 @@
-"""The program of each process in test_sharded.py: `python sharded_ranks.py RANK WORLD FOLDER FUNCTION`."""
+"""The program of each process in test_sharded.py: `python sharded_ranks.py RANK WORLD FOLDER FUNCTIONS`."""
 
 import os
 import signal
@@ -296,13 +296,14 @@ def checkpoint(rank, world, mesh):
 
 
 if __name__ == "__main__":
-    rank, world, folder, what = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]
+    rank, world, folder, functions = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:]
     torch.set_num_threads(1)
-    store = f"file://{folder}/store-{what}-{world}"
+    store = f"file://{folder}/store-{world}"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=timedelta(seconds=30))
-    found = globals()[what](rank, world, init_device_mesh("cpu", (world,)))
-    torch.save(found, folder / f"{what}-{world}-{rank}.pt")
-    if what != "without_a_rank":
+    mesh = init_device_mesh("cpu", (world,))
+    for what in functions:
+        torch.save(globals()[what](rank, world, mesh), folder / f"{what}-{world}-{rank}.pt")
+    if functions != ["without_a_rank"]:
         dist.barrier()
         dist.destroy_process_group()
     os._exit(0)  # FSDP has kept the group, whose threads may abort the process while the interpreter ends

@@ -19,6 +19,9 @@ def test_decays_per_weight_lower_the_validation_loss(histories):
         assert results["identity"]["hparams"] == results["identity"]["weights"]
         assert results["global"]["hparams"] == 1
         assert results["untuned"]["hparams"] == 0
+    for net in ("alexnet", "resnet"):
+        identity, untuned = (histories[f"{net}-{method}-0"]["result"] for method in ("identity", "untuned"))
+        assert identity["val_loss"] < untuned["val_loss"]
     result = histories["cnn-identity-0"]["result"]
     assert result["val_accuracy"] > result["test_accuracy"]
     rows = histories["mlp-identity-0"]["rows"]
