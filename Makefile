@@ -16,7 +16,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 PEERS := .venv-peers
 
-.PHONY: demo test test-all test-oldest test-newest docs docs-site lint paper bench dist clean
+.PHONY: demo test test-all test-oldest test-newest docs docs-site notebooks lint paper bench dist clean
 
 demo: $(INSTALLED)
 	$(BIN)/bilevel demo --backend numpy torch jax --out demo-output/
@@ -55,6 +55,10 @@ docs: $(INSTALLED)
 # The documentation with the API reference, in site/. It needs no framework: docstrings are read from the sources.
 docs-site: .venv-docs-site/.installed
 	NO_MKDOCS_2_WARNING=1 .venv-docs-site/bin/mkdocs build
+
+# Run the notebooks of docs/notebooks again, and store what they print and draw.
+notebooks: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python .ci/site/notebooks.py
 
 .venv-docs-site/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-docs-site
