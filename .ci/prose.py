@@ -1,7 +1,7 @@
 """Find wording that is hard to read: print file, line and phrase of each place, and exit with 1 if there is one.
 
-In Markdown, it reads all text but code, and also checks the length of sentences. In notebooks, it reads the Markdown. In
-Python, it reads docstrings, comments, and string constants with a space, which are usually messages. CONTRIBUTING.md
+In Markdown, it reads all text but code, and also checks the length of sentences. In notebooks, it reads the Markdown.
+In Python, it reads docstrings, comments, and string constants with a space, which are usually messages. CONTRIBUTING.md
 states the rules.
 """
 
