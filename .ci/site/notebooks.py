@@ -17,7 +17,7 @@ from typing import Any
 
 FOLDER = Path(__file__).parents[2] / "docs" / "notebooks"
 PICTURE = 40_000  # bytes, at most
-DPI = 72
+DPI = 90
 Cell = dict[str, Any]
 
 
@@ -77,7 +77,7 @@ def as_page(notebook: dict[str, Any], name: str) -> tuple[str, dict[str, bytes]]
         parts.append(f"```python\n{source}\n```")
         for output in cell["outputs"]:
             if output["output_type"] == "stream":
-                parts.append(f"```text\n{text(output['text']).rstrip()}\n```")
+                parts.append(f"```{{.text .output}}\n{text(output['text']).rstrip()}\n```")
             else:
                 picture = f"{name}-{len(pictures) + 1}.png"
                 pictures[picture] = base64.b64decode(output["data"]["image/png"])

@@ -28,6 +28,11 @@ def _hypot() -> Made:
     return lambda p: jnp.hypot(p["w"][0], p["w"][1]), {"w": jnp.array([0.7, 0.7])}
 
 
+@ROWS.add("jax", "the same, as `jnp.sqrt(x**2 + y**2)`", "right")
+def _root() -> Made:
+    return lambda p: jnp.sqrt(p["w"][0] ** 2 + p["w"][1] ** 2), {"w": jnp.array([0.7, 0.7])}
+
+
 @ROWS.add("jax", "`jnp.linalg.norm` of a vector of zeros", "nan", "`jnp.sqrt((x**2).sum() + eps)`")
 def _norm() -> Made:
     return lambda p: jnp.linalg.norm(p["w"]), {"w": jnp.zeros(3)}
@@ -110,6 +115,13 @@ def _beta_binomial() -> Made:
     import numpyro.distributions as dist
 
     return lambda p: -dist.BetaBinomial(p["w"][0], p["w"][1], 10).log_prob(4), {"w": jnp.array([1.5, 1.5])}
+
+
+@ROWS.add("numpyro", "the same, with one of them larger by 1e-3", "right")
+def _beta_binomial_apart() -> Made:
+    import numpyro.distributions as dist
+
+    return lambda p: -dist.BetaBinomial(p["w"][0], p["w"][1], 10).log_prob(4), {"w": jnp.array([1.5, 1.501])}
 
 
 @ROWS.add("tinygp", "`GaussianProcess` with `ExpSquared`", "right")

@@ -104,6 +104,11 @@ def _norm() -> Made:
     return lambda p: p["w"].norm() + p["w"].sum(), {"w": torch.zeros(3, dtype=torch.float64)}
 
 
+@ROWS.add("torch", "the same, as `(x.square().sum() + eps).sqrt()`", "right")
+def _root() -> Made:
+    return lambda p: (p["w"].square().sum() + 1e-4).sqrt() + p["w"].sum(), {"w": torch.zeros(3, dtype=torch.float64)}
+
+
 @ROWS.add("torch", "`parametrizations.spectral_norm` in train mode", "wrong", "`eval()` after some passes")
 def _spectral_norm() -> Made:
     net = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(4, 3)), nn.Tanh(), nn.Linear(3, 1))

@@ -97,6 +97,6 @@ def test_a_page_has_the_cells_the_outputs_and_a_download():
     notebook["cells"].insert(0, {"cell_type": "markdown", "source": ["# Title\n", "\n", "Words."]})
     assert notebooks.as_page(notebook, "name") == (
         '# Title\n\n<a href="name.ipynb" download>Download this notebook</a>\n\nWords.\n\n'
-        "```python\nprint(1)\n```\n\n```text\n1\n```\n\n![a line](name-1.png)\n",
+        "```python\nprint(1)\n```\n\n```{.text .output}\n1\n```\n\n![a line](name-1.png)\n",
         {"name-1.png": b"a picture"},
     )
