@@ -40,7 +40,7 @@ def main() -> int:
     jax.config.update("jax_enable_x64", True)
     warnings.simplefilter("ignore")
     rows = [row for row in [*torch_rows.ROWS, *jax_rows.ROWS] if arguments.only in row.package]
-    print("| package | part | second derivatives | error | `bl.diagnose` | use |\n|" + "---|" * 6)
+    print("| package | part | second derivatives | use | error | `bl.diagnose` |\n|" + "---|" * 6)
     unexpected = [row for row in rows if not check(row)]
     for row in unexpected:
         print(f"not as expected: {row.package}, {row.part}: {row.expected}", file=sys.stderr)
@@ -60,8 +60,8 @@ def check(row: Row) -> bool:
         kind = "nan" if math.isnan(off) else "right" if off <= RIGHT else "wrong"
         shown = f"{off:.0e}"
     found = diagnosis(plain, params) if kind in ("wrong", "nan") else ""
-    cells = f"{row.package} {installed(row.package)}", row.part, kind, shown, found, row.advice
-    print(f"| {' | '.join(cells)} |".replace("|  |", "| |"), flush=True)
+    cells = f"{row.package} {installed(row.package)}", row.part, kind, row.advice, shown, found
+    print(f"|{'|'.join(f' {cell} ' if cell else ' ' for cell in cells)}|", flush=True)
     return kind == row.expected
 
 

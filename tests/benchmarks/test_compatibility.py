@@ -22,9 +22,9 @@ def rows():
     ("part", "expected", "shown"),
     [
         ("`nn.BatchNorm1d`", "right", "| right | "),
-        ("`nn.EmbeddingBag`", "raises", "| raises | `NotImplementedError` | |"),
-        ("`norm()` of a vector of zeros", "nan", "| nan | nan | finds it |"),
-        ("`parametrizations.spectral_norm` in train mode", "wrong", "| finds it | `eval()` after some passes |"),
+        ("`nn.EmbeddingBag`", "raises", "| raises | `embedding(index).mean(1)` | `NotImplementedError` | |"),
+        ("`norm()` of a vector of zeros", "nan", "| nan | `(x.square().sum() + eps).sqrt()` | nan | finds it |"),
+        ("`parametrizations.spectral_norm` in train mode", "wrong", "| wrong | `eval()` after some passes | "),
         pytest.param("`jnp.hypot` at equal arguments", "wrong", "| 1e+00 | finds it |", marks=pytest.mark.slow),
         ("the same, as `jnp.sqrt(x**2 + y**2)`", "right", "| right | "),
     ],
