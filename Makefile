@@ -16,7 +16,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 PEERS := .venv-peers
 
-.PHONY: demo test test-all test-oldest test-newest docs docs-site lint paper bench dist clean
+.PHONY: demo test test-all test-oldest test-newest docs docs-site notebooks lint paper bench compatibility dist clean
 
 demo: $(INSTALLED)
 	$(BIN)/bilevel demo --backend numpy torch jax --out demo-output/
@@ -58,6 +58,10 @@ docs: $(INSTALLED)
 docs-site: .venv-docs-site/.installed
 	NO_MKDOCS_2_WARNING=1 .venv-docs-site/bin/mkdocs build
 
+# Run the notebooks of docs/notebooks again, and store what they print and draw.
+notebooks: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python .ci/site/notebooks.py
+
 .venv-docs-site/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-docs-site
 	.venv-docs-site/bin/pip install --constraint constraints.txt --editable '.[docs-site]'
@@ -87,6 +91,16 @@ $(PEERS)/.installed: pyproject.toml constraints.txt benchmarks/speed/peers.txt
 	$(PEERS)/bin/pip install --constraint constraints.txt --editable '.[torch,jax,demo]'
 	for peer in $$(grep -v '^#' benchmarks/speed/peers.txt); do \
 		$(PEERS)/bin/pip install --constraint constraints.txt $$peer || echo "left out: $$peer"; done
+	@touch $@
+
+# The table of docs/compatibility.md: second derivatives of other packages, in an environment of their own.
+compatibility: .venv-compatibility/.installed
+	OMP_NUM_THREADS=1 .venv-compatibility/bin/python -m benchmarks.compatibility
+
+.venv-compatibility/.installed: pyproject.toml constraints.txt benchmarks/compatibility/packages.txt
+	$(PYTHON) -m venv .venv-compatibility
+	.venv-compatibility/bin/pip install --constraint constraints.txt --editable '.[torch,jax]' \
+		--requirement benchmarks/compatibility/packages.txt
 	@touch $@
 
 # The wheel and the source distribution, in dist/.

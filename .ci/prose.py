@@ -1,17 +1,19 @@
 """Find wording that is hard to read: print file, line and phrase of each place, and exit with 1 if there is one.
 
-In Markdown, it reads all text but code, and also checks the length of sentences. In Python, it reads docstrings,
-comments, and string constants with a space, which are usually messages. CONTRIBUTING.md states the rules.
+In Markdown, it reads all text but code, and also checks the length of sentences. In notebooks, it reads the Markdown.
+In Python, it reads docstrings, comments, and string constants with a space, which are usually messages. CONTRIBUTING.md
+states the rules.
 """
 
 import ast
+import json
 import re
 import sys
 import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOTS = ["*.md", "docs/*.md", "examples/README.md", "bilevel", "backends"]  # patterns
+ROOTS = ["*.md", "docs/*.md", "docs/notebooks/*.ipynb", "examples/README.md", "bilevel", "backends"]  # patterns
 LONGEST = 25  # words of a sentence in Markdown
 
 PHRASES = [
@@ -43,7 +45,7 @@ def check(path: Path, top: Path) -> Iterator[str]:
         for inside in sorted(path.rglob("*.py")):
             yield from check(inside, top)
         return
-    markdown = path.suffix == ".md"
+    markdown = path.suffix != ".py"
     for start, text in (markdown_passages if markdown else python_passages)(path):
         text = CODE.sub(lambda code: "CODE" + "\n" * code[0].count("\n"), text)
         for place, message in [*phrases(text), *(long_sentences(text) if markdown else [])]:
@@ -69,8 +71,14 @@ def long_sentences(text: str) -> Iterator[Passage]:
 
 
 def markdown_passages(path: Path) -> Iterator[Passage]:
-    """Yield paragraphs, headings, items of lists and cells of tables; no code and no comments."""
+    """Yield paragraphs, headings, items of lists and cells of tables; no code and no comments.
+
+    In a notebook, lines are counted from the first line of Markdown.
+    """
     text = path.read_text("utf-8")
+    if path.suffix == ".ipynb":
+        cells = (cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "markdown")
+        text = "\n\n".join("".join(cell["source"]) for cell in cells)
     text = re.sub(r"^```.*?^```$|<!--.*?-->", lambda m: "\n" * m[0].count("\n"), text, flags=re.DOTALL | re.MULTILINE)
     lines: list[str] = []
     for number, line in enumerate([*text.split("\n"), ""], 1):

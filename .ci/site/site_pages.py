@@ -1,10 +1,12 @@
 """Pages of the site from files outside of docs/, and links to such files. These are hooks of MkDocs."""
 
+import json
 import posixpath
 import re
 from functools import cache
 from typing import TYPE_CHECKING
 
+import notebooks
 from markdown_text import with_formulas, with_indented_items
 from public_names import ROOT
 
@@ -28,7 +30,12 @@ def on_files(files: "Files", config: "MkDocsConfig") -> "Files":
 
     for source, page in pages().items():
         text = (ROOT / source).read_text("utf-8")
-        if not source.endswith(".md"):
+        if source.endswith(".ipynb"):
+            folder, name = posixpath.split(page.removesuffix(".md"))
+            text, pictures = notebooks.as_page(json.loads(text), name)
+            for picture, content in pictures.items():
+                files.append(File.generated(config, f"{folder}/{picture}", content=content))
+        elif not source.endswith(".md"):
             language = source.rpartition(".")[2]
             text = f"---\nsearch: {{ exclude: true }}\n---\n# {source}\n\n```{language}\n{text.rstrip()}\n```\n"
         files.append(File.generated(config, page, content=text))
@@ -54,9 +61,9 @@ def as_mathml(latex: str) -> str:
 @cache
 def pages() -> dict[str, str]:
     """Return the files of the repository that become pages of the site, and the names of these pages."""
-    sources = sorted(path for pattern in ("*.toml", "*/*.py") for path in (ROOT / "examples").glob(pattern))
-    names = [path.relative_to(ROOT).as_posix() for path in sources]
-    return PAGES | {name: name.rpartition(".")[0] + ".md" for name in names}
+    patterns = ("examples/*.toml", "examples/*/*.py", "docs/notebooks/*.ipynb")
+    names = [path.relative_to(ROOT).as_posix() for pattern in patterns for path in sorted(ROOT.glob(pattern))]
+    return PAGES | {name: name.removeprefix("docs/").rpartition(".")[0] + ".md" for name in names}
 
 
 def with_site_links(markdown: str, page: str) -> str:
@@ -70,11 +77,12 @@ def with_site_links(markdown: str, page: str) -> str:
     def rewrite(link: re.Match[str]) -> str:
         text, path, anchor = link[1], link[2], link[3] or ""
         target = posixpath.normpath(posixpath.join(posixpath.dirname(source), path))
-        if not (ROOT / target).exists() or (source.startswith("docs/") and target.startswith("docs/")):
+        if not (ROOT / target).exists():
             return link[0]
-        made = pages().get(target) or pages().get(f"{posixpath.dirname(target)}/README.md")
-        if target.startswith("docs/"):
+        made = pages().get(target)
+        if not made and target.startswith("docs/"):
             made = target.removeprefix("docs/")
+        made = made or pages().get(f"{posixpath.dirname(target)}/README.md")
         return f"[{text}]({posixpath.relpath(made, posixpath.dirname(page) or '.')}{anchor})" if made else text
 
     return LINK.sub(rewrite, markdown)

@@ -1,5 +1,6 @@
 """The check of wording finds what it should, at the right line, and leaves code alone."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -63,6 +64,15 @@ def test_code_and_comments_of_a_page_are_not_text(found):
     page = "A `beside` b.\n\n    beside = 1\n\n```python\nanew = beside\n```\n\n<!-- anew -->\n"
     assert found("page.md", page) == ([], [])
     assert found("code.py", 'beside = "anew"\ndef f():\n    """Return 1.\n\n    >>> anew = 1\n    """\n') == ([], [])
+
+
+def test_the_markdown_of_a_notebook_is_read(found):
+    cells = [
+        {"cell_type": "markdown", "source": ["# Title\n", "\n", "Good."]},
+        {"cell_type": "code", "source": ["anew = 1"], "outputs": [{"text": ["anew\n"]}]},
+        {"cell_type": "markdown", "source": "It starts anew."},
+    ]
+    assert found("page.ipynb", json.dumps({"cells": cells})) == (["anew"], [5])
 
 
 def test_long_sentences_of_a_page_are_found(found):
