@@ -38,9 +38,9 @@ def convergence(
 ) -> Axes:
     """Draw the residual of each solver, relative to its right-hand side ∂F/∂w, after several numbers of iterations.
 
-    Each point is another solve. With the default counts, each solver takes 127 iterations. A solve that ends early,
-    because its ``rtol`` is met or it fails, ends the curve. The residual is of the solver's own system, with its
-    damping.
+    Each point is another solve, which JAX compiles. With the default counts, each solver takes 127 iterations. A solve
+    that ends early, because its ``rtol`` is met or it fails, ends the curve. The residual is of the solver's own
+    system, with its damping.
 
     Args:
         problem, params, hparams, inner_args, outer_args, backend: as in `bilevel.hypergradient`.
