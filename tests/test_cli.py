@@ -258,7 +258,7 @@ class TestArguments:
         assert len(names) == 2  # the wrong name was found before the first run
 
     def test_the_rest(self, call):
-        assert call("--backend", "jax", "--seed", "3", "--out", "x/y") == ("jax", None, {}, 3, Path("x/y"))
+        assert call("--backend", "numpy", "--seed", "3", "--out", "x/y") == ("numpy", None, {}, 3, Path("x/y"))
 
 
 def test_a_solve_that_fails_is_one_line(capsys, monkeypatch):
