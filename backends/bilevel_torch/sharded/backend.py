@@ -16,8 +16,8 @@ from bilevel.micro_batches import MicroBatches
 from bilevel.problems.model_loss import ModelLoss
 from bilevel.spaces.array import Args, H, P, V
 from bilevel.spaces.tree import leaves, with_leaves
-from bilevel_torch.autograd import LEAF, as_graph_leaves, evaluate, scalar
-from bilevel_torch.backend import check_recording
+from bilevel_torch.autograd import LEAF, scalar
+from bilevel_torch.backend import TorchBackend, check_recording
 from bilevel_torch.data_parallel import ONE_RANK, DataParallel
 from bilevel_torch.graph import nodes_of
 from bilevel_torch.sharded.gathering import Gathering
@@ -134,10 +134,7 @@ class Sharded(DataParallel):
     @override
     def inner(self, objective: Callable[..., object], params: P, hparams: H, args: Args) -> LinearizedMap[P, H]:
         _check_whole(args)
-        params, hparams = as_graph_leaves(params, hparams)
-        with self.losses():
-            value = evaluate(objective, params, hparams, *args)
-        return self.inner_of(value, params, hparams, trainable=torch.nn.Parameter)
+        return TorchBackend.inner(self, self._within(objective), params, hparams, args)
 
     @override
     def inner_of(
@@ -156,10 +153,12 @@ class Sharded(DataParallel):
         # The transpose would differentiate a redistribution three times, which PyTorch does not support.
         return self._averaged(own._replace(**products, jvp_hparams=None), hparams)
 
-    def _within(self, product: Callable[..., R]) -> Callable[..., R]:
+    def _within(self, function: Callable[..., R]) -> Callable[..., R]:
+        """Return a function that runs in the context `losses`."""
+
         def run(*args: object) -> R:
             with self.losses():
-                return product(*args)
+                return function(*args)
 
         return run
 
@@ -169,20 +168,10 @@ class Sharded(DataParallel):
 
     @override
     def outer(
-        self,
-        objective: Callable[..., object],
-        params: P,
-        hparams: H,
-        args: Args,
-        *,
-        label: str = "outer",
-        data: Data = "outer",
+        self, objective: Callable[..., object], params: P, hparams: H, args: Args, **options: Any
     ) -> OuterDerivatives[P, H]:
         _check_whole(args)
-        params, hparams = as_graph_leaves(params, hparams)
-        with self.losses():
-            value = evaluate(objective, params, hparams, *args)
-        return self.outer_of(value, params, hparams, label, data)
+        return TorchBackend.outer(self, self._within(objective), params, hparams, args, **options)
 
     @override
     def outer_of(
