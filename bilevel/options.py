@@ -56,6 +56,12 @@ def check_int(solver: Any, *options: str, least: int) -> None:
             raise ValueError(message)
 
 
+def check_count(name: str, value: object) -> None:
+    """Raise a ValueError unless an argument of a function is an integer >= 1."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+        raise ValueError(f"{name}: expected an integer >= 1, got {value!r}.")
+
+
 def check_choice(name: str, value: object, choices: Sequence[Any]) -> None:
     """Raise a ValueError unless a value is one of the choices. Suggest the most similar string."""
     if any(type(value) is type(choice) and value == choice for choice in choices):

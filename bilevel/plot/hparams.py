@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from bilevel.backend import Backend
+from bilevel.options import check_count
 from bilevel.plot.axes import axes, check_names
 from bilevel.validation import find_backend
 
@@ -46,20 +46,16 @@ def hparams(
     >>> [label.get_text() for label in ax.get_yticklabels()]
     ["['decay'][1]", "['decay'][0]"]
     """
-    if isinstance(count, bool) or not isinstance(count, Integral) or count < 1:
-        raise ValueError(f"count: expected an integer >= 1, got {count!r}.")
+    check_count("count", count)
     found = find_backend(backend, hparams, hparams, ("hparams", "hparams"))
     arrays = {path: np.asarray(found.to_numpy(leaf), float) for path, leaf in found.leaves(hparams)}
     entries = np.concatenate([array.ravel() for array in arrays.values()])
     if names is not None:
         check_names(names, len(entries))
-    if not len(entries) or not np.isfinite(entries).all():
-        bad = int(np.argmin(np.isfinite(entries))) if len(entries) else None
-        raise ValueError(
-            "hparams: there are no entries."
-            if bad is None
-            else f"{_name(arrays, bad)} is {entries[bad]}: no bar shows it."
-        )
+    if not len(entries):
+        raise ValueError("hparams: there are no entries.")
+    for bad in np.flatnonzero(~np.isfinite(entries))[:1].tolist():
+        raise ValueError(f"{_name(arrays, bad)} is {entries[bad]}: no bar shows it.")
     order = np.argsort(-entries, kind="stable")
     split = len(entries) > 2 * count
     shown = np.concatenate([order[:count], order[-count:]]) if split else order

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from numbers import Integral
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,6 +9,7 @@ import numpy as np
 from bilevel.backend import Backend
 from bilevel.methods.method import Level
 from bilevel.operators.lanczos import spectral_density
+from bilevel.options import check_count
 from bilevel.plot.axes import axes
 from bilevel.problems.protocols import BilevelProblem, has_symmetric_system
 from bilevel.spaces.array import Args, Array
@@ -54,8 +54,7 @@ def spectrum(
     >>> [round(float(line[0, 0]), 6) for line in ax.collections[0].get_segments()]
     [1.0, 4.0]
     """
-    if isinstance(products, bool) or not isinstance(products, Integral) or products < 1:
-        raise ValueError(f"products: expected an integer >= 1, got {products!r}.")
+    check_count("products", products)
     check_problem(problem)
     if not has_symmetric_system(problem):
         raise ValueError(

@@ -6,7 +6,6 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from bilevel.errors import InnerProblemWarning
 from bilevel.hypergradient import SolverSpec
 from bilevel.messages import callers_level, suggest
 from bilevel.methods.implicit import as_method
+from bilevel.options import check_count
 from bilevel.problems.protocols import BilevelProblem
 from bilevel.search.evaluations import Search
 from bilevel.spaces.array import Args, H, P
@@ -114,8 +114,7 @@ def minimize(
     array([2., 2.])
     """
     chosen = _check_method(method, bounds=bounds, constraints=constraints)
-    if isinstance(maxiter, bool) or not isinstance(maxiter, Integral) or maxiter < 1:
-        raise ValueError(f"maxiter: expected an integer >= 1, got {maxiter!r}.")
+    check_count("maxiter", maxiter)
     check_fit(fit)
     backend = find_backend(backend, hparams0, hparams0, ("hparams0", "hparams0"))
     x0 = backend.to_flat(hparams0)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from bilevel.options import check_count
 from bilevel.plot.axes import axes, check_names
 
 if TYPE_CHECKING:
@@ -57,8 +58,7 @@ class WeightReport:
             raise ValueError("weights: expected finite numbers >= 0.")
         if self.names is not None:
             check_names(self.names, len(self.weights))
-        if isinstance(self.most, bool) or not isinstance(self.most, int) or self.most < 1:
-            raise ValueError(f"most: expected an integer >= 1, got {self.most!r}.")
+        check_count("most", self.most)
 
     def __str__(self) -> str:
         w = self.weights.detach().double()

@@ -6,7 +6,7 @@ import torch
 from torch.utils.data import Sampler
 
 from bilevel.options import check_int, check_real
-from bilevel_torch.data.weights import DataWeights
+from bilevel_torch.data.weights import DataWeights, check_integers
 
 
 class WeightedSampler(Sampler[int]):
@@ -108,9 +108,7 @@ class WeightedSampler(Sampler[int]):
         Raises:
             TypeError, IndexError: if the indices are no numbers of examples.
         """
-        if not isinstance(indices, torch.Tensor) or indices.is_floating_point() or indices.dtype == torch.bool:
-            got = f"a tensor of {indices.dtype}" if isinstance(indices, torch.Tensor) else type(indices).__name__
-            raise TypeError(f"indices: expected a tensor of numbers of examples, got {got}.")
+        check_integers("indices", indices, "numbers of examples")
         indices, count = indices.long(), len(self._probabilities)
         if bool(((indices < 0) | (indices >= count)).any()):
             raise IndexError(

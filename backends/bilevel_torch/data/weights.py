@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from math import log
 from numbers import Integral
+from typing import Any
 
 import torch
 
@@ -111,11 +112,16 @@ def _log_shares(sizes: Sequence[float], scores: torch.nn.Module | torch.nn.Param
     return (given / given.sum()).log().to(scores.dtype)
 
 
+def check_integers(name: str, value: Any, expected: str) -> None:
+    """Raise a TypeError unless a value is a tensor of integers."""
+    if not isinstance(value, torch.Tensor) or value.is_floating_point() or value.dtype == torch.bool:
+        got = f"a tensor of {value.dtype}" if isinstance(value, torch.Tensor) else type(value).__name__
+        raise TypeError(f"{name}: expected a tensor of {expected}, got {got}.")
+
+
 def _rows(scores: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
     """Return the scores of some items. Negative numbers raise an error, as they are usually labels of padding."""
-    if not isinstance(items, torch.Tensor) or items.is_floating_point() or items.dtype == torch.bool:
-        got = f"a tensor of {items.dtype}" if isinstance(items, torch.Tensor) else type(items).__name__
-        raise TypeError(f"items: expected a tensor of integers from 0 to {len(scores) - 1}, got {got}.")
+    check_integers("items", items, f"integers from 0 to {len(scores) - 1}")
     try:
         return torch.nn.functional.embedding(items.long(), scores[:, None])[..., 0]
     except IndexError:
