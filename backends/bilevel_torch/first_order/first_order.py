@@ -20,6 +20,7 @@ from bilevel_torch.first_order.adaptation import check_adaptive, inverse_roots
 from bilevel_torch.first_order.evaluation import Evaluation, Loss
 from bilevel_torch.first_order.vectors import Tensors, dot, norm, wide
 from bilevel_torch.placement import add_to_grad
+from bilevel_torch.shards import is_dtensor
 from bilevel_torch.trees import TensorTree, tree_of
 
 STEP = 2.0  # of the central differences, as in bilevel.problems.central_differences
@@ -230,7 +231,7 @@ class FirstOrder:
 
     def _cross(self, inner: list[Loss], v: Tensors) -> Optionals:
         """Return (∂²L/∂λ∂w)ᵀ v."""
-        if any(hasattr(p, "full_tensor") for p in self._params):  # FSDP2 needs a whole backward pass after each forward
+        if any(map(is_dtensor, self._params)):  # FSDP2 needs a whole backward pass after each forward
             return self._products(inner, v)[1]
         move, scale = self._move(v)
         return _scaled(scale, self._evaluation.difference_by_hparams(inner, move))

@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from bilevel_torch.shards import is_dtensor
+
 Tensors = list[torch.Tensor]
 
 
@@ -15,8 +17,8 @@ def wide(t: torch.Tensor) -> torch.dtype:
 
 def dot(x: Sequence[torch.Tensor], y: Sequence[torch.Tensor]) -> torch.Tensor:
     """Return the sum of the products of entries, in at least float32. Tensors may be sharded."""
-    dots = [(a * b).sum(dtype=wide(a)) for a, b in zip(x, y, strict=True)]
-    whole: list[Any] = [getattr(d, "full_tensor", lambda d=d: d)() for d in dots]  # of sharded tensors
+    dots: list[Any] = [(a * b).sum(dtype=wide(a)) for a, b in zip(x, y, strict=True)]
+    whole: list[Any] = [d.full_tensor() if is_dtensor(d) else d for d in dots]
     return torch.stack([d.to(whole[0]) for d in whole]).sum()
 
 
