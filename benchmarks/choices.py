@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 import bilevel as bl
 import bilevel_torch
+from benchmarks.first_order.cleaning import accuracy, f1_score
 
 TRAINING, WRONG, STEPS = 800, 0.4, 600
 
@@ -56,7 +57,7 @@ CHOICES: dict[str, Choice | None] = {
 
 @dataclass
 class Outcome:
-    """What a run found."""
+    """The numbers of a run."""
 
     f1: float
     validation: float
@@ -102,11 +103,9 @@ def run(choice: Choice | None, seed: int) -> Outcome:
 
     scores, solves = torch.zeros(TRAINING, requires_grad=True), []
     net = trained(train, scores, held_out if choice else None, choice or BASE, solves, seed)
-    called = scores.detach() < 0
-    found = int((called & wrong).sum())
     again = trained(train, scores.detach(), None, BASE, [], seed + 1000)
     return Outcome(
-        f1=2 * found / max(1, int(called.sum()) + int(wrong.sum())),
+        f1=f1_score(scores.detach() < 0, wrong),
         validation=accuracy(net, held_out),
         test=accuracy(net, test),
         again=accuracy(again, test),
@@ -141,12 +140,6 @@ def trained(train: Any, scores: Any, held_out: Any, choice: Choice, solves: list
             solves.append(hg.info)
             outer_optimizer.step()
     return net
-
-
-@torch.no_grad()
-def accuracy(net: nn.Module, data: Any) -> float:
-    """Return the share of right answers."""
-    return float((net(data[0]).argmax(1) == data[1]).float().mean())
 
 
 if __name__ == "__main__":

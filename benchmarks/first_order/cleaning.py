@@ -133,11 +133,18 @@ def run(method: str, net_name: str, of: Data, gradients: int, seed: int) -> tupl
             first_order.backward(inner, outer, accumulate=False, on_failure="ignore")
         outer_optimizer.step()
     seconds = time.process_time() - began
-    with torch.no_grad():
-        accuracy = float((net(of.test[0]).argmax(1) == of.test[1]).double().mean())
-    called = scores.detach() < 0
-    right = float((called & of.wrong).sum())
-    return accuracy, 2 * right / max(float(called.sum() + of.wrong.sum()), 1.0), seconds
+    return accuracy(net, of.test), f1_score(scores.detach() < 0, of.wrong), seconds
+
+
+@torch.no_grad()
+def accuracy(net: nn.Module, pair: tuple[Tensor, Tensor]) -> float:
+    """Return the part of images that are classified right."""
+    return float((net(pair[0]).argmax(1) == pair[1]).double().mean())
+
+
+def f1_score(called: Tensor, wrong: Tensor) -> float:
+    """Return the F1 score of the labels called wrong."""
+    return 2 * float((called & wrong).sum()) / max(float(called.sum() + wrong.sum()), 1.0)
 
 
 def errors(net: Any, pair: tuple[Tensor, Tensor], rows: Tensor) -> Tensor:

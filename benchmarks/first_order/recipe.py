@@ -21,7 +21,19 @@ from torch import Tensor, nn
 
 import bilevel as bl
 import bilevel_torch
-from benchmarks.first_order.cleaning import ADAM, BATCH, DECAY, RATE, TRACKING, Data, errors, network, read
+from benchmarks.first_order.cleaning import (
+    ADAM,
+    BATCH,
+    DECAY,
+    RATE,
+    TRACKING,
+    Data,
+    accuracy,
+    errors,
+    f1_score,
+    network,
+    read,
+)
 from bilevel_torch.data import DataWeights
 
 COLUMNS = ["F1", "validation", "test", "test again", "test without"]
@@ -98,21 +110,12 @@ def run(setting: Setting, net_name: str, of: Data, steps: int, seed: int) -> lis
 
     train(net, of, steps, seed, weights, outer_step)
     w = weights().detach()
-    called = w < 1
-    right = float((called & of.wrong).sum())
-    f1 = 2 * right / max(float(called.sum() + of.wrong.sum()), 1.0)
-    found = [f1, accuracy(net, held), accuracy(net, of.test)]
+    found = [f1_score(w < 1, of.wrong), accuracy(net, held), accuracy(net, of.test)]
     for fixed in (w, 2 * (w >= 1).float()):
         net = make()
         train(net, of, steps, seed, lambda rows, fixed=fixed: fixed[rows], lambda *_: None)
         found.append(accuracy(net, of.test))
     return found
-
-
-@torch.no_grad()
-def accuracy(net: nn.Module, pair: tuple[Tensor, Tensor]) -> float:
-    """Return the part of images that are classified right."""
-    return float((net(pair[0]).argmax(1) == pair[1]).double().mean())
 
 
 def main(argv: list[str] | None = None) -> None:
