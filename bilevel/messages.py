@@ -31,7 +31,7 @@ def callers_level() -> int:
     """
     level, frame = 1, sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(
-        ("bilevel", "jax.", "torch.", "scipy.")
+        ("bilevel", "jax.", "torch.", "scipy.", "transformers.")
     ):
         level, frame = level + 1, frame.f_back
     return level

@@ -21,6 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from bilevel.errors import DependenceWarning
+from bilevel.messages import callers_level
 from bilevel.options import check_int
 from bilevel_torch.data import DataWeights
 from bilevel_torch.trainers.collator import KeepColumn
@@ -278,7 +279,7 @@ def _check_outer_labels(labels: torch.Tensor | None) -> None:
             f"outer_dataset: all labels of a batch are {MASKED}, so its outer loss is 0. Remove examples without "
             "labels, which may also be texts that were cut.",
             DependenceWarning,
-            stacklevel=2,
+            stacklevel=callers_level(),
         )
 
 
