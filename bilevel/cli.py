@@ -1,4 +1,4 @@
-"""The `bilevel` command: `bilevel info`, `bilevel diagnose`, and `bilevel demo`, an example on real data."""
+"""The `bilevel` command: `info`, `version`, `diagnose`, and `demo`, an example on real data."""
 
 import argparse
 import dataclasses

@@ -17,7 +17,7 @@ COLUMNS = {  # what is drawn: colour and marker
 
 
 def save(records: list[Record], path: Path) -> None:
-    """Draw the times of our calls and of other libraries, divided by those of the hand-written loop."""
+    """Draw the times of our calls and of other libraries, divided by the times of the hand-written loop."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

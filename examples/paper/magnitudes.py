@@ -3,8 +3,8 @@
     python examples/paper/magnitudes.py --data DIR
 
 Seven logarithms are tuned while a small network learns from few images: of a rotation, translations, a size, shears and
-elastic displacements. The data, the network and the loop are those of augmentation.py. Each way to tune is also judged
-by a new training with the magnitudes that it has found.
+elastic displacements. The data, the network and the loop are in augmentation.py. For each way to tune, there is also a
+new training with the magnitudes that it has found.
 """
 
 import math
@@ -29,7 +29,6 @@ SOLVERS = {
     "neumann": {"name": "neumann", "terms": 3, "damping": "auto"},
     "cg": {"name": "cg", "maxiter": 10, "damping": "auto"},
 }
-
 
 TUNED = {"warmup": 0, "every": 5, "lr_augment": 0.1}  # chosen by runs with other seeds
 FULL, FAST = Sizes(steps=600, **TUNED), Sizes(validation=300, steps=48, **TUNED)

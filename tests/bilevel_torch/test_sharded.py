@@ -1,4 +1,4 @@
-"""Parameters that are sharded over ranks, with gloo: hypergradients are equal to those of one process."""
+"""Parameters that are sharded over ranks, with gloo: one process computes the same hypergradients."""
 
 import os
 import re

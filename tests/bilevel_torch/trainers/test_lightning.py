@@ -134,7 +134,7 @@ def test_losses_are_computed_in_the_precision_of_the_trainer():
 
 
 def test_second_fit_uses_its_own_optimizer():
-    """Its Adam is the preconditioner, and the result is that of a new callback with the same state."""
+    """Its Adam is the preconditioner. A new callback with the same state gives the same result."""
     module, held = Regression(), validation()
     first = callback(module, every=1, batches=held)
     trainer([first], epochs=1).fit(module, loader())
