@@ -10,6 +10,20 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
 
+@pytest.fixture
+def run(tmp_path, capsys):
+    """Return a function that runs a script with --fast. The script prints all of its results, and draws a picture."""
+
+    def run(script):
+        found = script.main(["--fast", "--figure", str(tmp_path / "a.png")])
+        printed = capsys.readouterr().out
+        assert all(name in printed for name in found)
+        assert (tmp_path / "a.png").stat().st_size > 0
+        return found
+
+    return run
+
+
 @pytest.fixture(scope="module")
 def deconvolution():
     pytest.importorskip("torch")
@@ -46,12 +60,10 @@ class TestDeconvolution:
         np.testing.assert_allclose(filters.sum(1), 0, atol=1e-12)
 
     @pytest.mark.slow
-    def test_learned_filters_recover_test_images_better(self, deconvolution, tmp_path, capsys):
-        found = deconvolution.main(["--fast", "--figure", str(tmp_path / "a.png")])
+    def test_learned_filters_recover_test_images_better(self, deconvolution, run):
+        found = run(deconvolution)
         assert found["learned filters"]["test"] > found["total variation, grid search"]["test"] + 0.2
         assert found["learned filters"]["test"] > found["Tikhonov, grid search"]["test"] + 0.2
-        assert "learned filters" in capsys.readouterr().out
-        assert (tmp_path / "a.png").stat().st_size > 0
 
 
 @pytest.fixture(scope="module")
@@ -77,14 +89,12 @@ class TestKernel:
         assert relative_error(process.predict(w, hparams, x_test[:50]), expected) < 1e-4
 
     @pytest.mark.slow
-    def test_hypergradients_are_ahead_with_wrong_targets(self, kernel, tmp_path, capsys):
-        found = kernel.main(["--fast", "--figure", str(tmp_path / "a.png")])
+    def test_hypergradients_are_ahead_with_wrong_targets(self, kernel, run):
+        found = run(kernel)
         error = {name: row["error"] for name, row in found.items()}
         tuned = error["scale per feature, hypergradients, 10% wrong"]
         assert tuned < 0.95 * error["one scale, grid search, 10% wrong"]
         assert tuned < 0.95 * error["scale per feature, likelihood, 10% wrong"]
-        assert "hypergradients" in capsys.readouterr().out
-        assert (tmp_path / "a.png").stat().st_size > 0
 
 
 @pytest.fixture(scope="module")
@@ -110,10 +120,8 @@ class TestEpidemic:
         np.testing.assert_array_equal(train.cases, held_out.cases)
 
     @pytest.mark.slow
-    def test_a_weight_per_week_finds_the_rates_better(self, epidemic, tmp_path, capsys):
-        found = epidemic.main(["--fast", "--figure", str(tmp_path / "a.png")])
+    def test_a_weight_per_week_finds_the_rates_better(self, epidemic, run):
+        found = run(epidemic)
         one, weekly = found["one weight, grid search"], found["a weight per week"]
         assert weekly["misfit"] < one["misfit"]
         assert weekly["error"] < 0.9 * one["error"]
-        assert "a weight per week" in capsys.readouterr().out
-        assert (tmp_path / "a.png").stat().st_size > 0

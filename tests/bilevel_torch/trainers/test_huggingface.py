@@ -1,79 +1,19 @@
 """`bilevel_torch.trainers.huggingface`: weighted losses of transformers' trainers, and their weights."""
 
-import os
-
 import pytest
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
-os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 import transformers
+from language_models import HELD, SCORES, TRAIN, arguments, classifier, llama, weighted
 from torch.nn.functional import cross_entropy
 
-import bilevel as bl
 import bilevel_torch
 from bilevel_torch.data import DataWeights
 from bilevel_torch.trainers.collator import KeepColumn
-from bilevel_torch.trainers.huggingface import DataWeightsMixin, WeightedTrainer
-
-SCORES = torch.tensor([0.8, -0.5, 0.1])
-
-
-def llama(vocabulary=20):
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=32,
-    )
-    return transformers.LlamaForCausalLM(config)
-
-
-def text(seed, length, masked=0):
-    tokens = torch.randint(20, (length,), generator=torch.Generator().manual_seed(seed))
-    labels = tokens.clone()
-    labels[:masked] = -100
-    return {"input_ids": tokens.tolist(), "labels": labels.tolist()}
-
-
-TRAIN = [{**text(i, 6, masked=i % 3), "source": i % 3} for i in range(12)]
-HELD = [text(100 + i, 6) for i in range(5)]
-
-
-def arguments(folder, **options):
-    given = {
-        "per_device_train_batch_size": 2,
-        "max_steps": 6,
-        "learning_rate": 0.01,
-        "report_to": [],
-        "use_cpu": True,
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-    }
-    return transformers.TrainingArguments(str(folder), **(given | options))
-
-
-def weighted(folder, train=TRAIN, model=None, scores=None, kind=WeightedTrainer, every=2, **options):
-    weights = DataWeights(3)
-    if scores is not None:
-        with torch.no_grad():
-            weights.scores.copy_(scores)
-    return kind(
-        llama() if model is None else model,
-        arguments(folder, **options),
-        train_dataset=train,
-        data_weights=weights,
-        outer_dataset=HELD,
-        outer_every=every,
-    )
+from bilevel_torch.trainers.huggingface import DataWeightsMixin
 
 
 def mean_of(model, weights, examples):
@@ -247,8 +187,7 @@ def test_diagnose_finds_that_dora_detaches(dora):
 
 
 def test_other_models_are_weighted_per_example(tmp_path):
-    config = transformers.LlamaConfig(**llama().config.to_dict() | {"num_labels": 3, "pad_token_id": 0})
-    model = transformers.LlamaForSequenceClassification(config).eval()
+    model = classifier().eval()
     trainer = weighted(tmp_path, model=model, scores=SCORES)
     batch = {"input_ids": torch.tensor([TRAIN[i]["input_ids"] for i in range(3)]), "labels": torch.tensor([0, 2, 1])}
     batch["source"] = torch.tensor([2, 0, 1])
@@ -258,57 +197,12 @@ def test_other_models_are_weighted_per_example(tmp_path):
     torch.testing.assert_close(trainer._loss(batch, weighted=True), expected)
 
 
-def trained(folder, outer=HELD, **options):
-    """Train two steps, each with a step of the weights."""
-    given = {"data_weights": DataWeights(3), "outer_dataset": outer, "outer_every": 1} | options
-    train = given.pop("train", TRAIN)
-    WeightedTrainer(llama(), arguments(folder, max_steps=2), train_dataset=train, **given).train()
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"data_weights": 3}, TypeError, r"data_weights: expected DataWeights\(number of sources\), got int"),
-        ({"outer": None}, ValueError, "outer_dataset: expected a data set or a list .*, got NoneType"),
-        ({"outer": []}, ValueError, "outer_dataset: expected .* one or more examples"),
-        ({"outer": iter(HELD)}, ValueError, "outer_dataset: expected .* indexed by their numbers, got list_iterator"),
-        ({"outer": {"train": HELD}}, ValueError, "outer_dataset: .*For a DatasetDict, choose a split"),
-        ({"outer": [{"input_ids": [1, 2]}]}, ValueError, "outer_dataset: its batches have no 'labels'"),
-        ({"outer_batch_size": 0}, ValueError, r"WeightedTrainer\.outer_batch_size: expected an integer >= 1"),
-        ({"outer_optimizer": torch.optim.Adam}, TypeError, "optimizer of the hyperparameters: expected .* got Adam"),
-        (
-            {"outer_optimizer": torch.optim.SGD([torch.zeros(1, requires_grad=True)])},
-            ValueError,
-            "optimizer of the hyperparameters does not have all of them",
-        ),
-        ({"train": [{**e, "source": "wiki"} for e in TRAIN]}, TypeError, "'source': expected integers.*got 'wiki'"),
-        ({"train": [{**e, "source": 1.0} for e in TRAIN]}, TypeError, r"'source': expected integers.*got 1\.0"),
-        (
-            {"train": [{**e, "source": 3} for e in TRAIN]},
-            IndexError,
-            "expected integers from 0 to 2, got numbers from 3",
-        ),
-        ({"train": [{"input_ids": [1], "source": 0}] * 4}, ValueError, "training batches have no 'labels'"),
-    ],
-)
-def test_each_mistake_is_named(tmp_path, options, error, message):
-    with pytest.raises(error, match=message):
-        trained(tmp_path, **options)
-
-
-def test_outer_batch_without_labels_is_named(tmp_path):
-    with pytest.warns(bl.DependenceWarning, match="outer_dataset: all labels of a batch are -100"):
-        trained(tmp_path, outer=[{"input_ids": [1, 2], "labels": [-100, -100]}])
-
-
 def test_micro_batches_of_a_classifier_are_one_batch(tmp_path):
     """The trainer itself takes the sum of their means (findings/transformers-classifier-accumulation.sh)."""
-    config = transformers.LlamaConfig(**llama().config.to_dict() | {"num_labels": 3, "pad_token_id": 0})
     train = [{**example, "labels": i % 3} for i, example in enumerate(TRAIN[:8])]
     moved = []
     for batch, accumulation in ((8, 1), (2, 4)):
-        torch.manual_seed(0)
-        model = transformers.LlamaForSequenceClassification(config)
+        model = classifier()
         trainer = weighted(
             tmp_path,
             train,
@@ -324,24 +218,6 @@ def test_micro_batches_of_a_classifier_are_one_batch(tmp_path):
         trainer.train()
         moved.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     torch.testing.assert_close(*moved, rtol=1e-5, atol=1e-7)
-
-
-def test_mistakes_are_named(tmp_path):
-    with pytest.raises(ValueError, match=r"training batches have no 'source'\. Add this column"):
-        weighted(tmp_path, train=HELD).train()
-    with pytest.raises(ValueError, match="compute_loss_func: the weights need losses of tokens"):
-        WeightedTrainer(llama(), compute_loss_func=print, data_weights=DataWeights(3), outer_dataset=HELD)
-    with pytest.raises(ValueError, match="data_weights: a trainer needs a table of weights"):
-        WeightedTrainer(llama(), data_weights=DataWeights(torch.nn.Linear(2, 1)), outer_dataset=HELD)
-    with pytest.raises(ValueError, match=r"WeightedTrainer\.outer_every: expected an integer >= 1"):
-        weighted(tmp_path, every=0)
-    trainer = weighted(tmp_path)
-    with pytest.raises(ValueError, match=r"returns no logits. Turn off kernels that fuse the loss"):
-        trainer.token_losses({"loss": 0}, torch.zeros(1, 2))
-    with pytest.raises(ValueError, match=r"LlamaForCausalLM with labels of torch\.int64 of the shape \(1, 2, 3\)"):
-        trainer.token_losses({"logits": torch.zeros(1, 2, 3, 4)}, torch.zeros(1, 2, 3).long())
-    with pytest.raises(ValueError, match=r"labels of torch\.float32 of the shape \(2,\) is neither"):  # a regression
-        trainer.token_losses({"logits": torch.zeros(2, 1)}, torch.zeros(2))
 
 
 def tokenizer():
