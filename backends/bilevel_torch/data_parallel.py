@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from typing_extensions import override
 
-from bilevel.backend import Data, stacked
+from bilevel.backend import Data, R, Rest, stacked
 from bilevel.linearization import LinearizedMap, OuterDerivatives
 from bilevel.messages import callers_level
 from bilevel.problems.model_loss import ModelLoss
@@ -156,7 +156,8 @@ class DataParallel(TorchBackend):
         label: str = "inner",
         trainable: type[torch.Tensor] = torch.Tensor,
     ) -> LinearizedMap[P, H]:
-        return self._averaged(ONE_RANK.inner_of(value, params, hparams, label, trainable), hparams)
+        loss = self._loss(label, value, "inner")
+        return self._averaged(self._within(ONE_RANK.inner_of)(loss, params, hparams, label, trainable), hparams)
 
     @override
     def gauss_newton(self, inner: ModelLoss, params: P, hparams: H, args: Args) -> LinearizedMap[P, H]:
@@ -195,9 +196,18 @@ class DataParallel(TorchBackend):
         retain_graph: bool = False,
     ) -> OuterDerivatives[P, H]:
         def own() -> OuterDerivatives[P, H]:
-            return ONE_RANK.outer_of(value, params, hparams, label, data, retain_graph)
+            loss = self._loss(label, value, data)
+            return self._within(ONE_RANK.outer_of)(loss, params, hparams, label, data, retain_graph)
 
         return self._averaged_outer(own, params, hparams, data)
+
+    def _loss(self, label: str, value: object, data: Data) -> object:
+        """Return the loss of one rank that is differentiated in place of a value."""
+        return value
+
+    def _within(self, function: Callable[Rest, R]) -> Callable[Rest, R]:
+        """Return a function as it must run for the derivatives of one rank."""
+        return function
 
     def _averaged_outer(
         self, compute: Callable[[], OuterDerivatives[P, H]], params: P, hparams: H, data: Data
@@ -225,7 +235,7 @@ class DataParallel(TorchBackend):
         return self  # one row after the other: vmap has no collectives
 
     def _averaged(self, own: LinearizedMap[P, H], hparams: H) -> LinearizedMap[P, H]:
-        """Return the map of all ranks' data: values and products averaged over the ranks."""
+        """Return the map of all ranks' data: values and products averaged over the ranks. ``own`` is of this rank."""
         share = self._share("inner", leaves(own.residual)[0].device)
         jvp_hparams, jvp_params = own.jvp_hparams, own.jvp_params
         return LinearizedMap(

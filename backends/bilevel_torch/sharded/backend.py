@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.autograd.graph import Node
 from typing_extensions import override
 
-from bilevel.backend import Data, R
+from bilevel.backend import Data, R, Rest
 from bilevel.linearization import Inputs, LinearizedMap, OuterDerivatives
 from bilevel.micro_batches import MicroBatches
 from bilevel.problems.model_loss import ModelLoss
@@ -18,7 +18,7 @@ from bilevel.spaces.array import Args, H, P, V
 from bilevel.spaces.tree import leaves, with_leaves
 from bilevel_torch.autograd import LEAF, scalar
 from bilevel_torch.backend import TorchBackend, check_recording
-from bilevel_torch.data_parallel import ONE_RANK, DataParallel
+from bilevel_torch.data_parallel import DataParallel
 from bilevel_torch.graph import nodes_of
 from bilevel_torch.sharded.gathering import Gathering
 from bilevel_torch.sharded.recomputation import READS, changed
@@ -137,28 +137,12 @@ class Sharded(DataParallel):
         return TorchBackend.inner(self, self._within(objective), params, hparams, args)
 
     @override
-    def inner_of(
-        self,
-        value: object,
-        params: P,
-        hparams: H,
-        label: str = "inner",
-        trainable: type[torch.Tensor] = torch.Tensor,
-    ) -> LinearizedMap[P, H]:
-        loss = self._weighted(label, value, "inner")
-        with self.losses():
-            own = ONE_RANK.inner_of(loss, params, hparams, label, trainable)
-        # A checkpoint inside of the module runs it again in each product.
-        products = {name: self._within(getattr(own, name)) for name in ("vjp_params", "vjp_hparams")}
-        # The transpose would differentiate a redistribution three times, which PyTorch does not support.
-        return self._averaged(own._replace(**products, jvp_hparams=None), hparams)
-
-    def _within(self, function: Callable[..., R]) -> Callable[..., R]:
+    def _within(self, function: Callable[Rest, R]) -> Callable[Rest, R]:
         """Return a function that runs in the context `losses`."""
 
-        def run(*args: object) -> R:
+        def run(*args: Rest.args, **options: Rest.kwargs) -> R:
             with self.losses():
-                return function(*args)
+                return function(*args, **options)
 
         return run
 
@@ -174,23 +158,6 @@ class Sharded(DataParallel):
         return TorchBackend.outer(self, self._within(objective), params, hparams, args, **options)
 
     @override
-    def outer_of(
-        self,
-        value: object,
-        params: P,
-        hparams: H,
-        label: str = "outer",
-        data: Data = "outer",
-        retain_graph: bool = False,
-    ) -> OuterDerivatives[P, H]:
-        def own() -> OuterDerivatives[P, H]:
-            loss = self._weighted(label, value, data)
-            with self.losses():
-                return ONE_RANK.outer_of(loss, params, hparams, label, data, retain_graph)
-
-        return self._averaged_outer(own, params, hparams, data)
-
-    @override
     def outers(self, objective: Any, params: P, hparams: H, args: Args) -> OuterDerivatives[P, H]:
         raise TypeError("Sharded: several outer objectives at once are not supported. Make one call for each.")
 
@@ -200,7 +167,8 @@ class Sharded(DataParallel):
         raise TypeError("Sharded: diagnose is not supported. Run it in one process, on a small copy of the model.")
         yield  # pyright: ignore[reportUnreachable]
 
-    def _weighted(self, label: str, value: object, data: Data) -> torch.Tensor:
+    @override
+    def _loss(self, label: str, value: object, data: Data) -> torch.Tensor:
         """Return a loss times a weight, so that its derivatives have to be averaged over the ranks."""
         loss: Any = scalar(label, value)
         with torch.enable_grad():
@@ -257,6 +225,13 @@ class Sharded(DataParallel):
                 f"{label}: a parameter has changed since the loss was computed, for example by an optimizer step. "
                 "Compute the losses again before the call."
             )
+
+    @override
+    def _averaged(self, own: LinearizedMap[P, H], hparams: H) -> LinearizedMap[P, H]:
+        # A checkpoint inside of the module runs it again in each product.
+        products = {name: self._within(getattr(own, name)) for name in ("vjp_params", "vjp_hparams")}
+        # The transpose would differentiate a redistribution three times, which PyTorch does not support.
+        return super()._averaged(own._replace(**products, jvp_hparams=None), hparams)
 
     @override
     def _share(self, data: Data, device: torch.device) -> float:
