@@ -65,6 +65,7 @@ def test_a_notebook_is_short_and_its_pictures_have_alternative_texts(name):
 
 def test_cells_share_a_namespace_and_outputs_are_stored_per_cell():
     pytest.importorskip("matplotlib").use("agg")
+    pytest.importorskip("matplotlib.pyplot").figure()  # of the caller: not an output of the first cell
     sources = [
         "x = 2\nprint(x)",
         "import matplotlib.pyplot as plt\nax = plt.subplots(figsize=(3, 2))[1]",
