@@ -11,7 +11,13 @@ import warnings
 from functools import partial
 
 # Little optimization: compiling is what takes the time.
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=8",
+        "--xla_backend_optimization_level=0",
+    ]
+)
 os.environ["JAX_ENABLE_X64"] = "1"
 
 import jax
@@ -24,6 +30,7 @@ from jax.sharding import PartitionSpec as P
 import bilevel as bl
 import bilevel_jax
 
+warnings.filterwarnings("ignore", "Error reading persistent compilation cache")  # see pyproject.toml
 warnings.simplefilter("ignore", bl.InnerProblemWarning)  # derivatives are compared at any params
 
 AUTO, EXPLICIT = (jax.make_mesh((8,), ("d",), axis_types=(kind,)) for kind in (AxisType.Auto, AxisType.Explicit))
