@@ -57,7 +57,9 @@ class TestFurtherArguments:
                 call()
 
     def test_too_many(self):
-        text = r"inner is called with .* inner_args has 4 entries\..* Give it 6 parameters: params and hparams come first"
+        text = (
+            r"inner is called with .* inner_args has 4 entries\..* Give it 6 parameters: params and hparams come first"
+        )
         with pytest.raises(TypeError, match=text):
             bl.hypergradient(RIDGE, np.zeros(3), np.zeros(3), inner_args=(*DATA, 1, 1), outer_args=DATA)
 

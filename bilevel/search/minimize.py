@@ -98,8 +98,9 @@ def minimize(
         An ``OptimizeResult``: ``x`` (the hyperparameters, with the structure of ``hparams0``), ``params``, ``fun``,
         ``jac``, ``nit``, ``nfev``, ``success``, ``status``, ``message``, ``history`` (an
         `bilevel.search.evaluations.Evaluation` for each hypergradient), and ``state``, for ``resume``. Its text leaves
-        out ``state`` and counts the evaluations of ``history``. ``success`` is False if ``fit`` leaves the inner problem unsolved at ``x``: if, to first order, that changes F by more than
-        1e-4 of F or of its decrease in the search (3e-3 for params in float32). Then ``status`` is -1.
+        out ``state``, and counts the evaluations of ``history``. ``success`` is False if ``fit`` leaves the inner
+        problem unsolved at ``x``: if, to first order, that changes F by more than 1e-4 of F or of its decrease in the
+        search (3e-3 for params in float32). Then ``status`` is -1.
 
     Raises:
         TypeError, ValueError, SolverError: as in `hypergradient`.
