@@ -16,7 +16,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 PEERS := .venv-peers
 
-.PHONY: demo test test-all test-oldest test-newest docs docs-site notebooks lint paper bench compatibility dist clean
+.PHONY: demo test test-all test-oldest test-newest docs docs-site docs-site-version notebooks lint paper bench compatibility dist clean
 
 demo: $(INSTALLED)
 	$(BIN)/bilevel demo --backend numpy torch jax --out demo-output/
@@ -58,6 +58,12 @@ docs: $(INSTALLED)
 # The documentation with the API reference, in site/. It needs no framework: docstrings are read from the sources.
 docs-site: .venv-docs-site/.installed
 	NO_MKDOCS_2_WARNING=1 .venv-docs-site/bin/mkdocs build
+
+# Commit the site to the local branch gh-pages as a version, for example VERSION=0.2, and make it the latest. An older site
+# of the same version is replaced. mike calls mkdocs by its name.
+docs-site-version: .venv-docs-site/.installed
+	export NO_MKDOCS_2_WARNING=1 PATH="$(CURDIR)/.venv-docs-site/bin:$$PATH"; \
+	mike deploy --update-aliases --alias-type redirect '$(VERSION)' latest && mike set-default latest
 
 # Run the notebooks of docs/notebooks again, and store what they print and draw.
 notebooks: $(INSTALLED)

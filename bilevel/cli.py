@@ -93,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         help="an option of the solver, its value as in TOML; may be repeated",
     )
-    demo.add_argument("--seed", type=_seed, default=0, help="seed of the data split and the first weights (0)")
+    demo.add_argument("--seed", type=_seed, default=0, help="seed of the data split and the initial weights (0)")
     demo.add_argument("--out", metavar="DIR", type=Path, default=Path(), help="folder for the picture (here)")
     demo.set_defaults(run=_demo)
     return parser

@@ -44,6 +44,7 @@ NOT_KKT = (
     "bl.Constrained needs ∂L/∂w + (∂h/∂w)ᵀν + (∂g/∂w)ᵀμ = 0 with μ >= 0. Call "
     "bl.with_multipliers(problem, params['w'], hparams) to compute them."
 )
+NUMBERS = 'For the numbers, see hg.info, or pass on_failure="raise".'
 OnFailure = Literal["raise", "warn", "ignore"]
 
 
@@ -105,7 +106,7 @@ def report(
         else:
             end = f"The residual is {info.residual_norm:.2g} of a right-hand side of {info.rhs_norm:.2g}, {end}"
         raise SolverError(f"{method.name}{where}: {method.explain(info, symmetric, eigenvalues)} {end}{hint}")
-    text = f"{method.name}{where}: {method.explain(info, symmetric, None)} info has the numbers.{hint}"
+    text = f"{method.name}{where}: {method.explain(info, symmetric, None)} {NUMBERS}{hint}"
     warnings.warn(SolverWarning(text), stacklevel=callers_level())
     return info
 

@@ -7,7 +7,10 @@ from bilevel.spaces.array import H, P
 
 
 class Status(IntEnum):
-    """The outcome of a solve.
+    """The outcome of a solve. Its text is its name. Under ``jit``, a status is an array of its number.
+
+    >>> print(Status.MAXITER, Status(1) == 1)
+    MAXITER True
 
     Attributes:
         CONVERGED: a residual from a product with the operator meets the tolerance. For a method with a fixed number of
@@ -24,6 +27,9 @@ class Status(IntEnum):
     NEGATIVE_CURVATURE = 2
     DIVERGED = 3
     NON_FINITE = 4
+
+    def __str__(self) -> str:
+        return self.name
 
 
 class SolverInfo(NamedTuple):

@@ -1,6 +1,6 @@
 """Checks of arguments. Errors name a leaf by its path."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from inspect import Signature, signature
@@ -117,8 +117,11 @@ def _check_args(backend: Backend, name: str, args: object, hint: str = "") -> No
         check_micro_batches(backend, name, args)
     elif not isinstance(args, tuple):
         kind = "an array" if backend.owns(args) else type(args).__name__
-        one = f" For a single argument, write {name}=(x,)." if backend.owns(args) else ""
-        raise TypeError(f"{name}: expected a tuple of arguments, as in {name}=(x, y), got {kind}.{one}{hint}")
+        if backend.owns(args) or isinstance(args, Mapping):
+            hint = f" For a single argument, write {name}=(x,).{hint}"
+        elif isinstance(args, Iterable) and not isinstance(args, list) and not backend.compiles:
+            hint = f" For a loader of micro-batches, write {name}=bl.MicroBatches(loader).{hint}"
+        raise TypeError(f"{name}: expected a tuple of arguments, as in {name}=(x, y), got {kind}.{hint}")
 
 
 def check_micro_batches(backend: Backend, name: str, batches: MicroBatches) -> None:
@@ -259,9 +262,14 @@ def wrong_calls_named(problem: object, inner_args: Args, outer_args: Args | None
             args = args.first() if isinstance(args, MicroBatches) else args
             known = signature_of(function) if args is not None and callable(function) else None
             if args is not None and known is not None and not accepts(known, 2 + len(args)):
+                given = 2 + len(args)
+                if any(accepts(known, fewer) for fewer in range(given)):
+                    way_out = f"Give it {given} parameters: params and hparams come first, also if they are not used."
+                else:
+                    way_out = f"Pass its further arguments by {name}=(...)."
                 raise TypeError(
                     f"{label} is called with (params, hparams, *{name}), and {name} has {len(args)} entries. Its "
-                    f"signature is ({', '.join(known.parameters)}). Pass its further arguments by {name}=(...)."
+                    f"signature is ({', '.join(known.parameters)}). {way_out}"
                 ) from error
         raise
 

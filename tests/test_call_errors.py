@@ -57,8 +57,26 @@ class TestFurtherArguments:
                 call()
 
     def test_too_many(self):
-        with pytest.raises(TypeError, match=r"inner is called with .* inner_args has 4 entries"):
+        text = (
+            r"inner is called with .* inner_args has 4 entries\..* Give it 6 parameters: params and hparams come first"
+        )
+        with pytest.raises(TypeError, match=text):
             bl.hypergradient(RIDGE, np.zeros(3), np.zeros(3), inner_args=(*DATA, 1, 1), outer_args=DATA)
+
+    def test_an_objective_without_hparams(self):
+        torch = pytest.importorskip("torch")
+        data = {"inner_args": (torch.eye(3), torch.ones(3)), "outer_args": (torch.eye(3), torch.ones(3))}
+        problem = bl.Problem(inner, lambda w, X, y: outer(w, None, X, y))
+        with pytest.raises(TypeError, match=r"outer is called with .* Its signature is \(w, X, y\)\. Give it 4 param"):
+            bl.hypergradient(problem, torch.zeros(3), torch.zeros(3), **data)
+
+    def test_a_loader_or_a_dict(self):
+        torch = pytest.importorskip("torch")
+        w, loader = torch.zeros(3), torch.utils.data.DataLoader(torch.eye(3))
+        for name, other in (("inner_args", "outer_args"), ("outer_args", "inner_args")):
+            for args, text in ((loader, rf"write {name}=bl\.MicroBatches\(loader\)"), ({}, rf"write {name}=\(x,\)")):
+                with pytest.raises(TypeError, match=f"^{name}: expected a tuple of arguments, .*{text}"):
+                    bl.hypergradient(bl.Problem(inner, outer), w, w, **{name: args, other: ()})
 
     def test_of_a_step(self):
         jnp = pytest.importorskip("jax.numpy")

@@ -268,7 +268,9 @@ class TestFailedSolves:
             "after 1 step.",
         ):
             assert part in text
-        with pytest.warns(bl.SolverWarning, match=r"CG: met non-positive .*add damping, .*info has the numbers"):
+        with pytest.warns(
+            bl.SolverWarning, match=r"CG: met non-positive .*add damping, .*For the numbers, see hg.info"
+        ):
             hg = bl.hypergradient(*case, solver=undamped)
         assert hg.info.status is Status.NEGATIVE_CURVATURE
         assert backend.to_numpy(hg.grad).all()

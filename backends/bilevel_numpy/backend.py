@@ -65,7 +65,7 @@ class NumpyBackend(Backend):
                 raise TypeError(
                     f"the inner objective ({type(objective).__name__}) has no method 'cross_jvp', which forward mode "
                     "needs on the numpy backend: cross_jvp(params, hparams, vector, *args) returns (∂²L/∂λ∂w) vector "
-                    'for a vector like hparams (see bilevel.problems). mode="reverse" does not need it.'
+                    'for a vector like hparams. mode="reverse" does not need it.'
                 )
             product = objective.cross_jvp(params, hparams, u, *args)
             return self._like("the inner cross_jvp", product, "params", params)
@@ -170,7 +170,7 @@ def _require(function: object, label: str, method: str) -> None:
     if not hasattr(function, method):
         raise TypeError(
             f"{label} ({getattr(function, '__name__', type(function).__name__)}) has no method {method!r}. The numpy "
-            "backend needs analytic derivatives: grad, hvp and cross_vjp of inner, grad of outer (see "
-            "bilevel.problems), vjp_params and vjp_hparams of a step or residual. The torch and jax backends derive "
-            "them: pass torch or JAX arrays."
+            "backend needs objects with analytic derivatives: grad, hvp and cross_vjp of inner (see "
+            "bilevel.problems.protocols.InnerProblem), grad of outer (OuterObjective), vjp_params and vjp_hparams of a "
+            "step or residual. The torch and jax backends derive them: pass torch or JAX arrays."
         )

@@ -27,7 +27,7 @@ class Training:
         optimizer: "momentum" or "adam".
         rate: the learning rate.
         batch: examples of a step.
-        seed: of the first weights and of the batches.
+        seed: of the initial weights and of the batches.
     """
 
     steps: int

@@ -143,7 +143,7 @@ class _Net(torch.nn.Module):
 def maml(tasks: int = 8, shots: int = 10) -> dict[str, Callable[[], Any]]:
     """Return MAML by hand, by `bl.metagradient` and by a loop of `bilevel_torch.TrainingStep`.
 
-    There are 3 steps on sine waves. The derivative is by the first weights of an MLP 1-40-40-1 and the learning rate.
+    There are 3 steps on sine waves. The derivative is by the initial weights of an MLP 1-40-40-1 and the learning rate.
     """
     g = torch.Generator().manual_seed(0)
     shapes = ((1, 40), (40,), (40, 40), (40,), (40, 1), (1,))

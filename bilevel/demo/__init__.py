@@ -28,7 +28,7 @@ def demo(
         backend: "numpy" tunes softmax regression; other backends tune a small network.
         solver: as in `bilevel.hypergradient`; None: the model's default solver.
         options: options of the solver, which override the others.
-        seed: the seed of the split of the data and of the network's first weights.
+        seed: the seed of the split of the data and of the network's initial weights.
         out: the folder for the picture, created if it does not exist.
 
     Raises:

@@ -83,6 +83,8 @@ def diagnose_training(
     (True, 1.0, 1.0)
     """
     _check(size, directions, precision_steps)
+    if hparams is None:
+        raise ValueError("hparams is None, but diagnose_training changes hparams.")
     found = find_backend(backend, state, hparams, ("state", "hparams"))
     common: dict[str, Any] = {
         "outer_args": outer_args,

@@ -59,7 +59,7 @@ def metagradient(
     Args:
         training: the step and the outer objective F.
         state: the first state of the run, any tree. Numbers and other leaves may be in it.
-        hparams: λ, a tree of floating-point arrays.
+        hparams: λ, a tree of floating-point arrays. None: only ``state_grad`` is wanted, for example for MAML.
         batches: a list with one batch for each step (a shorter list is repeated), another sequence with ``len`` and
             items, a function of the step number, or None. A batch may be any tree.
         steps: the number of steps. None: the number of batches.
@@ -131,9 +131,10 @@ def metagradient(
     last = run.observations()[-1]
     journal.close()
     grad = _total(backend, hparams, outer, pulled)
-    sizes = [journal.norms[k] for k in range(plan.segments + 1)]
-    *norms, of_value, of_grad = map(backend.to_host, [*sizes, *backend.run(_norms, outer.value, grad)])
-    finite = bool(np.isfinite([*norms, of_value, of_grad]).all())
+    norms = [backend.to_host(journal.norms[k]) for k in range(plan.segments + 1)]
+    results = (outer.value,) if hparams is None else (outer.value, grad)
+    of_value, *of_grad = map(backend.to_host, backend.run(_norms, *results))
+    finite = bool(np.isfinite([*norms, of_value, *of_grad]).all())
     info = MetagradientInfo(data.steps, bar.done, plan.bounds, plan.slots, np.array(norms), finite)
     if not finite and on_failure == "raise":
         raise SolverError(_not_finite(of_value, info))
@@ -206,7 +207,7 @@ def _total(backend: Backend, hparams: H, outer: Outer, pulled: Pulled) -> H:
         "Compute them with the hparams that are passed: a copy, a detached tensor, a number or a value that is closed "
         "over has no derivative."
     )
-    if not any(used):
+    if hparams is not None and not any(used):
         raise ValueError(f"Neither step nor outer depends on {listed(names)}. {way_out}")
     if not any(outer.weights):
         warn(

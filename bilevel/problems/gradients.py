@@ -60,7 +60,7 @@ def _method(inner: Any, name: str) -> Any:
     if not hasattr(inner, name):
         raise TypeError(
             f"the inner objective ({getattr(inner, '__name__', type(inner).__name__)}) has no method {name!r}, which "
-            "the numpy backend needs here (see bilevel.problems). The torch and jax backends derive it: pass torch or "
-            "JAX arrays."
+            "the numpy backend needs here: see bilevel.problems.protocols.InnerProblem. The torch and jax backends "
+            "derive it: pass torch or JAX arrays."
         )
     return getattr(inner, name)

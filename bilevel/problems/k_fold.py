@@ -177,7 +177,7 @@ def analytic_grad(outer: Any) -> Callable[..., Any]:
     if not hasattr(outer, "grad"):
         raise TypeError(
             f"the outer objective ({getattr(outer, '__name__', type(outer).__name__)}) has no method 'grad', which the "
-            "numpy backend needs (see bilevel.problems). The torch and jax backends derive it."
+            "numpy backend needs: see bilevel.problems.protocols.OuterObjective. The torch and jax backends derive it."
         )
     return outer.grad
 

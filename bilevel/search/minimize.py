@@ -97,9 +97,10 @@ def minimize(
     Returns:
         An ``OptimizeResult``: ``x`` (the hyperparameters, with the structure of ``hparams0``), ``params``, ``fun``,
         ``jac``, ``nit``, ``nfev``, ``success``, ``status``, ``message``, ``history`` (an
-        `bilevel.search.evaluations.Evaluation` for each hypergradient), and ``state``, for ``resume``. ``success`` is
-        False if ``fit`` leaves the inner problem unsolved at ``x``: if, to first order, that changes F by more than
-        1e-4 of F or of its decrease in the search (3e-3 for params in float32). Then ``status`` is -1.
+        `bilevel.search.evaluations.Evaluation` for each hypergradient), and ``state``, for ``resume``. Its text leaves
+        out ``state``, and counts the evaluations of ``history``. ``success`` is False if ``fit`` leaves the inner
+        problem unsolved at ``x``: if, to first order, that changes F by more than 1e-4 of F or of its decrease in the
+        search (3e-3 for params in float32). Then ``status`` is -1.
 
     Raises:
         TypeError, ValueError, SolverError: as in `hypergradient`.
@@ -113,6 +114,8 @@ def minimize(
     >>> bl.minimize(problem, np.zeros(2), fit=lambda hparams, _: hparams / 2).x.round(3)
     array([2., 2.])
     """
+    from bilevel.search.result import SearchResult  # loads scipy.optimize
+
     chosen = _check_method(method, bounds=bounds, constraints=constraints)
     check_count("maxiter", maxiter)
     check_fit(fit)
@@ -132,7 +135,7 @@ def minimize(
         search.accept(getattr(intermediate_result, "x", intermediate_result))  # SLSQP of old versions passes x
         advance(search.here.value)
         if callback is not None and not repeated:
-            callback(scipy.optimize.OptimizeResult(nit=nit, **search.results()))
+            callback(SearchResult(nit=nit, **search.results()))
 
     with _progress_bar(maxiter, progress) as advance:
         found = scipy.optimize.minimize(
@@ -156,7 +159,7 @@ def minimize(
         ended |= {"success": False, "status": -1, "message": f"{unsolved} SciPy's message: {ended['message']}"}
         if on_failure != "ignore":
             warnings.warn(InnerProblemWarning(f"minimize: {unsolved}"), stacklevel=callers_level())
-    return scipy.optimize.OptimizeResult(**search.results(), **ended, history=search.history)
+    return SearchResult(**search.results(), **ended, history=search.history)
 
 
 def _check_method(method: Any, **given: Any) -> Any:

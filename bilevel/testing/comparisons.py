@@ -139,7 +139,7 @@ def against_differences(subject: Subject, seed: int) -> str | None:
         if subject.fit is None
         else ("retrained", "params", "the result of fit")
     )
-    said[-1] += f" The {solved} {minimizer} is {away:.2g} away (relative to its norm)."
+    said[-1] += f" The relative distance of params to the {solved} {minimizer} is {away:.2g}."
     if not judge(_grad_at(subject, host, w))[0].any():
         causes = [
             f"params is not {what}: at the {solved} {minimizer}, the hypergradient agrees. Train the inner problem "

@@ -43,11 +43,13 @@ def relation(
     }
     left = {sentence: np.linalg.norm(tested - candidate) for sentence, candidate in candidates.items()}
     noise_norm, least = np.linalg.norm(noise), min(left.values())
-    if least > EXPLAINED * np.linalg.norm(tested - expected) + noise_norm:
+    difference = np.linalg.norm(tested - expected)
+    if least > EXPLAINED * difference + noise_norm:
         return None
-    # The first of the sentences that fit about as well as the best: simple relations come before fitted factors.
-    enough = 3 * (least + noise_norm) + 1e-6 * np.linalg.norm(expected)
-    return next(sentence for sentence, gap in left.items() if gap <= enough)
+    # The first of the sentences that fit about as well as the best: simple relations come before fitted factors. A
+    # sentence that leaves most of the difference explains nothing: it only says that a zero term is missing.
+    enough = min(3 * (least + noise_norm) + 1e-6 * np.linalg.norm(expected), difference / 2)
+    return next((sentence for sentence, gap in left.items() if gap <= enough), None)
 
 
 def paragraphs(*parts: str) -> str:

@@ -41,7 +41,7 @@ def cross_entropy(model, x, y):
 
 
 def make_training(static, solver):
-    """Return training(images, start) -> params, differentiable by the images; ``static`` is what is no array."""
+    """Return training(images, start) -> params, differentiable by the images; ``static`` is the rest."""
 
     def inner(params, images, start):
         size = sum(jnp.sum(w**2) for w in jax.tree.leaves(params))

@@ -1,11 +1,11 @@
-"""Learn first weights from which a few steps fit a new sine wave: MAML, Meta-SGD and iMAML.
+"""Learn initial weights from which a few steps fit a new sine wave: MAML, Meta-SGD and iMAML.
 
     python examples/pytorch/maml.py [--figure FILE.png]
 
 - MAML (Finn, Abbeel & Levine, ICML 2017): the inner loop is a plain loop of `bilevel_torch.TrainingStep` calls. Its
   result carries a graph to the model's own parameters, so `loss.backward()` and an optimizer of torch learn them.
 - Meta-SGD (Li et al., arXiv 1707.09835): the same, and one inner learning rate for each weight is learned too.
-- iMAML (Rajeswaran et al., NeurIPS 2019): the inner problem has a penalty for the distance to the first weights. Any
+- iMAML (Rajeswaran et al., NeurIPS 2019): the inner problem has a penalty for the distance to the initial weights. Any
   optimizer solves it, here L-BFGS. `implicit_minimizer` differentiates its minimum, not the path to it.
 
 Tasks are sine waves with random amplitudes and phases, ten points each. The table has the loss on new waves before
@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import bilevel_torch
 
-SHOTS, TASKS = 10, 4  # TASKS: of each step of the first weights
+SHOTS, TASKS = 10, 4  # TASKS: of each step of the initial weights
 INNER_RATE, OUTER_RATE, NEARNESS, SHOWN = 0.02, 1e-2, 0.5, 6
 Points = tuple[torch.Tensor, torch.Tensor]
 Weights = dict[str, torch.Tensor]
@@ -45,7 +45,7 @@ def wave(generator: torch.Generator) -> tuple[Points, Points]:
 
 
 class MAML:
-    """First weights, and with ``learn_rates`` the rates of the inner steps."""
+    """Initial weights, and with ``learn_rates`` the rates of the inner steps."""
 
     steps = 3
 
@@ -76,7 +76,7 @@ class MAML:
 
 
 class ImplicitMAML:
-    """First weights, near which the minimum for a wave lies."""
+    """Initial weights, near which the minimum for a wave lies."""
 
     steps = 15  # at most
 
@@ -115,7 +115,7 @@ class ImplicitMAML:
 
 
 def learn(method: Any, iterations: int, seed: int, about: str) -> None:
-    """Move the first weights so that the adapted ones fit the other points of each wave."""
+    """Move the initial weights so that the adapted ones fit the other points of each wave."""
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(method.parameters(), OUTER_RATE)
     with tqdm(range(iterations), desc=about, unit="step") as bar:
@@ -146,7 +146,7 @@ def losses(method: Any, numbers: list[int], waves: int = 50) -> list[float]:
 def main(argv: list[str] | None = None) -> dict[str, list[float]]:
     """Learn by each method, and return the losses after 0, 1, ... inner steps."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--iterations", type=int, default=150, help="of the first weights")
+    parser.add_argument("--iterations", type=int, default=150, help="of the initial weights")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--figure", type=Path, metavar="FILE.png", help="draw a figure")
     arguments = parser.parse_args(argv)

@@ -147,6 +147,12 @@ def test_wrong_options_are_named(options, error, message):
         diagnose(framework("numpy"), **options)
 
 
+def test_hparams_are_needed():
+    training = bl.Training(min, max)
+    with pytest.raises(ValueError, match="hparams is None, but diagnose_training changes hparams"):
+        bl.diagnose_training(training, np.zeros(2), None, [1.0])
+
+
 def test_several_states_are_compared(backend):
     move = mover(backend, np.float64)
 

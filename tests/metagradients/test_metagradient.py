@@ -92,6 +92,34 @@ def test_outer_may_use_several_states(case, checkpoints, tmp_path):
     assert relative_error(case.backend.to_numpy(found.state_grad["w"]), sum(p[2] for p in parts)) < 1e-12
 
 
+@pytest.mark.parametrize("store", ["device", "directory"])
+def test_without_hparams_there_is_the_derivative_by_the_first_state(case, store, tmp_path):
+    class Fixed(Step):
+        def __call__(self, state, hparams, b):
+            assert hparams is None
+            return super().__call__(state, case.hparams, b)
+
+        def vjp_hparams(self, state, hparams, v, b):
+            return None
+
+    class Half(Distance):
+        def __call__(self, state, hparams, t):
+            return 0.5 * ((state["w"] - t) ** 2).sum(-1)
+
+        def grad(self, state, hparams, t):
+            return {"w": state["w"] - t, "m": np.zeros_like(t)}, None
+
+    where = tmp_path if store == "directory" else store
+    args = (start(case.move), None, case.batches)
+    hg = bl.metagradient(
+        bl.Training(Fixed(case.move), Half()), *args, outer_args=(case.targets[0],), checkpoints=2, store=where
+    )
+    value, _, by_start = expected(T, TARGETS[0])
+    assert hg.grad is None
+    assert relative_error(case.backend.to_numpy(hg.value), value - HPARAMS.sum()) < tolerance(np.float64, 10)
+    assert relative_error(case.backend.to_numpy(hg.state_grad["w"]), by_start) < tolerance(np.float64, 10)
+
+
 def test_batches_come_from_a_function_or_in_a_cycle(case):
     compare(case(batches=lambda t: case.batches[t], steps=T), case.backend)
     compare(case(steps=5), case.backend, steps=5)

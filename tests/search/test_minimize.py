@@ -106,6 +106,15 @@ class TestRidgeWithAPenaltyPerFeature:
         assert all(evaluation.status == Status.CONVERGED for evaluation in found.history)
 
 
+def test_the_text_of_a_result_is_short(backend):
+    found = searched(backend)
+    assert isinstance(found, optimize.OptimizeResult)
+    assert f" history: {found.nfev} evaluations\n" in f"{found}\n"
+    assert "Evaluation(" not in str(found)
+    assert "points" not in str(found)
+    assert len(found.state["points"]) == found.nfev
+
+
 def test_backends_agree(backend):
     found, reference = searched(backend), searched(framework("numpy"))
     assert found.fun == pytest.approx(reference.fun, rel=1e-6)

@@ -18,6 +18,7 @@ from bilevel.methods import Implicit, Method
 from bilevel.spaces.tree import leaves_with_paths, tree_map
 from bilevel.testing import check_hypergradient, exact_hypergradient, finite_difference_hypergradient, strategies
 from bilevel.testing.difference_reference import slope
+from bilevel.testing.wording import relation
 
 CASES = {
     "quadratic": strategies.quadratic_problems(),
@@ -730,3 +731,12 @@ def test_only_the_strategies_need_hypothesis(hidden, code, output):
     hide = f"sys.modules[{hidden!r}] = None\n" if hidden else ""
     done = subprocess.run([sys.executable, "-c", f"import sys\n{hide}{code}"], capture_output=True, text=True)
     assert done.stdout.strip() == output, done.stderr
+
+
+def test_a_difference_as_large_as_the_noise_is_not_explained_by_a_zero_term():
+    # The figures are from a network with kinks in float32. F does not depend on λ.
+    tested = np.array([-0.0192679, 0.0520671, -0.0262308, 0.00233168, 0.0443491, -0.0431121, 0.0364698])
+    differences = np.array([-0.0191596, 0.0517028, -0.0260553, 0.00206258, 0.0440991, -0.0431185, 0.0362973])
+    noise = np.array([9e-5, 6e-5, 2e-4, 1e-4, 8e-5, 3e-4, 3e-5])
+    assert relation(tested, differences, np.zeros(7), noise) is None
+    assert "∂F/∂λ is missing" in relation(differences, differences + tested, tested, noise)

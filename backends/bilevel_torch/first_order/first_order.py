@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from bilevel.convergence import OnFailure, check_on_failure
+from bilevel.convergence import NUMBERS, OnFailure, check_on_failure
 from bilevel.dependence import warn_of_dependence
 from bilevel.errors import SolverError, SolverWarning
 from bilevel.linearization import Dependence
@@ -288,7 +288,7 @@ class FirstOrder:
         )
         if on_failure == "raise":
             raise SolverError(f"{text} The residual is {info.residual_norm:.2g} of {info.rhs_norm:.2g}.")
-        warnings.warn(SolverWarning(f"{text} info has the numbers."), stacklevel=callers_level())
+        warnings.warn(SolverWarning(f"{text} {NUMBERS}"), stacklevel=callers_level())
 
 
 def _trained(module: torch.nn.Module, without: set[int]) -> Tensors:
