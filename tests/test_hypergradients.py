@@ -136,10 +136,12 @@ def test_warm_starts_take_no_steps_and_prepared_solvers_no_sketch(backend):
     again = system.many(adjoint0=first.adjoint)
     assert not again.info.steps.any()
     assert relative_error(backend.to_numpy(again.grad), system.grad) <= 1e-9
-    prepared = bl.prepare("neumann", MANY, *system.at, inner_args=system.data)
-    assert (
-        relative_error(backend.to_numpy(system.many(prepared).grad), backend.to_numpy(system.many("neumann").grad)) == 0
-    )
+    # Prepared for a Hessian twice as large: a step size that is computed again would be twice as long.
+    hessian, *rest = (backend.to_numpy(array) for array in system.data)
+    prepared = bl.prepare(bl.Neumann(terms=7), MANY, *system.at, inner_args=system.move(2 * hessian, *rest))
+    step = float(backend.to_numpy(prepared.state))
+    hg, expected = (backend.to_numpy(system.many(s).grad) for s in (prepared, bl.Neumann(terms=7, step_size=step)))
+    assert relative_error(hg, expected) == 0
 
 
 def test_a_right_hand_side_of_zero_and_one_query(backend):
