@@ -191,9 +191,9 @@ class TestDeepEquilibrium:
     @pytest.fixture
     def arrays(self):
         rng = np.random.default_rng(0)
-        W = rng.standard_normal((4, 4))
-        hparams = {"W": 0.7 * W / np.linalg.norm(W, 2), "U": rng.standard_normal((4, 2)), "b": rng.standard_normal(4)}
-        x, y, readout = rng.standard_normal((2, 3)), rng.standard_normal(3), rng.standard_normal(4)
+        W = rng.standard_normal((3, 3))
+        hparams = {"W": 0.7 * W / np.linalg.norm(W, 2), "U": rng.standard_normal((3, 2)), "b": rng.standard_normal(3)}
+        x, y, readout = rng.standard_normal((2, 2)), rng.standard_normal(2), rng.standard_normal(3)
         return hparams, x, y, readout
 
     @staticmethod
@@ -212,12 +212,12 @@ class TestDeepEquilibrium:
     @staticmethod
     def solve(hparams, x):
         def residual(z):
-            z = z.reshape(4, 3)
+            z = z.reshape(3, 2)
             return (z - np.tanh(hparams["W"] @ z + hparams["U"] @ x + hparams["b"][:, None])).ravel()
 
-        found = optimize.root(residual, np.zeros(12), tol=1e-14)
+        found = optimize.root(residual, np.zeros(6), tol=1e-14)
         assert np.abs(found.fun).max() < 1e-13
-        return found.x.reshape(4, 3)
+        return found.x.reshape(3, 2)
 
     def move(self, backend, arrays):
         hparams, x, y, readout = arrays
@@ -246,8 +246,7 @@ class TestDeepEquilibrium:
     def test_the_references_hold_for_it(self, autodiff, arrays, kind):
         params, hparams, data = self.move(autodiff, arrays)
         problem = self.problem(namespace(autodiff), kind)
-        for reference in ("exact", "finite-differences"):
-            check_hypergradient(problem, params, hparams, solver="exact", reference=reference, **data)
+        check_hypergradient(problem, params, hparams, solver=bl.GMRES(rtol=1e-10), **data)
         exact = exact_hypergradient(problem, params, hparams, **data)
         away = {"z": params["z"] + 0.3}  # the differences find the solution themselves
         differences = finite_difference_hypergradient(problem, away, hparams, **data)
