@@ -31,7 +31,7 @@ from bilevel_torch.autograd import (
     zeros_for_none,
 )
 from bilevel_torch.gauss_newton import gauss_newton
-from bilevel_torch.graph import nodes_of, weight_norm_right
+from bilevel_torch.graph import check_compiled, nodes_of, weight_norm_right
 from bilevel_torch.isolation import isolated
 from bilevel_torch.shards import is_dtensor
 from bilevel_torch.space import TorchSpace
@@ -159,6 +159,7 @@ class TorchBackend(Backend):
         """Differentiate the value of a map in the variables params and hparams. It is a tree like params."""
         check_like(self, label, value, "params", params)
         check_dtypes(self, label, value, "params", params)
+        check_compiled(label, nodes_of(leaves(value)))
         self._check_influence(label, reaches(leaves(value), leaves(params)), params)
         push = _pushes(_varying(leaves(value)), params, leaves(params))
         return _products(leaves(value), params, hparams)._replace(jvp_params=lambda v: push(leaves(v)))

@@ -11,7 +11,10 @@ from torch.autograd.function import BackwardCFunction, once_differentiable
 from torch.autograd.graph import Node
 from torch.utils.hooks import RemovableHandle
 
-from bilevel_torch.advice import DIFFERENCES
+from bilevel_torch.advice import COMPILED, DIFFERENCES
+
+COMPILED_NODE = "CompiledFunctionBackward"  # the name of a node of torch.compile
+COMPILED_GRADIENT = "CompiledFunctionBackwardBackward"  # and of a node of its gradient
 
 
 def nodes_of(outputs: Iterable[torch.Tensor]) -> Iterator[Node]:
@@ -27,18 +30,27 @@ def nodes_of(outputs: Iterable[torch.Tensor]) -> Iterator[Node]:
                 todo.append(child)
 
 
+def check_compiled(label: str, nodes: Iterable[Node]) -> None:
+    """Raise a RuntimeError if the gradient of a compiled function is in a graph: its derivative is wrong."""
+    if any(node.name() == COMPILED_GRADIENT for node in nodes):
+        raise RuntimeError(f"{label} contains the gradient of a compiled function. {COMPILED}")
+
+
 @contextmanager
 def functions_recorded(nodes: Iterable[Node]) -> Iterator[None]:
     """Raise a RuntimeError if a gradient in this block passes an autograd.Function that hides its dependences.
 
     PyTorch raises its own error about `once_differentiable` only if no other path leads to a parameter. With a penalty,
-    there is another path, and PyTorch raises no error.
+    there is another path, and PyTorch raises no error. The derivative of a compiled function's gradient omits all that
+    the function has computed inside, such as the softmax of a linear layer, mostly without an error.
     """
     hiding: set[str] = set()
 
     def watch(node: Node) -> RemovableHandle | None:
         if not isinstance(node, BackwardCFunction):
             return None
+        if node.name() == COMPILED_NODE:
+            return node.register_hook(lambda *_: hiding.add(COMPILED_NODE))
         function: Any = node._forward_cls  # pyright: ignore[reportAttributeAccessIssue]
         once = _is_once(unwrap(function.backward, stop=_is_once))
         needed = [child is not None for child, _ in node.next_functions]
@@ -54,6 +66,8 @@ def functions_recorded(nodes: Iterable[Node]) -> Iterator[None]:
 
     with _hooked(nodes, watch):
         yield
+    if COMPILED_NODE in hiding:
+        raise RuntimeError(f"{COMPILED} Or {DIFFERENCES}")
     if hiding:
         raise RuntimeError(
             f"The backward() of {', '.join(sorted(hiding))} has no derivative, so Hessian-vector products would omit "

@@ -13,6 +13,7 @@ from bilevel.spaces.tree import leaves, leaves_with_paths, tree_map
 from bilevel.steps import PLAIN, Pull, Pulled, Steps, floats_of
 from bilevel.validation import check_dtypes, check_like
 from bilevel_torch.autograd import check_untransformed, grad, no_grad_no_autocast
+from bilevel_torch.graph import check_compiled, nodes_of
 from bilevel_torch.training.mistakes import check_connected, graph_watched, warn_of_parameters
 from bilevel_torch.training.recording import without_graph
 from bilevel_torch.training.step import TrainingStep
@@ -58,6 +59,7 @@ class TorchSteps(Steps):
         if not self._watched:
             self._check(state, end)
             if not isinstance(self.step, TrainingStep):  # its weights without an update are meant
+                check_compiled("step", nodes_of(floats_of(self.backend, end)))
                 warn_of_parameters(floats_of(self.backend, end))
         self._watched = True
         with torch.enable_grad():
