@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import importlib.util
 import inspect
+import os
 import platform
 import sys
 import tomllib
@@ -27,12 +28,21 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code: 1 for findings, and 2 for invalid input, with the error on stderr."""
+    """Run the command and return its exit code: 1 for findings, and 2 for invalid input, with the error on stderr.
+
+    If a signal ends the command, the code is 128 plus its number, as in shells. A reader that closes the pipe, such as
+    ``head``, counts as a signal.
+    """
     arguments = _parser().parse_args(argv)
     try:
-        return arguments.run(arguments) or 0
+        code = arguments.run(arguments) or 0
+        sys.stdout.flush()  # here, because an error at the exit of Python could not be caught
+        return code
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes the rest there at its exit
+        return 141
     except (ValueError, ImportError, OSError, SyntaxError, SolverError) as error:
         print(f"bilevel: error: {error}", file=sys.stderr)
         return 2
@@ -138,8 +148,8 @@ def _diagnose(arguments: argparse.Namespace) -> int:
     function = _function(arguments.target)
     try:
         call = function()
-    except Exception:
-        return _traceback()
+    except Exception as error:
+        return _traceback(error)
     if not isinstance(call, Mapping) or not {"problem", "params", "hparams"} <= set(call):
         raise ValueError(
             f"{arguments.target}: expected a dict with problem, params and hparams, and perhaps inner_args, outer_args "
@@ -151,15 +161,17 @@ def _diagnose(arguments: argparse.Namespace) -> int:
             raise ValueError(f"{arguments.target}: bilevel.diagnose has no argument {key!r}.{suggest(key, known)}")
     try:
         report = diagnose(**call)
-    except Exception:
-        return _traceback()
+    except Exception as error:
+        return _traceback(error)
     print(report)
     return 0 if report.ok else 1
 
 
-def _traceback() -> int:
+def _traceback(error: Exception) -> int:
     """Print where the user's code failed, and return the exit code for invalid input."""
-    traceback.print_exc()
+    if isinstance(error, BrokenPipeError):  # the code prints, and nothing reads it
+        raise error
+    traceback.print_exception(error)
     return 2
 
 

@@ -1,6 +1,7 @@
 """The `bilevel` command: what it shows, and one clear line for every mistake."""
 
 import importlib.util
+import os
 import platform
 import re
 import sys
@@ -267,6 +268,19 @@ def test_a_solve_that_fails_is_one_line(capsys, monkeypatch):
 
     monkeypatch.setattr("bilevel.demo.demo", fail)
     assert error_of(capsys, "demo") == "bilevel: error: CG: nan or inf.\n"
+
+
+@pytest.mark.parametrize("command", [["version"], ["diagnose", "train.py:check"]])
+def test_a_reader_that_closes_the_pipe_ends_the_command(command, tmp_path, monkeypatch, capfd):
+    (tmp_path / "train.py").write_text("def check():\n    print('step', flush=True)\n")
+    monkeypatch.chdir(tmp_path)
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as closed:
+        monkeypatch.setattr("sys.stdout", closed)
+        assert main(command) == 141
+        print("more", flush=True)  # Python writes the rest at its exit
+    assert capfd.readouterr().err == ""
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch):
