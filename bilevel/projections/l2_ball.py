@@ -29,7 +29,7 @@ def l2_ball(radius: Given = None) -> L2Ball:
     >>> l2_ball(1.0)(np.array([3.0, 4.0]), None)
     array([0.6, 0.8])
     """
-    return L2Ball(given("radius", radius))
+    return L2Ball(given("radius", radius, "a number > 0"))
 
 
 @dataclass(frozen=True)

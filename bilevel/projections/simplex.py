@@ -29,7 +29,7 @@ def simplex(radius: Given = 1.0) -> Simplex:
     >>> simplex()(np.array([0.5, 1.0, -1.0]), None)
     array([0.25, 0.75, 0.  ])
     """
-    return Simplex(given("radius", radius))
+    return Simplex(given("radius", radius, "a number > 0"))
 
 
 def l1_ball(radius: Given = None) -> L1Ball:
@@ -48,7 +48,7 @@ def l1_ball(radius: Given = None) -> L1Ball:
     >>> l1_ball(1.0)(np.array([0.5, -1.0]), None)
     array([ 0.25, -0.75])
     """
-    return L1Ball(given("radius", radius))
+    return L1Ball(given("radius", radius, "a number > 0"))
 
 
 @dataclass(frozen=True)

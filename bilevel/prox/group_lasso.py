@@ -36,7 +36,7 @@ def group_lasso(groups: Sequence[int], penalty: Given = None) -> GroupLasso:
     """
     indices = check_groups(groups)
     assert indices is not None
-    return GroupLasso(given("penalty", penalty), indices)
+    return GroupLasso(given("penalty", penalty, "numbers >= 0"), indices)
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ def l1(penalty: Given = None, *, groups: Sequence[int] | None = None) -> L1:
     >>> l1()(np.array([3.0, -0.5]), np.log(2.0) + np.zeros(()), 0.5)
     array([2., 0.])
     """
-    return L1(given("penalty", penalty), check_groups(groups, least=-1))
+    return L1(given("penalty", penalty, "numbers >= 0"), check_groups(groups, least=-1))
 
 
 def elastic_net(l1: Given = "l1", l2: Given = "l2", *, groups: Sequence[int] | None = None) -> ElasticNet:
@@ -54,7 +54,7 @@ def elastic_net(l1: Given = "l1", l2: Given = "l2", *, groups: Sequence[int] | N
     >>> elastic_net(1.0, 1.0)(np.array([3.0, -0.5]), {}, 1.0)
     array([1., 0.])
     """
-    return ElasticNet(given("l1", l1), given("l2", l2), check_groups(groups, least=-1))
+    return ElasticNet(given("l1", l1, "numbers >= 0"), given("l2", l2, "numbers >= 0"), check_groups(groups, least=-1))
 
 
 class _Sparse(ProximalOperator):

@@ -34,7 +34,7 @@ def nuclear_norm(penalty: Given = None) -> NuclearNorm:
     array([[1., 0.],
            [0., 0.]])
     """
-    return NuclearNorm(given("penalty", penalty))
+    return NuclearNorm(given("penalty", penalty, "numbers >= 0"))
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import sys
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -34,17 +34,26 @@ class Constant:
         return self.array.shape, self.array.dtype.str, self.array.tobytes()
 
 
-def given(name: str, value: Given) -> Any:
-    """Return None, a string or a `Constant`. Raise a TypeError for other values."""
+def given(name: str, value: Given, expected: Literal["a number", "numbers >= 0", "a number > 0"] = "a number") -> Any:
+    """Return None, a string or a `Constant`.
+
+    Raises:
+        TypeError: for other values.
+        ValueError: for nan, or a constant that is not ``expected``.
+    """
     if value is None or isinstance(value, str | Constant):
         return value
     try:
-        return Constant(np.array(value, np.float64))
+        array = np.array(value, np.float64)
     except (TypeError, ValueError) as error:
         raise TypeError(
             f"{name}: expected None (hparams itself), a string (a key of hparams), a number or an array, got "
             f"{type(value).__name__}."
         ) from error
+    least = np.nextafter(0.0, 1.0) if expected == "a number > 0" else 0.0 if expected == "numbers >= 0" else -np.inf
+    if not (array >= least).all():
+        raise ValueError(f"{name}: expected {expected}, got {value!r}.")
+    return Constant(array)
 
 
 class ProximalOperator:

@@ -35,7 +35,7 @@ def total_variation(penalty: Given = None) -> TotalVariation:
     >>> total_variation(1.0)(np.array([0.0, 1.0, 5.0, 7.0]), None, 1.0)
     array([1., 1., 5., 6.])
     """
-    return TotalVariation(given("penalty", penalty))
+    return TotalVariation(given("penalty", penalty, "numbers >= 0"))
 
 
 @dataclass(frozen=True)

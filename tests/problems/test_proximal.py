@@ -1,5 +1,6 @@
 """Proximal and projected problems: against differences of re-solved problems, scikit-learn and fixed points."""
 
+import re
 import warnings
 from functools import cache
 
@@ -413,6 +414,7 @@ def test_diagnose_of_a_regular_point():
             r"Proximal\.smooth: got the operator L1\. Pass .* in the order \(smooth, prox, outer\)",
         ),
         (lambda: projections.box(1.0, 0.0), ValueError, r"box: expected low <= high"),
+        (lambda: projections.box(0.0, [1.0, np.nan]), ValueError, r"^high: expected a number, got \[1\.0, nan\]"),
         (lambda: projections.affine(np.ones((2, 3)), 1.0), ValueError, r"A: .* independent rows.*the rank 1"),
         (lambda: prox.l1(object()), TypeError, r"penalty: expected None .*, a string .*, got object"),
         (lambda: prox.l1(groups=[0.5]), ValueError, r"groups: expected the index of its group"),
@@ -428,6 +430,27 @@ def test_diagnose_of_a_regular_point():
 def test_errors_of_constructors(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+@pytest.mark.parametrize("value", [-1.0, np.nan, [0.1, -0.1]])
+def test_a_constant_penalty_is_not_negative(value):
+    for make, name in [
+        (prox.l1, "penalty"),
+        (prox.elastic_net, "l1"),
+        (lambda l2: prox.elastic_net(l2=l2), "l2"),
+        (lambda penalty: prox.group_lasso([0, 0, 1], penalty), "penalty"),
+        (prox.nuclear_norm, "penalty"),
+        (prox.total_variation, "penalty"),
+    ]:
+        with pytest.raises(ValueError, match=f"^{name}: expected numbers >= 0, got {re.escape(repr(value))}"):
+            make(value)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, np.nan])
+def test_a_constant_radius_is_positive(value):
+    for make in (projections.l1_ball, projections.l2_ball, projections.simplex):
+        with pytest.raises(ValueError, match=f"^radius: expected a number > 0, got {value}"):
+            make(value)
 
 
 @pytest.mark.parametrize(
