@@ -30,6 +30,7 @@ from bilevel.validation import (
     check_trees,
     find_backend,
     leaf_names,
+    takes_problem,
     wrong_calls_named,
 )
 
@@ -37,6 +38,7 @@ SolverSpec = str | Path | Mapping[str, object] | LinearSolver[Any] | Method
 """A name, a TOML file, a mapping with ``name`` and options, or a solver object."""
 
 
+@takes_problem
 def hypergradient(
     problem: BilevelProblem,
     params: P,

@@ -3,9 +3,10 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
+from functools import wraps
 from inspect import Signature, signature
 from numbers import Real
-from typing import Any, get_args
+from typing import Any, ParamSpec, TypeVar, get_args
 
 from bilevel.backend import Backend
 from bilevel.config import get_backend, imported_backends
@@ -16,6 +17,9 @@ from bilevel.options import check_choice
 from bilevel.problems.protocols import BilevelProblem
 from bilevel.results import Hypergradient
 from bilevel.spaces.array import Args
+
+Q = ParamSpec("Q")
+R = TypeVar("R")
 
 TREES = (
     "A tree consists of dicts, lists and tuples of arrays. For a module, use dict(module.named_parameters()) in "
@@ -272,6 +276,22 @@ def wrong_calls_named(problem: object, inner_args: Args, outer_args: Args | None
                     f"signature is ({', '.join(known.parameters)}). {way_out}"
                 ) from error
         raise
+
+
+def takes_problem(function: Callable[Q, R]) -> Callable[Q, R]:
+    """Explain a call with two losses in place of a problem, as `bilevel_torch` has it under the same name."""
+
+    @wraps(function)
+    def call(*args: Q.args, **options: Q.kwargs) -> R:
+        if len(args) == 4:
+            raise TypeError(
+                f"bl.{function.__name__} expects (problem, params, hparams), got 4 arguments by position. For two "
+                f"functions, pass bl.Problem(inner, outer). In PyTorch, bilevel_torch.{function.__name__} takes two "
+                "losses, params and hparams."
+            )
+        return function(*args, **options)
+
+    return call
 
 
 def signature_of(function: Callable[..., object]) -> Signature | None:

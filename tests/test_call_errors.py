@@ -78,11 +78,26 @@ class TestFurtherArguments:
                 with pytest.raises(TypeError, match=f"^{name}: expected a tuple of arguments, .*{text}"):
                     bl.hypergradient(bl.Problem(inner, outer), w, w, **{name: args, other: ()})
 
+    @pytest.mark.parametrize("name", ["torch", "jax"])
+    def test_of_a_model(self, name):
+        pytest.importorskip(name)
+        problem = bl.Problem.from_model(lambda w, h, x: x @ w, lambda z, y: (z - y).sum(), lambda w, h: w.sum())
+        with pytest.raises(TypeError, match=r"inner_args has 0 entries\. Its signature is \(params, hparams, x, "):
+            bl.hypergradient(problem, zeros(bl.get_backend(name)), zeros(bl.get_backend(name)))
+
     def test_of_a_step(self):
         jnp = pytest.importorskip("jax.numpy")
         problem = bl.FixedPoint(lambda w, h, x: w / 2 + h * x, lambda w, h: (w**2).sum())
         with pytest.raises(TypeError, match=r"step is called with \(params, hparams, \*inner_args\)"):
             bl.hypergradient(problem, jnp.zeros(2), jnp.zeros(2), solver="gmres")
+
+    @pytest.mark.parametrize("function", [bl.hypergradient, bl.diagnose])
+    def test_losses_in_place_of_a_problem(self, function):
+        """The functions of bilevel_torch with the same names receive two losses."""
+        name = function.__name__
+        text = rf"^bl\.{name} expects .* pass bl\.Problem\(inner, outer\)\. .* bilevel_torch\.{name} "
+        with pytest.raises(TypeError, match=text):
+            function(inner, outer, np.zeros(3), np.zeros(3))
 
     def test_an_error_inside_of_a_loss_stays(self):
         torch = pytest.importorskip("torch")
@@ -139,6 +154,20 @@ class TestFits:
     def test_that_return_something_else(self, result, text):
         with pytest.raises(TypeError, match=text):
             bl.minimize(RIDGE, np.zeros(3), fit=lambda h, w: result, inner_args=DATA, outer_args=DATA)
+
+    def test_that_return_another_shape(self, backend):
+        results = [zeros(backend) - 1, zeros(backend, 2)]
+        data = tuple(map(backend.from_numpy, DATA))
+        text = r"^the result of fit: .* its result before has shape \(3,\), but the result of fit has shape \(2,\)"
+        with pytest.raises(ValueError, match=text):
+            bl.minimize(
+                RIDGE,
+                zeros(backend),
+                fit=lambda h, w: results.pop(0),
+                inner_args=data,
+                outer_args=data,
+                on_failure="ignore",
+            )
 
     @pytest.mark.parametrize(
         ("fit", "got"),
@@ -216,6 +245,16 @@ class TestUnsolved:
         found = self.search(backend, fit)
         assert found.success
         assert abs(found.history[-1].value_error) <= 1e-6 * found.fun
+
+    def test_a_start_at_a_minimum_ends_the_search(self):
+        """The hypergradient is rounding, so a search along it would go anywhere."""
+        rng = np.random.default_rng(0)
+        data = rng.standard_normal((60, 5)), rng.standard_normal(60)
+        w = np.linalg.lstsq(*data, rcond=None)[0]
+        found = bl.minimize(RIDGE, np.full(5, -2.0), fit=lambda h, _: w, inner_args=data, outer_args=data)
+        assert 0 < np.linalg.norm(found.jac) < 1e-15
+        assert (found.nit, found.nfev) == (0, 1)
+        assert np.array_equal(found.x, np.full(5, -2.0))
 
     def data(self, backend):
         rng = np.random.default_rng(0)

@@ -19,7 +19,7 @@ def gauss_newton(inner: ModelLoss, params: P, hparams: object, args: Args) -> Ca
         ValueError: if the output of the model does not depend on params.
         TypeError: if JAX lacks a derivative.
     """
-    x, *targets = args
+    x, targets = inner.split(*args)
     output, structure = jax.tree.flatten(inner.model(params, hparams, x))
     varying = [i for i, z in enumerate(output) if jnp.issubdtype(z.dtype, jnp.floating)]
 

@@ -32,6 +32,8 @@ class NumpyBackend(Backend):
 
     @override
     def steps(self, step: Callable[..., Any]) -> NumpySteps:
+        for method in ("vjp_params", "vjp_hparams"):
+            _require(step, "the step", method)
         return NumpySteps(self, step)
 
     @override

@@ -141,6 +141,11 @@ def hypergradient(
         raise ValueError(f"loss_scale: expected a finite number > 0, got {loss_scale!r}.{hint}")
     check_untransformed()
     backend = this_process() if backend is None else backend
+    if not isinstance(backend, TorchBackend):
+        raise TypeError(
+            f"backend: expected a TorchBackend, such as bilevel_torch.DataParallel(), got {backend!r}. Leave it out in "
+            "one process."
+        )
     check_on_failure(on_failure)
     linear_solver = get_linear_solver(solver, "hypergradient from losses")
     w, h = tree_of("params", params), tree_of("hparams", hparams)

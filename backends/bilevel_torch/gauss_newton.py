@@ -27,7 +27,7 @@ def gauss_newton(inner: ModelLoss, params: P, hparams: object, args: Args) -> Cu
     Raises:
         ValueError: if the output of the model does not depend on params.
     """
-    weights, (x, *targets) = leaves(params), args
+    weights, (x, targets) = leaves(params), inner.split(*args)
     with torch.enable_grad():
         output = tree_map(_own_node, evaluate(inner.model, params, hparams, x))
         if not reaches((z for z in leaves(output) if isinstance(z, torch.Tensor)), weights):

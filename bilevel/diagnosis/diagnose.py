@@ -29,9 +29,10 @@ from bilevel.methods.method import Method
 from bilevel.operators.lanczos import Spectrum
 from bilevel.problems.protocols import BilevelProblem
 from bilevel.spaces.array import Args, Array, H, P
-from bilevel.validation import check_inputs, check_problem, find_backend, wrong_calls_named
+from bilevel.validation import check_inputs, check_problem, find_backend, takes_problem, wrong_calls_named
 
 
+@takes_problem
 def diagnose(
     problem: BilevelProblem,
     params: object,

@@ -15,7 +15,7 @@ from bilevel.metagradients.outer import Outer
 from bilevel.metagradients.results import Metagradient
 from bilevel.metagradients.retrain import retrain
 from bilevel.metagradients.schedule import Checkpoints
-from bilevel.metagradients.training import Batches, Training, as_batches
+from bilevel.metagradients.training import Batches, Training, as_batches, check_training
 from bilevel.spaces.array import Args, H
 from bilevel.steps import floats_of, with_floats
 from bilevel.validation import find_backend
@@ -83,6 +83,7 @@ def diagnose_training(
     (True, 1.0, 1.0)
     """
     _check(size, directions, precision_steps)
+    check_training(training)
     if hparams is None:
         raise ValueError("hparams is None, but diagnose_training changes hparams.")
     found = find_backend(backend, state, hparams, ("state", "hparams"))

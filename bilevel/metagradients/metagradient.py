@@ -19,7 +19,7 @@ from bilevel.metagradients.repeatable import check_repeatable
 from bilevel.metagradients.results import Metagradient, MetagradientInfo
 from bilevel.metagradients.run import Run
 from bilevel.metagradients.schedule import Checkpoints, make_plan
-from bilevel.metagradients.training import Training, as_batches, check_observed
+from bilevel.metagradients.training import Training, as_batches, check_observed, check_training
 from bilevel.options import check_choice
 from bilevel.spaces.array import Args, Array, H, P
 from bilevel.steps import Pulled, add, floats_of, masked, with_floats
@@ -177,8 +177,7 @@ def _differentiate(run: Run, journal: Journal, training: Training, outer_args: A
 
 def _check(training: object, state: object, hparams: object, outer_args: object, spec: Backend | str | None) -> Backend:
     """Return the backend. Raise a TypeError or ValueError for invalid input."""
-    if not isinstance(training, Training):
-        raise TypeError(f"training: expected bl.Training(step, outer), got {type(training).__name__}.")
+    check_training(training)
     if not isinstance(outer_args, tuple):
         raise TypeError(f"outer_args: expected a tuple of arguments, as in (x, y), got {type(outer_args).__name__}.")
     backend = find_backend(spec, state, hparams, ("state", "hparams"))

@@ -59,6 +59,12 @@ class Training:
             raise ValueError(f"Training.at: expected increasing numbers of steps >= 0, got {self.at!r}.")
 
 
+def check_training(training: object) -> None:
+    """Raise a TypeError unless this is a training."""
+    if not isinstance(training, Training):
+        raise TypeError(f"training: expected bl.Training(step, outer), got {type(training).__name__}.")
+
+
 @dataclass(frozen=True)
 class Batches:
     """The batches of a run: ``batches[t]`` is the batch of step t, counted from 0."""
@@ -84,8 +90,8 @@ def as_batches(backend: Backend, batches: object, steps: int | None) -> Batches:
     get: Callable[[int], Any]
     if batches is None or (callable(batches) and not hasattr(batches, "__getitem__")):
         if steps is None:
-            kind = "no batches" if batches is None else "a function"
-            raise ValueError(f"steps is missing: the batches are {kind}, which does not tell the number of steps.")
+            given = "Without batches" if batches is None else "With a function as batches"
+            raise ValueError(f"steps is missing. {given}, pass the number of steps: steps=100.")
         get = batches if callable(batches) else lambda _: None
     else:
         items = _sequence(backend, batches)

@@ -20,6 +20,10 @@ class ModelLoss:
             if not (callable(function) or (role == "penalty" and function is None)):
                 raise TypeError(f"{role}: expected a function of {signature}, got {type(function).__name__}.")
 
+    def split(self, x: object, *targets: object) -> tuple[object, tuple[object, ...]]:
+        """Return the arguments of the model and of the loss."""
+        return x, targets
+
     def __call__(self, params: object, hparams: object, x: object, *targets: object) -> Any:
         value = self.loss(self.model(params, hparams, x), *targets)
         return value if self.penalty is None else value + self.penalty(params, hparams)

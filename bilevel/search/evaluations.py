@@ -18,11 +18,13 @@ from bilevel.problems.protocols import BilevelProblem
 from bilevel.results import Status
 from bilevel.spaces.array import H, P
 from bilevel.trainings import check_fit_result
+from bilevel.validation import check_like
 
 LOOSEST_RTOL = 1e-2  # of the first linear solves; the gradients are accurate enough for a line search
 TIGHTENING = 0.85  # the largest factor per evaluation, so that the sum of the errors is finite
 SOLVED = 1e-4  # of F or of its decrease: the largest error by an unsolved inner problem in a search that succeeds
 FORMAT = 1  # of the state
+EPS = np.finfo(np.float64).eps
 
 
 class Evaluation(NamedTuple):
@@ -91,10 +93,14 @@ class Search(Generic[P, H]):
         self.last: Any = None
 
     def __call__(self, x: np.ndarray) -> tuple[float, np.ndarray]:
-        """Return F and its hypergradient, both divided by the norm of the first hypergradient."""
+        """Return F and its hypergradient, both divided by the norm of the first hypergradient.
+
+        If the first hypergradient is zero to rounding, the start is a minimum, and the search must end there.
+        """
         self.last = self.evaluate(x)
         self.here = self.here or self.last
-        scale = self.history[0].grad_norm or 1.0
+        first = self.history[0]
+        scale = first.grad_norm if first.grad_norm > EPS * abs(first.value) else 1.0
         return self.last.value / scale, self.last.grad / scale
 
     def accept(self, x: np.ndarray) -> None:
@@ -165,6 +171,8 @@ class Search(Generic[P, H]):
         method, rtol = self._tightened()
         start: Any = self.copied(warm.params) if warm else self.params0
         params = check_fit_result(backend, self.fit(self.hparams(x), start))
+        if warm:
+            check_like(backend, "the result of fit", params, "its result before", warm.params)
         hparams = self.hparams(x)  # again, because a fit may change its arguments
         try:
             with warnings.catch_warnings():

@@ -326,6 +326,9 @@ def test_hparams(case):
         r"adjoint0\['0\.bias'\]: expected the structure of params",
         {"adjoint0": {"w": torch.ones(1)}},
     ),
+    backend_by_name=Case(
+        usual, TypeError, r"^backend: expected a TorchBackend, .* got 'torch'\. Leave it out", {"backend": "torch"}
+    ),
     unrolled=Case(usual, TypeError, r"Unrolled runs inner steps .* use bl\.hypergradient", {"solver": "unrolled"}),
     grad_scaler=Case(
         usual, ValueError, r"loss_scale: .* Pass scaler\.get_scale\(\)", {"loss_scale": torch.amp.GradScaler("cpu")}

@@ -132,6 +132,11 @@ def test_a_derivative_that_is_not_finite_is_found(backend):
     assert "bl.metagradient raises an error" in str(report)
 
 
+def test_a_problem_is_no_training():
+    with pytest.raises(TypeError, match=r"^training: expected bl\.Training\(step, outer\), got Problem"):
+        bl.diagnose_training(bl.problems.ridge(), np.zeros(2), np.zeros(2))
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [

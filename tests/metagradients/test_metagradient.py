@@ -191,7 +191,7 @@ def test_a_directory_with_another_run_is_named(case, tmp_path):
         ({"batches": iter([1])}, TypeError, r"batches: .* got list_iterator. .* list\(loader\)"),
         ({"batches": np.ones((13, 1))}, TypeError, "batches: .* got an array"),
         ({"batches": []}, ValueError, "batches is empty"),
-        ({"batches": lambda t: t}, ValueError, "steps is missing: the batches are a function"),
+        ({"batches": lambda t: t}, ValueError, r"^steps is missing\. With a function as batches, pass the number of"),
         ({"steps": 0}, ValueError, "steps: expected an integer >= 1, got 0"),
         ({"steps": 2.0}, TypeError, "steps: expected an integer, got 2.0"),
         ({"outer_args": []}, TypeError, "outer_args: expected a tuple"),
@@ -225,6 +225,17 @@ def test_a_training_needs_functions():
         bl.Training(3, max)
     with pytest.raises(TypeError, match=r"training: expected bl.Training\(step, outer\), got Problem"):
         bl.metagradient(bl.Problem(min, max), np.zeros(2), np.zeros(2), steps=1)
+
+
+def test_a_run_without_batches_has_a_number_of_steps(case):
+    with pytest.raises(ValueError, match=r"^steps is missing\. Without batches, pass the number of steps: steps=100"):
+        bl.metagradient(bl.Training(case.step, Distance()), start(case.move), case.hparams)
+
+
+def test_a_function_as_a_step_in_numpy():
+    problem = bl.Training(lambda state, hparams, batch: state, Distance())
+    with pytest.raises(TypeError, match=r"^the step \(<lambda>\) has no method 'vjp_params'\. The numpy backend"):
+        bl.metagradient(problem, np.zeros(2), np.zeros(2), steps=1)
 
 
 def test_a_step_that_changes_the_state_is_named(case):
