@@ -7,6 +7,7 @@ from inspect import BoundArguments, Parameter, Signature
 from typing import Any, NamedTuple
 
 from bilevel.backend import Backend
+from bilevel.config import imported_backends
 from bilevel.problems.protocols import BilevelProblem
 from bilevel.spaces.array import Args
 from bilevel.validation import TREES, accepts, check_trees, signature_of
@@ -157,6 +158,7 @@ def check_training_result(
     for path, leaf in backend.leaves(params):
         if backend.owns(leaf) and backend.is_floating(leaf):
             continue
+        _check_framework(backend, training, params, path, leaf)
         leaf_kind = f"of {leaf.dtype}" if backend.owns(leaf) else _kind(leaf)
         if not path:
             learned = ", for example a copy of its coef_" if hasattr(params, "coef_") else ""
@@ -165,6 +167,17 @@ def check_training_result(
         raise TypeError(f"{training} returned {_kind(params)}, where {path} is {leaf_kind}. {advice}")
     check_trees(backend, {f"the result of {training}": params}, {})
     return params, aux
+
+
+def _check_framework(backend: Backend, training: str, params: Any, path: str, leaf: object) -> None:
+    """Raise a TypeError if a leaf of params is an array of another framework."""
+    for other in imported_backends():
+        if other is not backend and other.owns(leaf):
+            found = f"{_kind(params)}, where {path} is an array" if path else "an array"
+            raise TypeError(
+                f"{training} returned {found} of {other.name}, but hparams are of {backend.name}. Convert the params "
+                "by np.asarray, torch.as_tensor or jnp.asarray."
+            )
 
 
 def check_fit_result(backend: Backend, result: Any) -> Any:

@@ -49,6 +49,13 @@ class TestResults:
         with pytest.raises(TypeError, match=text):
             check_training_result(backend, "my_training", result)
 
+    def test_arrays_of_another_framework_are_named(self):
+        torch = pytest.importorskip("torch")
+        convert = r" of torch, but hparams are of numpy\. Convert the params by np\.asarray, "
+        for result, text in ((torch.ones(2), "an array"), ({"w": torch.ones(2)}, r"a dict, where \['w'\] is an array")):
+            with pytest.raises(TypeError, match=rf"^my_training returned {text}{convert}"):
+                check_training_result(backend, "my_training", result)
+
     def test_a_tree_of_arrays_is_the_params(self):
         for params in (W, (W, W), {"a": [W], "b": (W, None)}):
             assert check_training_result(backend, "my_training", params) == (params, None)

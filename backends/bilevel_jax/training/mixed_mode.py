@@ -10,10 +10,12 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.core import Tracer
 from jax.custom_derivatives import SymbolicZero
 
 from bilevel.validation import check_scalar
+from bilevel_jax.dependence import dependence
 from bilevel_jax.partition import split_arrays
 from bilevel_jax.second_derivatives import has_own_rule
 
@@ -39,11 +41,17 @@ def mixed_mode_grad(loss: Callable[..., Any]) -> Callable[..., Any]:
         A function of the same arguments that returns a tree like params. JAX differentiates it in reverse mode, and
         raises its own error for forward mode.
 
+    Raises:
+        TypeError: if loss is no function.
+
     >>> loss = lambda w, x: jnp.sum(x * w**3)
     >>> pulled = jax.grad(lambda x: jnp.sum(mixed_mode_grad(loss)(jnp.array([1.0, 2.0]), x)))
     >>> pulled(jnp.ones(2)).tolist()
     [3.0, 12.0]
     """
+
+    if not callable(loss):
+        raise TypeError(f"loss: expected a function of (params, *args), got {type(loss).__name__}.")
 
     def gradient(params: Any, *args: Any) -> Any:
         return value_and_grad(lambda *args: (loss(*args), None), params, *args)[1]
@@ -64,8 +72,15 @@ def value_and_grad(loss: Callable[..., tuple[Any, Any]], params: Any, *args: Any
         return value, aux
 
     closed, shapes = jax.make_jaxpr(of_arrays, return_shape=True)(arrays)
-    if has_own_rule(closed.jaxpr):
+    count = structure.num_leaves
+    used = dependence(closed.jaxpr, arrays[:count])
+    if has_own_rule(closed.jaxpr) or not any(used.params):
         return jax.value_and_grad(loss, has_aux=True)(params, *args)
+    # With the rule, the result depends on all arguments. So an array without influence must not be one of them.
+    others = [
+        x if flag or not _smooth(x) else lax.stop_gradient(x)
+        for x, flag in zip(arrays[count:], used.hparams, strict=True)
+    ]
     # The rule must not close over values that JAX differentiates, so they become arguments.
     captured: Arrays = [const for const in closed.consts if isinstance(const, Tracer)]
     constants = [None if isinstance(const, Tracer) else const for const in closed.consts]
@@ -76,8 +91,7 @@ def value_and_grad(loss: Callable[..., tuple[Any, Any]], params: Any, *args: Any
         outputs = jax.core.eval_jaxpr(closed.jaxpr, consts, *weights, *supply)
         return jax.tree.unflatten(jax.tree.structure(shapes), outputs)
 
-    count = structure.num_leaves
-    result, gradient = _with_rule(of_trace)(arrays[:count], [*captured, *arrays[count:]])
+    result, gradient = _with_rule(of_trace)(arrays[:count], [*captured, *others])
     return result, jax.tree.unflatten(structure, gradient)
 
 

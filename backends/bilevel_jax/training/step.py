@@ -57,7 +57,7 @@ class TrainingStep(Static):
     further arguments of optax's line searches, for example.
 
     Raises:
-        TypeError: if ``optimizer`` is neither a transformation nor a function.
+        TypeError: if ``loss`` is no function, or ``optimizer`` is neither a transformation nor a function.
 
     >>> import optax
     >>> loss = lambda params, hparams, batch: (params - batch) ** 2
@@ -75,6 +75,9 @@ class TrainingStep(Static):
     has_aux: bool = False
 
     def __post_init__(self) -> None:
+        if is_optimizer(self.loss) or not callable(self.loss):
+            got = "an optimizer" if is_optimizer(self.loss) else type(self.loss).__name__
+            raise TypeError(f"loss: expected a function of (params, hparams, batch), got {got}. The loss comes first.")
         if not is_optimizer(self.optimizer) and not callable(self.optimizer):
             check_optimizer("optimizer", self.optimizer)
 

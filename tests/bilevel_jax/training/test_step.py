@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from frameworks import relative_error
 
+import bilevel as bl
+
 jax = pytest.importorskip("jax")
 jnp = jax.numpy
 optax = pytest.importorskip("optax")
@@ -190,6 +192,13 @@ def test_states_of_flax_and_equinox():
             TypeError,
             r"optimizer\(hparams\): expected an optimizer .* got float",
         ),
+        (
+            lambda: TrainingStep(optax.sgd(0.1), loss),
+            TypeError,
+            r"loss: expected a function of \(params, hparams, batch\), got an optimizer\. The loss comes first",
+        ),
+        (lambda: TrainingStep("mse", optax.sgd(0.1)), TypeError, "loss: expected a function .*, got str"),
+        (lambda: bilevel_jax.mixed_mode_grad(3), TypeError, r"loss: expected a function of \(params, .*, got int"),
         (lambda: TrainingStep(loss, of_adam).init(PARAMS), ValueError, r"hparams: .* step.init\(params, hparams\)"),
         (
             lambda: TrainingStep(loss, optax.sgd(0.1)).init(PARAMS, aux=1),
@@ -211,6 +220,32 @@ def test_states_of_flax_and_equinox():
 def test_mistakes_raise(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+@pytest.mark.parametrize("mixed_mode", [True, False])
+class TestHyperparametersWithoutInfluence:
+    """The rule of mixed_mode must not hide that a loss does not use them."""
+
+    def metagradient(self, mixed_mode, loss):
+        step = TrainingStep(loss, optax.sgd(0.1), mixed_mode=mixed_mode)
+        training = bl.Training(step, lambda state, h: (state.params**2).sum())
+        hparams = {"used": jnp.ones(2), "forgotten": jnp.ones(2)}
+        return bl.metagradient(training, step.init(jnp.ones(2)), hparams, steps=1).grad
+
+    def test_all(self, mixed_mode):
+        with pytest.raises(ValueError, match=r"^Neither step nor outer depends on hparams\['forgotten'\] and hparams"):
+            self.metagradient(mixed_mode, lambda w, h, b: (w**2).sum())
+
+    def test_all_because_the_params_are_cut(self, mixed_mode):
+        with pytest.raises(ValueError, match=r"^Neither step nor outer depends on hparams"):
+            self.metagradient(mixed_mode, lambda w, h, b: (h["used"] * lax.stop_gradient(w) ** 2).sum())
+
+    def test_one_leaf(self, mixed_mode):
+        with pytest.warns(bl.DependenceWarning, match=r"^Neither step nor outer depends on hparams\['forgotten'\]: "):
+            grad = self.metagradient(mixed_mode, lambda w, h, b: (h["used"] * w**2).sum())
+        # w = 1 - 0.2 h, F = w²
+        np.testing.assert_allclose(grad["used"], -0.4 * 0.8 * np.ones(2), rtol=1e-6)
+        np.testing.assert_array_equal(grad["forgotten"], 0)
 
 
 def test_injected_hyperparameters_are_refused():
