@@ -14,7 +14,7 @@ from bilevel.steps import PLAIN, Pull, Pulled, Steps, floats_of
 from bilevel.validation import check_dtypes, check_like
 from bilevel_torch.autograd import check_untransformed, grad, no_grad_no_autocast
 from bilevel_torch.graph import check_compiled, nodes_of
-from bilevel_torch.training.mistakes import check_connected, graph_watched, warn_of_parameters
+from bilevel_torch.training.mistakes import check_connected, graph_watched, warn_of_parameters, writing_named
 from bilevel_torch.training.recording import without_graph
 from bilevel_torch.training.step import TrainingStep
 
@@ -42,7 +42,7 @@ class TorchSteps(Steps):
     def advance(self, state: Any, hparams: Any, batches: Sequence[Any]) -> Any:
         hparams = tree_map(torch.Tensor.detach, hparams)
         end = tree_map(_copied, state)  # a step may write to its arguments
-        with torch.enable_grad(), without_graph():
+        with torch.enable_grad(), without_graph(), writing_named():
             for batch in batches:
                 end = self.step(tree_map(_leaf, end), hparams, batch)
         self._check(state, end)

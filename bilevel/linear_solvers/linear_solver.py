@@ -137,7 +137,10 @@ def in_arrays(info: SolverInfo, like: Array, xp: Any) -> SolverInfo:
 
 
 def check_requirements(solver: LinearSolver[S], A: LinearOperator[V]) -> None:
-    """Raise a TypeError if an operator lacks a property that a solver requires."""
+    """Raise a TypeError if an operator lacks a property that a solver requires.
+
+    Raise a ValueError for damping of KKT conditions.
+    """
     if STEADY in solver.requires and A.sample is not None:
         raise TypeError(
             f"inner_args is a list, one batch per product, but {solver.name} needs the same "
@@ -155,6 +158,11 @@ def check_requirements(solver: LinearSolver[S], A: LinearOperator[V]) -> None:
         raise TypeError(
             f"{solver.name} relies on a positive definite operator, and the matrix of a bl.Constrained has eigenvalues "
             'of both signs. Use solver="minres" or "gmres", or "exact" where params is small.'
+        )
+    if A.indefinite and (isinstance(solver.damping, str) or (is_python_value(solver.damping) and solver.damping != 0)):
+        raise ValueError(
+            f"damping: expected 0 for a bl.Constrained, got {solver.damping!r}. Damping changes the constraints, so "
+            "the hypergradient would be wrong. To make the objective strictly convex, add a penalty to it."
         )
     if TRANSPOSED in solver.requires and A.mv_transposed is None:
         raise TypeError(

@@ -38,7 +38,7 @@ class Constrained:
         ⎣ ∂g_a/∂w  0         0          ⎦ ⎣ z ⎦   ⎣ 0     ⎦
 
     The matrix is symmetric and indefinite, so use "minres", "exact" or "gmres". A product takes one Hessian-vector
-    product of ℒ. ``hg.adjoint`` is a dict with v, y and z. Damping changes the constraints, so leave it at zero.
+    product of ℒ. ``hg.adjoint`` is a dict with v, y and z. Damping changes the constraints, so it is an error.
 
     The derivative exists if the solution is regular: the gradients of the active constraints are linearly
     independent, ∂²ℒ/∂w² is positive definite on their null space, and no active inequality has a multiplier of zero.

@@ -174,6 +174,14 @@ def test_solvers_for_definite_systems_raise(solver):
         bl.hypergradient(problem, params, hparams, solver=solver)
 
 
+@pytest.mark.parametrize("solver", [bl.MINRES(damping="auto"), bl.GMRES(damping=0.5), bl.Exact(damping=1e-3)], ids=str)
+def test_damping_raises(solver):
+    """It would change the constraints: for Σw = 1 and F = |w|², dF/dq is 0 at q = (1, 1), and not 0.4."""
+    problem, hparams, params, _ = solved("both")
+    with pytest.raises(ValueError, match=r"^damping: expected 0 for a bl\.Constrained, got .*add a penalty to it"):
+        bl.hypergradient(problem, params, hparams, solver=solver)
+
+
 def test_an_unroll_raises():
     problem, hparams, params, _ = solved("both")
     with pytest.raises(TypeError, match="saddle point of its Lagrangian"):

@@ -11,6 +11,22 @@ from bilevel.messages import counted, listed
 from bilevel.spaces.tree import leaves_with_paths
 from bilevel_torch.graph import nodes_of
 
+WRITES = (
+    "step: it writes to the state in place without a graph, as optimizers of torch do. Return new tensors, as in "
+    "w - rate * gradient, or use bilevel_torch.TrainingStep."
+)
+
+
+@contextmanager
+def writing_named() -> Iterator[None]:
+    """Raise a ValueError in place of PyTorch's error about a step that writes to the state."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "leaf Variable that requires grad is being used in an in-place operation" in str(error):
+            raise ValueError(WRITES) from error
+        raise
+
 
 @contextmanager
 def graph_watched(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
@@ -27,7 +43,8 @@ def graph_watched(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
     hooks = [tensor.register_hook(inspect) for tensor in tensors]
     versions = [tensor._version for tensor in tensors]
     try:
-        yield
+        with writing_named():
+            yield
     finally:
         for hook in hooks:
             hook.remove()
@@ -38,10 +55,7 @@ def graph_watched(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
             "constant, differentiate by a detached copy of the state."
         )
     if versions != [tensor._version for tensor in tensors]:
-        raise ValueError(
-            "step: it writes to the state in place without a graph, as optimizers of torch do. Return new tensors, as "
-            "in w - rate * gradient, or use bilevel_torch.TrainingStep."
-        )
+        raise ValueError(WRITES)
 
 
 def warn_of_parameters(outputs: Sequence[torch.Tensor]) -> None:

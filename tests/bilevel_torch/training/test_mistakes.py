@@ -40,6 +40,10 @@ def of_torch(w, rate, batch):
     return w * rate
 
 
+def in_place(w, rate, batch):
+    return w.sub_(rate * w)
+
+
 def without_grad(w, rate, batch):
     with torch.no_grad():
         return w - rate * w
@@ -51,6 +55,7 @@ def without_grad(w, rate, batch):
         (forgotten, r"step: it computes a gradient .* without a graph.*create_graph=bilevel_torch.recording\(\)"),
         (backward, "step: it computes a gradient by the state without a graph"),
         (of_torch, r"step: it writes to the state in place .*use bilevel_torch.TrainingStep"),
+        (in_place, r"step: it writes to the state in place .*use bilevel_torch.TrainingStep"),
         (without_grad, r"step: the next state has no graph .* outside of torch.no_grad\(\)"),
     ],
 )
