@@ -56,6 +56,10 @@ ERRORS = {
         lambda net, w, inner, outer: {"hparams": {"a": w.detach()}},
         "hparams['a'] does not require a gradient: call requires_grad_",
     ),
+    "a tensor twice": (
+        lambda net, w, inner, outer: {"hparams": [w, w]},
+        "hparams[1] is the same tensor as hparams[0]",
+    ),
     "computed": (
         lambda net, w, inner, outer: {"hparams": [w.exp()]},
         "hparams[0] is computed from other tensors. Pass these",

@@ -15,6 +15,7 @@ from bilevel.options import check_int, check_real
 from bilevel.results import Hypergradient, SolverInfo, Status
 from bilevel.spaces.tree import leaves, leaves_with_paths, with_leaves
 from bilevel.validation import check_trees
+from bilevel_torch.autograd import check_distinct
 from bilevel_torch.backend import TorchBackend
 from bilevel_torch.first_order.adaptation import check_adaptive, inverse_roots
 from bilevel_torch.first_order.evaluation import Evaluation, Loss
@@ -317,6 +318,7 @@ def _made(make: Callable[[Tensors], torch.optim.Optimizer], v: Tensors) -> torch
 
 def _check_hparams(backend: TorchBackend, hparams: object) -> None:
     check_trees(backend, {"hparams": hparams}, {})
+    check_distinct((), hparams)
     for path, t in leaves_with_paths(hparams, "hparams"):
         if not t.requires_grad:
             raise ValueError(f"{path} does not require a gradient: call requires_grad_() on it.")
