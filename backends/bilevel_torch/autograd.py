@@ -12,7 +12,7 @@ from bilevel.spaces.array import H, P, V
 from bilevel.spaces.tree import leaves, leaves_with_paths, tree_map, with_leaves
 from bilevel.validation import check_scalar
 from bilevel_torch.advice import FOREIGN, NOT_REENTRANT, advice
-from bilevel_torch.graph import check_compiled, functions_recorded, nodes_of
+from bilevel_torch.graph import COMPILED_GRADIENT, check_compiled, functions_recorded, nodes_of
 from bilevel_torch.isolation import buffers_isolated
 from bilevel_torch.shards import local, placed
 
@@ -187,7 +187,8 @@ def check_recorded(label: str, nodes: Iterable[Any], params: object) -> None:
     handed = {local(t).data_ptr(): (path, t) for path, t in named if t.is_leaf and local(t).numel()}
     for node in nodes:
         name = node.name()
-        check_compiled(label, [node])
+        if name == COMPILED_GRADIENT:
+            check_compiled(label, [node])
         if name == "CheckpointFunctionBackward":
             raise RuntimeError(
                 f"{label} hides parameters from autograd.grad by a reentrant checkpoint, so their derivatives would "
