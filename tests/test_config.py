@@ -90,6 +90,15 @@ class TestNames:
         ):
             bl.get_solver({"name": "cg", "preconditioner": "nystrøm"})
 
+    @pytest.mark.parametrize("name", ["kfac", "EKFAC", {"name": "kronecker"}], ids=str)
+    def test_kronecker_factors_are_left_out_for_a_reason(self, name):
+        with pytest.raises(
+            ValueError,
+            match=r"there is no '(kfac|EKFAC|kronecker)'\. Kronecker factors were measured and left out: .* or more\. "
+            r'Use "nystrom" \(bl\.NystromPreconditioner\)\. There is: diagonal, nystrom',
+        ):
+            bl.get_solver({"name": "cg", "preconditioner": name})
+
     def test_an_unknown_option_of_a_preconditioner(self):
         with pytest.raises(TypeError, match=r"preconditioner 'nystrom' has no option 'ranks'\. Did you mean 'rank'"):
             bl.get_solver({"name": "cg", "preconditioner": {"name": "nystrom", "ranks": 3}})
