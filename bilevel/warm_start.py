@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Self
 from typing_extensions import override
 
 from bilevel.config import get_linear_solver
-from bilevel.linear_solvers.auto_damping import solve_with_auto_damping
+from bilevel.linear_solvers.auto_damping import next_damping, solve_with_auto_damping
 from bilevel.linear_solvers.linear_solver import LinearSolver
 from bilevel.linear_solvers.wrapper import LinearSolverWrapper
 from bilevel.operators.linear_operator import LinearOperator
@@ -17,8 +17,8 @@ from bilevel.spaces import tree
 from bilevel.spaces.array import V
 from bilevel.spaces.space import Space
 
-FORMAT = 3
-KEPT = 0.7  # of an automatic damping, for the next solve: it follows a Hessian that curves down less
+FORMAT = 4
+VECTORS = ("adjoint", "previous", "image")
 
 
 class WarmStart(LinearSolverWrapper[object]):
@@ -27,8 +27,9 @@ class WarmStart(LinearSolverWrapper[object]):
     Pass the same object as ``solver=`` to every call of a loop. It has state. Save the state in your checkpoint
     together with the optimizers' states. Otherwise a resumed run differs from an uninterrupted one.
 
-    With damping="auto", each solve first tries 0.7 of the last damping. So it needs no second solve where the Hessian
-    changes little.
+    With damping="auto", a loop on a network keeps its damping. Each solve first tries 0.95 of the last one, so it needs
+    no second solve where the Hessian changes little. If each call has another batch, the Hessian has noise. One more
+    product measures the noise: the last adjoint times the present Hessian. The damping is at least twice the noise.
 
     For NumPy and PyTorch. In JAX, state is an argument: pass ``adjoint0=hg.adjoint`` and a solver from `bl.prepare`.
 
@@ -74,6 +75,8 @@ class WarmStart(LinearSolverWrapper[object]):
         self.adjoint: object = None
         self.previous: object = None
         self.found: Any = None  # the automatic damping of the last solve
+        self.image: object = None  # the product of the last adjoint with its Hessian, up to
+        self.residual_norm: Any = None  # of this norm
         self.state: object = None
         self.loaded: list[object] | None = None
 
@@ -97,10 +100,10 @@ class WarmStart(LinearSolverWrapper[object]):
         if x0 is None and last is not None:
             previous = self._stored(self.previous, space) if self.extrapolate else None
             x0 = last if previous is None else space.subtract(space.scale(2.0, last), previous)
-        if isinstance(self.solver.damping, str):
-            start = None if self.found is None else KEPT * self.found
+        automatic = isinstance(self.solver.damping, str)
+        if automatic:
+            start = None if self.found is None else self._next_damping(A)
             adjoint, info = solve_with_auto_damping(self.solver, state, A, b, x0, start)
-            self.found = info.damping
         else:
             adjoint, info = self.solver.solve(state, A, b, x0)
         # Do not store the result of a failed solve that moved away from the solution, as with an indefinite Hessian.
@@ -108,10 +111,28 @@ class WarmStart(LinearSolverWrapper[object]):
         status, worse = info.status, info.residual_norm > info.rhs_norm
         lost = (status == int(Status.NON_FINITE)) | ((status != int(Status.MAXITER)) & worse)
         self.calls += 1
-        self.adjoint = space.where(lost, space.zeros() if last is None else last, adjoint)
+
+        def kept(new: V, old: V | None) -> V:
+            return space.where(lost, space.zeros() if old is None else old, new)
+
+        if automatic:
+            image = space.axpy(-info.damping, adjoint, b)
+            self.image = kept(image, self._stored(self.image, space))
+            error = 0.0 if self.residual_norm is None else self.residual_norm
+            self.residual_norm = space.xp.where(lost, error, info.residual_norm)
+            self.found = info.damping
+        self.adjoint = kept(adjoint, last)
         if self.extrapolate:
             self.previous = last
         return adjoint, info
+
+    def _next_damping(self, A: LinearOperator[V]) -> Any:
+        """Return the damping to try first. A convex problem has none, and needs no product."""
+        v, image = self._stored(self.adjoint, A.space), self._stored(self.image, A.space)
+        if v is None or image is None:
+            return self.found
+        error = self.residual_norm
+        return A.space.cond(self.found > 0, lambda damping: next_damping(A, damping, v, image, error), self.found)
 
     @override
     def with_rtol(self, rtol: float) -> Self:
@@ -132,6 +153,8 @@ class WarmStart(LinearSolverWrapper[object]):
             "adjoint": self.adjoint,
             "previous": self.previous,
             "damping": self.found,
+            "image": self.image,
+            "residual_norm": self.residual_norm,
             "state": tree.leaves(self.state) if self.loaded is None else self.loaded,
         }
 
@@ -150,7 +173,8 @@ class WarmStart(LinearSolverWrapper[object]):
         if state["format"] != FORMAT:
             raise ValueError(f"WarmStart.load_state_dict: expected format {FORMAT}, got {state['format']!r}.")
         self.calls, self.counts = state["calls"], Counter(state["counts"])
-        self.adjoint, self.previous, self.found = state["adjoint"], state["previous"], state["damping"]
+        self.adjoint, self.previous, self.image = (state[name] for name in VECTORS)
+        self.found, self.residual_norm = state["damping"], state["residual_norm"]
         # All solvers can use the adjoint. Only the same solver can use the prepared state.
         self.state = None
         self.loaded = state["state"] if state["solver"] == repr(self.solver) else []
@@ -158,7 +182,7 @@ class WarmStart(LinearSolverWrapper[object]):
     def _move(self, A: LinearOperator[V]) -> None:
         """Move loaded arrays to the dtype and device of params."""
         space = A.space
-        for name in ("adjoint", "previous"):
+        for name in VECTORS:
             kept = self._stored(getattr(self, name), space, dtypes=False)
             setattr(self, name, None if kept is None else space.unravel(space.ravel(kept)))
         if self.loaded:  # the structure, dtypes and devices of a state do not depend on the operator

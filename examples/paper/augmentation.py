@@ -130,6 +130,8 @@ def fit(model: nn.Module, augment: Any, solver: Any, parts: Parts, sizes: Sizes,
     problem = problem_of(model, augment, sizes.decay)
     weights, hparams = dict(model.named_parameters()), dict(augment.named_parameters())
     state = {"model": model, "augment": augment, "optimizer": optimizer, "outer": outer_optimizer}
+    if isinstance(solver, bl.WarmStart):
+        state["solver"] = solver
     loop = Loop(checkpoint, sizes.steps, state, about=checkpoint.stem)
     for step in loop:
         x, y = parts.train.batch(sizes.batch)

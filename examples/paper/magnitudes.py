@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+import bilevel as bl
 import data
 import runs
 from augmentation import Parts, Sizes, fit
@@ -29,6 +30,7 @@ SOLVERS = {
     "neumann": {"name": "neumann", "terms": 3, "damping": "auto"},
     "cg": {"name": "cg", "maxiter": 10, "damping": "auto"},
 }
+WARM = ("cg",)  # these keep their damping from batch to batch
 
 TUNED = {"warmup": 0, "every": 5, "lr_augment": 0.1}  # chosen by runs with other seeds
 FULL, FAST = Sizes(steps=600, **TUNED), Sizes(validation=300, steps=48, **TUNED)
@@ -53,7 +55,8 @@ def settings_of(variant: str, solver: Any, trials: int) -> dict[str, Any]:
     """Return the settings of one way to tune."""
     if variant == "random":
         return {"trials": trials, "least": LEAST, "most": MOST}
-    return {"start": {"none": NONE, "hand": HAND}.get(variant, START), "solver": solver}
+    warm = {"warm": True} if variant in WARM else {}
+    return {"start": {"none": NONE, "hand": HAND}.get(variant, START), "solver": solver} | warm
 
 
 def run(
@@ -64,7 +67,8 @@ def run(
     parts = Parts.of(split, sizes)
     if variant == "random":
         return search(trials, parts, sizes, checkpoint)
-    tuned = train(settings_of(variant, solver, trials)["start"], solver, parts, sizes, checkpoint)
+    start = settings_of(variant, solver, trials)["start"]
+    tuned = train(start, bl.WarmStart(solver) if variant in WARM else solver, parts, sizes, checkpoint)
     if variant in ("none", "hand"):
         return tuned
     again = train([tuned["result"][name] for name in MAGNITUDES], None, parts, sizes, checkpoint)

@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 
 import bilevel as bl
 from bilevel import Status
-from bilevel.linear_solvers.auto_damping import ATTEMPTS, SLACK
+from bilevel.linear_solvers.auto_damping import ATTEMPTS, FACTOR, GROWTH, KEPT, SLACK, next_damping
+from bilevel.linearization import Linearization
 from bilevel.operators.lanczos import PRODUCTS
+from bilevel.operators.linear_operator import LinearOperator
 
 SOLVERS = {
     "cg": bl.CG(),
@@ -162,13 +164,13 @@ def test_a_warm_start_keeps_it(name):
     solver = bl.WarmStart("cg")
     first, second = (case.hypergradient(solver).info for _ in range(2))
     assert first.damping == pytest.approx(2 * LOW, rel=1e-3)
-    assert second.damping == pytest.approx(0.7 * first.damping)
+    assert second.damping == pytest.approx(KEPT * first.damping)
     assert second.steps < first.steps - 12  # neither the undamped solve nor the estimate
     restored = bl.WarmStart("cg")
     restored.load_state_dict(solver.state_dict())
     third, again = (case.hypergradient(s).info for s in (solver, restored))
     assert third == again
-    assert third.damping >= 0.7 * second.damping
+    assert third.damping == pytest.approx(KEPT * second.damping)
 
 
 @pytest.mark.parametrize("name", ["numpy", "torch"])
@@ -176,12 +178,91 @@ def test_a_kept_damping_follows_the_hessian(name):
     backend = framework(name)
     flat, steep = (cases.quadratic(backend, [low, *INDEFINITE[2:]]) for low in (-0.01, -1.0))
     solver = bl.WarmStart("cg")
-    dampings = [case.hypergradient(solver).info.damping for case in (flat, steep, *[flat] * 20)]
+    dampings = [case.hypergradient(solver).info.damping for case in (flat, steep, *[flat] * 80)]
     assert dampings[0] < 0.03
     assert dampings[1] >= 1.0  # the kept damping was too small
     assert dampings[-1] < 0.1
     solver.reset()
     assert flat.hypergradient(solver).info.damping == dampings[0]
+
+
+@pytest.mark.parametrize("error", [0.0, 0.3, 100.0])
+@pytest.mark.parametrize("noise", [0.0, 0.1, 0.2, 5.0])
+def test_the_next_damping_is_twice_the_noise_of_the_curvature(backend, noise, error):
+    """The noise is ‖(A − A₀) v‖ / ‖v‖, without the part that the residual of v explains."""
+    old, v, rng, damping = symmetric(INDEFINITE), rhs_of(12, 2), np.random.default_rng(3), 0.7
+    new = old + noise * symmetric(np.linspace(-1, 1, 12), 5)
+    unsolved = error * rng.standard_normal(12)
+    image, left = old @ v + unsolved, np.linalg.norm(unsolved)
+    change = np.linalg.norm(new @ v - image)
+    expected = FACTOR * np.sqrt(max(change**2 - left**2, 0)) / np.linalg.norm(v)
+    expected = np.clip(expected, KEPT * damping, GROWTH * damping)
+
+    def compute(backend, new, v, image, left):
+        A = LinearOperator(backend.space(v), lambda v: new @ v)
+        return next_damping(A, damping, v, image, left)
+
+    arrays = [backend.from_numpy(np.asarray(a)) for a in (new, v, image, left)]
+    assert backend.to_numpy(backend.run(compute, *arrays)) == pytest.approx(expected, rel=1e-6)
+    if noise == error == 0:
+        assert expected == KEPT * damping
+
+
+def loop(name, solver, matrices, rhs=None):
+    """Return the infos of solves with matrices in turn, and the number of products."""
+    backend, calls, infos = framework(name), [], []
+    rhs = backend.from_numpy(rhs_of(12) if rhs is None else rhs)
+    for each in matrices:
+        matrix = backend.from_numpy(each)
+        lin = Linearization(rhs[0], rhs, None, lambda v, matrix=matrix: calls.append(1) or matrix @ v, lambda v: v)
+        infos.append(bl.hypergradient_from(lin, solver=solver, on_failure="ignore").info)
+    return infos, len(calls)
+
+
+@pytest.mark.parametrize("name", ["numpy", "torch"])
+def test_a_loop_over_batches_damps_twice_their_noise(name):
+    """The Hessians of the batches are H ± ν I in turn. So the noise along any v is 2 ν."""
+    noise = 0.6
+    batches = [symmetric([-0.1, *INDEFINITE[2:], 0.9]) + sign * noise * np.eye(12) for sign in (1, -1)] * 12
+    infos, _ = loop(name, bl.WarmStart("cg"), batches[1:])
+    assert [float(info.damping) for info in infos[-4:]] == pytest.approx([FACTOR * 2 * noise] * 4, rel=0.05)
+    alone = [float(info.damping) for info in loop(name, "cg", batches[:4])[0]]
+    assert alone == pytest.approx([0, 2 * (noise + 0.1)] * 2, rel=1e-3)  # single batches do not show the noise
+
+
+@pytest.mark.parametrize("name", ["numpy", "torch"])
+def test_new_right_hand_sides_are_no_noise_of_the_hessian(name):
+    solver, matrix = bl.WarmStart("cg"), symmetric(INDEFINITE)
+    dampings = [float(loop(name, solver, [matrix], rhs_of(12, seed))[0][0].damping) for seed in range(6)]
+    assert dampings[-1] <= KEPT**3 * dampings[0]
+
+
+@pytest.mark.parametrize("name", ["numpy", "torch"])
+def test_few_steps_are_no_noise_of_the_hessian(name):
+    solver = bl.WarmStart(bl.CG(maxiter=3, rtol=None))
+    infos = loop(name, solver, [symmetric(INDEFINITE)] * 8)[0][2:]  # the first two do not meet negative curvature
+    assert infos[0].residual_norm > 10 * infos[0].rhs_norm
+    found = [float(info.damping) for info in infos]
+    assert found == pytest.approx([2 * LOW * KEPT**k for k in range(6)], rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["numpy", "torch"])
+def test_a_convex_loop_takes_no_more_products(name):
+    batches = [symmetric(np.geomspace(0.1, 4, 12)) + shift * np.eye(12) for shift in (0.0, 0.5)] * 3
+    infos, products = loop(name, bl.WarmStart("cg"), batches)
+    assert [info.damping for info in infos] == [0] * 6
+    assert products == loop(name, bl.WarmStart(bl.CG(damping=0.0)), batches)[1]
+
+
+@pytest.mark.parametrize("name", ["numpy", "torch"])
+def test_a_solve_that_is_not_finite_leaves_the_kept_damping(name):
+    solver, matrix = bl.WarmStart("cg"), symmetric(INDEFINITE)
+    before = loop(name, solver, [matrix])[0][0].damping
+    failed = loop(name, solver, [np.full_like(matrix, np.nan)])[0][0]
+    after = loop(name, solver, [matrix])[0][0]
+    assert failed.status == Status.NON_FINITE
+    assert after.status == Status.CONVERGED
+    assert KEPT**2 * before <= after.damping * (1 + 1e-6) <= before
 
 
 @pytest.mark.parametrize("name", ["numpy", "torch"])

@@ -212,7 +212,7 @@ class TestState:
             ValueError, match=r"expected the keys \['adjoint', .*got \['adjoint'\].*not a state of a WarmStart"
         ):
             solver.load_state_dict({"adjoint": None})
-        with pytest.raises(ValueError, match=r"expected format 3, got 1"):
+        with pytest.raises(ValueError, match=r"expected format 4, got 1"):
             solver.load_state_dict({**solver.state_dict(), "format": 1})
 
 
