@@ -206,6 +206,29 @@ class TestState:
         assert other.state is None
         assert run("numpy", other, 2, 3)[1][0] < run("numpy", "cg", 2, 3)[1][0]
 
+    @pytest.mark.filterwarnings("ignore:torch.distributed is")
+    def test_torch_distributed_saves_an_automatic_damping(self, tmp_path):
+        """As docs/distributed.md writes it."""
+        torch = pytest.importorskip("torch")
+        import torch.distributed.checkpoint as dcp
+
+        matrix, rhs = torch.diag(torch.tensor([-0.1, 0.5, 1.0, 2.0])), torch.ones(4)
+
+        def solve(solver):
+            lin = Linearization(rhs[0], rhs, None, lambda v: matrix @ v, lambda v: v)
+            return bl.hypergradient_from(lin, solver=solver).info
+
+        first, resumed = bl.WarmStart("cg"), bl.WarmStart("cg")
+        found = solve(first).damping
+        template = {"adjoint": torch.zeros(4), "image": torch.zeros(4)}
+        template |= {"damping": torch.zeros(()), "residual_norm": torch.zeros(())}
+        state = {"solver": resumed.state_dict() | template}
+        dcp.save({"solver": first.state_dict()}, checkpoint_id=tmp_path, no_dist=True)
+        dcp.load(state, checkpoint_id=tmp_path, no_dist=True)
+        resumed.load_state_dict(state["solver"])
+        assert solve(resumed) == solve(first)
+        assert solve(resumed).damping < found
+
     def test_another_state_is_refused(self):
         solver = bl.WarmStart()
         with pytest.raises(

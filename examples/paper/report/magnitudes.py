@@ -46,8 +46,8 @@ The U-Net above changes pixels freely, and gains nothing. Here, an augmentation 
 deformations: {", ".join(MAGNITUDES)}. They start at {tuned["start"][0]:g}.
 Their logarithms are tuned while the same network trains. After every {tuned["every"]} steps of training, they take a
 step of Adam ({tuned["lr_augment"]:g}) with a new batch of {tuned["batch_val"]} validation images. Neumann's step and
-the damping are automatic. The network trains as with the U-Net, but for {tuned["steps"]} steps. Short runs with another
-seed chose these settings.
+the damping are automatic. CG keeps its damping from batch to batch (`bl.WarmStart`). The network trains as with the
+U-Net, but for {tuned["steps"]} steps. Short runs with another seed chose these settings.
 
 - *Chosen by hand*: {hand}. These were the best of three choices on two other seeds.
 - *Random search* draws each magnitude from {searched["least"]:g} to {searched["most"]:g}, evenly in its logarithm. It
