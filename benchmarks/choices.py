@@ -32,6 +32,7 @@ class Choice:
 
     validation: int = 200  # images
     outer_batch: int = 200  # of them, for each hypergradient
+    inner_batch: int = TRAINING  # examples of a training step and of a hypergradient
     every: int = 10  # training steps
     rate: float = 0.3
     optimizer: str = "Adam"
@@ -52,6 +53,20 @@ CHOICES: dict[str, Choice | None] = {
     "2 steps of CG, warm": replace(BASE, solver=FEW),
     "2 steps of CG, cold": replace(BASE, solver=FEW, warm=False),
     **{f"{n} validation images": replace(BASE, validation=n, outer_batch=n) for n in (20, 50, 100, 400)},
+}
+AUTO = replace(BASE.solver, damping="auto")
+CHOICES |= {
+    f"{name}, damping auto": replace(choice, solver=AUTO)
+    for name, choice in CHOICES.items()
+    if choice and name in ("outer batch 10", "every 1 step", "every 100 steps")
+}
+CHOICES |= {
+    f"inner batch 200, every 3 steps, {name}": replace(BASE, inner_batch=200, every=3, solver=solver, warm=warm)
+    for name, solver, warm in [
+        *((f"damping {d}", replace(BASE.solver, damping=d), True) for d in (0.01, 0.1, 1.0)),
+        ("damping auto", AUTO, True),
+        ("damping auto, cold", AUTO, False),
+    ]
 }
 
 
@@ -123,10 +138,14 @@ def trained(train: Any, scores: Any, held_out: Any, choice: Choice, solves: list
     solver = bl.WarmStart(choice.solver) if choice.warm else choice.solver
 
     def inner_loss() -> torch.Tensor:
-        losses = cross_entropy(net(train[0]), train[1], reduction="none")
-        return (scores.sigmoid() * losses).mean() + 1e-3 * sum((p**2).sum() for p in net.parameters())
+        losses = cross_entropy(net(train[0][examples]), train[1][examples], reduction="none")
+        weighted = (scores[examples].sigmoid() * losses).mean()
+        return weighted + 1e-3 * sum((p**2).sum() for p in net.parameters())
 
+    examples = torch.arange(TRAINING)
     for step in range(1, STEPS + 1):
+        if choice.inner_batch < TRAINING:
+            examples = torch.randperm(TRAINING)[: choice.inner_batch]
         optimizer.zero_grad()
         inner_loss().backward(inputs=list(net.parameters()))
         optimizer.step()
