@@ -35,17 +35,25 @@ def frameworks_of(nodeid: str) -> set[str]:
     return {name for name in ("torch", "jax") if name in nodeid.lower() and not nodeid.startswith("docs/")}
 
 
+# scikit-learn's checks of the conventions of an estimator: only NumPy, and a third of the time with a framework hidden.
+CONVENTIONS = "::test_conventions_of_scikit_learn["
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """With a framework hidden, leave out the tests that only concern the others.
 
     No backend imports another framework: tests/project/test_imports.py checks that. So a test of JAX gives the same
     with and without torch. The core can give something else, because it looks for installed frameworks. So the tests of
-    the core, the command, the errors, the documentation and NumPy stay. The tests of the hidden framework stay too, and
-    appear as skipped.
+    the core, the command, the errors, the documentation and NumPy stay, without scikit-learn's checks. The tests of the
+    hidden framework stay too, and appear as skipped.
     """
     if hidden:
         others = {"torch", "jax"} - hidden
-        unaffected = [item for item in items if (named := frameworks_of(item.nodeid)) and named <= others]
+        unaffected = [
+            item
+            for item in items
+            if ((named := frameworks_of(item.nodeid)) and named <= others) or CONVENTIONS in item.nodeid
+        ]
         config.hook.pytest_deselected(items=unaffected)
         items[:] = [item for item in items if item not in set(unaffected)]
 
