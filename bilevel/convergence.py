@@ -155,8 +155,7 @@ def warn_if_unsolved(backend: Backend, value: Any, info: SolverInfo, params: obj
     If a relative change `SMALL` of params changes F by more than its value, the value is close to zero and no scale.
     Then this change is the scale.
     """
-    if isinstance(info.kinks, float) and info.kinks > 0:  # traced numbers have other types
-        warnings.warn(InnerProblemWarning(AT_KINK), stacklevel=callers_level())
+    warn_if_at_kink(info)
     error = info.value_error
     known = info.status is Status.CONVERGED and isinstance(error, float)
     if not known or not error:
@@ -168,6 +167,12 @@ def warn_if_unsolved(backend: Backend, value: Any, info: SolverInfo, params: obj
     share = UNSOLVED_SHARE if norm else UNTRAINED_SHARE
     if abs(error) > share * max(abs(outer), SMALL * info.rhs_norm * norm):
         warnings.warn(InnerProblemWarning(UNSOLVED), stacklevel=callers_level())
+
+
+def warn_if_at_kink(info: SolverInfo) -> None:
+    """Warn if params is at a kink of a proximal step, unless the number of kinks is traced."""
+    if isinstance(info.kinks, float) and info.kinks > 0:  # traced numbers have other types
+        warnings.warn(InnerProblemWarning(AT_KINK), stacklevel=callers_level())
 
 
 def warn_if_not_kkt(

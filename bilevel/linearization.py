@@ -76,12 +76,14 @@ class Reduction(NamedTuple, Generic[P]):
         rhs: c -> b.
         adjoint: (y, c) -> v.
         kinks: returns a tree like params, with one for each entry where r has no derivative, to rounding, else zero.
+        forward: c -> b and y -> t of the same system for (∂r/∂w) t = c, for decorators of trainings.
     """
 
     product: Callable[[P], P]
     rhs: Callable[[P], P]
     adjoint: Callable[[P, P], P]
     kinks: Callable[[], P]
+    forward: Callable[[P], tuple[P, Callable[[P], P]]] | None = None
 
 
 class LinearizedMap(NamedTuple, Generic[P, H]):

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from inspect import BoundArguments, Parameter, Signature
 from typing import Any, NamedTuple
 
@@ -27,6 +27,7 @@ class Condition:
         noun: the function, in words.
         solution: w*, in words.
         solver: an example of a linear solver.
+        prox: the proximal operator of a function with kinks that is added to the inner loss. None: there is none.
     """
 
     decorator: str
@@ -34,11 +35,28 @@ class Condition:
     noun: str
     solution: str
     solver: str
+    prox: Callable[..., Any] | None = None
 
     @property
     def symmetric(self) -> bool:
         """Whether ∂r/∂w is symmetric: r is the gradient of the inner loss."""
+        return self.role == "inner" and self.prox is None
+
+    @property
+    def symmetric_system(self) -> bool:
+        """Whether the linear system is symmetric. A proximal step has a symmetric form of its system."""
         return self.role == "inner"
+
+    def with_prox(self, prox: object) -> "Condition":
+        """Return the condition of the minimum of an inner loss plus a function, given by its proximal operator."""
+        if prox is None:
+            return self
+        if not callable(prox):
+            raise TypeError(
+                f"{self.decorator}: expected prox, a function of (v, hparams, step_size) that returns a tree like "
+                f"params, got {_kind(prox)}."
+            )
+        return replace(self, prox=prox)
 
     def check_function(self, function: object) -> None:
         """Raise a TypeError unless the first argument of the decorator is a function."""
@@ -70,6 +88,10 @@ ROOT = Condition("implicit_root", "residual", "residual", "root", "gmres")
 
 def _for_problem(problem: BilevelProblem) -> str:
     """Return advice for a problem in place of its function."""
+    for operator in ("prox", "project"):
+        if hasattr(problem, operator):
+            prox = "problem.prox" if operator == "prox" else "lambda v, hparams, _: problem.project(v, hparams)"
+            return f"Write implicit_minimizer(problem.smooth, prox={prox})."
     for condition in (MINIMUM, FIXED_POINT, ROOT):
         if hasattr(problem, condition.role):
             return f"Write {condition.decorator}(problem.{condition.role})."

@@ -1,4 +1,4 @@
-"""A callback for failed solves only. A callback for each solve would take longer than a small solve."""
+"""A callback for failed solves and kinks only. A callback for each solve would take longer than a small solve."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,7 +19,7 @@ Failed = Callable[[Any], Any]  # from a status to a flag
 
 
 def tell_failure(tell: Tell, failed: Failed, info: SolverInfo, options: Sequence[object], v: V) -> V:
-    """Return v, and call tell(info, options) on the host if the solve for v with these options failed.
+    """Return v, and call tell(info, options) on the host if the solve for v with these options failed, or is at a kink.
 
     In eager code, its errors are raised as they are. In compiled code, only the branch of a failure has the callback.
     For a batch of solves, only the worst one is told.
@@ -30,7 +30,7 @@ def tell_failure(tell: Tell, failed: Failed, info: SolverInfo, options: Sequence
 
 def _eager(*arrays: jax.Array, tell: Tell, failed: Failed) -> list[jax.Array]:
     info, options = _split(arrays)
-    if failed(info.status):
+    if failed(info.status) or info.kinks > 0:
         tell(info, options)
     return [jnp.zeros((), jnp.float32)]
 
@@ -49,7 +49,7 @@ def _compiled(*arrays: jax.Array, tell: Tell, failed: Failed) -> list[jax.Array]
 
     zero = jax.ShapeDtypeStruct((), jnp.float32)
     failure = lambda: jax.pure_callback(host, zero, *info, *options, vmap_method="sequential")  # noqa: E731
-    return [lax.cond(failed(info.status), failure, lambda: jnp.zeros((), jnp.float32))]
+    return [lax.cond(failed(info.status) | (info.kinks > 0), failure, lambda: jnp.zeros((), jnp.float32))]
 
 
 def _split(arrays: Sequence[Any]) -> tuple[SolverInfo, list[Any]]:
@@ -62,7 +62,8 @@ def _worst(arrays: Sequence[jax.Array], axes: Sequence[Any], **options: Any) -> 
     size = next(x.shape[a] for x, a in zip(arrays, axes, strict=True) if a is not None)
     pairs = zip(arrays, axes, strict=True)
     batches = [jnp.broadcast_to(x, (size,)) if a is None else jnp.moveaxis(x, a, 0) for x, a in pairs]
-    worst = jnp.argmax(_split(batches)[0].status)
+    infos = _split(batches)[0]
+    worst = jnp.argmax(infos.status + 0.5 * (infos.kinks > 0))
     return _tell_failure.bind(*(x[worst] for x in batches), **options), [None]
 
 

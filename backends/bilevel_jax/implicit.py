@@ -28,7 +28,12 @@ from bilevel_jax.implicit_jvp import with_implicit_derivative
 
 
 def implicit_minimizer(
-    inner: Callable[..., object], solver: SolverSpec = "cg", *, on_failure: OnFailure = "warn", has_aux: bool = False
+    inner: Callable[..., object],
+    solver: SolverSpec = "cg",
+    *,
+    prox: Callable[..., object] | None = None,
+    on_failure: OnFailure = "warn",
+    has_aux: bool = False,
 ) -> Callable[[Callable[..., V]], Callable[..., V]]:
     """Return a decorator that makes a training function differentiable, without differentiating the training.
 
@@ -48,6 +53,10 @@ def implicit_minimizer(
     Args:
         inner: L(params, hparams, *args) -> scalar; a pure function.
         solver: a linear solver: a name, a mapping with ``name`` and options, a TOML file, or a solver object.
+        prox: the proximal operator of a convex function with kinks that w* minimizes in addition to L, such as
+            ``bl.prox.l1()``, or a projection on a convex set. It is (v, hparams, step_size) -> a tree like params, as
+            in `bl.Proximal`. The linear system is the symmetric one of `bl.Proximal`: for an L1 norm or bounds, the
+            system on the support. Only first derivatives are right for `bl.prox.nuclear_norm`.
         on_failure: "raise", "warn" or "ignore", for a solve that does not converge. "warn" raises if the result is not
             finite.
         has_aux: whether the training returns ``(params, aux)``, where aux is any tree, such as a history of losses. The
@@ -72,7 +81,7 @@ def implicit_minimizer(
     >>> jax.grad(lambda h: ridge(h, jnp.ones(1)).sum())(jnp.zeros(1))
     Array([-0.25], dtype=...)
     """
-    return _decorator(MINIMUM, inner, solver, on_failure, has_aux)
+    return _decorator(MINIMUM.with_prox(prox), inner, solver, on_failure, has_aux)
 
 
 def implicit_root(

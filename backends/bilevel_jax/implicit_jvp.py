@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from bilevel.validation import check_like, check_scalar, leaf_names
 from bilevel_jax.backend import JaxBackend, backend
 from bilevel_jax.closures import Call, uncover, uncover_options
 from bilevel_jax.dependence import dependence, trace
-from bilevel_jax.implicit_system import ImplicitFunction, residual_of
+from bilevel_jax.implicit_system import ImplicitFunction, WithProx, residual_of
 from bilevel_jax.implicit_vjp import with_implicit_vjp
 from bilevel_jax.partition import split_arrays
 from bilevel_jax.second_derivatives import has_forward_mode, has_own_rule
@@ -36,6 +37,8 @@ def with_implicit_derivative(
     call: Call,
 ) -> P:
     """Return params, which JAX then differentiates as w* of a condition function(params, hparams, *args, **named)."""
+    if condition.prox is not None:
+        function = WithProx(function, condition.prox)
     checked = partial(_check_value, condition, params)
     uncovered, captured, jaxpr = uncover(function, params, hparams, call, checked)
     make_solver, options = uncover_options(solver)
@@ -91,7 +94,10 @@ def _has_forward_mode(implicit: ImplicitFunction, params: object, arrays: list[j
     return has_forward_mode(lambda w, h: function.residual(backend, w, h, args)(w, h), params, moving)
 
 
-def _check_value(condition: Condition, params: object, value: object) -> None:
+def _check_value(condition: Condition, params: object, value: Any) -> None:
+    if condition.prox is not None:
+        value, moved = value
+        check_like(backend, "prox", moved, "params", params)
     if condition.role == "inner":
         check_scalar("inner", value)
     else:
@@ -127,6 +133,7 @@ def _check_influence(
     used = dependence(trace(residual, params, hparams), params)
     if not any(used.hparams):
         what = "∂inner/∂params" if condition.symmetric else condition.role
+        what = "The proximal step of inner and prox" if condition.prox is not None else what
         raise ValueError(
             f"{what} does not depend on {leaf_names(backend, 'hparams', hparams)}, so these have no influence on the "
             f"{condition.solution}. Use the hparams argument inside {condition.role}: the training's use of it does "

@@ -7,10 +7,11 @@ from typing import Any, Generic
 
 import jax
 
-from bilevel.convergence import OnFailure, report
+from bilevel.convergence import OnFailure, report, warn_if_at_kink
 from bilevel.linear_solvers.linear_solver import LinearSolver, run_solver
-from bilevel.methods.implicit import Implicit
+from bilevel.methods.implicit import Implicit, solve_reduced
 from bilevel.operators.linear_operator import LinearOperator
+from bilevel.problems.proximal import Proximal
 from bilevel.results import SolverInfo
 from bilevel.spaces.array import Args, H, P
 from bilevel.trainings import Condition
@@ -22,10 +23,38 @@ from bilevel_jax.second_derivatives import explained
 Run = Callable[..., Any]  # (function, *arguments): calls function(backend, *arguments), perhaps compiled
 
 
+@dataclass(frozen=True)
+class WithProx(Static):
+    """(w, λ, ...) -> the inner loss, and the result of the proximal operator with step size 1."""
+
+    inner: Callable[..., object]
+    prox: Callable[..., object]
+
+    def __call__(self, params: object, hparams: object, *args: object, **named: object) -> tuple[object, object]:
+        return self.inner(params, hparams, *args, **named), self.prox(params, hparams, 1.0)
+
+
+def proximal_problem(function: Callable[..., Any], args: Args) -> Proximal:
+    """Return the problem of a `WithProx` of (w, λ, *args)."""
+
+    def smooth(w: object, h: object, *args: object) -> object:
+        return function(w, h, *args)[0]
+
+    return Proximal(smooth, lambda v, h, _: function(v, h, *args)[1], smooth)
+
+
 def residual_of(
     backend: JaxBackend, condition: Condition, function: Callable[..., object], params: P, hparams: H, args: Args
 ) -> Callable[[P, H], P]:
-    """Return (w, λ) -> r: the gradient of an inner loss, w − step(w, λ), or a residual."""
+    """Return (w, λ) -> r: the gradient of an inner loss, w − step(w, λ), or a residual.
+
+    With a proximal operator, the step is the proximal step.
+    """
+    if condition.prox is not None:
+        problem, space = proximal_problem(function, args), backend.space(params)
+        slope = backend.inner_slope(problem.smooth, params, hparams, args)
+        prox = backend.checked_map(problem.prox, params, hparams, (1.0,), "prox")
+        return lambda w, h: space.subtract(w, prox(space.subtract(w, slope(w, h)), h))
     if condition.role == "inner":
         return backend.inner_slope(function, params, hparams, args)
     value = backend.checked_map(function, params, hparams, args, condition.role)
@@ -99,13 +128,13 @@ class System(Generic[P]):
     def solve(self, rhs: P, transposed: bool = False) -> P:
         """Return v, or with ``transposed`` the solution of (∂r/∂w)ᵀ v = rhs. Report a failure."""
         make_solver, on_failure = self.implicit.make_solver, self.implicit.on_failure
-        symmetric, solver = self.implicit.condition.symmetric, make_solver(self.options)
+        symmetric, solver = self.implicit.condition.symmetric_system, make_solver(self.options)
         v, info = self.implicit.run(_solve, solver, transposed, *self.point, rhs)
 
         def tell(info: SolverInfo, options: list[object]) -> None:
             method = Implicit(make_solver(options))  # with numbers in place of tracers
             hint = " Run bl.diagnose for details."
-            report(backend, info, method, on_failure, symmetric=symmetric, hint=hint)
+            warn_if_at_kink(report(backend, info, method, on_failure, symmetric=symmetric, hint=hint))
 
         if on_failure == "ignore":
             return v
@@ -138,6 +167,9 @@ def _solve(
     if function.condition.symmetric:
         A = LinearOperator(space, backend.inner(function, params, hparams, args).vjp_params)
         return run_solver(solver, A, rhs)
+    if function.condition.prox is not None:
+        at = proximal_problem(function, args).linearize(backend, params, hparams, args)
+        return solve_reduced(solver, LinearOperator(space, at.product), at, rhs, transposed)
     residual = function.residual(backend, params, hparams, args)
     # Linearized outside the solver's loop, because its body must not trace the function again.
     if transposed:
@@ -165,5 +197,5 @@ def _minus_vjp(
     backend: JaxBackend, function: Moving, params: P, hparams: list[jax.Array], args: Args, v: P
 ) -> list[jax.Array]:
     residual = function.residual(backend, params, hparams, args)
-    with explained() if function.condition.symmetric else nullcontext():
+    with explained() if function.condition.symmetric_system else nullcontext():
         return backend.space(hparams).scale(-1.0, vjp_in_hparams(residual, params, hparams, v))

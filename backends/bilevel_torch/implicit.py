@@ -22,6 +22,7 @@ def implicit_minimizer(
     inner: Callable[..., torch.Tensor],
     solver: SolverSpec = "cg",
     *,
+    prox: Callable[..., Any] | None = None,
     on_failure: OnFailure = "warn",
     has_aux: bool = False,
 ) -> Callable[[Train], Train]:
@@ -50,6 +51,10 @@ def implicit_minimizer(
             names. The others, such as a number of steps, do not change the minimum. It must compute with the params
             that are passed (`torch.func.functional_call`). Each backward pass evaluates it once: in train mode, this
             updates the statistics of BatchNorm and draws dropout masks.
+        prox: the proximal operator of a convex function with kinks that ``train`` minimizes in addition to L, such as
+            ``bl.prox.l1()``, or a projection on a convex set. It is (v, hparams, step_size) -> a tree like params, as
+            in `bl.Proximal`. The linear system is the symmetric one of `bl.Proximal`: for an L1 norm or bounds, the
+            system on the support. Only first derivatives are right for `bl.prox.nuclear_norm`.
         solver: a linear solver, as in `hypergradient`. `bilevel.WarmStart` starts each solve from the last solution.
         on_failure: as in `hypergradient`. Errors and warnings come in the backward pass.
         has_aux: ``train`` returns (params, aux), and so does the result of the decorator. Tensors in aux are detached.
@@ -75,7 +80,7 @@ def implicit_minimizer(
     >>> h.grad
     tensor([6.])
     """
-    return _decorator(MINIMUM, inner, solver, on_failure, has_aux)
+    return _decorator(MINIMUM.with_prox(prox), inner, solver, on_failure, has_aux)
 
 
 def implicit_root(

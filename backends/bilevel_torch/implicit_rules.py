@@ -5,19 +5,20 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
-from bilevel.convergence import OnFailure, report
+from bilevel.convergence import OnFailure, report, warn_if_at_kink
 from bilevel.dependence import warn_of_dependence
 from bilevel.hypergradient import combine
 from bilevel.linear_solvers.linear_solver import LinearSolver, run_solver
 from bilevel.linearization import Dependence, LinearizedMap
-from bilevel.methods.implicit import Implicit, pull_back
+from bilevel.methods.implicit import Implicit, pull_back, solve_reduced
 from bilevel.operators.lanczos import spectrum
 from bilevel.operators.linear_operator import LinearOperator
 from bilevel.problems.optimality import distance, of_hparams_only
+from bilevel.problems.proximal import Proximal
 from bilevel.results import SolverInfo
 from bilevel.spaces.tree import leaves, tree_map, with_leaves
 from bilevel.trainings import Arguments, Condition, check_training_result, training_name, tuples_noted
@@ -32,6 +33,22 @@ CHANGED = (
     "module is trained several times before it, for example for each fold, return copies: "
     "{{name: p.detach().clone() for name, p in net.named_parameters()}}."
 )
+
+
+class _Point(NamedTuple):
+    """The condition on params as a graph.
+
+    Attributes:
+        w: params without the frozen leaves, as variables.
+        lam: λ, as variables.
+        value: the value of the condition's function.
+        prox: x -> the proximal operator at x, a tree like w, if the condition has one.
+    """
+
+    w: Any
+    lam: list[torch.Tensor]
+    value: Any
+    prox: Callable[[Any], Any]
 
 
 @dataclass
@@ -83,13 +100,15 @@ class Training:
     def pull(self, moves: Sequence[bool], grads: Tensors, params: Tensors, tensors: Tensors) -> Tensors:
         """Return the derivatives of F by the moving tensors, from the derivatives by params. Append the leaves of v."""
         with no_grad_no_autocast(params):
-            at, A, lam = self._linearize(moves, params, tensors)
+            point = self._point(moves, params, tensors)
+            at = self._differentiate(point)
+            A = self._operator(at, point.w)
             cotangent = prune(with_leaves(self.structure, grads), self.frozen)
             pulled = pull_back(self.backend, self.solver, A, at, cotangent, None)
             value: Any = torch.zeros(())  # F is unknown here
-            hg = combine(self.backend, value, None, pulled, lam)
+            hg = combine(self.backend, value, None, pulled, point.lam)
             self._report(hg.info, A, moves, pulled.dependence)
-            return (*hg.grad, *self._whole(params, hg.adjoint))
+            return (*hg.grad, *self._whole(params, at.adjoint(hg.adjoint, cotangent)))
 
     def pull_of_pull(
         self, moves: Sequence[bool], changes: Tensors, params: Tensors, tensors: Tensors, v: Tensors
@@ -100,16 +119,15 @@ class Training:
         it is the derivative of −v·((∂r/∂w) a + (∂r/∂λ) u) with fixed v, a and u.
         """
         with no_grad_no_autocast(params):
-            w, lam, value = self._variables(moves, params, tensors)
-            at = self._differentiate(value, w, lam)
+            point = self._point(moves, params, tensors)
+            w, lam, at = point.w, point.lam, self._differentiate(point)
             A = self._operator(at, w)
             assert at.jvp_hparams is not None
-            b = A.space.scale(-1.0, at.jvp_hparams(list(changes)))
-            a, info = run_solver(self.solver, A.transposed(), b)
+            a, info = self._solve_forward(A, at, A.space.scale(-1.0, at.jvp_hparams(list(changes))))
             self._report(info, A, moves, None)
             adjoint = leaves(prune(with_leaves(self.structure, v), self.frozen))
             variables, along = [*leaves(w), *lam], [*leaves(a), *changes]
-            products = _derivatives(self._residuals(value, w), adjoint, variables, create_graph=True)
+            products = _derivatives(self._residuals(point), adjoint, variables, create_graph=True)
             thirds = _derivatives(products, along, variables)
             found = [
                 torch.zeros_like(x) if third is None else -third for x, third in zip(variables, thirds, strict=True)
@@ -125,25 +143,23 @@ class Training:
     def push(self, moves: Sequence[bool], changes: Tensors, params: Tensors, tensors: Tensors) -> Tensors:
         """Return the derivatives of params along changes u of the moving tensors: −[∂r/∂w]⁻¹ (∂r/∂λ) u."""
         with no_grad_no_autocast(params):
-            at, A, lam = self._linearize(moves, params, tensors)
+            point = self._point(moves, params, tensors)
+            at = self._differentiate(point)
+            A = self._operator(at, point.w)
             if at.jvp_hparams is None or at.dependence is None or not any((used := at.dependence()).hparams):
                 r = "∂L/∂w" if A.symmetric else self.condition.role
-                raise ValueError(f"{r} does not depend on {leaf_names(self.backend, 'hparams', lam)}.")
-            change, info = run_solver(self.solver, A.transposed(), at.jvp_hparams(list(changes)))
+                raise ValueError(f"{r} does not depend on {leaf_names(self.backend, 'hparams', point.lam)}.")
+            change, info = self._solve_forward(A, at, at.jvp_hparams(list(changes)))
             self._report(info, A, moves, used)
             return tuple(self._whole(params, A.space.scale(-1.0, change)))
 
-    def _linearize(
-        self, moves: Sequence[bool], params: Tensors, tensors: Tensors
-    ) -> tuple[LinearizedMap[Any, list[torch.Tensor]], LinearOperator[Any], list[torch.Tensor]]:
-        w, lam, value = self._variables(moves, params, tensors)
-        at = self._differentiate(value, w, lam)
-        return at, self._operator(at, w), lam
+    def _solve_forward(self, A: LinearOperator[Any], at: LinearizedMap[Any, Any], rhs: Any) -> tuple[Any, SolverInfo]:
+        """Return t of (∂r/∂w) t = rhs."""
+        if at.reduction is not None:
+            return solve_reduced(self.solver, A, at, rhs, transposed=False)
+        return run_solver(self.solver, A.transposed(), rhs)
 
-    def _variables(
-        self, moves: Sequence[bool], params: Tensors, tensors: Tensors
-    ) -> tuple[Any, list[torch.Tensor], torch.Tensor]:
-        """Return w without its frozen leaves and λ, as variables of autograd, and the value of the function."""
+    def _point(self, moves: Sequence[bool], params: Tensors, tensors: Tensors) -> _Point:
         copies = [t.detach().requires_grad_() if moving else t for t, moving in zip(tensors, moves, strict=True)]
         given = self._arguments(copies)
         lam = [t for t, moving in zip(copies, moves, strict=True) if moving]
@@ -155,24 +171,42 @@ class Training:
         if self.condition.role != "inner":
             check_like(self.backend, self.condition.role, value, "params", whole)
             value = prune(value, self.frozen)
-        return w, lam, value
 
-    def _differentiate(self, value: Any, w: Any, lam: list[torch.Tensor]) -> LinearizedMap[Any, Any]:
-        """Return the linearized residual from the value of the function."""
+        def prox(x: Any) -> Any:
+            assert self.condition.prox is not None
+            moved = evaluate(self.condition.prox, fill(whole, x), given.hparams, 1.0)
+            check_like(self.backend, "prox", moved, "params", whole)
+            return prune(moved, self.frozen)
+
+        return _Point(w, lam, value, prox)
+
+    def _differentiate(self, point: _Point) -> LinearizedMap[Any, Any]:
+        """Return the linearized residual."""
+        w, lam, value, prox = point
         role = self.condition.role
         if role == "inner":
-            return self.backend.inner_of(value, w, lam)
+            at = self.backend.inner_of(value, w, lam)
+            if self.condition.prox is None:
+                return at
+            problem = Proximal(self.function, lambda x, *_: prox(x), self.function)
+            return problem.linearize_step(self.backend, w, lam, (), at)
         at = self.backend.jacobian_of(value, w, lam, role)
         return distance(self.backend, w, lam, at) if role == "step" else of_hparams_only(at)
 
     def _operator(self, at: LinearizedMap[Any, Any], w: Any) -> LinearOperator[Any]:
-        symmetric = self.condition.symmetric
-        return LinearOperator(self.backend.space(w), at.vjp_params, symmetric, transpose=at.jvp_params)
+        symmetric = self.condition.symmetric_system
+        return LinearOperator(self.backend.space(w), at.product, symmetric, transpose=at.jvp_params)
 
-    def _residuals(self, value: Any, w: Any) -> Sequence[torch.Tensor | None]:
+    def _residuals(self, point: _Point) -> Sequence[torch.Tensor | None]:
         """Return the leaves of r, with a graph."""
+        w, _, value, prox = point
         if self.condition.role == "inner":
-            return grad([value], leaves(w), None, create_graph=True)
+            slopes = grad([value], leaves(w), None, create_graph=True)
+            if self.condition.prox is None:
+                return slopes
+            with torch.enable_grad():
+                ends = [x if slope is None else x - slope for x, slope in zip(leaves(w), slopes, strict=True)]
+                return [x - y for x, y in zip(leaves(w), leaves(prox(with_leaves(w, ends))), strict=True)]
         if self.condition.role == "step":
             with torch.enable_grad():
                 return [x - y for x, y in zip(leaves(w), leaves(value), strict=True)]
@@ -186,7 +220,10 @@ class Training:
             used = used._replace(hparams=[not _is_tensor(leaf) or next(of_tensors) for leaf in leaves(hparams)])
             warn_of_dependence(self.backend, A.space.like, hparams, None, used)
         method, symmetric = Implicit(self.solver), A.symmetric
-        report(self.backend, info, method, self.on_failure, symmetric=symmetric, curvature=lambda: spectrum(A))
+        curvature = lambda: spectrum(A)  # noqa: E731
+        info = report(self.backend, info, method, self.on_failure, symmetric=symmetric, curvature=curvature)
+        if self.on_failure != "ignore":
+            warn_if_at_kink(info)
 
     def _arguments(self, tensors: Iterable[torch.Tensor]) -> Arguments:
         it = iter(tensors)

@@ -79,6 +79,22 @@ def pull_back(
     return pulled._replace(info=pulled.info._replace(kinks=at.count_kinks(A.space)))
 
 
+def solve_reduced(
+    solver: LinearSolver[Any], A: LinearOperator[P], at: LinearizedMap[P, Any], rhs: P, transposed: bool
+) -> tuple[P, SolverInfo]:
+    """Return t of (∂r/∂w) t = rhs, or with ``transposed`` v of (∂r/∂w)ᵀ v = rhs, by the reduction A of the map."""
+    if transposed:
+        y, info = run_solver(solver, A, at.rhs(rhs))
+        t = at.adjoint(y, rhs)
+    else:
+        assert at.reduction is not None
+        assert at.reduction.forward is not None
+        b, solution = at.reduction.forward(rhs)
+        y, info = run_solver(solver, A, b)
+        t = solution(y)
+    return t, info._replace(kinks=at.count_kinks(A.space))
+
+
 def pull_back_adjoint(
     backend: Backend, A: LinearOperator[P], at: LinearizedMap[P, H], cotangent: P, solution: P, info: SolverInfo
 ) -> Pullback[P, H]:

@@ -46,8 +46,13 @@ class _ProximalStep:
 
     def linearize(self, backend: Backend, params: P, hparams: H, args: Args) -> LinearizedMap[P, H]:
         """Differentiate w − T(w − s ∇smooth) at a point."""
+        return self.linearize_step(backend, params, hparams, args, backend.inner(self.smooth, params, hparams, args))
+
+    def linearize_step(
+        self, backend: Backend, params: P, hparams: H, args: Args, smooth: LinearizedMap[P, H]
+    ) -> LinearizedMap[P, H]:
+        """Differentiate w − T(w − s ∇smooth), where ∇smooth is linearized already."""
         space = backend.space(params)
-        smooth = backend.inner(self.smooth, params, hparams, args)
         x = space.axpy(-self.step_size, smooth.residual, params)
 
         def linearized_at(x: P) -> LinearizedMap[P, H]:
@@ -68,6 +73,7 @@ class _ProximalStep:
                 at.operator.vjp_params,
                 at.adjoint,
                 lambda: _kinks(space, linearized_at, params, x, residual),
+                at.forward,
             ),
         )
 
@@ -241,6 +247,13 @@ class _At(Generic[P, H]):
         d = space.subtract(c, self.smooth.vjp_params(u))
         d = space.axpy(1 / self.s, space.subtract(u, y), d)
         return space.axpy(1 / self.s, y, space.subtract(d, self.operator.vjp_params(d)))
+
+    def forward(self, c: P) -> tuple[P, Callable[[P], P]]:
+        """Return b and y -> t with (∂r/∂w) t = c: b = P ((2 c − P c)/s − H d) and t = d + P y, where d = (I − P) c."""
+        space, by_operator = self.space, self.operator.vjp_params  # P is its own transpose
+        d = space.subtract(c, by_operator(c))
+        b = space.axpy(1 / self.s, space.axpy(1.0, c, d), space.scale(-1.0, self.smooth.vjp_params(d)))
+        return by_operator(b), lambda y: space.axpy(1.0, by_operator(y), d)
 
     def dependence(self) -> Callable[[], Dependence]:
         """Return a function: the leaves of hparams that one of the two depends on."""
