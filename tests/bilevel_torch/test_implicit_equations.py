@@ -48,6 +48,27 @@ def test_the_backward_pass_matches_the_closed_form(solve):
     close(ours, exact)
 
 
+def test_a_complex_unknown_as_a_pair():
+    def square(z, a):  # (x + iy)² = a
+        value = torch.complex(z["x"], z["y"]) ** 2 - a
+        return {"x": value.real, "y": value.imag}
+
+    def root(a):
+        found = torch.sqrt(a)
+        return {"x": found.real, "y": found.imag}
+
+    a = torch.tensor([-3.0 + 4.0j, 1.0 - 2.0j], dtype=torch.complex128)
+    pair = {"re": a.real.clone().requires_grad_(), "im": a.imag.clone().requires_grad_()}
+    solve = bilevel_torch.implicit_root(lambda z, h: square(z, torch.complex(h["re"], h["im"])), TIGHT)(
+        lambda h: root(torch.complex(h["re"], h["im"]))
+    )
+    z = solve(pair)
+    by_re, by_im = torch.autograd.grad((z["x"] - 2 * z["y"]).sum(), (pair["re"], pair["im"]))
+    slope = 1 / (2 * torch.sqrt(a))  # dz/da, so dx - 2 dy = Re((1 + 2i) slope da)
+    close(by_re, ((1 + 2j) * slope).real)
+    close(by_im, ((1 + 2j) * slope * 1j).real)
+
+
 @SOLVES
 def test_gradcheck_in_both_modes(solve):
     args = H.clone().requires_grad_(), X.clone().requires_grad_()

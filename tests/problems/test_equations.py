@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from cases import KINDS, Affine, SquaredDistance, equation
-from frameworks import DTYPES, framework, namespace, relative_error, tolerance
+from frameworks import DTYPES, framework, moved, namespace, relative_error, tolerance
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import linalg, optimize
@@ -90,6 +90,24 @@ def test_preparing_and_batches(backend):
     case.args["inner_args"] = [case.args["inner_args"]] * 2
     with pytest.raises(TypeError, match=r"inner_args is a list.*GMRES needs the same Jacobian.*bl\.MicroBatches"):
         case.hypergradient(solver="gmres")
+
+
+def test_a_batch_for_each_product_is_right_in_expectation(backend):
+    """The mean over all orders of three batches is the sum of Neumann's series of the mean step."""
+    rng = np.random.default_rng(0)
+    w, h, c, t, d = rng.standard_normal((5, 4))
+    B, *A = 0.3 * rng.standard_normal((4, 4, 4))
+    expected = d + B.T @ sum(np.linalg.matrix_power(sum(A).T / 3, k) for k in range(3)) @ (w - t)
+    w, h, c, t, d, B, A = moved(backend, (w, h, c, t, d, B, A))
+    problem = bl.FixedPoint(Affine(), SquaredDistance())
+    solver = bl.Neumann(terms=2, step_size=1.0)
+
+    def grad(batches):
+        args = {"inner_args": batches, "outer_args": (t, d)}
+        return backend.to_numpy(bl.hypergradient(problem, w, h, solver=solver, on_failure="ignore", **args).grad)
+
+    orders = [grad([(A[0], B, c), (A[i], B, c), (A[j], B, c)]) for i in range(3) for j in range(3)]
+    assert relative_error(np.mean(orders, 0), expected) <= 1e-12
 
 
 @pytest.mark.parametrize("kind", KINDS)
