@@ -1,7 +1,8 @@
 """JAXopt's examples of implicit differentiation, by JAXopt and by bilevel: values, times and lines side by side.
 
 The examples come from the gallery of JAXopt 0.8.5. They are ridge regression, the Lasso, sparse coding, the dual of a
-multiclass SVM, dataset distillation and a deep equilibrium model. Here, they have random data. Both sides solve the
+multiclass SVM, dataset distillation, a deep equilibrium model, non-negative matrix factorization and MAML by implicit
+derivatives. Here, they have random data. Both sides solve the
 inner problem by the same solver of JAXopt, and only the derivative differs. The script first checks that the values
 agree. Run it in .venv-peers, with nothing else on the machine:
 
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 import jaxopt
 from jaxopt import projection, prox
 
+import bilevel as bl
 import bilevel_jax
 
 ROUNDS = 20
@@ -63,7 +65,6 @@ def lasso() -> Example:
     """Tune the penalty of a Lasso: 100 examples, 50 weights."""
     X, X_val = normal(0, 100, 50), normal(1, 100, 50)
     y, y_val = (A[:, :5].sum(1) + 0.1 * normal(i, 100) for i, A in ((2, X), (3, X_val)))
-    size = 100 / jnp.linalg.norm(X, 2) ** 2
 
     def smooth(w: jax.Array, _: Any = None) -> jax.Array:
         return jnp.mean((X @ w - y) ** 2) / 2
@@ -76,7 +77,7 @@ def lasso() -> Example:
     def theirs(h: jax.Array) -> jax.Array:
         return outer(solver().run(jnp.zeros(50), jnp.exp(h)).params)
 
-    @bilevel_jax.implicit_fixed_point(lambda w, h: prox.prox_lasso(w - size * jax.grad(smooth)(w), jnp.exp(h), size))
+    @bilevel_jax.implicit_minimizer(smooth, prox=bl.prox.l1())
     def train(h: jax.Array) -> jax.Array:
         return solver(**PLAIN).run(jnp.zeros(50), jnp.exp(h)).params
 
@@ -98,9 +99,7 @@ def sparse_coding() -> Example:
     def theirs(atoms: jax.Array) -> jax.Array:
         return smooth(solver().run(jnp.zeros((50, 20)), 2.0, atoms).params, atoms)
 
-    @bilevel_jax.implicit_fixed_point(
-        lambda codes, atoms: proximal(codes - 0.01 * jax.grad(smooth)(codes, atoms), 2.0, 0.01)
-    )
+    @bilevel_jax.implicit_minimizer(smooth, prox=bl.prox.l1(2.0))
     def train(atoms: jax.Array) -> jax.Array:
         return solver(**PLAIN).run(jnp.zeros((50, 20)), 2.0, atoms).params
 
@@ -130,7 +129,7 @@ def svm_dual() -> Example:
     def theirs(h: jax.Array) -> jax.Array:
         return outer(solver().run(start, None, h).params, h)
 
-    @bilevel_jax.implicit_fixed_point(lambda dual, h: project(dual - 0.05 * jax.grad(inner)(dual, h)))
+    @bilevel_jax.implicit_minimizer(inner, prox=bl.projections.simplex())
     def train(h: jax.Array) -> jax.Array:
         return solver(**PLAIN).run(start, None, h).params
 
@@ -178,19 +177,75 @@ def equilibrium() -> Example:
     return Example(weights, theirs, lambda weights: jnp.sum(train(weights) ** 2))
 
 
-EXAMPLES = (ridge, lasso, sparse_coding, svm_dual, distillation, equilibrium)
+def factorization() -> Example:
+    """Learn 5 non-negative parts for 60 signals of 20 entries. The non-negative codes are the inner problem."""
+    signals, parts = jnp.abs(normal(0, 60, 20)), jnp.abs(normal(1, 5, 20))
+
+    def inner(codes: jax.Array, parts: jax.Array) -> jax.Array:
+        return jnp.sum((codes @ parts - signals) ** 2) / 2
+
+    def outer(codes: jax.Array, parts: jax.Array) -> jax.Array:
+        return inner(codes, parts) + jnp.sum(codes)  # the codes also count
+
+    def project(codes: jax.Array, _: Any = None) -> jax.Array:
+        return jnp.maximum(codes, 0)
+
+    solver = partial(jaxopt.ProjectedGradient, inner, project, maxiter=1000, tol=1e-4)
+
+    def theirs(parts: jax.Array) -> jax.Array:
+        return outer(solver().run(jnp.ones((60, 5)), None, parts).params, parts)
+
+    @bilevel_jax.implicit_minimizer(inner, prox=bl.projections.nonnegative())
+    def train(parts: jax.Array) -> jax.Array:
+        return solver(**PLAIN).run(jnp.ones((60, 5)), None, parts).params
+
+    return Example(parts, theirs, lambda parts: outer(train(parts), parts))
+
+
+def maml() -> Example:
+    """Learn initial weights of an MLP 1-20-1 for 8 tasks of sines, each with a proximal training (iMAML)."""
+    phases = jnp.linspace(0, 3, 8)
+    x, x_val = 2 * normal(0, 8, 10, 1), 2 * normal(1, 8, 10, 1)
+    meta = {"in": normal(2, 1, 20), "bias": normal(3, 20), "out": 0.3 * normal(4, 20, 1)}
+
+    def loss(w: dict[str, jax.Array], x: jax.Array, phase: jax.Array) -> jax.Array:
+        return jnp.mean((jnp.tanh(x @ w["in"] + w["bias"]) @ w["out"] - jnp.sin(x + phase)) ** 2)
+
+    def inner(w: dict[str, jax.Array], meta: dict[str, jax.Array], x: jax.Array, phase: jax.Array) -> jax.Array:
+        away = jax.tree.map(lambda a, b: jnp.sum((a - b) ** 2), w, meta)
+        return loss(w, x, phase) + sum(jax.tree.leaves(away))
+
+    solver = partial(jaxopt.GradientDescent, inner, stepsize=0.02, maxiter=500, tol=1e-5, acceleration=False)
+
+    def theirs(meta: dict[str, jax.Array]) -> jax.Array:
+        adapted = lambda x, phase: solver().run(meta, meta, x, phase).params  # noqa: E731
+        return jnp.mean(jax.vmap(loss)(jax.vmap(adapted)(x, phases), x_val, phases))
+
+    @bilevel_jax.implicit_minimizer(inner)
+    def train(meta: dict[str, jax.Array], x: jax.Array, phase: jax.Array) -> dict[str, jax.Array]:
+        return solver(**PLAIN).run(meta, meta, x, phase).params
+
+    def ours(meta: dict[str, jax.Array]) -> jax.Array:
+        adapted = jax.vmap(train, (None, 0, 0))(meta, x, phases)
+        return jnp.mean(jax.vmap(loss)(adapted, x_val, phases))
+
+    return Example(meta, theirs, ours)
+
+
+EXAMPLES = (ridge, lasso, sparse_coding, svm_dual, distillation, equilibrium, factorization, maml)
 
 
 def measure(example: Example) -> None:
     """Check that the gradients agree. Print the time of compilation, and the median time of a gradient in ms."""
     grads = [jax.jit(jax.grad(f)) for f in (example.theirs, example.ours)]
     times: list[list[float]] = [[], []]
-    values: list[jax.Array] = []
+    values: list[Any] = []
     for grad, spent in zip(grads, times, strict=True):
         start = time.perf_counter()
         values.append(jax.block_until_ready(grad(example.hparams)))
         spent.append(time.perf_counter() - start)
-    error = float(jnp.linalg.norm(values[0] - values[1]) / jnp.linalg.norm(values[0]))
+    ends = [jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(value)]) for value in values]
+    error = float(jnp.linalg.norm(ends[0] - ends[1]) / jnp.linalg.norm(ends[0]))
     for _ in range(ROUNDS):  # in turns, so that a busy machine slows down both
         for grad, spent in zip(grads, times, strict=True):
             start = time.perf_counter()
