@@ -232,6 +232,8 @@ def mishaps(rank, world):
 
     last = rank == world - 1
     attempt("nan", lambda inner, outer: (inner * (float("nan") if last else 1.0), outer))
+    attempt("nan gradient", lambda inner, outer: (inner + ((inner - inner).sqrt() if last else 0.0), outer))
+    attempt("solver", lambda *both: both, solver=bl.CG(damping=3.0 if last else 2.0))
     attempt("maxiter", lambda *both: both, solver=bl.CG(maxiter=1, damping=1.0))
     attempt("fine", lambda *both: both, solver=bl.CG(damping=2.0))
     some = bilevel_torch.DataParallel(inner_samples=len(train[1]) if last else None)
@@ -253,13 +255,30 @@ def mishaps(rank, world):
     return said
 
 
+def raised_on_one(rank, world):
+    """Return the error of each rank if the last rank raises one in a product."""
+    net, (train, val) = model(), shard(rank, world)
+    outputs, h = net(train[0]), torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+
+    def raise_error(_):
+        raise MemoryError("no memory, in a test")
+
+    if rank == world - 1:
+        outputs.register_hook(raise_error)
+    inner = F.cross_entropy(outputs, train[1]) + h * sum((p**2).sum() for p in net.parameters())
+    outer, backend = F.cross_entropy(net(val[0]), val[1]), backend_for(train, val, world)
+    try:
+        bilevel_torch.backward(inner, outer, net.parameters(), h, backend=backend)
+    except (MemoryError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+
+
 if __name__ == "__main__":
     rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=timedelta(seconds=60)
     )
-    torch.save({"results": compute(rank, world), "said": mishaps(rank, world)}, folder / f"{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    found = {"results": compute(rank, world), "said": mishaps(rank, world)}
+    torch.save(found | {"raised": raised_on_one(rank, world)}, folder / f"{rank}.pt")  # the group is useless now
     os._exit(0)  # FSDP has kept the group, whose threads may abort the process while the interpreter ends
