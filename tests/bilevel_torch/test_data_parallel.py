@@ -119,6 +119,12 @@ def test_what_goes_wrong_on_one_rank_is_known_to_all(several):
         assert set(said) - {"not in the group"} == expected | {"solver", "alone"}
 
 
+def test_options_of_ddp_change_nothing(several):
+    """After join() with uneven batches, with find_unused_parameters, and between the parts of an accumulation."""
+    for rank in several:
+        assert max(rank["ddp options"]) <= 1e-10
+
+
 def test_an_error_on_one_rank_ends_the_others(several):
     *others, last = [rank["raised"] for rank in several]
     assert last == "MemoryError: no memory, in a test"
