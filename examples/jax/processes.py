@@ -61,7 +61,7 @@ def outer_step(state, train, validation):
 
 def main(argv=None):
     """Tune the decays. The first process prints the validation losses; return the last one."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("--address", help="host and port of the first process")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--rank", type=int, default=0)
@@ -83,6 +83,7 @@ def main(argv=None):
     train, validation = of_all(digits.train), of_all(digits.validation)
     params = jax.device_put({"kernel": np.zeros((64, 10), "f"), "bias": np.zeros(10, "f")}, everywhere)
     log_decay = jax.device_put(np.full((64, 10), -6.0, "f"), everywhere)
+    value = None
     state = params, log_decay, jax.jit(outer_optimizer.init)(log_decay), params
     for step in range(options.steps):
         state, value = outer_step(state, train, validation)
@@ -90,7 +91,7 @@ def main(argv=None):
             print(f"step {step + 1}: validation loss {value:.4f}")
     if options.processes > 1:
         jax.distributed.shutdown()
-    return float(value)
+    return value
 
 
 if __name__ == "__main__":
