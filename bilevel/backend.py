@@ -175,6 +175,18 @@ class Backend:
         """
         return function(self, *args, **options)
 
+    def check_settings(self, params: object, *settings: object) -> None:
+        """Raise an error if the settings of a call do not suit the backend. In one process, all do."""
+
+    def located(self, find: Callable[[Backend], str], *losses: Any) -> str:
+        """Return what a search for a nan finds by products of one process.
+
+        Args:
+            find: the search. It returns "" if it finds nothing.
+            losses: the values of the two losses, if their graphs are there.
+        """
+        return find(self)
+
     @property
     def by_rows(self) -> Backend:
         """The backend for functions that `batched` calls."""

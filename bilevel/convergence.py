@@ -90,8 +90,7 @@ def report(
     if on_failure == "ignore" or not method.failed(info.status):
         return info
     if info.status == Status.NON_FINITE:
-        located = "" if locate is None or backend.requires_all_ranks else locate()
-        why = located or method.explain(info, symmetric, None)
+        why = (locate and locate()) or method.explain(info, symmetric, None)
         raise SolverError(
             f'{method.name}{where}: {why} No hypergradient is returned. on_failure="ignore" returns the nan.{hint}'
         )

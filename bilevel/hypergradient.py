@@ -100,6 +100,7 @@ def hypergradient(
     backend = find_backend(backend, params, hparams)
     batches = check_inputs(backend, params, hparams, inner_args, outer_args, adjoint0)
     check_stateless(backend, chosen)
+    backend.check_settings(params, chosen, on_failure)
     with wrong_calls_named(problem, batches[0], outer_args):
         hg = backend.run(_hypergradient, method, problem, params, hparams, batches, outer_args, adjoint0)
     if hg.params is None:  # the method has not moved them
@@ -112,7 +113,8 @@ def hypergradient(
         symmetric=has_symmetric_system(problem),
         curvature=lambda: backend.run(_spectrum, problem, params, hparams, batches),
         locate=lambda: (
-            in_start(backend, adjoint0) or locate(backend, problem, Inputs(params, hparams, batches[0], outer_args))
+            in_start(backend, adjoint0)
+            or backend.located(lambda own: locate(own, problem, Inputs(params, hparams, batches[0], outer_args)))
         ),
         hint=" Run bl.diagnose for details.",
     )

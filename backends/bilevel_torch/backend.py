@@ -98,9 +98,6 @@ class TorchBackend(Backend):
                 "backend. Other functions need whole tensors, as under DistributedDataParallel."
             )
 
-    def check_settings(self, params: object, *settings: object) -> None:
-        """Raise an error if the settings of a call do not suit the backend. In one process, all do."""
-
     @override
     def from_numpy(self, array: np.ndarray) -> torch.Tensor:
         return torch.as_tensor(array)

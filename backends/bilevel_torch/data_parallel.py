@@ -2,9 +2,10 @@
 
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from numbers import Real
-from typing import Any
+from typing import Any, Concatenate
 from zlib import crc32
 
 import numpy as np
@@ -12,13 +13,14 @@ import torch
 import torch.distributed as dist
 from typing_extensions import override
 
-from bilevel.backend import Data, R, Rest, stacked
+from bilevel.backend import Backend, Data, R, Rest, stacked
 from bilevel.linearization import LinearizedMap, OuterDerivatives
 from bilevel.messages import callers_level
 from bilevel.problems.model_loss import ModelLoss
 from bilevel.spaces.array import Args, H, P, V
 from bilevel.spaces.tree import leaves, leaves_with_paths, with_leaves
 from bilevel_torch.backend import TorchBackend
+from bilevel_torch.roll_call import named, named_ranks, odd_ranks
 from bilevel_torch.shards import is_dtensor, layout_of, local
 from bilevel_torch.space import TorchSpace
 
@@ -89,11 +91,15 @@ class DataParallel(TorchBackend):
         """Return this rank's shares of the inner and the outer samples."""
         counts = [1.0 if n is None else float(n) for n in self.samples]
         unknown = [float(n is None) for n in self.samples]
-        totals = self._sum([torch.tensor([*counts, *unknown], dtype=torch.float64, device=device)])[0].tolist()
-        for name, total, without in zip(("inner_samples", "outer_samples"), totals[:2], totals[2:], strict=True):
-            if without not in (0, dist.get_world_size(self.group)):
-                raise ValueError(f"{self.label}.{name}: only some ranks give it. Give it on all ranks, or on none.")
-            if not total > 0:
+        rows = self._gathered(torch.tensor([*counts, *unknown], dtype=torch.float64, device=device))
+        totals = [sum(row[i] for row in rows) for i in (0, 1)]
+        for i, name in enumerate(("inner_samples", "outer_samples")):
+            if odd := odd_ranks([row[2 + i] for row in rows], self.group):
+                raise ValueError(
+                    f"{self.label}.{name}: only some ranks give it: {named(odd)} and the others differ. Give it on all "
+                    "ranks, or on none."
+                )
+            if not totals[i] > 0:
                 raise ValueError(f"{self.label}.{name}: zero on all ranks.")
         return counts[0] / totals[0], counts[1] / totals[1]
 
@@ -102,42 +108,71 @@ class DataParallel(TorchBackend):
         return self._shares(device)[0 if data == "inner" else 1]
 
     @override
+    def run(self, function: Callable[Concatenate[Backend, Rest], R], *args: Rest.args, **options: Rest.kwargs) -> R:
+        with named_ranks(self.label, self.group, self._groups()):
+            return super().run(function, *args, **options)
+
+    def _groups(self) -> Iterable[Any]:
+        """Return the process groups whose collectives a call may run."""
+        return [self.group]
+
+    @override
     def check_settings(self, params: object, *settings: object) -> None:
         """Raise a ValueError on all ranks unless the settings of a call are equal on all ranks."""
         text = re.sub(r"0x[0-9a-f]+", "", repr(settings))  # without addresses
-        mark = local(leaves(params)[0]).new_full((), crc32(text.encode()), dtype=torch.float64)
-        ends = torch.stack([mark, -mark])
-        dist.all_reduce(ends, dist.ReduceOp.MAX, group=self.group)
-        if ends[0] != -ends[1]:
+        mark = local(leaves(params)[0]).new_full((1,), crc32(text.encode()), dtype=torch.float64)
+        if odd := odd_ranks([row[0] for row in self._gathered(mark)], self.group):
             raise ValueError(
-                f"{self.label}: the solver, its options, adjoint0 or loss_scale differ between the ranks. This rank "
-                f"has {', '.join(map(repr, settings))}."
+                f"{self.label}: the solver, its options, adjoint0, loss_scale or on_failure differ between the ranks: "
+                f"{named(odd)} and the others. This rank has {', '.join(map(repr, settings))}."
             )
 
     def _check_equal(self, **trees: object) -> None:
         """Raise a ValueError on all ranks unless the layout and the sums of each tree are equal on all ranks."""
-        named = [[*leaves_with_paths(tree)] for tree in trees.values()]
-        layouts = [[(path, t.shape, t.dtype, t.requires_grad, layout_of(t)) for path, t in part] for part in named]
-        sums = [torch.stack([_sum_of(t) for _, t in part]) for part in named]
+        named_leaves = [[*leaves_with_paths(tree)] for tree in trees.values()]
+        layouts = [
+            [(path, t.shape, t.dtype, t.requires_grad, layout_of(t)) for path, t in part] for part in named_leaves
+        ]
+        sums = [torch.stack([_sum_of(t) for _, t in part]) for part in named_leaves]
         places = [torch.arange(1, len(part) + 1, dtype=part.dtype, device=part.device) for part in sums]
         marks = torch.stack([torch.dot(part, place) for part, place in zip(sums, places, strict=True)])
         marks = torch.cat([marks.new_tensor([crc32(repr(layout).encode()) for layout in layouts]), marks])
-        ends = torch.cat([marks, -marks])
-        dist.all_reduce(ends, dist.ReduceOp.MAX, group=self.group)
         # Sums that are nan do not count as different: a status reports them.
-        differ = [most > -least for most, least in zip(*ends.view(2, -1).tolist(), strict=True)]
-        for name, layout, values in zip(trees, differ, differ[len(trees) :], strict=False):
+        odd = [odd_ranks(numbers, self.group) for numbers in zip(*self._gathered(marks), strict=True)]
+        for name, layout, values in zip(trees, odd, odd[len(trees) :], strict=False):
             if layout:
                 raise ValueError(
-                    f"{self.label}: {name} are other tensors on some ranks, by their order, names, shapes, dtypes or "
-                    "requires_grad. If a hyperparameter has one entry per example, pass the entries of all examples on "
-                    "every rank, and index the part that this rank needs."
+                    f"{self.label}: {name} are other tensors on {named(layout)}, by their order, names, shapes, dtypes "
+                    "or requires_grad. If a hyperparameter has one entry per example, pass the entries of all examples "
+                    "on every rank, and index the part that this rank needs."
                 )
             if values:
                 raise ValueError(
-                    f"{self.label}: {name} are not the same on all ranks. Use the same seed on all ranks before they "
-                    "are made, or broadcast them from one rank. Update them by equal optimizers."
+                    f"{self.label}: {name} are not the same on all ranks: {named(values)} and the others differ. Use "
+                    "the same seed on all ranks before they are made, or broadcast them from one rank. Update them by "
+                    "equal optimizers."
                 )
+
+    def _gathered(self, numbers: torch.Tensor) -> list[list[float]]:
+        """Return the numbers of each rank."""
+        rows = numbers.new_zeros(dist.get_world_size(self.group), len(numbers))
+        rows[dist.get_rank(self.group)] = numbers
+        dist.all_reduce(rows, group=self.group)
+        return rows.tolist()
+
+    @override
+    def located(self, find: Callable[[Backend], str], *losses: torch.Tensor) -> str:
+        text = ""
+        with suppress(ValueError, RuntimeError):  # the losses of one rank may not depend on all arguments
+            text = find(ONE_RANK)
+        return self._of_ranks(text)
+
+    def _of_ranks(self, text: str) -> str:
+        """Return the texts of all ranks, with the ranks."""
+        texts: list[Any] = [None] * dist.get_world_size(self.group)
+        dist.all_gather_object(texts, text, group=self.group)
+        ranks = dist.get_process_group_ranks(self.group)
+        return " ".join(f"On rank {rank}: {said}" for rank, said in zip(ranks, texts, strict=True) if said)
 
     @override
     def space(self, tree: V) -> TorchSpace[V]:

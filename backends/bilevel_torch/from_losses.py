@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from bilevel.backend import Backend
 from bilevel.config import get_linear_solver
 from bilevel.convergence import OnFailure, check_on_failure, report
 from bilevel.dependence import Names, warn_of_dependence
@@ -13,6 +14,7 @@ from bilevel.hypergradient import SolverSpec, combine
 from bilevel.inspection.derivatives import Derivatives
 from bilevel.inspection.entries import entries
 from bilevel.inspection.not_finite import described, find_not_finite, in_start
+from bilevel.linear_solvers.linear_solver import LinearSolver
 from bilevel.linearization import LinearizedMap, OuterDerivatives
 from bilevel.methods.implicit import Implicit, pull_back
 from bilevel.operators.lanczos import spectrum
@@ -151,27 +153,50 @@ def hypergradient(
     w, h = tree_of("params", params), tree_of("hparams", hparams)
     v = None if adjoint0 is None else tree_of("adjoint0", adjoint0)
     check_trees(backend, {"params": w, "hparams": h, "adjoint0": v}, {"adjoint0": "params"})
-    _check_recorded(backend, {"inner_loss": inner_loss, "outer_loss": outer_loss}, w, h)
-    backend.check_settings(w, linear_solver, "no adjoint0" if v is None else "adjoint0", f"loss_scale={loss_scale}")
+    return backend.run(_hypergradient, (inner_loss, outer_loss), w, h, v, linear_solver, on_failure, loss_scale)
+
+
+def _hypergradient(
+    backend: Any,
+    losses: tuple[torch.Tensor, torch.Tensor],
+    w: P,
+    h: H,
+    v: P | None,
+    solver: LinearSolver[Any],
+    on_failure: OnFailure,
+    loss_scale: float,
+) -> Hypergradient[P, H]:
+    _check_recorded(backend, dict(zip(("inner_loss", "outer_loss"), losses, strict=True)), w, h)
+    start = "no adjoint0" if v is None else "adjoint0"
+    backend.check_settings(w, solver, start, f"loss_scale={loss_scale}", f"on_failure={on_failure!r}")
     # No vector has entries for frozen parameters: with a large frozen model, they would be most of the memory.
     frozen = [not t.requires_grad for t in leaves(w)]
     trained = prune(w, frozen)
     with no_grad_no_autocast(w):
-        (value, cotangent, direct, used), at = _linearize(backend, inner_loss, outer_loss, trained, h, loss_scale)
+        (value, cotangent, direct, used), at = _linearize(backend, losses, trained, h, loss_scale)
+
+        def vjp_hparams(u: P) -> H | None:
+            product = at.vjp_hparams(u)
+            _check_influence(backend, product if direct is None else direct, h)
+            return product
+
         A = LinearOperator(backend.space(trained), at.vjp_params)
         v = None if v is None else prune(v, frozen)
-        pulled = pull_back(backend, linear_solver, A, at, cotangent, v)
+        pulled = pull_back(backend, solver, A, at._replace(vjp_hparams=vjp_hparams), cotangent, v)
         hg = combine(backend, value, direct, pulled, h)
         warn_of_dependence(backend, trained, h, used, pulled.dependence, NAMES)
-        method = Implicit(linear_solver)
+        method = Implicit(solver)
+
+        def find(own: Backend) -> str:
+            of_outer, of_inner = _linearize(own, losses, trained, h, loss_scale)
+            u = own.space(trained).normal(1)
+            products = of_inner.vjp_params(u), of_inner.vjp_hparams(u)
+            found = Derivatives(of_inner.residual, *products, of_outer.grad_params, of_outer.grad_hparams)
+            inner, outer = (float(loss.detach()) for loss in losses)
+            return described(find_not_finite(own, {"params": w, "hparams": h}, inner, outer, entries(own, found)))
 
         def locate() -> str:
-            u = A.space.normal(1)  # all ranks take part in products, also if v is finite on some of them
-            found = Derivatives(at.residual, A(u), at.vjp_hparams(u), cotangent, direct)
-            if start := in_start(backend, v):
-                return start
-            losses = float(inner_loss.detach()), float(outer_loss.detach())
-            return described(find_not_finite(backend, {"params": w, "hparams": h}, *losses, entries(backend, found)))
+            return in_start(backend, v) or backend.located(find, *losses)
 
         info = report(backend, hg.info, method, on_failure, curvature=lambda: spectrum(A), locate=locate)
         zeros = tree_map(lambda t: t.new_zeros(()).expand_as(t), w)  # views of one entry each
@@ -211,31 +236,29 @@ def _check_recorded(backend: TorchBackend, losses: dict[str, object], params: ob
 
 
 def _linearize(
-    backend: TorchBackend, inner_loss: torch.Tensor, outer_loss: torch.Tensor, params: P, hparams: H, loss_scale: float
+    backend: Any, losses: tuple[torch.Tensor, torch.Tensor], params: P, hparams: H, loss_scale: float
 ) -> tuple[OuterDerivatives[P, H], LinearizedMap[P, H]]:
-    inner, outer = inner_loss, outer_loss
+    inner, outer = losses
     if loss_scale != 1.0:
         with torch.enable_grad():
-            inner, outer = inner_loss * loss_scale, outer_loss * loss_scale
+            inner, outer = inner * loss_scale, outer * loss_scale
     # The losses may share part of their graphs.
     of_outer = backend.outer_of(outer, params, hparams, NAMES.outer, retain_graph=True)
     of_inner = backend.inner_of(inner, params, hparams, NAMES.inner)
     if loss_scale != 1.0:
         of_outer, of_inner = _unscaled(backend, of_outer, of_inner, loss_scale)
+    return of_outer, of_inner
 
-    def vjp_hparams(v: P) -> H | None:
-        product = of_inner.vjp_hparams(v)
-        if product is None and of_outer.grad_hparams is None:
-            raise ValueError(
-                f"Neither loss depends on {leaf_names(backend, 'hparams', hparams)}. Compute the losses with the same "
-                "tensors, while they require gradients, not with copies, .data, .detach(), .item() or numbers. (A term "
-                "of inner_loss without params has no influence on them, and does not count. An optimizer's learning "
-                "rate or weight_decay is in no loss: put a decay into inner_loss; for a learning rate, use "
-                "bl.FixedPoint and bl.Unrolled.)"
-            )
-        return product
 
-    return of_outer, of_inner._replace(vjp_hparams=vjp_hparams)
+def _check_influence(backend: TorchBackend, derivative: H | None, hparams: H) -> None:
+    if derivative is None:
+        raise ValueError(
+            f"Neither loss depends on {leaf_names(backend, 'hparams', hparams)}. Compute the losses with the same "
+            "tensors, while they require gradients, not with copies, .data, .detach(), .item() or numbers. (A term "
+            "of inner_loss without params has no influence on them, and does not count. An optimizer's learning "
+            "rate or weight_decay is in no loss: put a decay into inner_loss; for a learning rate, use "
+            "bl.FixedPoint and bl.Unrolled.)"
+        )
 
 
 def _unscaled(

@@ -1,5 +1,6 @@
 """Arrays on several devices: `shard_map`, and `NamedSharding` on Auto and Explicit meshes."""
 
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,3 +16,17 @@ def test_all_holds_on_eight_devices():
     script = Path(__file__).parents[1] / "helpers" / "eight_devices.py"
     done = subprocess.run([sys.executable, "-W", "error", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_all_holds_on_two_processes():
+    """Derivatives are those of one process, sharded as their arguments are. No process receives params of another."""
+    script = Path(__file__).parents[1] / "helpers" / "jax_processes.py"
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    commands = [[sys.executable, script, str(rank), port] for rank in (0, 1)]
+    processes = [subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for c in commands]
+    for process in processes:
+        said, _ = process.communicate(timeout=240)
+        assert process.returncode == 0, said

@@ -102,15 +102,34 @@ def test_the_ranks_agree_to_the_last_bit(several, case):
 
 
 def test_what_goes_wrong_on_one_rank_is_known_to_all(several):
+    last = len(several) - 1
     for rank in several:
-        assert rank["said"]["nan"].startswith("SolverError: CG: nan or infinity in the losses")
-        assert rank["said"]["maxiter"].startswith("SolverError: CG: stopped after 1 step")
-        assert "inner_samples: only some ranks give it" in rank["said"]["given on some"]
-        assert "hparams are not the same on all ranks" in rank["said"]["unequal"]
-        assert "hparams are other tensors on some ranks" in rank["said"]["own weights"]
-        assert "params are other tensors on some ranks" in rank["said"]["frozen on one"]
-        expected = {"nan", "maxiter", "given on some", "unequal", "own weights", "frozen on one", "alone"}
-        assert set(rank["said"]) - {"not in the group"} == expected
+        said = rank["said"]
+        assert said["nan"].startswith(f"SolverError: CG: On rank {last}: The inner loss is nan or infinite. Check")
+        first = f"SolverError: CG: On rank {last}: The inner loss is finite, but its gradient ∂L/∂w is nan"
+        assert said["nan gradient"].startswith(first)
+        assert said["maxiter"].startswith("SolverError: CG: stopped after 1 step")
+        assert f"inner_samples: only some ranks give it: rank {last} and the others" in said["given on some"]
+        assert "hparams are not the same on all ranks: rank 1" in said["unequal"]
+        assert "hparams are other tensors on rank" in said["own weights"]
+        odd = 0 if last > 1 else 1  # of two ranks, the second is named
+        assert f"params are other tensors on rank {odd}, by" in said["frozen on one"]
+        assert f"or on_failure differ between the ranks: rank {last} and the others" in said["solver"]
+        expected = {"nan", "nan gradient", "maxiter", "given on some", "unequal", "own weights", "frozen on one"}
+        assert set(said) - {"not in the group"} == expected | {"solver", "alone"}
+
+
+def test_options_of_ddp_change_nothing(several):
+    """After join() with uneven batches, with find_unused_parameters, and between the parts of an accumulation."""
+    for rank in several:
+        assert max(rank["ddp options"]) <= 1e-10
+
+
+def test_an_error_on_one_rank_ends_the_others(several):
+    *others, last = [rank["raised"] for rank in several]
+    assert last == "MemoryError: no memory, in a test"
+    for said in others:
+        assert said.startswith(f"RuntimeError: DataParallel: rank {len(others)} has raised {last}")
 
 
 def test_a_rank_outside_of_the_group_is_told(several):

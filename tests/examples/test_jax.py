@@ -1,6 +1,9 @@
 """The examples for JAX users: each runs as it is, improves on what it starts from, and has the right hypergradient."""
 
 import importlib.util
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -111,3 +114,18 @@ def test_own_solver(tmp_path):
     config.write_text('[solver]\nname = "neumann"\nterms = 5\ndamping = 0.1')
     result = module.main(["--steps", "8", "--config", str(config)])
     assert result["after"]["validation_loss"] < 0.9 * result["before"]["validation_loss"]
+
+
+def test_two_processes_print_the_same_as_one(capsys):
+    module = example("processes")
+    module.main(["--steps", "2"])
+    expected = capsys.readouterr().out
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        options = ["--steps", "2", "--address", f"localhost:{free.getsockname()[1]}", "--processes", "2"]
+    commands = [[sys.executable, EXAMPLES / "processes.py", *options, "--rank", rank] for rank in ("1", "0")]
+    processes = [subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for c in commands]
+    for process, output in zip(processes, ("", expected), strict=True):
+        said, errors = process.communicate(timeout=240)
+        assert process.returncode == 0, errors
+        assert said.endswith(output)

@@ -9,6 +9,8 @@ import sys
 import traceback
 import warnings
 from functools import partial
+from importlib.util import find_spec
+from tempfile import TemporaryDirectory
 
 # Little optimization: compiling is what takes the time.
 os.environ["XLA_FLAGS"] = " ".join(
@@ -212,6 +214,34 @@ def an_implicit_minimizer_tells_a_failure_on_one_device():
     agree(jnp.delete(grads, 5, 0), jnp.ones((7, 2)))
 
 
+def a_checkpoint_of_four_devices_is_loaded_on_two():
+    if find_spec("orbax") is None:
+        return
+    import orbax.checkpoint as ocp
+
+    four, two = (jax.make_mesh((n,), ("d",), (AxisType.Auto,), devices=jax.devices()[:n]) for n in (4, 2))
+    specs = ({"w": DATA, "b": SAME}, {"decay": DATA, "weight": DATA}, SAME, SAME)
+    w, h, train, val = (place(four, *pair) for pair in zip(specs, (W, H, TRAIN, VAL), strict=True))
+    saved = call(PROBLEM, "cg", w, h, train, val)
+    with TemporaryDirectory() as folder, ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(f"{folder}/state", {"params": w, "hparams": h, "adjoint": saved.adjoint})
+        checkpointer.wait_until_finished()
+        w, h = (place(two, *pair) for pair in zip(specs[:2], (W, H), strict=True))
+        like = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding),
+            {"params": w, "hparams": h, "adjoint": w},
+        )
+        loaded = checkpointer.restore(f"{folder}/state", like)
+    train, val = place(two, SAME, (TRAIN, VAL))
+    problem = bl.Problem(inner, outer)
+    hg = bl.hypergradient(
+        problem, loaded["params"], loaded["hparams"], inner_args=train, outer_args=val, adjoint0=loaded["adjoint"]
+    )
+    agree((hg.grad, hg.adjoint), (saved.grad, saved.adjoint))
+    assert (saved.info.steps > 0, hg.info.steps) == (True, 0)
+    assert hg.adjoint["w"].sharding.is_equivalent_to(w["w"].sharding, 1)
+
+
 CHECKS = {
     **{
         f"one problem, {name}": partial(shard_map_with_the_loss_averaged_has_the_scale_of_one_device, SOLVERS[name])
@@ -233,6 +263,7 @@ CHECKS = {
     **{f"batch, {name}": partial(a_batch_over_devices_is_a_loop, SOLVERS[name]) for name in ("cg", "neumann")},
     "implicit minimizer": an_implicit_minimizer_works_on_sharded_arrays,
     "implicit minimizer in shard_map": an_implicit_minimizer_works_in_shard_map,
+    "a checkpoint": a_checkpoint_of_four_devices_is_loaded_on_two,
     "failure of an implicit minimizer": an_implicit_minimizer_tells_a_failure_on_one_device,
 }
 

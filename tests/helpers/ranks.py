@@ -210,6 +210,41 @@ def compute(rank, world):
     return {name: [t.detach() for t in tensors] for name, tensors in results.items()}
 
 
+def ddp_options(rank, world):
+    """Return relative errors after training with join(), no_sync() and a parameter that the network does not use.
+
+    The errors are of the hypergradient and adjoint, and of the gradients that are accumulated around the call.
+    """
+    net, ((x, y, _), val), (whole, whole_val) = model(), shard(rank, world), shard(0, 1)
+    net.register_parameter("unused", nn.Parameter(torch.ones(2, dtype=torch.float64)))
+    run, optimizer = DistributedDataParallel(net, find_unused_parameters=True), torch.optim.SGD(net.parameters(), 0.1)
+    with run.join():  # ranks have different numbers of batches, and the last one may be small
+        for start in range(0, len(y), 4):
+            optimizer.zero_grad()
+            F.cross_entropy(run(x[start : start + 4]), y[start : start + 4]).backward()
+            optimizer.step()
+    h = torch.tensor(-2.0, dtype=torch.float64, requires_grad=True)
+
+    def hypergradient(train, val, backend):
+        inner = F.cross_entropy(net(train[0]), train[1]) + h.exp() * sum((p**2).sum() for p in net.parameters())
+        outer, params = F.cross_entropy(net(val[0]), val[1]), list(net.parameters())
+        hg = bilevel_torch.hypergradient(inner, outer, params, h, solver=SOLVERS["cg"], backend=backend)
+        return torch.cat([hg.grad.reshape(1), *(t.reshape(-1) for t in hg.adjoint)])
+
+    used = list(net.parameters())[1:]  # "unused" is the first
+    optimizer.zero_grad()
+    with run.no_sync():
+        F.cross_entropy(run(x[:1]), y[:1]).backward()
+    found = hypergradient((x, y), val, backend_for((x, y), val, world))
+    F.cross_entropy(run(x[-1:]), y[-1:]).backward()
+    grads = torch.cat([p.grad.reshape(-1) for p in used])
+    own = torch.autograd.grad(F.cross_entropy(net(x[:1]), y[:1]) + F.cross_entropy(net(x[-1:]), y[-1:]), used)
+    mean = torch.cat([g.reshape(-1) for g in own]) / world
+    dist.all_reduce(mean)
+    expected = hypergradient(whole[:2], whole_val, bilevel_torch.TorchBackend())
+    return [float((a - b).norm() / b.norm()) for a, b in ((found, expected), (grads, mean))]
+
+
 def mishaps(rank, world):
     """What each rank is told when something is wrong on one of them."""
     net, (train, val) = model(), shard(rank, world)
@@ -232,6 +267,8 @@ def mishaps(rank, world):
 
     last = rank == world - 1
     attempt("nan", lambda inner, outer: (inner * (float("nan") if last else 1.0), outer))
+    attempt("nan gradient", lambda inner, outer: (inner + ((inner - inner).sqrt() if last else 0.0), outer))
+    attempt("solver", lambda *both: both, solver=bl.CG(damping=3.0 if last else 2.0))
     attempt("maxiter", lambda *both: both, solver=bl.CG(maxiter=1, damping=1.0))
     attempt("fine", lambda *both: both, solver=bl.CG(damping=2.0))
     some = bilevel_torch.DataParallel(inner_samples=len(train[1]) if last else None)
@@ -253,13 +290,31 @@ def mishaps(rank, world):
     return said
 
 
+def raised_on_one(rank, world):
+    """Return the error of each rank if the last rank raises one in a product."""
+    net, (train, val) = model(), shard(rank, world)
+    outputs, h = net(train[0]), torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+
+    def raise_error(_):
+        raise MemoryError("no memory, in a test")
+
+    if rank == world - 1:
+        outputs.register_hook(raise_error)
+    inner = F.cross_entropy(outputs, train[1]) + h * sum((p**2).sum() for p in net.parameters())
+    outer, backend = F.cross_entropy(net(val[0]), val[1]), backend_for(train, val, world)
+    try:
+        bilevel_torch.backward(inner, outer, net.parameters(), h, backend=backend)
+    except (MemoryError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+
+
 if __name__ == "__main__":
     rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=timedelta(seconds=60)
     )
-    torch.save({"results": compute(rank, world), "said": mishaps(rank, world)}, folder / f"{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    found = {"results": compute(rank, world), "said": mishaps(rank, world)}
+    found["ddp options"] = ddp_options(rank, world)
+    torch.save(found | {"raised": raised_on_one(rank, world)}, folder / f"{rank}.pt")  # the group is useless now
     os._exit(0)  # FSDP has kept the group, whose threads may abort the process while the interpreter ends

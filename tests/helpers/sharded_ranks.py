@@ -15,6 +15,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 import bilevel as bl
 import bilevel_torch
+from bilevel_torch import roll_call
 
 CG = bl.CG(damping=4.0, rtol=1e-12)
 SOLVERS = {
@@ -238,6 +239,15 @@ def mishaps(rank, world, mesh):
         run.train_loss()  # FSDP finds the whole module here
         run.backend = bilevel_torch.Sharded(run.net[0])
 
+    def with_root(run):
+        own = run.inner
+
+        def inner():
+            zero = (run.net(run.x[mine]) * 0).sum()
+            return own() + (zero + (0.0 if last else 1.0)).sqrt()
+
+        run.inner = inner
+
     def other_decay(run):
         run.decay.data.fill_(float(rank))
 
@@ -248,6 +258,7 @@ def mishaps(rank, world, mesh):
     attempt("outside, no penalty", call, within=False, change=without_penalty)
     attempt("no backend", lambda *args: call(*args, backend=bilevel_torch.TorchBackend()))
     attempt("nan", call, spoil=lambda run, inner: inner * (float("nan") if last else 1.0))
+    attempt("nan gradient", call, change=with_root)
     attempt("solver", lambda *args: call(*args, solver=bl.CG(damping=4.0 + rank)))
     attempt("decay", call, change=other_decay)
     attempt("counts", call, change=other_counts)
@@ -266,7 +277,8 @@ def mishaps(rank, world, mesh):
 
 
 def without_a_rank(rank, world, mesh):
-    """Return the error of the first rank if the last rank dies before the solve."""
+    """Return the error of each rank if the last rank dies before the solve."""
+    roll_call.PATIENCE = 1.0
     run = Run("mlp", lambda net: fsdp(net, mesh), share(rank, world))
     losses = run.losses()
     if rank == world - 1:
@@ -279,20 +291,23 @@ def without_a_rank(rank, world, mesh):
 
 
 def checkpoint(rank, world, mesh):
-    """Save a `WarmStart` after one call. In another world, load it, and return the steps of the next solve."""
+    """Save a `WarmStart` of four ranks after two calls. On other ranks, load it, and return the steps of a solve."""
     import torch.distributed.checkpoint as dcp
 
     run = Run("mlp", lambda net: fsdp(net, mesh), share(rank, world))
-    solver, path = bl.WarmStart(CG), str(Path(sys.argv[3]) / "checkpoint")
-    params = dict(run.net.named_parameters())
-    if world > 1:
-        hg = run.hypergradient(solver)
+    solver, path = bl.WarmStart(CG, extrapolate=True), str(Path(sys.argv[3]) / "checkpoint")
+    vectors = ("adjoint", "previous")
+    if world == 4:
+        run.hypergradient(solver)
+        run.hypergradient(solver)
         dcp.save({"solver": solver.state_dict()}, checkpoint_id=path)
-        return {name: whole(t) for name, t in hg.adjoint.items()}
-    state = {"solver": solver.state_dict() | {"adjoint": {name: torch.zeros_like(p) for name, p in params.items()}}}
-    dcp.load(state, checkpoint_id=path)
-    solver.load_state_dict(state["solver"])
-    return {name: whole(t) for name, t in solver.adjoint.items()}, run.hypergradient(solver).info.steps
+    else:
+        template = {name: torch.zeros_like(p) for name, p in run.net.named_parameters()}
+        state = {"solver": solver.state_dict() | {name: dict(template) for name in vectors}}
+        dcp.load(state, checkpoint_id=path)
+        solver.load_state_dict(state["solver"])
+    found = {name: {key: whole(t) for key, t in getattr(solver, name).items()} for name in vectors}
+    return found, run.hypergradient(solver).info.steps
 
 
 if __name__ == "__main__":
@@ -303,7 +318,7 @@ if __name__ == "__main__":
     mesh = init_device_mesh("cpu", (world,))
     for what in functions:
         torch.save(globals()[what](rank, world, mesh), folder / f"{what}-{world}-{rank}.pt")
-    if functions != ["without_a_rank"]:
+    if "without_a_rank" not in functions:
         dist.barrier()
         dist.destroy_process_group()
     os._exit(0)  # FSDP has kept the group, whose threads may abort the process while the interpreter ends

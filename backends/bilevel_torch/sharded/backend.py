@@ -10,7 +10,9 @@ import torch.distributed as dist
 from torch.autograd.graph import Node
 from typing_extensions import override
 
-from bilevel.backend import Data, R, Rest
+from bilevel.backend import Backend, Data, R, Rest
+from bilevel.inspection.entries import Entries
+from bilevel.inspection.not_finite import FIRST, described, find_not_finite
 from bilevel.linearization import Inputs, LinearizedMap, OuterDerivatives
 from bilevel.micro_batches import MicroBatches
 from bilevel.problems.model_loss import ModelLoss
@@ -20,6 +22,7 @@ from bilevel_torch.autograd import LEAF, scalar
 from bilevel_torch.backend import TorchBackend, check_recording
 from bilevel_torch.data_parallel import DataParallel
 from bilevel_torch.graph import nodes_of
+from bilevel_torch.roll_call import named, named_ranks
 from bilevel_torch.sharded.gathering import Gathering
 from bilevel_torch.sharded.recomputation import READS, changed
 from bilevel_torch.sharded.space import ShardedSpace
@@ -96,7 +99,8 @@ class Sharded(DataParallel):
             got = module.__name__ if isinstance(module, type) else type(module).__name__
             raise TypeError(f"Sharded: expected the module that computes the losses, got {got}.")
         self.ranks = dist.get_world_size(group)
-        self.gathering = Gathering(torch.nn.Module() if module is None else module)
+        self.module = torch.nn.Module() if module is None else module
+        self.gathering = Gathering(self.module)
 
     @contextmanager
     def losses(self) -> Iterator[None]:
@@ -108,7 +112,7 @@ class Sharded(DataParallel):
         ``module.parameters()`` are the sharded parameters. For a penalty, sum over them, and convert the sum once:
         ``sum((p**2).sum() for p in module.parameters()).full_tensor()``.
         """
-        with self.gathering.forward():
+        with named_ranks(self.label, self.group, self._groups()), self.gathering.forward():
             yield
 
     @override
@@ -128,6 +132,38 @@ class Sharded(DataParallel):
             )
 
     @override
+    def _groups(self) -> Iterable[Any]:
+        params: list[Any] = list(self.module.parameters())
+        meshes = {p.device_mesh for p in params if is_dtensor(p)}
+        return [self.group, *(group for mesh in meshes for group in mesh.get_all_groups())]
+
+    @override
+    def located(self, find: Callable[[Backend], str], *losses: torch.Tensor) -> str:
+        if not losses:
+            return ""
+        values = [float(local(loss.detach())) for loss in losses]
+        where = described(find_not_finite(self, {}, values[0], values[1], Entries({}, {}, {}, {}, {})))
+        for name, loss in zip(("inner", "outer"), losses, strict=True):
+            if not self._has_finite_gradient(loss) and not where:  # all ranks compute the gradient
+                where = f"The {name} loss is finite, but its gradient is nan or infinite. {FIRST}"
+        return self._of_ranks(where)
+
+    def _has_finite_gradient(self, loss: torch.Tensor) -> bool:
+        """Return whether the gradient of this rank by the outputs of the layers is finite."""
+        params = [p for p in self.module.parameters() if p.requires_grad]
+        finite = []
+
+        def look(grads: Iterable[Any]) -> None:
+            finite.extend(bool(torch.isfinite(local(g)).all()) for g in grads if g is not None)
+
+        nodes: list[Any] = list(nodes_of([loss]))
+        handles = [node.register_prehook(look) for node in nodes if READS in node.metadata]
+        self._within(torch.autograd.grad)(loss, params, retain_graph=True, allow_unused=True)
+        for handle in handles:
+            handle.remove()
+        return all(finite)
+
+    @override
     def to_numpy(self, array: torch.Tensor) -> np.ndarray:
         return super().to_numpy(local(array))  # for messages, which may be of one rank
 
@@ -141,7 +177,7 @@ class Sharded(DataParallel):
         """Return a function that runs in the context `losses`."""
 
         def run(*args: Rest.args, **options: Rest.kwargs) -> R:
-            with self.losses():
+            with self.gathering.forward():
                 return function(*args, **options)
 
         return run
@@ -219,11 +255,11 @@ class Sharded(DataParallel):
         """Raise a RuntimeError on all ranks if a parameter has changed on any rank since a loss was computed."""
         if (flag := changed(nodes)) is None:
             return
-        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.group)
-        if flag > 0:
+        flags = zip(dist.get_process_group_ranks(self.group), self._gathered(flag[None]), strict=True)
+        if ranks := [rank for rank, [flag] in flags if flag]:
             raise RuntimeError(
-                f"{label}: a parameter has changed since the loss was computed, for example by an optimizer step. "
-                "Compute the losses again before the call."
+                f"{label}: a parameter has changed since the loss was computed, for example by an optimizer step, on "
+                f"{named(ranks)}. Compute the losses again before the call."
             )
 
     @override
