@@ -126,10 +126,10 @@ def test_flash_attention_under_compile():
     compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    for run in (net, compiled):
+    for run, message in ((net, "flash_attention"), (compiled, "a compiled module differentiates only once")):
         weights, inner, outer = attention_losses(run)
         with flash():
-            with pytest.raises(RuntimeError, match=r"(?s)second derivative|double backward|derivative"):
+            with pytest.raises(RuntimeError, match=message):
                 bilevel_torch.backward(inner(), outer(), net.parameters(), weights)
             method = bilevel_torch.FirstOrder(net, weights)
             hg = method.backward(inner, outer)
