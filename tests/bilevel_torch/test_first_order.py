@@ -129,7 +129,7 @@ def test_flash_attention_under_compile():
     for run in (net, compiled):
         weights, inner, outer = attention_losses(run)
         with flash():
-            with pytest.raises(RuntimeError, match=r"(?s)second derivative|double backward|derivative"):
+            with pytest.raises(RuntimeError, match="a compiled module differentiates only once"):
                 bilevel_torch.backward(inner(), outer(), net.parameters(), weights)
             method = bilevel_torch.FirstOrder(net, weights)
             hg = method.backward(inner, outer)
