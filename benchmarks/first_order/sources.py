@@ -4,9 +4,8 @@ WikiText-2's validation and test texts are cut into eight sources. The words of 
 A softmax of eight numbers weights the losses of the sources. A hypergradient of the loss on clean text changes them
 every few steps. Printed for each method and seed: the AUC of the weights (clean against shuffled), the loss on held-out
 clean text, CPU seconds, and the peak memory of the process. "uniform" trains without hypergradients, "clean" on the
-clean half only. "sampled" is "sama" with sequences drawn in proportion to the weights. "random" is the best of several
-trainings with random weights, by the validation loss. With --again, a new network is also trained with the weights
-found.
+clean half only. "sampled" is "sama" with sequences drawn in proportion to the weights. With --again, a new network is
+also trained with the weights found. `search` has random search and successive halving.
 
     OMP_NUM_THREADS=1 python -m benchmarks.first_order.sources --data DIR [--methods ...] [--seeds 5] [--compile]
 """
@@ -35,7 +34,7 @@ sys.path.append(str(Path(__file__).parents[2] / "examples" / "paper"))
 import data
 
 SOURCES = 8
-METHODS = ["uniform", "clean", "identity", "sama", "sampled", "tracked", "random"]
+METHODS = ["uniform", "clean", "identity", "sama", "sampled", "tracked"]
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,6 @@ class Size:
     tracking: float = 0.1  # the learning rate of SGD for v
     outer_batch: int = 16
     held: int = 0  # validation sequences in use, 0: all
-    trials: int = 4  # of random search
 
 
 class Transformer(nn.Module):
@@ -202,16 +200,10 @@ def train(
     return Trained(net, weights, time.process_time() - began, path)
 
 
-def random_search(text: Text, size: Size, seed: int) -> Trained:
-    """Train with random weights, several times. Return the training with the least validation loss."""
-    found = []
-    for trial in range(size.trials):
-        weights = DataWeights(SOURCES)
-        generator = torch.Generator().manual_seed(1000 * seed + trial)
-        nn.init.normal_(weights.scores, generator=generator)
-        found.append(train("random", text, size, seed, weights=weights))
-    best = min(found, key=lambda trained: mean_loss(trained.net, text.validation))
-    return replace(best, seconds=sum(trained.seconds for trained in found))
+def auc(w: np.ndarray, shuffled: np.ndarray) -> float:
+    """Return how often a clean source has more weight than a shuffled one."""
+    good, bad = w[~shuffled], w[shuffled]
+    return float(np.mean((good[:, None] > bad) + 0.5 * (good[:, None] == bad)))
 
 
 @torch.no_grad()
@@ -227,15 +219,11 @@ def run(
     torch.set_num_threads(1)
     text = read(folder, size, seed)
     text = replace(text, validation=text.validation[: size.held or None])
-    if method == "random":
-        trained = random_search(text, size, seed)
-    else:
-        trained = train(method, text, size, seed, compiled, bfloat16)
+    trained = train(method, text, size, seed, compiled, bfloat16)
     w = trained.weights().detach().numpy()
-    good, bad = w[~text.shuffled], w[text.shuffled]
     measured: dict[str, Any] = {
-        "auc": float(np.mean((good[:, None] > bad) + 0.5 * (good[:, None] == bad))),
-        "weight of the clean half": float(good.sum() / w.sum()),
+        "auc": auc(w, text.shuffled),
+        "weight of the clean half": float(w[~text.shuffled].sum() / w.sum()),
         "validation loss": mean_loss(trained.net, text.validation),
         "test loss": mean_loss(trained.net, text.test),
         "CPU seconds": trained.seconds,

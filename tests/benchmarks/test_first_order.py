@@ -25,12 +25,12 @@ def test_wrong_labels_are_found():
 def test_shuffled_sources_are_measured():
     from benchmarks.first_order import sources
 
-    size = sources.Size(vocabulary=50, words=6, width=8, layers=1, heads=2, steps=24, batch=8, trials=2)
+    size = sources.Size(vocabulary=50, words=6, width=8, layers=1, heads=2, steps=24, batch=8)
     for method in sources.METHODS:
         found = sources.run(method, None, size, 0, compiled=False, bfloat16=method == "sama", again=True)
         assert np.isfinite(found["test loss"])
         assert 0 <= found["auc"] <= 1
-        assert len(found["path"]) == (0 if method in ("uniform", "clean", "random") else 6)
+        assert len(found["path"]) == (0 if method in ("uniform", "clean") else 6)
         assert ("test loss again" in found) == bool(found["path"])
 
 
@@ -57,3 +57,42 @@ def test_penalties_are_tuned_by_four_gradients_a_step():
     hparams, gradients = features.first_order(data, 10)
     assert gradients <= 4
     assert (hparams != features.START).all()
+
+
+def test_look_ahead_steps_agree():
+    from benchmarks.first_order import lookahead
+
+    cosines = lookahead.main(["--rounds", "2"])
+    assert set(cosines) >= {"by hand", "TrainingStep", "FirstOrder"}
+    assert cosines["TrainingStep"] > 1 - 1e-5
+    assert min(cosines.values()) > 0.99
+
+
+class TestSearch:
+    def test_halving_trains_the_best_longer(self):
+        from benchmarks.first_order import search
+
+        parts = []
+
+        def train(weights, part):
+            parts.append(part)
+            return float(weights.scores.detach()[0]), None, weights
+
+        loss, _, weights = search.search("halving", train, 3, 4, 0)
+        assert parts == [8] * 8 + [4] * 2 + [1]
+        best = search.search("random", train, 3, 8, 0)
+        assert parts[11:] == [1] * 8
+        assert loss == best[0]
+        assert (weights.scores == best[2].scores).all()
+
+    @pytest.mark.parametrize("method", ["equal weights", "first order", "random", "halving"])
+    def test_methods_run_on_both_tasks(self, method):
+        from benchmarks.first_order import search, sources
+
+        accuracy, f1, _ = search.clean(method, None, 100, 2, 0)
+        assert accuracy > 0.4
+        assert (f1 == 0) == (method == "equal weights")
+        size = sources.Size(vocabulary=50, words=6, width=8, layers=1, heads=2, steps=16, batch=8)
+        loss, auc, _ = search.find(method, None, size, 2, 0)
+        assert np.isfinite(loss)
+        assert (auc == 0.5) if method == "equal weights" else (0 <= auc <= 1)

@@ -51,7 +51,9 @@ class FirstOrder:
       Choe et al., NeurIPS 2023). P = 1/(√v̂ + eps + δ), by the second moments v̂ of Adam. δ is a tenth of the root mean
       square of √v̂, for weights that have received few gradients. A call takes one gradient of F and two derivatives of
       L by λ. They need no backward pass through the module if λ enters after it. The multiple is measured in the first
-      call, with two more gradients. Only the size of the result depends on it.
+      call, with two more gradients. Only the size of the result depends on it, unless F also depends on λ directly.
+
+    Differences include all that depends on w, so ``detach()`` inside of the losses has no effect on them.
 
     The object has state: save its `state_dict` with your checkpoints.
 
