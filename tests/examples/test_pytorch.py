@@ -126,7 +126,7 @@ def test_all_that_is_in_a_checkpoint_is_tried_below(halfway):
         "solver.format",
         "solver.solver",
         "solver.counts",
-        "solver.damping",  # None: the examples give a number
+        *(f"solver.{name}" for name in ("damping", "image", "residual_norm")),  # None: the example gives a damping
     }
 
 
