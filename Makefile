@@ -25,7 +25,7 @@ demo: $(INSTALLED)
 # the time of the JAX tests, so compiled code is kept in .cache/jax. conftest.py divides the tests among the processes.
 RUN := OMP_NUM_THREADS=1 JAX_COMPILATION_CACHE_DIR='$(CURDIR)/.cache/jax' \
 	JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1
-# XLA optimizes little here, which takes more than half of the time away. The tests of other versions compile as users do.
+# XLA optimizes little here, which takes half of its CPU time away. The tests of other versions compile as users do.
 QUICK := $(RUN) JAX_DISABLE_MOST_OPTIMIZATIONS=1 \
 	XLA_FLAGS='--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1'
 
