@@ -18,14 +18,7 @@ from torch.nn.functional import mse_loss
 
 import bilevel as bl
 
-
-@pytest.fixture(autouse=True)
-def _threads():
-    """The examples compute with one thread. Restore the number for other tests."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class TestMAML:

@@ -10,14 +10,7 @@ import torch
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
-
-@pytest.fixture(autouse=True)
-def _threads():
-    """The examples compute with one thread. Restore the number for other tests."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class TestMetaWeightNet:
