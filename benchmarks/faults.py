@@ -179,7 +179,7 @@ def inject(backend: str, world: int, fault: str) -> tuple[list[str], float]:
 
 def passes(world: int, fault: str, said: list[str], seconds: float) -> bool:
     """Return whether all ranks have ended in time, with errors that name the rank."""
-    # Of two ranks that differ, neither is odd, and the second is named.
+    # Two ranks have no majority. Then the error names the second one.
     pattern = FAULTS[fault].format(last=world - 1, odd=world - 1)
     lived = [text for text in said if text != "dead"]
     right = [re.search(pattern, text) or text.startswith("MemoryError") for text in lived]

@@ -35,7 +35,7 @@ def run(notebook: dict[str, Any]) -> Iterator[tuple[Cell, list[dict[str, Any]]]]
     """Run the code cells in one namespace. Yield each cell and its outputs in the format of notebooks."""
     import matplotlib.pyplot as plt
 
-    plt.close("all")  # figures of the caller, which would be stored with those of the first cell
+    plt.close("all")  # The caller's figures are no output of the first cell.
     namespace: dict[str, Any] = {"__name__": "__main__"}
     for cell in notebook["cells"]:
         if cell["cell_type"] != "code":

@@ -1,6 +1,6 @@
-"""Time the hypergradient of a Meta-Weight-Net by one training step, beside higher, TorchOpt and Betty.
+"""Compare the time of one-step hypergradients with higher, TorchOpt and Betty.
 
-The networks are those of `examples/pytorch/meta_weight_net.py`, with SGD without momentum. "by hand" differentiates one
+The task is the Meta-Weight-Net of `examples/pytorch/meta_weight_net.py`, with plain SGD. "by hand" differentiates one
 step with `torch.func.functional_call`. Printed for each column: its CPU time as a multiple of "by hand" (median and
 quartiles over interleaved rounds), and the cosine to it. `FirstOrder` and Betty's "darts" take differences of
 gradients. Libraries that are not installed are left out.

@@ -1,4 +1,4 @@
-"""Search for weights of data without gradients: random search and successive halving, beside `FirstOrder`.
+"""Compare `FirstOrder` with random search and successive halving. They search for weights of data.
 
 The tasks are `cleaning` (a weight for each image) and `sources` (a weight for each of eight sources). A candidate has
 random scores from a normal distribution, and the least validation loss wins. "random" trains each candidate to the end.

@@ -1,4 +1,4 @@
-"""Learn which operation each edge of a network has, while its weights train: DARTS, beside random search.
+"""DARTS: choose the operations of a network while its weights train. Compare it with random search.
 
     python examples/pytorch/darts.py [--fast] [--data DIR]
 

@@ -20,7 +20,10 @@ def test_all_holds_on_eight_devices():
 
 @pytest.mark.slow
 def test_all_holds_on_two_processes():
-    """Derivatives are those of one process, sharded as their arguments are. No process receives params of another."""
+    """Two processes compute the derivatives of one process.
+
+    The derivatives are sharded as their arguments are. No process receives the params of another.
+    """
     script = Path(__file__).parents[1] / "helpers" / "jax_processes.py"
     with socket.socket() as free:
         free.bind(("localhost", 0))
