@@ -219,4 +219,4 @@ class Backend:
 def stacked(backend: Backend, trees: Sequence[R]) -> R:
     """Return trees of arrays as one tree, whose leaves have a leading axis."""
     space = backend.space(trees[0])
-    return space.map(lambda *leaves: space.xp.stack(leaves), *trees)
+    return space.map(lambda *leaves: space.leaf_xp.stack(leaves), *trees)

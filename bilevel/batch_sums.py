@@ -56,9 +56,9 @@ def linearized(
 
     def gradient(at: LinearizedMap[P, H]) -> tuple[P, Array]:
         known.update(name for name in ("jvp_hparams", "dependence", "jvp_params") if getattr(at, name) is not None)
-        return at.residual, of_params.norm(at.residual)
+        return at.residual, of_params.leaf(of_params.norm(at.residual))
 
-    residual, size = summed(gradient, (params, of_params.norm(params)))
+    residual, size = summed(gradient, (params, of_params.leaf(of_params.norm(params))))
 
     def cross(at: LinearizedMap[P, H], v: P) -> tuple[H, P]:
         product = at.vjp_hparams(v)
@@ -103,7 +103,8 @@ def differentiated(
         used.append(dependence)
         return value, grad_params, backend.space(hparams).zeros() if grad_hparams is None else grad_hparams
 
-    like = backend.space(params).norm(params), params, hparams
+    space = backend.space(params)
+    like = space.leaf(space.norm(params)), params, hparams
     value, grad_params, grad_hparams = _sum(backend, batches, term, like)
     known = [dependence for dependence in used if dependence is not None]
     return OuterDerivatives(

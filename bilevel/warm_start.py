@@ -91,7 +91,8 @@ class WarmStart(LinearSolverWrapper[object]):
         if self.prepare_every is None:
             return self.solver.init(A)
         if self.state is None or self.calls % self.prepare_every == 0:
-            self.state = self.solver.init(A)
+            state = self.solver.init(A)
+            self.state = tree.with_leaves(state, map(A.space.leaf, tree.leaves(state)))
         return self.state
 
     @override
@@ -119,8 +120,8 @@ class WarmStart(LinearSolverWrapper[object]):
             image = space.axpy(-info.damping, adjoint, b)
             self.image = kept(image, self._stored(self.image, space))
             error = 0.0 if self.residual_norm is None else self.residual_norm
-            self.residual_norm = space.xp.where(lost, error, info.residual_norm)
-            self.found = info.damping
+            self.residual_norm = space.leaf(space.xp.where(lost, error, info.residual_norm))
+            self.found = space.leaf(info.damping)
         self.adjoint = kept(adjoint, last)
         if self.extrapolate:
             self.previous = last

@@ -5,6 +5,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
+import numpy as np
 import torch
 
 from bilevel.backend import R
@@ -90,7 +91,8 @@ def grad(
     if not places or not any(output.requires_grad for output in outputs):
         return grads
     wanted = [inputs[i] for i in places]
-    again = functions_recorded(nodes_of(outputs)) if options.get("create_graph") else nullcontext()
+    recorded = options.get("create_graph", False)
+    again = functions_recorded(nodes_of(outputs)) if recorded else nullcontext()
     try:
         with _hooks_aside(wanted), buffers_isolated(), again:
             found = torch.autograd.grad(outputs, wanted, grad_outputs, allow_unused=True, **options)
@@ -101,13 +103,13 @@ def grad(
     except Exception as error:
         error.add_note(FOREIGN)
         raise
-    for i, g in zip(places, found, strict=True):
-        if g is not None and g.is_sparse:
-            raise TypeError(
-                f"a gradient of shape {tuple(g.shape)} is sparse, and so has no second derivative. Leave out "
-                "sparse=True, as in torch.nn.Embedding(n, d)."
-            )
-        with nullcontext() if options.get("create_graph") is None else torch.enable_grad():
+    with torch.enable_grad() if recorded else nullcontext():
+        for i, g in zip(places, found, strict=True):
+            if g is not None and g.is_sparse:
+                raise TypeError(
+                    f"a gradient of shape {tuple(g.shape)} is sparse, and so has no second derivative. Leave out "
+                    "sparse=True, as in torch.nn.Embedding(n, d)."
+                )
             grads[i] = placed(g, inputs[i])
     return grads
 
@@ -137,13 +139,13 @@ _autocast: ContextVar[Sequence[tuple[str, torch.dtype]]] = ContextVar("the calle
 
 
 @contextmanager
-def no_grad_no_autocast(tree: object) -> Iterator[None]:
-    """Turn off recording, and autocast on the devices of a tree, as solvers need."""
+def solver_mode(tree: object) -> Iterator[None]:
+    """Turn off recording, autocast on the devices of a tree, and NumPy's warnings: a status reports a bad number."""
     kinds = {t.device.type for t in leaves(tree) if isinstance(t, torch.Tensor)}
     cast = [(kind, torch.get_autocast_dtype(kind)) for kind in kinds if torch.is_autocast_enabled(kind)]
     before = _autocast.set(cast)
     try:
-        with torch.no_grad(), ExitStack() as stack:
+        with torch.no_grad(), np.errstate(all="ignore"), ExitStack() as stack:
             for kind, _ in cast:
                 stack.enter_context(torch.autocast(kind, enabled=False))
             yield

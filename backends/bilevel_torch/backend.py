@@ -25,11 +25,12 @@ from bilevel_torch.autograd import (
     check_untransformed,
     evaluate,
     grad,
-    no_grad_no_autocast,
     reaches,
     scalar,
+    solver_mode,
     zeros_for_none,
 )
+from bilevel_torch.cpu_space import CpuSpace
 from bilevel_torch.gauss_newton import gauss_newton
 from bilevel_torch.graph import check_compiled, nodes_of, weight_norm_right
 from bilevel_torch.isolation import isolated
@@ -58,6 +59,8 @@ class TorchBackend(Backend):
 
     @override
     def space(self, tree: V) -> TorchSpace[V]:
+        if self.check_every is None and all(leaf.is_cpu for leaf in leaves(tree)):
+            return CpuSpace(tree)
         return TorchSpace(tree, self.check_every)
 
     @override
@@ -103,7 +106,9 @@ class TorchBackend(Backend):
         return torch.as_tensor(array)
 
     @override
-    def to_numpy(self, array: torch.Tensor) -> np.ndarray:
+    def to_numpy(self, array: torch.Tensor | np.ndarray) -> np.ndarray:
+        if not isinstance(array, torch.Tensor):  # numbers of a CpuSpace
+            return np.asarray(array)
         array = array.detach().cpu()
         return (array.float() if array.dtype == torch.bfloat16 else array).numpy()
 
@@ -249,7 +254,7 @@ class TorchBackend(Backend):
     @override
     def run(self, function: Callable[..., R], *args: Any, **options: Any) -> R:
         check_untransformed()
-        with no_grad_no_autocast(args):
+        with solver_mode(args):
             return function(self, *args, **options)
 
     @override

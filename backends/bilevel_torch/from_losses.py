@@ -29,7 +29,6 @@ from bilevel_torch.autograd import (
     check_distinct,
     check_recorded,
     check_untransformed,
-    no_grad_no_autocast,
 )
 from bilevel_torch.backend import TorchBackend
 from bilevel_torch.data_parallel import this_process
@@ -172,34 +171,33 @@ def _hypergradient(
     # No vector has entries for frozen parameters: with a large frozen model, they would be most of the memory.
     frozen = [not t.requires_grad for t in leaves(w)]
     trained = prune(w, frozen)
-    with no_grad_no_autocast(w):
-        (value, cotangent, direct, used), at = _linearize(backend, losses, trained, h, loss_scale)
+    (value, cotangent, direct, used), at = _linearize(backend, losses, trained, h, loss_scale)
 
-        def vjp_hparams(u: P) -> H | None:
-            product = at.vjp_hparams(u)
-            _check_influence(backend, product if direct is None else direct, h)
-            return product
+    def vjp_hparams(u: P) -> H | None:
+        product = at.vjp_hparams(u)
+        _check_influence(backend, product if direct is None else direct, h)
+        return product
 
-        A = LinearOperator(backend.space(trained), at.vjp_params)
-        v = None if v is None else prune(v, frozen)
-        pulled = pull_back(backend, solver, A, at._replace(vjp_hparams=vjp_hparams), cotangent, v)
-        hg = combine(backend, value, direct, pulled, h)
-        warn_of_dependence(backend, trained, h, used, pulled.dependence, NAMES)
-        method = Implicit(solver)
+    A = LinearOperator(backend.space(trained), at.vjp_params)
+    v = None if v is None else prune(v, frozen)
+    pulled = pull_back(backend, solver, A, at._replace(vjp_hparams=vjp_hparams), cotangent, v)
+    hg = combine(backend, value, direct, pulled, h)
+    warn_of_dependence(backend, trained, h, used, pulled.dependence, NAMES)
+    method = Implicit(solver)
 
-        def find(own: Backend) -> str:
-            of_outer, of_inner = _linearize(own, losses, trained, h, loss_scale)
-            u = own.space(trained).normal(1)
-            products = of_inner.vjp_params(u), of_inner.vjp_hparams(u)
-            found = Derivatives(of_inner.residual, *products, of_outer.grad_params, of_outer.grad_hparams)
-            inner, outer = (float(loss.detach()) for loss in losses)
-            return described(find_not_finite(own, {"params": w, "hparams": h}, inner, outer, entries(own, found)))
+    def find(own: Backend) -> str:
+        of_outer, of_inner = _linearize(own, losses, trained, h, loss_scale)
+        u = own.space(trained).normal(1)
+        products = of_inner.vjp_params(u), of_inner.vjp_hparams(u)
+        found = Derivatives(of_inner.residual, *products, of_outer.grad_params, of_outer.grad_hparams)
+        inner, outer = (float(loss.detach()) for loss in losses)
+        return described(find_not_finite(own, {"params": w, "hparams": h}, inner, outer, entries(own, found)))
 
-        def locate() -> str:
-            return in_start(backend, v) or backend.located(find, *losses)
+    def locate() -> str:
+        return in_start(backend, v) or backend.located(find, *losses)
 
-        info = report(backend, hg.info, method, on_failure, curvature=lambda: spectrum(A), locate=locate)
-        zeros = tree_map(lambda t: t.new_zeros(()).expand_as(t), w)  # views of one entry each
+    info = report(backend, hg.info, method, on_failure, curvature=lambda: spectrum(A), locate=locate)
+    zeros = tree_map(lambda t: t.new_zeros(()).expand_as(t), w)  # views of one entry each
     return hg._replace(adjoint=fill(zeros, hg.adjoint), params=w, info=info)
 
 
@@ -270,7 +268,7 @@ def _unscaled(
     def at_unit_size(product: Callable[[P], X | None]) -> Callable[[P], Any]:
         def of(v: P) -> X | None:
             rms: Any = space.norm(v) / space.size**0.5
-            rms = torch.where(rms > 0, rms, 1.0)
+            rms = space.xp.where(rms > 0, rms, 1.0)
             result = product(space.scale(1 / rms, v))
             return None if result is None else backend.space(result).scale(rms / scale, result)
 

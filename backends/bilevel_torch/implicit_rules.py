@@ -23,7 +23,7 @@ from bilevel.results import SolverInfo
 from bilevel.spaces.tree import leaves, tree_map, with_leaves
 from bilevel.trainings import Arguments, Condition, check_training_result, training_name, tuples_noted
 from bilevel.validation import check_like, leaf_names
-from bilevel_torch.autograd import as_graph_leaves, evaluate, grad, no_grad_no_autocast
+from bilevel_torch.autograd import as_graph_leaves, evaluate, grad, solver_mode
 from bilevel_torch.backend import TorchBackend
 from bilevel_torch.trees import fill, prune
 
@@ -99,7 +99,7 @@ class Training:
 
     def pull(self, moves: Sequence[bool], grads: Tensors, params: Tensors, tensors: Tensors) -> Tensors:
         """Return the derivatives of F by the moving tensors, from the derivatives by params. Append the leaves of v."""
-        with no_grad_no_autocast(params):
+        with solver_mode(params):
             point = self._point(moves, params, tensors)
             at = self._differentiate(point)
             A = self._operator(at, point.w)
@@ -118,7 +118,7 @@ class Training:
         u = ``changes`` is like p. By c, the derivative is a = −[∂r/∂w]⁻¹ (∂r/∂λ) u. By params and the moving tensors,
         it is the derivative of −v·((∂r/∂w) a + (∂r/∂λ) u) with fixed v, a and u.
         """
-        with no_grad_no_autocast(params):
+        with solver_mode(params):
             point = self._point(moves, params, tensors)
             w, lam, at = point.w, point.lam, self._differentiate(point)
             A = self._operator(at, w)
@@ -142,7 +142,7 @@ class Training:
 
     def push(self, moves: Sequence[bool], changes: Tensors, params: Tensors, tensors: Tensors) -> Tensors:
         """Return the derivatives of params along changes u of the moving tensors: −[∂r/∂w]⁻¹ (∂r/∂λ) u."""
-        with no_grad_no_autocast(params):
+        with solver_mode(params):
             point = self._point(moves, params, tensors)
             at = self._differentiate(point)
             A = self._operator(at, point.w)

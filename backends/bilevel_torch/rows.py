@@ -54,7 +54,7 @@ class RowsBackend(TorchBackend):
 class RowsSpace(TorchSpace[V]):
     """A space whose operations work inside of `torch.func.vmap`. A loop runs until no row is live."""
 
-    axpby_where = Space.axpby_where
+    axpby_where, zeros = Space.axpby_where, Space.zeros
 
     @override
     def axpy(self, alpha: Number, x: V, y: V) -> V:

@@ -47,6 +47,10 @@ class TorchSpace(Space[V]):
         return value.to(like.dtype) if isinstance(value, torch.Tensor) else like.new_tensor(value)
 
     @override
+    def zeros(self, shared: bool = False) -> V:
+        return tree_map(lambda a: a.new_zeros(()).expand_as(a), self.like) if shared else super().zeros()
+
+    @override
     def dot(self, x: V, y: V) -> Any:
         return self._total([_rows_dot(a.reshape(-1), b) for a, b in zip(leaves(x), leaves(y), strict=True)])
 
@@ -141,7 +145,7 @@ class TorchSpace(Space[V]):
     def gram(self, rows: Any, others: Any) -> Any:
         pairs = zip(leaves(rows), leaves(others), strict=True)
         return self._total(
-            [_product(a.reshape(len(a), a[0].numel()), b.reshape(len(b), b[0].numel()).T) for a, b in pairs]
+            [product(a.reshape(len(a), a[0].numel()), b.reshape(len(b), b[0].numel()).T) for a, b in pairs]
         )
 
     @override
@@ -168,10 +172,10 @@ class TorchSpace(Space[V]):
 
 def _rows_dot(rows: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
     """Return the dot product of an array with a vector, or with each row of a matrix."""
-    return _product(rows, a.reshape(-1))
+    return product(rows, a.reshape(-1))
 
 
-def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Return a product of matrices or vectors, summed in at least float32."""
     if not (a.dtype == b.dtype and a.dtype in WIDE):
         dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)

@@ -12,7 +12,7 @@ from bilevel.dependence import warn_of_cut
 from bilevel.spaces.tree import leaves, leaves_with_paths, tree_map
 from bilevel.steps import PLAIN, Pull, Pulled, Steps, floats_of
 from bilevel.validation import check_dtypes, check_like
-from bilevel_torch.autograd import check_untransformed, grad, no_grad_no_autocast
+from bilevel_torch.autograd import check_untransformed, grad, solver_mode
 from bilevel_torch.graph import check_compiled, nodes_of
 from bilevel_torch.training.mistakes import check_connected, graph_watched, warn_of_parameters, writing_named
 from bilevel_torch.training.recording import without_graph
@@ -75,7 +75,7 @@ class TorchSteps(Steps):
 
         def one(cotangent: list[Any], again: bool = False) -> Pulled:
             varying = [i for i, t in enumerate(outputs) if t.requires_grad]
-            with no_grad_no_autocast(outputs):
+            with solver_mode(outputs):
                 grads = grad([outputs[i] for i in varying], inputs, [cotangent[i] for i in varying], retain_graph=again)
             if all(g is None for g in grads[:count]):
                 warn_of_cut()

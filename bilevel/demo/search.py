@@ -68,7 +68,7 @@ class Task:
     def shared(self, penalty: float) -> Any:
         """Return hyperparameters with one penalty for all weights."""
         space = self.backend.space(self.params0)
-        return space.scale(float(np.log(penalty)), space.map(space.xp.ones_like, self.params0))
+        return space.scale(float(np.log(penalty)), space.map(space.leaf_xp.ones_like, self.params0))
 
     def score(self, params: object) -> Score:
         """Return losses and accuracies, without the penalty."""

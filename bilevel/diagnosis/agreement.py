@@ -153,9 +153,9 @@ def _directions(backend: Backend, params: P, hparams: H) -> tuple[P, H, P]:
 
     def along(x: V, seed: int, tiny: float) -> V:
         space = backend.space(x)
-        xp, typical = space.xp, space.norm(x) / space.size**0.5
-        typical = xp.where(typical > tiny, typical, 1.0)
-        return space.map(lambda z, entry: z * (xp.abs(entry) + typical), space.normal(seed), x)
+        typical = space.norm(x) / space.size**0.5
+        typical = space.xp.where(typical > tiny, typical, 1.0)
+        return space.map(lambda z, entry: z * (space.leaf_xp.abs(entry) + typical), space.normal(seed), x)
 
     tiny = backend.space(hparams).eps ** 0.5
     return along(params, SEED, 0.0), along(hparams, SEED + 1, tiny), along(params, SEED + 2, 0.0)
@@ -167,8 +167,8 @@ def _claims(
     """Return H d, d·Hu, and d·(∂²L/∂λ∂w) e."""
     d, e, u = directions
     at = problem.linearize(backend, inputs.params, inputs.hparams, inputs.inner_args)
-    transposed = backend.space(d).dot(d, at.vjp_params(u))
-    return at.vjp_params(d), transposed, _dot_or_zero(backend, at.vjp_hparams(d), e)
+    transposed = _dot(backend, d, at.vjp_params(u))
+    return at.vjp_params(d), transposed, _dot(backend, at.vjp_hparams(d), e)
 
 
 def _derivatives(
@@ -180,8 +180,7 @@ def _derivatives(
 def _inner(backend: Backend, problem: BilevelProblem, inputs: Inputs[P, H], directions: _Directions[P, H]) -> _Inner[P]:
     params, hparams, inner_args, _ = inputs
     value, grad = problem.value_and_residual(backend, params, hparams, inner_args)
-    space = backend.space(params)
-    return _Inner(value, grad, space.dot(grad, directions.d), space.dot(grad, directions.u))
+    return _Inner(value, grad, _dot(backend, grad, directions.d), _dot(backend, grad, directions.u))
 
 
 def _outer(
@@ -189,10 +188,9 @@ def _outer(
 ) -> tuple[Array, Array, Array]:
     """Return F, ∂F/∂w along d, and ∂F/∂λ along e."""
     value, in_w, in_lam, _ = backend.outer(problem.outer, inputs.params, inputs.hparams, inputs.outer_args)
-    along_d = backend.space(inputs.params).dot(in_w, directions.d)
-    return value, along_d, _dot_or_zero(backend, in_lam, directions.e)
+    return value, _dot(backend, in_w, directions.d), _dot(backend, in_lam, directions.e)
 
 
-def _dot_or_zero(backend: Backend, x: V | None, y: V) -> Array:
+def _dot(backend: Backend, x: V | None, y: V) -> Array:
     space = backend.space(y)
-    return space.dot(space.zeros() if x is None else x, y)
+    return space.leaf(space.dot(space.zeros() if x is None else x, y))

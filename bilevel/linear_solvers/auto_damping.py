@@ -82,7 +82,7 @@ def solve_with_auto_damping(
     space, xp = A.space, A.space.xp
     finder, first = solver.finder(), solver.least_damping(state, A)
     if start is not None:
-        first = start if is_python_value(first) else xp.maximum(start * xp.ones_like(first), first)
+        first = start if is_python_value(first) and first == 0 else xp.maximum(start * xp.ones_like(first), first)
 
     def damped(solver: LinearSolver[Any], damping: Number) -> LinearSolver[Any]:
         return replace(solver, damping=damping)  # pyright: ignore[reportArgumentType]

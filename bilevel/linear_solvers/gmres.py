@@ -130,7 +130,7 @@ class GMRES(LinearSolver[object]):
                 return _State(
                     basis=space.set(s.basis, following, space.where(ok, q, space.get(s.basis, following))),
                     rotations=xp.where(ok, rotations, s.rotations),
-                    triangle=xp.where(ok & here[None, :], column[:, None], s.triangle),
+                    triangle=xp.where(ok, xp.where(here[None, :], column[:, None], s.triangle), s.triangle),
                     norm=xp.where(ok, remaining, s.norm),
                     norm_A=xp.where(ok, xp.maximum(s.norm_A, length), s.norm_A),
                     column=xp.where(ok, s.column + 1, s.column),
@@ -153,7 +153,8 @@ class GMRES(LinearSolver[object]):
             s = space.while_loop(lambda s: s.live, step, s, dimension)
             # Column k of ``solutions`` minimizes the residual over the first k + 1 directions.
             diagonal = xp.abs(xp.sum(xp.where(index[:, None] == index[None, :], s.triangle, 0.0), 0))
-            given = (index < s.column) & (diagonal > 0) & xp.isfinite(xp.sum(xp.abs(s.triangle)))
+            finite = xp.isfinite(xp.sum(xp.abs(s.triangle)))
+            given = xp.where(finite, (index < s.column) & (diagonal > 0), False)
             triangle = xp.where(given[:, None] & given[None, :], s.triangle, unit)
             weights = xp.where(given, size * s.rotations[:, 0], 0.0)
             solutions = xp.cumsum(xp.linalg.solve(triangle, unit) * weights[None, :], 1)

@@ -178,11 +178,11 @@ def solve_with_restarts(
             return space.cond(doubtful, check, s)
 
         if x0 is None:
-            x, r = space.zeros(), b
+            x, r, size = space.zeros(shared=True), b, rhs_norm
         else:
             x = space.where(rhs_norm > 0, x0, space.zeros())
             r = space.where(rhs_norm > 0, A.residual(b, x), b)
-        size = space.norm(r)
+            size = space.norm(r)
         steps, status = xp.zeros_like(size, dtype=xp.int32), judged(size, x)
         live = (status == int(Status.MAXITER)) & (maxiter > 0)
         s = _State(x, x, r, size, size, steps, status, norm_A=xp.zeros_like(size), live=live)

@@ -112,7 +112,7 @@ class Adam(Generic[V]):
         return AdamTangent(self.space.zeros(), self.space.zeros())
 
     def step(self, grad: V, params: V, state: AdamState[V]) -> tuple[V, AdamState[V]]:
-        xp, new = self.space.xp, self._average(grad, state)
+        xp, new = self.space.leaf_xp, self._average(grad, state)
         c1, c2 = new.mean_weight, new.square_weight
 
         def move(w: Array, m: Array, v: Array) -> Array:
@@ -157,7 +157,7 @@ class Adam(Generic[V]):
 
     def _slopes(self, new: AdamState[V]) -> tuple[V, V]:
         """Return ∂w'/∂m' and ∂w'/∂v' per entry."""
-        xp, c1, c2 = self.space.xp, new.mean_weight, new.square_weight
+        xp, c1, c2 = self.space.leaf_xp, new.mean_weight, new.square_weight
 
         def by_mean(v: Array) -> Array:
             return -self.step_size / (c1 * (xp.sqrt(v / c2) + self.eps))

@@ -144,7 +144,7 @@ def forward_tangents(run: Run[P, H], start: State[P], count: int) -> tuple[State
     """
     space, of_hparams = run.space, run.of_hparams
     zeros, zero_state = space.zeros(), run.optimizer.zero(start.params)
-    identity = space.xp.diag(space.xp.ones_like(of_hparams.ravel(of_hparams.like)))
+    identity = space.leaf_xp.diag(space.leaf_xp.ones_like(of_hparams.ravel(of_hparams.like)))
 
     def tangent(_: None, row: Array) -> tuple[None, Tangent[P, H]]:
         return None, Tangent(of_hparams.unravel(row), zeros, zero_state)

@@ -99,7 +99,7 @@ def _lanczos(A: LinearOperator[V], start: V, products: int) -> _Process[V]:
         z = space.axpy(-alpha, s.q, space.axpy(-s.beta, s.q_old, z))
         z = space.axpy(-space.dot(s.q, z), s.q, z)  # a second time, because of rounding
         beta = space.norm(z)
-        here = s.live & (index == s.k)
+        here = xp.where(s.live, index == s.k, False)
         alphas, betas = xp.where(here, alpha, s.alphas), xp.where(here, beta, s.betas)
         # Once beta is rounding noise, the subspace is invariant.
         scale = xp.max(xp.abs(alphas)) + xp.max(xp.where(index < s.k, betas, 0.0))

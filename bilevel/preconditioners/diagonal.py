@@ -36,8 +36,8 @@ class DiagonalPreconditioner:
         if self.diagonal is not None:
             check_layout("preconditioner.diagonal", self.diagonal, "params", space)
             return self.diagonal  # pyright: ignore[reportReturnType]
-        xp = space.xp
-        signs = space.map(lambda z: xp.where(z < 0, -1.0, 1.0), space.normal(self.seed, self.samples))
+        xp, of_leaves = space.xp, space.leaf_xp
+        signs = space.map(lambda z: of_leaves.where(z < 0, -1.0, 1.0), space.normal(self.seed, self.samples))
 
         def step(state: tuple[V, Array], _: None) -> tuple[tuple[V, Array], None]:
             total, i = state
@@ -50,7 +50,6 @@ class DiagonalPreconditioner:
 
     def apply(self, state: V, vector: V, damping: Number, space: Space[V]) -> V:
         """Divide the vector by the diagonal plus the damping, but at least by a small positive number."""
-        xp = space.xp
-        floor = space.max_abs(state) * space.eps**0.75
-        floor = xp.where(floor > 0, floor, 1.0)
+        floor, xp = space.max_abs(state) * space.eps**0.75, space.leaf_xp
+        floor = space.leaf(space.xp.where(floor > 0, floor, 1.0))
         return space.map(lambda v, d: v / xp.clip(xp.abs(d) + damping, floor, None), vector, state)

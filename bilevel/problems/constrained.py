@@ -133,8 +133,8 @@ class Constrained:
         The error is rounding, or the residual.
         """
         space, of_values = backend.space(params), backend.space(params["inequality"])
-        xp = space.xp
-        least = reach(space, residual, xp.maximum(space.max_abs(params), of_values.max_abs(values)))
+        xp = space.leaf_xp
+        least = reach(space, residual, space.xp.maximum(space.max_abs(params), of_values.max_abs(values)))
         kinks = of_values.map(
             lambda m, g: 1.0 * (xp.maximum(xp.abs(m), xp.abs(g)) <= least), params["inequality"], values
         )

@@ -277,11 +277,11 @@ def _kinks(space: Space[P], linearized_at: Callable[[P], LinearizedMap[P, Any]],
     """
     xp = space.xp
     distance = reach(space, residual, xp.maximum(space.max_abs(params), space.max_abs(x)))
-    signs = space.map(xp.sign, space.normal(SEED))
+    signs = space.map(space.leaf_xp.sign, space.normal(SEED))
     u = space.normal(SEED + 1)
     high, low = (linearized_at(space.axpy(sign * distance, signs, x)).vjp_params(u) for sign in (1.0, -1.0))
     change = space.subtract(high, low)
-    return space.map(lambda jump: 1.0 * (xp.abs(jump) > JUMP), change)
+    return space.map(lambda jump: 1.0 * (space.leaf_xp.abs(jump) > JUMP), change)
 
 
 def _check_operator(problem: object, role: str, arguments: str) -> None:

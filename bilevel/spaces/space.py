@@ -39,10 +39,15 @@ class Space(Generic[V]):
     """
 
     xp: Any = np
-    """The framework's array namespace, for functions of scalars such as ``where``, ``sqrt`` and ``isfinite``."""
+    """The array namespace of scalars and of matrices of scalars: ``where``, ``sqrt``, ``isfinite`` and the like."""
 
     def __init__(self, like: V) -> None:
         self.like = like
+
+    @property
+    def leaf_xp(self) -> Any:
+        """The array namespace of leaves."""
+        return self.xp
 
     # The tree.
 
@@ -60,12 +65,16 @@ class Space(Generic[V]):
 
     def cast(self, value: Any, like: Any) -> Any:
         """Return an array or number in the dtype of an array."""
-        return self.xp.asarray(value, dtype=like.dtype)
+        return self.leaf_xp.asarray(value, dtype=like.dtype)
+
+    def leaf(self, scalar: Any) -> Any:
+        """Return a scalar as an array that can be a leaf of a tree."""
+        return scalar
 
     @cached_property
     def eps(self) -> float:
         """The machine epsilon of the coarsest dtype."""
-        return max(float(self.xp.finfo(a.dtype).eps) for a in self.leaves(self.like))
+        return max(float(self.leaf_xp.finfo(a.dtype).eps) for a in self.leaves(self.like))
 
     @cached_property
     def size(self) -> int:
@@ -98,9 +107,9 @@ class Space(Generic[V]):
         """Return the Euclidean norm."""
         return self.xp.sqrt(self.dot(x, x))
 
-    def zeros(self) -> V:
-        """Return the zero vector."""
-        return self.map(self.xp.zeros_like, self.like)
+    def zeros(self, shared: bool = False) -> V:
+        """Return the zero vector. With ``shared``, its entries may share their memory, so do not write to it."""
+        return self.map(self.leaf_xp.zeros_like, self.like)
 
     def scale(self, alpha: Number, x: V) -> V:
         """Return alpha x."""
@@ -120,7 +129,7 @@ class Space(Generic[V]):
 
     def where(self, flag: Array, x: X, y: X) -> X:
         """Return x where the scalar flag holds, else y. A nan in the other tree has no effect."""
-        return self.map(lambda a, b: self.xp.where(flag, a, b), x, y)
+        return self.map(lambda a, b: self.leaf_xp.where(flag, a, b), x, y)
 
     def axpby_where(self, flag: Array, alpha: Number, x: V, y: V, beta: Number = 1.0) -> V:
         """Return alpha x + beta y where the flag holds, else y. The result may overwrite the memory of y."""
@@ -171,7 +180,7 @@ class Space(Generic[V]):
 
     def combine(self, matrix: Array, rows: Any) -> Any:
         """Return Σ_j matrix[i, j] · row j as row i."""
-        return self.map(lambda a: self.xp.tensordot(self.cast(matrix, a), a, 1), rows)
+        return self.map(lambda a: self.leaf_xp.tensordot(self.cast(matrix, a), a, 1), rows)
 
     # In this class, loops run in Python.
 
@@ -210,9 +219,9 @@ class Space(Generic[V]):
 
     def materialise(self, operator: Callable[[V], V]) -> Any:
         """Return the matrix of a linear operator, of shape (n, n), from n products."""
-        rows = self.xp.eye(self.size, dtype=self.ravel(self.like).dtype)
+        rows = self.leaf_xp.eye(self.size, dtype=self.ravel(self.like).dtype)
         columns = [self.ravel(operator(self.unravel(row))) for row in rows]
-        return self.xp.stack(columns).T
+        return self.leaf_xp.stack(columns).T
 
 
 def _matrix(rows: Any) -> Any:

@@ -32,7 +32,7 @@ def installed() -> dict[str, Any]:
 
 def namespace(backend: Any) -> Any:
     """Return the array namespace of a backend."""
-    return backend.space(backend.from_numpy(np.ones(1))).xp
+    return backend.space(backend.from_numpy(np.ones(1))).leaf_xp
 
 
 def moved(backend: Any, tree: Any) -> Any:

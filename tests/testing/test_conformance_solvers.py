@@ -266,7 +266,7 @@ class DenseMethod(Method):
             v, info = bl.Exact().solve(None, A, cotangent, None)
             if fault == "is quiet about nan":
                 info = info._replace(status=space.xp.full_like(info.status, 0))
-                v = space.map(lambda a: space.xp.where(space.xp.isfinite(a), a, 0.5), v)
+                v = space.map(lambda a: space.leaf_xp.where(space.leaf_xp.isfinite(a), a, 0.5), v)
             grad = level.linearize().vjp_hparams(v)
             if grad is None and fault == "expects a cross term":
                 grad = level.hparams

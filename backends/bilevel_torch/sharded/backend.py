@@ -164,7 +164,7 @@ class Sharded(DataParallel):
         return all(finite)
 
     @override
-    def to_numpy(self, array: torch.Tensor) -> np.ndarray:
+    def to_numpy(self, array: torch.Tensor | np.ndarray) -> np.ndarray:
         return super().to_numpy(local(array))  # for messages, which may be of one rank
 
     @override

@@ -61,6 +61,10 @@ class ShardedSpace(TorchSpace[V]):
     def where(self, flag: Any, x: X, y: X) -> X:
         return wrapped_tree(self.own.where(flag, local_tree(x), local_tree(y)), x)
 
+    @override
+    def zeros(self, shared: bool = False) -> V:
+        return wrapped_tree(self.own.zeros(shared), self.like)
+
     # Numbers of all ranks.
 
     @override

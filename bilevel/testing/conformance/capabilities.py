@@ -123,7 +123,7 @@ def laws_of(s: Subject) -> list[Law]:
         warm_start_ignored: not s.warm_start,
         maxiter: s.has_option("maxiter"),
         damping: s.has_option("damping"),
-        bfloat16: hasattr(s.backend.space(s.array(1.0)).xp, "bfloat16"),
+        bfloat16: hasattr(s.backend.space(s.array(1.0)).leaf_xp, "bfloat16"),
         stochastic: STEADY not in s.solver.requires,
         prepared: _has_state(s),
     }

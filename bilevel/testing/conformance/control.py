@@ -88,21 +88,22 @@ def scalar_functions(f: Framework) -> None:
     """`space.xp` has the functions of scalars that solvers use, and they agree with NumPy's."""
     x = np.array([0.25, 4.0, 9.0], f.dtype)
 
-    def apply(xp: Any, x: Any) -> dict[str, Any]:
-        one, matrix = x[1], x[:, None] * x[None, :] + xp.where(x[:, None] == x[None, :], 1.0, 0.0 * x[0])
+    def apply(xp: Any, first: Any, one: Any, other: Any) -> dict[str, Any]:
+        x = xp.stack([first, one, other])
+        matrix = x[:, None] * x[None, :] + xp.where(x[:, None] == x[None, :], 1.0, 0.0 * x[0])
         return {
             "where": xp.where(one > 1, one, 0.0),
             "sqrt": xp.sqrt(one),
             "abs": xp.abs(-one),
-            "maximum": xp.maximum(one, x[2]),
-            "minimum": xp.minimum(one, x[2]),
-            "log2, floor, exp2": xp.exp2(xp.floor(xp.log2(x[2]))),
+            "maximum": xp.maximum(one, other),
+            "minimum": xp.minimum(one, other),
+            "log2, floor, exp2": xp.exp2(xp.floor(xp.log2(other))),
             "clip": xp.clip(one, -1.0, 1.0),
             "clip from below": xp.clip(-x, -1.0, None),
             "zeros_like": xp.zeros_like(one, dtype=xp.int32),
             "ones_like": xp.ones_like(one),
             "full_like": xp.full_like(one, 7.0),
-            "stack": xp.stack([one, x[2]]),
+            "stack": xp.stack([one, other]),
             "cumsum": xp.cumsum(x, 0),
             "max": xp.max(x),
             "min": xp.min(x),
@@ -114,8 +115,9 @@ def scalar_functions(f: Framework) -> None:
             "linalg.solve": xp.linalg.solve(matrix, x),
         }
 
-    expected = apply(np, x)
-    scalars = f.run(lambda space, x: apply(space.xp, space.map(lambda a: a, x)), f.array(x))
+    expected = apply(np, *x)
+    roots = [f.array(root) for root in np.sqrt(x)]
+    scalars = f.run(lambda space, *roots: apply(space.xp, *[space.dot(root, root) for root in roots]), *roots)
     for name, got in scalars.items():
         f.close(f"space.xp: {name}", f.host(got), np.asarray(expected[name], np.float64))
     bits = f.run(lambda space, x: x * space.xp.finfo(x.dtype).bits, f.array(1.0))

@@ -177,7 +177,7 @@ def make_array(backend: Backend, values: np.ndarray | float | list[float], dtype
     if dtype in ("float64", "float32"):
         return backend.from_numpy(np.asarray(values, dtype))
     single = backend.from_numpy(np.asarray(values, np.float32))
-    xp = backend.space(single).xp
+    xp = backend.space(single).leaf_xp
     return xp.asarray(single, dtype=getattr(xp, dtype))
 
 

@@ -213,7 +213,7 @@ def stacks(f: Framework) -> None:
         dots = space.stack_dot(stack, y)
         sums = space.linear_combination(dots, stack)
         # A preconditioner draws a stack of signs.
-        signs = space.map(lambda z: space.xp.where(z < 0, -1.0, 1.0), space.normal(0, 3))
+        signs = space.map(lambda z: space.leaf_xp.where(z < 0, -1.0, 1.0), space.normal(0, 3))
         return taken, dots, sums, [space.get(signs, first + i) for i in range(3)]
 
     taken, dots, sums, signs = f.run(fill, x_, y_)
