@@ -146,8 +146,7 @@ def main():
     options = parser.parse_args()
     warnings.simplefilter("ignore", ConvergenceWarning)
     make, seeds = (wide, 5) if options.data == "wide" else (text, 1)
-    tols = TOLS if options.data == "wide" else (1e-4,)
-    methods = {"TunedLasso": tuned} | {f"LassoCV, tol={tol:g}": partial(lasso_cv, tol) for tol in tols}
+    methods = {"TunedLasso": tuned} | {f"LassoCV, tol={tol:g}": partial(lasso_cv, tol) for tol in TOLS}
     methods = peers() if options.peers else methods
     methods = {name: method for name, method in methods.items() if (options.only or "") in name}
     for method in methods.values():  # compile, load
