@@ -222,7 +222,7 @@ def maml() -> Example:
         adapted = lambda x, phase: solver().run(meta, meta, x, phase).params  # noqa: E731
         return jnp.mean(jax.vmap(loss)(jax.vmap(adapted)(x, phases), x_val, phases))
 
-    @bilevel_jax.implicit_minimizer(inner)
+    @bilevel_jax.implicit_minimizer(inner, bl.CG(damping=0.0))  # vmap would run the automatic damping for each task
     def train(meta: dict[str, jax.Array], x: jax.Array, phase: jax.Array) -> dict[str, jax.Array]:
         return solver(**PLAIN).run(meta, meta, x, phase).params
 
