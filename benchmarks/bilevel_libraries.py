@@ -12,8 +12,8 @@ formulas from these files, so nothing of the library is part of this repository:
 
 At each of several x near the start of the library, SciPy solves the lower level from several starts, by finite
 differences. A point qualifies if the best solution is a regular KKT point. There, the script compares the hypergradient
-with central differences of problems that are solved again. Then it minimizes F by `bl.minimize`, if G does not depend
-on y, and compares the result with the best known value of the library.
+with central differences of problems that are solved again. With ``--minimize``, it also minimizes F by `bl.minimize`,
+if G does not depend on y, and compares the result with the best known value of the library.
 """
 
 from __future__ import annotations
@@ -21,9 +21,12 @@ from __future__ import annotations
 import argparse
 import math
 import re
+import signal
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,6 +43,7 @@ STEP = 1e-5  # of central differences
 ACCURATE = 1e-6  # relative error of a right hypergradient
 FEASIBLE = 1e-6
 REACHED = 1e-3  # relative distance to the best known value
+SEARCH_LIMIT = 120  # seconds of a search by `bl.minimize`
 
 
 class BolibProblem(NamedTuple):
@@ -168,7 +172,7 @@ def qualify(problem: BolibProblem, x: np.ndarray, rng: np.random.Generator) -> P
 
 def error(problem: BolibProblem, point: Point) -> float:
     """Return the error of the hypergradient, relative to differences of solved problems (or to one)."""
-    lower = lower_level(problem)
+    lower: Any = lower_level(problem)
     fit = bl.constrained_fit(lower)
     with warnings.catch_warnings():
         warnings.simplefilter("error", bl.SolverWarning)
@@ -182,8 +186,23 @@ def error(problem: BolibProblem, point: Point) -> float:
     return float(np.abs(grad - slopes).max() / max(1.0, np.abs(slopes).max()))
 
 
-def minimized(problem: BolibProblem, point: Point) -> float | None:
-    """Return the value of F that `bl.minimize` finds from a point. None if G depends on y, or if a solve fails.
+@contextmanager
+def limited(seconds: int) -> Iterator[None]:
+    """Raise a TimeoutError after this time."""
+
+    def stop(*_: object) -> None:
+        raise TimeoutError
+
+    signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+
+
+def minimized(problem: BolibProblem, point: Point) -> float | str:
+    """Return the value of F that `bl.minimize` finds from a point, or the reason why there is none.
 
     F is computed again at the result, with the best solution of the lower level from several starts.
     """
@@ -194,7 +213,7 @@ def minimized(problem: BolibProblem, point: Point) -> float | None:
         return np.array(G(x, y, np), dtype=float)
 
     if not np.array_equal(upper(x), np.array(G(x, y + 1.234, np), dtype=float)):
-        return None
+        return "G depends on y"
     constraints = [{"type": "ineq", "fun": upper}] if len(upper(x)) else ()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -211,12 +230,25 @@ def minimized(problem: BolibProblem, point: Point) -> float | None:
                 on_failure="ignore",
                 progress=False,
             )
-        except (ValueError, bl.SolverError):
-            return None
+        except (ValueError, bl.SolverError) as error:
+            return f"{type(error).__name__} of a solve"
+    if not upper(found.x.numpy()).min(initial=0.0) > -FEASIBLE:
+        return "x is not feasible"
     solved = solve(problem, found.x.numpy(), np.random.default_rng(2))
-    if not solved or not upper(found.x.numpy()).min(initial=0.0) > -FEASIBLE:
-        return None
+    if not solved:
+        return "no solution found"
     return float(problem.functions["F"](found.x.numpy(), solved[0][1], np)[0])
+
+
+def searched(problem: BolibProblem, point: Point) -> dict[str, Any]:
+    """Return the result of `minimized` and its seconds."""
+    start = time.perf_counter()
+    try:
+        with limited(SEARCH_LIMIT):
+            found = minimized(problem, point)
+    except TimeoutError:
+        found = "out of time"
+    return {"found": found, "seconds": round(time.perf_counter() - start, 1)}
 
 
 def points(problem: BolibProblem) -> Iterator[np.ndarray]:
@@ -242,8 +274,8 @@ def check(problem: BolibProblem, search: bool) -> dict[str, Any]:
             reasons["solution lost in a difference"] += 1
             continue
         active = int((point.params["inequality"] > 0).sum())
-        least = minimized(problem, point) if search else None
-        return {"name": problem.name, "active": active, "error": off, "found": least}
+        row = {"name": problem.name, "active": active, "error": off}
+        return row | searched(problem, point) if search else row
     return {"name": problem.name, "reason": reasons.most_common(1)[0][0]}
 
 
@@ -274,9 +306,12 @@ def summary(rows: list[tuple[BolibProblem, dict[str, Any]]]) -> None:
     print(f"Active constraints: {sorted(Counter(row['active'] for _, row in qualified).items())}")
     for reason, count in Counter(row["reason"] for _, row in rows if "reason" in row).most_common():
         print(f"{count:4d} {reason}")
-    searched = [(p, row) for p, row in qualified if row["found"] is not None and np.isfinite(p.best)]
-    near = [row for p, row in searched if row["found"] <= p.best + REACHED * max(1.0, abs(p.best))]
-    print(f"bl.minimize: {len(searched)} searches, {len(near)} reach the best known value.")
+    results = [(p, row["found"]) for p, row in qualified if "found" in row]
+    for reason, count in Counter(found for _, found in results if isinstance(found, str)).most_common():
+        print(f"{count:4d} without a search, or without its result: {reason}")
+    values = [(p, found) for p, found in results if not isinstance(found, str) and np.isfinite(p.best)]
+    near = [found for p, found in values if found <= p.best + REACHED * max(1.0, abs(p.best))]
+    print(f"bl.minimize: {len(values)} searches with a known best value, {len(near)} reach it.")
 
 
 if __name__ == "__main__":

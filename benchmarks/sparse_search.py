@@ -9,6 +9,7 @@ and the noise has the variance of the signal. The held-out error is of 2,000 new
 20,242 rows and 47,236 columns of Zipf frequencies, with targets of ±1, and 5,000 new rows. All methods have the same 5
 folds. The rows of ``--peers`` are one search with the fits of celer and skglm (optional: pip install celer skglm).
 """
+# pyright: reportMissingImports=false
 
 import argparse
 import importlib.util
@@ -86,14 +87,14 @@ def search_with(fit_one, folds, X, y):
     A, target, means, mean = centered(X, y)
     cv = bl.problems.k_fold(bl.problems.lasso(), folds)
     largest = np.abs(A.T @ target).max() / len(y)
-    data = {"inner_args": (A, target), "outer_args": (A, target)}
     found = bl.minimize(
         cv,
         np.log(largest / 3) + np.zeros(()),
         fit=cv.fit_each(fit_one, (A, target)),
         bounds=(np.log(largest / 100), np.log(largest)),
         options={"ftol": 1e-3, "gtol": 1e-3},
-        **data,
+        inner_args=(A, target),
+        outer_args=(A, target),
     )
     w = fit_one(found.x, None, A, target)
     return lambda new: (new - means) @ w + mean, found.nfev
@@ -146,8 +147,7 @@ def main():
     options = parser.parse_args()
     warnings.simplefilter("ignore", ConvergenceWarning)
     make, seeds = (wide, 5) if options.data == "wide" else (text, 1)
-    tols = TOLS if options.data == "wide" else (1e-4,)
-    methods = {"TunedLasso": tuned} | {f"LassoCV, tol={tol:g}": partial(lasso_cv, tol) for tol in tols}
+    methods = {"TunedLasso": tuned} | {f"LassoCV, tol={tol:g}": partial(lasso_cv, tol) for tol in TOLS}
     methods = peers() if options.peers else methods
     methods = {name: method for name, method in methods.items() if (options.only or "") in name}
     for method in methods.values():  # compile, load

@@ -8,8 +8,11 @@ from typing import Any, NamedTuple
 
 from bilevel.backend import Backend
 from bilevel.config import imported_backends
+from bilevel.messages import listed
+from bilevel.problems.constrained import Constrained, OnActiveSet
 from bilevel.problems.protocols import BilevelProblem
 from bilevel.spaces.array import Args
+from bilevel.spaces.tree import leaves_with_paths
 from bilevel.validation import TREES, accepts, check_trees, signature_of
 
 ONLY_PARAMS = "Return only the params, or return (params, aux) and pass has_aux=True."
@@ -28,6 +31,8 @@ class Condition:
         solution: w*, in words.
         solver: an example of a linear solver.
         prox: the proximal operator of a function with kinks that is added to the inner loss. None: there is none.
+        step_size: of the proximal step.
+        indefinite: whether the inner loss is the Lagrangian of a constrained minimum.
     """
 
     decorator: str
@@ -36,6 +41,8 @@ class Condition:
     solution: str
     solver: str
     prox: Callable[..., Any] | None = None
+    step_size: float = 1.0
+    indefinite: bool = False
 
     @property
     def symmetric(self) -> bool:
@@ -47,16 +54,19 @@ class Condition:
         """Whether the linear system is symmetric. A proximal step has a symmetric form of its system."""
         return self.role == "inner"
 
-    def with_prox(self, prox: object) -> "Condition":
+    def with_prox(self, prox: object, step_size: float) -> "Condition":
         """Return the condition of the minimum of an inner loss plus a function, given by its proximal operator."""
         if prox is None:
+            if step_size != 1.0:
+                raise ValueError(f"{self.decorator}: step_size is of the proximal step, so it needs prox.")
             return self
         if not callable(prox):
+            way_out = f" {_for_problem(prox)}" if isinstance(prox, BilevelProblem) else ""
             raise TypeError(
                 f"{self.decorator}: expected prox, a function of (v, hparams, step_size) that returns a tree like "
-                f"params, got {_kind(prox)}."
+                f"params, got {_kind(prox)}.{way_out}"
             )
-        return replace(self, prox=prox)
+        return replace(self, prox=prox, step_size=step_size)
 
     def check_function(self, function: object) -> None:
         """Raise a TypeError unless the first argument of the decorator is a function."""
@@ -82,8 +92,28 @@ class Condition:
 
 
 MINIMUM = Condition("implicit_minimizer", "inner", "inner loss", "minimum", "cg")
+CONSTRAINED = replace(MINIMUM, solver="minres", indefinite=True)
 FIXED_POINT = Condition("implicit_fixed_point", "step", "step", "fixed point", "gmres")
 ROOT = Condition("implicit_root", "residual", "residual", "root", "gmres")
+
+
+def minimum(
+    backend: Backend, inner: Callable[..., Any], prox: object, step_size: float, equality: Any, inequality: Any
+) -> tuple[Condition, Callable[..., Any]]:
+    """Return the condition of a minimum, and its function: the inner loss, or its Lagrangian if there are constraints.
+
+    Raises:
+        TypeError, ValueError: if an argument is no function, or the arguments do not fit together.
+    """
+    if equality is None and inequality is None:
+        return MINIMUM.with_prox(prox, step_size), inner
+    if prox is not None:
+        raise ValueError(
+            "implicit_minimizer: prox and constraints exclude each other. Write the constraints as a projection, or "
+            "the penalty as a smooth loss with constraints."
+        )
+    CONSTRAINED.check_function(inner)
+    return CONSTRAINED, OnActiveSet(Constrained(inner, inner, equality, inequality), backend)
 
 
 def _for_problem(problem: BilevelProblem) -> str:
@@ -92,6 +122,8 @@ def _for_problem(problem: BilevelProblem) -> str:
         if hasattr(problem, operator):
             prox = "problem.prox" if operator == "prox" else "lambda v, hparams, _: problem.project(v, hparams)"
             return f"Write implicit_minimizer(problem.smooth, prox={prox})."
+    if isinstance(problem, Constrained):
+        return 'Write implicit_minimizer(objective, solver="minres", equality=..., inequality=...).'
     for condition in (MINIMUM, FIXED_POINT, ROOT):
         if hasattr(problem, condition.role):
             return f"Write {condition.decorator}(problem.{condition.role})."
@@ -208,18 +240,19 @@ def check_fit_result(backend: Backend, result: Any) -> Any:
 
 
 @contextmanager
-def tuples_noted(condition: Condition, training: str, params: object) -> Iterator[None]:
-    """Add a note to an error of the condition's function if the training returned a tuple.
+def params_noted(condition: Condition, training: str, params: object) -> Iterator[None]:
+    """Add a note to an error of the condition's function: which params it received.
 
-    Params can be a tuple. So only an error of the function shows that the result was meant as (params, loss).
+    Their shapes may be wrong. Params can be a tuple. So only an error of the function shows that the result was meant
+    as (params, loss).
     """
     try:
         yield
     except Exception as error:
+        shapes = [f"params{path} of shape {tuple(leaf.shape)}" for path, leaf in leaves_with_paths(params)]
+        error.add_note(f"{training} returned {_kind(params)}, and {condition.role} received {listed(shapes[:5])}.")
         if type(params) is tuple:
-            error.add_note(
-                f"{training} returned {_kind(params)}, and {condition.role} received it as params. {ONLY_PARAMS}"
-            )
+            error.add_note(ONLY_PARAMS)
         raise
 
 

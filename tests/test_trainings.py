@@ -11,8 +11,8 @@ from bilevel.trainings import (
     ROOT,
     bind_arguments,
     check_training_result,
+    params_noted,
     training_name,
-    tuples_noted,
 )
 
 backend = get_backend("numpy")
@@ -80,14 +80,18 @@ class TestResults:
         with pytest.raises(TypeError, match=text):
             check_training_result(backend, "my_training", result, has_aux=True)
 
-    def test_a_tuple_is_noted_where_the_inner_loss_fails(self):
-        with pytest.raises(TypeError) as caught, tuples_noted(MINIMUM, "my_training", (W, LOSS)):
+    def test_the_params_are_noted_where_the_inner_loss_fails(self):
+        with pytest.raises(TypeError) as caught, params_noted(MINIMUM, "my_training", (W, LOSS)):
             raise TypeError("unsupported")
-        (note,) = caught.value.__notes__
-        assert note.startswith("my_training returned a tuple of 2, and inner received it as params. Return only the p")
-        with pytest.raises(TypeError) as caught, tuples_noted(MINIMUM, "my_training", [W]):
+        shapes, advice = caught.value.__notes__
+        assert advice.startswith("Return only the params, or return (params, aux)")
+        assert shapes == (
+            "my_training returned a tuple of 2, and inner received params[0] of shape (2,) and params[1] of shape ()."
+        )
+        with pytest.raises(TypeError) as caught, params_noted(MINIMUM, "my_training", [W]):
             raise TypeError("unsupported")
-        assert not hasattr(caught.value, "__notes__")
+        [note] = caught.value.__notes__
+        assert note == "my_training returned a list of 1, and inner received params[0] of shape (2,)."
 
 
 class TestArguments:

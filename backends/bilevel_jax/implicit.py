@@ -13,13 +13,13 @@ from bilevel.hypergradient import SolverSpec
 from bilevel.spaces.array import V
 from bilevel.trainings import (
     FIXED_POINT,
-    MINIMUM,
     ROOT,
     Condition,
     bind_arguments,
     check_training_result,
+    minimum,
+    params_noted,
     training_name,
-    tuples_noted,
 )
 from bilevel.validation import check_stateless, check_trees
 from bilevel_jax.backend import backend
@@ -32,6 +32,9 @@ def implicit_minimizer(
     solver: SolverSpec = "cg",
     *,
     prox: Callable[..., object] | None = None,
+    step_size: float = 1.0,
+    equality: Callable[..., object] | None = None,
+    inequality: Callable[..., object] | None = None,
     on_failure: OnFailure = "warn",
     has_aux: bool = False,
 ) -> Callable[[Callable[..., V]], Callable[..., V]]:
@@ -57,6 +60,12 @@ def implicit_minimizer(
             ``bl.prox.l1()``, or a projection on a convex set. It is (v, hparams, step_size) -> a tree like params, as
             in `bl.Proximal`. The linear system is the symmetric one of `bl.Proximal`: for an L1 norm or bounds, the
             system on the support. Only first derivatives are right for `bl.prox.nuclear_norm`.
+        step_size: of the proximal step, as in `bl.Proximal`. In float32, it should be near one over the largest
+            curvature of L, if that is far from 1.
+        equality, inequality: constraints equality(w, hparams, *args) = 0 and inequality(w, hparams, *args) <= 0, as in
+            `bl.Constrained`. Then the training returns the params of `bl.Constrained`: a dict with "w" and the
+            multipliers. ``inner`` receives w only. The linear system is indefinite: use "minres", "gmres" or "exact".
+            Constraints that are about to become active are not found.
         on_failure: "raise", "warn" or "ignore", for a solve that does not converge. "warn" raises if the result is not
             finite.
         has_aux: whether the training returns ``(params, aux)``, where aux is any tree, such as a history of losses. The
@@ -81,7 +90,8 @@ def implicit_minimizer(
     >>> jax.grad(lambda h: ridge(h, jnp.ones(1)).sum())(jnp.zeros(1))
     Array([-0.25], dtype=...)
     """
-    return _decorator(MINIMUM.with_prox(prox), inner, solver, on_failure, has_aux)
+    condition, function = minimum(backend, inner, prox, step_size, equality, inequality)
+    return _decorator(condition, function, solver, on_failure, has_aux)
 
 
 def implicit_root(
@@ -179,7 +189,7 @@ def _decorator(
             # No derivative passes through the training: it does not depend on how w* was found.
             hparams, args, named = _constant((bound.hparams, bound.args, {**bound.shared, **bound.own}))
             found, aux = check_training_result(backend, name, my_training(hparams, *args, **named), has_aux)
-            with tuples_noted(condition, name, found):
+            with params_noted(condition, name, found):
                 call = Call(bound.args, bound.shared)
                 params = with_implicit_derivative(
                     condition, function, linear_solver, on_failure, _constant(found), bound.hparams, call

@@ -38,7 +38,7 @@ def with_implicit_derivative(
 ) -> P:
     """Return params, which JAX then differentiates as w* of a condition function(params, hparams, *args, **named)."""
     if condition.prox is not None:
-        function = WithProx(function, condition.prox)
+        function = WithProx(function, condition.prox, condition.step_size)
     checked = partial(_check_value, condition, params)
     uncovered, captured, jaxpr = uncover(function, params, hparams, call, checked)
     make_solver, options = uncover_options(solver)

@@ -25,22 +25,23 @@ Run = Callable[..., Any]  # (function, *arguments): calls function(backend, *arg
 
 @dataclass(frozen=True)
 class WithProx(Static):
-    """(w, λ, ...) -> the inner loss, and the result of the proximal operator with step size 1."""
+    """(w, λ, ...) -> the inner loss, and the result of the proximal operator."""
 
     inner: Callable[..., object]
     prox: Callable[..., object]
+    step_size: float
 
     def __call__(self, params: object, hparams: object, *args: object, **named: object) -> tuple[object, object]:
-        return self.inner(params, hparams, *args, **named), self.prox(params, hparams, 1.0)
+        return self.inner(params, hparams, *args, **named), self.prox(params, hparams, self.step_size)
 
 
-def proximal_problem(function: Callable[..., Any], args: Args) -> Proximal:
+def proximal_problem(condition: Condition, function: Callable[..., Any], args: Args) -> Proximal:
     """Return the problem of a `WithProx` of (w, λ, *args)."""
 
     def smooth(w: object, h: object, *args: object) -> object:
         return function(w, h, *args)[0]
 
-    return Proximal(smooth, lambda v, h, _: function(v, h, *args)[1], smooth)
+    return Proximal(smooth, lambda v, h, _: function(v, h, *args)[1], smooth, condition.step_size)
 
 
 def residual_of(
@@ -51,10 +52,10 @@ def residual_of(
     With a proximal operator, the step is the proximal step.
     """
     if condition.prox is not None:
-        problem, space = proximal_problem(function, args), backend.space(params)
+        problem, space = proximal_problem(condition, function, args), backend.space(params)
         slope = backend.inner_slope(problem.smooth, params, hparams, args)
-        prox = backend.checked_map(problem.prox, params, hparams, (1.0,), "prox")
-        return lambda w, h: space.subtract(w, prox(space.subtract(w, slope(w, h)), h))
+        prox = backend.checked_map(problem.prox, params, hparams, (problem.step_size,), "prox")
+        return lambda w, h: space.subtract(w, prox(space.axpy(-problem.step_size, slope(w, h), w), h))
     if condition.role == "inner":
         return backend.inner_slope(function, params, hparams, args)
     value = backend.checked_map(function, params, hparams, args, condition.role)
@@ -165,10 +166,11 @@ def _solve(
 ) -> tuple[P, SolverInfo]:
     space = backend.space(params)
     if function.condition.symmetric:
-        A = LinearOperator(space, backend.inner(function, params, hparams, args).vjp_params)
+        at = backend.inner(function, params, hparams, args)
+        A = LinearOperator(space, at.vjp_params, indefinite=function.condition.indefinite)
         return run_solver(solver, A, rhs)
     if function.condition.prox is not None:
-        at = proximal_problem(function, args).linearize(backend, params, hparams, args)
+        at = proximal_problem(function.condition, function, args).linearize(backend, params, hparams, args)
         return solve_reduced(solver, LinearOperator(space, at.product), at, rhs, transposed)
     residual = function.residual(backend, params, hparams, args)
     # Linearized outside the solver's loop, because its body must not trace the function again.

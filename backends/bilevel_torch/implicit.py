@@ -10,7 +10,7 @@ from bilevel.config import get_linear_solver
 from bilevel.convergence import OnFailure, check_on_failure
 from bilevel.hypergradient import SolverSpec
 from bilevel.spaces.tree import leaves_with_paths
-from bilevel.trainings import FIXED_POINT, MINIMUM, ROOT, Condition, bind_arguments
+from bilevel.trainings import FIXED_POINT, ROOT, Condition, bind_arguments, minimum
 from bilevel_torch.backend import TorchBackend
 from bilevel_torch.implicit_rules import Training
 from bilevel_torch.trees import tree_of
@@ -23,6 +23,9 @@ def implicit_minimizer(
     solver: SolverSpec = "cg",
     *,
     prox: Callable[..., Any] | None = None,
+    step_size: float = 1.0,
+    equality: Callable[..., Any] | None = None,
+    inequality: Callable[..., Any] | None = None,
     on_failure: OnFailure = "warn",
     has_aux: bool = False,
 ) -> Callable[[Train], Train]:
@@ -55,6 +58,13 @@ def implicit_minimizer(
             ``bl.prox.l1()``, or a projection on a convex set. It is (v, hparams, step_size) -> a tree like params, as
             in `bl.Proximal`. The linear system is the symmetric one of `bl.Proximal`: for an L1 norm or bounds, the
             system on the support. Only first derivatives are right for `bl.prox.nuclear_norm`.
+        step_size: of the proximal step, as in `bl.Proximal`. In float32, it should be near one over the largest
+            curvature of L, if that is far from 1.
+        equality, inequality: constraints equality(w, hparams, *args) = 0 and inequality(w, hparams, *args) <= 0, as in
+            `bl.Constrained`. Then ``train`` returns the params of `bl.Constrained`: a dict with "w" and the
+            multipliers, for example from `bl.with_multipliers` or `bl.constrained_fit`. ``inner`` receives w only. The
+            linear system is indefinite: use "minres", "gmres" or "exact". Constraints that are about to become active
+            are not found.
         solver: a linear solver, as in `hypergradient`. `bilevel.WarmStart` starts each solve from the last solution.
         on_failure: as in `hypergradient`. Errors and warnings come in the backward pass.
         has_aux: ``train`` returns (params, aux), and so does the result of the decorator. Tensors in aux are detached.
@@ -80,7 +90,8 @@ def implicit_minimizer(
     >>> h.grad
     tensor([6.])
     """
-    return _decorator(MINIMUM.with_prox(prox), inner, solver, on_failure, has_aux)
+    condition, function = minimum(TorchBackend(), inner, prox, step_size, equality, inequality)
+    return _decorator(condition, function, solver, on_failure, has_aux)
 
 
 def implicit_root(

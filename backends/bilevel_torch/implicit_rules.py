@@ -21,7 +21,7 @@ from bilevel.problems.optimality import distance, of_hparams_only
 from bilevel.problems.proximal import Proximal
 from bilevel.results import SolverInfo
 from bilevel.spaces.tree import leaves, tree_map, with_leaves
-from bilevel.trainings import Arguments, Condition, check_training_result, training_name, tuples_noted
+from bilevel.trainings import Arguments, Condition, check_training_result, params_noted, training_name
 from bilevel.validation import check_like, leaf_names
 from bilevel_torch.autograd import as_graph_leaves, evaluate, grad, solver_mode
 from bilevel_torch.backend import TorchBackend
@@ -166,7 +166,7 @@ class Training:
         whole = with_leaves(self.structure, [p.detach() for p in params])
         w, _ = as_graph_leaves(prune(whole, self.frozen), ())
         function = partial(self.function, **given.shared)
-        with tuples_noted(self.condition, training_name(self.train), whole):
+        with params_noted(self.condition, training_name(self.train), whole):
             value = evaluate(function, fill(whole, w), given.hparams, *given.args)
         if self.condition.role != "inner":
             check_like(self.backend, self.condition.role, value, "params", whole)
@@ -174,7 +174,7 @@ class Training:
 
         def prox(x: Any) -> Any:
             assert self.condition.prox is not None
-            moved = evaluate(self.condition.prox, fill(whole, x), given.hparams, 1.0)
+            moved = evaluate(self.condition.prox, fill(whole, x), given.hparams, self.condition.step_size)
             check_like(self.backend, "prox", moved, "params", whole)
             return prune(moved, self.frozen)
 
@@ -188,14 +188,16 @@ class Training:
             at = self.backend.inner_of(value, w, lam)
             if self.condition.prox is None:
                 return at
-            problem = Proximal(self.function, lambda x, *_: prox(x), self.function)
+            step_size = self.condition.step_size
+            problem = Proximal(self.function, lambda x, *_: prox(x), self.function, step_size)
             return problem.linearize_step(self.backend, w, lam, (), at)
         at = self.backend.jacobian_of(value, w, lam, role)
         return distance(self.backend, w, lam, at) if role == "step" else of_hparams_only(at)
 
     def _operator(self, at: LinearizedMap[Any, Any], w: Any) -> LinearOperator[Any]:
         symmetric = self.condition.symmetric_system
-        return LinearOperator(self.backend.space(w), at.product, symmetric, transpose=at.jvp_params)
+        space, indefinite = self.backend.space(w), self.condition.indefinite
+        return LinearOperator(space, at.product, symmetric, transpose=at.jvp_params, indefinite=indefinite)
 
     def _residuals(self, point: _Point) -> Sequence[torch.Tensor | None]:
         """Return the leaves of r, with a graph."""
@@ -205,7 +207,8 @@ class Training:
             if self.condition.prox is None:
                 return slopes
             with torch.enable_grad():
-                ends = [x if slope is None else x - slope for x, slope in zip(leaves(w), slopes, strict=True)]
+                s = self.condition.step_size
+                ends = [x if slope is None else x - s * slope for x, slope in zip(leaves(w), slopes, strict=True)]
                 return [x - y for x, y in zip(leaves(w), leaves(prox(with_leaves(w, ends))), strict=True)]
         if self.condition.role == "step":
             with torch.enable_grad():

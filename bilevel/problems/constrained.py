@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from inspect import Signature, signature
 from typing import TYPE_CHECKING, Any
 
 from bilevel.linearization import LinearizedMap, Reduction
@@ -139,6 +140,30 @@ class Constrained:
             lambda m, g: 1.0 * (xp.maximum(xp.abs(m), xp.abs(g)) <= least), params["inequality"], values
         )
         return {**space.zeros(), "inequality": kinks}
+
+
+@dataclass(frozen=True)
+class OnActiveSet:
+    """(p, λ, ...) -> Φ of a `Constrained` on the active set of p, as an inner loss with the signature of the objective.
+
+    A backend takes the mask of the active set for a constant. So the gradient of this loss is zero at the KKT point,
+    and its Hessian is the matrix of the linear system.
+    """
+
+    problem: Constrained
+    backend: Backend
+
+    @property
+    def __signature__(self) -> Signature:
+        return signature(self.problem.objective)
+
+    def __call__(self, params: Any, hparams: Any, *args: Any, **named: Any) -> Any:
+        problem = self.problem
+        if named:
+            roles = [role for role in ("objective", "equality", "inequality") if getattr(problem, role) is not None]
+            problem = replace(problem, **{role: partial(getattr(problem, role), **named) for role in roles})
+        active, _ = problem._active(self.backend, params, hparams, args)
+        return problem.lagrangian(params, hparams, active, *args)
 
 
 def _same(x: P) -> P:

@@ -10,16 +10,13 @@ from sklearn.base import ClassifierMixin
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from bilevel.sklearn.tuned import Start, TunedLinearModel, risen
+from bilevel.sklearn.tuned import TunedLinearModel
 
 
 class TunedClassifier(ClassifierMixin, TunedLinearModel):
     """The base class of linear classifiers for two or more classes."""
 
     classes_: np.ndarray
-
-    def _restart(self, found: Start) -> Start:
-        return risen(found)
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
         """Tune the penalties, and fit.

@@ -13,8 +13,8 @@ class TunedLasso(TunedRegressor, TunedSparseModel):
     It minimizes ½ mean (y − Xw − b)² + Σⱼ αⱼ |wⱼ|. With one α for all features, this is `sklearn.linear_model.Lasso`.
     The cross-validated error has several local minima. So the search computes the error at up to 12 values of a shared
     α, from the α for which all coefficients are zero. It stops when the error has risen. From the best value, it
-    minimizes the error by `bl.minimize` and its gradient in log α. Then it tunes an α per group, from the shared α
-    upwards. Smaller ones would overfit the folds.
+    minimizes the error by `bl.minimize` and its gradient in log α. Then it tunes an α per group, which stays near the
+    shared one as in `TunedRidge`.
 
     Args:
         penalty: "shared" (one α), "feature" (an α for each feature), or an array of shape (n_features,) with the group

@@ -19,8 +19,7 @@ class TunedLogisticRegression(TunedClassifier):
     It minimizes Σᵢ log lossᵢ + ½ Σⱼ αⱼ ‖wⱼ‖². With one α for all features, this is
     `sklearn.linear_model.LogisticRegression` with C = 1/α. With more than two classes, the loss is the multinomial
     loss, and α of a feature is for its coefficients of all classes. The search is as in `TunedRidge`, with the mean log
-    loss of the held-out rows. Penalties of groups are at least the shared one, since smaller ones would overfit the
-    folds.
+    loss of the held-out rows.
 
     Args:
         penalty, cv, fit_intercept, bounds, max_iter, tol, verbose: as in `TunedRidge`. A number of folds means

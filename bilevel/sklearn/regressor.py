@@ -34,6 +34,9 @@ class TunedRegressor(RegressorMixin, TunedLinearModel):
         self.intercept_ = float(self.intercept_ + mean)
         return self
 
+    def _unit_loss(self, loss: float) -> float:
+        return 2 * loss  # half the squared error, in units of the variance of the errors
+
     def predict(self, X: Any) -> np.ndarray:
         """Return the predictions, of shape (n,)."""
         check_is_fitted(self)

@@ -11,7 +11,9 @@ class TunedRidge(TunedRegressor):
 
     It minimizes ‖y − Xw − b‖² + Σⱼ αⱼ wⱼ². With one α for all features, this is `sklearn.linear_model.Ridge`. The
     search minimizes the mean over the folds of the mean squared error of the held-out rows, by `bl.minimize` and its
-    gradient in all log αⱼ. It tunes a shared α first. Then it fits all rows with the α that it has found.
+    gradient in all log αⱼ. It tunes a shared α first. An α per group stays near the shared one, unless the data say
+    otherwise: the search adds a normal prior of log αⱼ with standard deviation ½. Without it, many penalties overfit
+    the folds. Then it fits all rows with the α that it has found.
 
     A penalty depends on the scale of its feature. To start from a reasonable point, scale the features to a standard
     deviation of about 1.

@@ -11,7 +11,7 @@ from scipy import sparse
 from bilevel.problems.folds import SplitRows
 from bilevel.problems.k_fold import KFoldProblem
 from bilevel.search.newton_fit import newton_fit
-from bilevel.sklearn.tuned import Start, TunedLinearModel, risen
+from bilevel.sklearn.tuned import Start, TunedLinearModel
 
 LENGTH = 12  # of a path
 SHARE = 1e-3  # the smallest penalty of a path, relative to the largest
@@ -71,9 +71,6 @@ class TunedSparseModel(TunedLinearModel):
         self.path_alphas_ = self._units(size) * np.exp(path[:, : len(errors)]).sum(0)
         self.path_errors_ = errors
         return Start(path[:, at : at + 1], params_at, np.array(bounds))
-
-    def _restart(self, found: Start) -> Start:
-        return risen(found)
 
     def _limits(self, largest: float, rows: SplitRows) -> np.ndarray:
         """Return the default bounds of log penalties, of shape (kinds, 2). All weights are zero at ``largest``."""

@@ -16,12 +16,13 @@ from sklearn.utils.validation import _check_sample_weight
 from bilevel.errors import InnerProblemWarning
 from bilevel.linear_solvers.cg import CG
 from bilevel.messages import callers_level
+from bilevel.options import check_int, check_real
 from bilevel.problems.folds import Folds, SplitRows
-from bilevel.problems.k_fold import KFoldProblem
 from bilevel.problems.protocols import BilevelProblem
 from bilevel.search.evaluations import Evaluation
 from bilevel.search.minimize import minimize
 from bilevel.search.newton_fit import newton_fit
+from bilevel.sklearn.shrinkage import SPREAD, ShrunkKFold
 from bilevel.spaces.array import Args
 
 START = 1.0  # the first alpha of a search
@@ -72,14 +73,6 @@ class Start(NamedTuple):
     bounds: np.ndarray
 
 
-def risen(found: Start) -> Start:
-    """Return the start of a search in which penalties cannot be smaller than the shared penalties.
-
-    Free penalties overfit the folds more if there are many groups.
-    """
-    return found._replace(bounds=np.column_stack([found.logs[:, 0], found.bounds[:, 1]]))
-
-
 class TunedLinearModel(BaseEstimator):
     """The base class of linear models that tune penalties per group of features by cross-validation.
 
@@ -127,6 +120,7 @@ class TunedLinearModel(BaseEstimator):
         Set ``intercept_``, ``alphas_``, ``history_`` and ``n_iter_``. ``labels`` of the rows are for stratified folds.
         """
         groups = _groups(self.penalty, X.shape[1])
+        self._check_options()
         weights = np.asarray(_check_sample_weight(sample_weight, X, dtype=np.float64))
         labels = y if labels is None else labels
         splitter: Any = check_cv(self.cv, labels, classifier=is_classifier(self))
@@ -140,7 +134,8 @@ class TunedLinearModel(BaseEstimator):
         self.history_, self.n_iter_ = [], 0
         start = self._search(np.zeros_like(groups), rows, start)  # one penalty first, for a good start
         if groups.max():
-            start = self._search(groups, rows, self._restart(start))
+            loss = self._unit_loss(min(evaluation.value for evaluation in self.history_))
+            start = self._search(groups, rows, start, loss / (weights.sum() * SPREAD**2))
         logs = start.logs + np.log(self._units(size) / self._units(weights.sum()))
         self._set_alphas(np.exp(start.logs)[:, groups] * self._units(size))
         fit = newton_fit(self._on(groups), inner_args=_by_columns(data), tol=FIT_TOL)
@@ -153,14 +148,21 @@ class TunedLinearModel(BaseEstimator):
         logs = np.clip(np.log(START / self._units(size)), *bounds)
         return Start(np.full((1, 1), logs), [params] * len(rows), bounds[None])
 
-    def _restart(self, found: Start) -> Start:
-        """Return the start of the search for penalties of groups from the shared penalties."""
-        return found
+    def _unit_loss(self, loss: float) -> float:
+        """Return the change of the loss of one example that counts as a unit of its log likelihood.
 
-    def _search(self, groups: np.ndarray, rows: SplitRows, start: Start) -> Start:
-        """Minimize the cross-validated loss over log penalties of groups. Return the minimum."""
+        Args:
+            loss: the cross-validated loss with the best shared penalties.
+        """
+        return 1.0
+
+    def _search(self, groups: np.ndarray, rows: SplitRows, start: Start, shrinkage: float = 0.0) -> Start:
+        """Minimize the cross-validated loss over log penalties of groups. Return the minimum.
+
+        ``shrinkage`` is the weight of the squared distance from the start.
+        """
         logs = np.broadcast_to(start.logs, (len(self._kinds), groups.max() + 1))
-        cv = KFoldProblem(self._on(groups), rows)
+        cv = ShrunkKFold(self._on(groups), rows, self._hparams(logs), shrinkage)
         fit: Any = newton_fit(cv, inner_args=(), tol=float(np.clip(self.tol**2, FIT_TOL, LOOSEST)))
         with warnings.catch_warnings():
             # A fit at a kink is no failure here, for example at the penalty where all weights become zero. An unsolved
@@ -214,6 +216,12 @@ class TunedLinearModel(BaseEstimator):
         """Return the problem with a penalty per group. The intercept has none."""
         return type(self)._problem([*groups, -1] if self.fit_intercept else list(groups))
 
+    def _check_options(self) -> None:
+        check_int(self, "max_iter", least=1)
+        check_real(self, "tol")
+        if not isinstance(self.fit_intercept, bool | np.bool_):
+            raise TypeError(f"fit_intercept: expected True or False, got {self.fit_intercept!r}.")
+
     def _log_bounds(self) -> np.ndarray:
         try:
             low, high = (float(limit) for limit in self.bounds)
@@ -240,7 +248,10 @@ def _groups(penalty: Any, features: int) -> np.ndarray:
             f'penalty: expected "feature", "shared" or an array with the group of each of {features} features, got '
             f"{got}."
         )
-    return np.unique(penalty, return_inverse=True)[1]
+    labels = np.asarray(penalty)
+    if labels.dtype.kind == "f" and np.isnan(labels).any():
+        raise ValueError(f"penalty: feature {np.isnan(labels).argmax()} has the group nan.")
+    return np.unique(labels, return_inverse=True)[1]
 
 
 def _check_weights(weights: np.ndarray, folds: Sequence[Any]) -> None:

@@ -80,3 +80,32 @@ def test_an_operator_with_a_result_of_another_shape():
     solve = bilevel_jax.implicit_minimizer(lambda w, h: jnp.sum((w - h) ** 2), prox=lambda v, h, s: v.sum())
     with pytest.raises(ValueError, match="prox: expected the structure of params"):
         jax.grad(lambda h: solve(lambda h: h)(h).sum())(jnp.ones(2))
+
+
+def test_a_step_size_that_fits_the_curvature_keeps_the_digits_of_float32():
+    operator, curvature = prox.group_lasso([0, 0, 0], 1e6), 1e6
+
+    def gradient(h, step_size):
+        loss = lambda w, h: 0.5 * curvature * jnp.sum((w - h) ** 2)  # noqa: E731
+        solve = bilevel_jax.implicit_minimizer(loss, prox=operator, step_size=step_size, on_failure="ignore")
+        return jax.grad(lambda h: jnp.arange(3) @ solve(lambda h: h - h / jnp.linalg.norm(h))(h))(h)
+
+    h = jnp.array([2.0, -1.0, 3.0], jnp.float32)
+    expected = gradient(h.astype(jnp.float64), 1e-6)
+    assert relative_error(gradient(h, 1e-6), expected) <= 1e-6
+    assert relative_error(gradient(h, 1.0), expected) > 1e-2
+
+
+def test_a_problem_in_place_of_the_operator():
+    problem = bl.Proximal(Quadratic(), prox.l1(), Distance())
+    with pytest.raises(TypeError, match=r"got a Proximal\. Write .*\(problem\.smooth, prox=problem\.prox\)"):
+        bilevel_jax.implicit_minimizer(problem.smooth, prox=problem)
+
+
+def test_params_of_a_wrong_shape_are_named():
+    def loss(w, h):
+        return jnp.sum((jnp.ones((4, 3)) @ w["a"] - h) ** 2)
+
+    with pytest.raises(TypeError) as caught:
+        bilevel_jax.implicit_minimizer(loss)(lambda h: {"a": jnp.ones(2)})(jnp.ones(4))
+    assert any("inner received params['a'] of shape (2,)" in note for note in caught.value.__notes__)

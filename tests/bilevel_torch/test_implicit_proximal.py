@@ -102,3 +102,19 @@ class TestErrors:
         )(torch.clone)
         with pytest.raises(ValueError, match="prox: expected the structure of params"):
             solve(torch.ones(2, requires_grad=True)).sum().backward()
+
+
+@pytest.mark.parametrize("curvature", [1e-6, 1e6])
+def test_a_step_size_that_fits_the_curvature_keeps_the_digits_of_float32(curvature):
+    operator, h = prox.group_lasso([0, 0, 0], curvature), torch.tensor([2.0, -1.0, 3.0])
+
+    def gradient(h, **options):
+        h = h.clone().requires_grad_()
+        loss = lambda w, h: 0.5 * curvature * ((w - h) ** 2).sum()  # noqa: E731
+        solve = bilevel_torch.implicit_minimizer(loss, prox=operator, on_failure="ignore", **options)
+        (solve(lambda h: h - h / h.norm())(h) * torch.arange(3)).sum().backward()
+        return h.grad
+
+    expected = gradient(h.double(), step_size=1 / curvature)
+    assert relative_error(gradient(h, step_size=1 / curvature), expected) <= 1e-6
+    assert relative_error(gradient(h), expected) > 1e-4

@@ -93,18 +93,24 @@ def cv_error(X, y, alphas, folds):
     return np.mean(errors)
 
 
-def test_the_penalties_minimize_the_cross_validated_error():
+def test_the_penalties_minimize_the_cross_validated_error_and_the_prior():
     X, y = regression()
-    folds = list(KFold(3).split(X))
-    model = TunedRidge(cv=folds, tol=1e-5, bounds=(1e-3, 1e4)).fit(X, y)
-    best = cv_error(X, y, model.alphas_, folds)
+    options = {"cv": list(KFold(3).split(X)), "tol": 1e-5}
+    model, shared = TunedRidge(**options).fit(X, y), TunedRidge(penalty="shared", **options).fit(X, y)
+    variance = 2 * cv_error(X, y, shared.alphas_, options["cv"])
+
+    def objective(alphas):
+        prior = 0.5 * np.sum((np.log(alphas / shared.alphas_) / 0.5) ** 2)
+        return cv_error(X, y, alphas, options["cv"]) + variance / len(y) * prior
+
+    best = objective(model.alphas_)
     assert model.history_[-1].value == pytest.approx(best, rel=1e-6)
-    assert best < min(cv_error(X, y, np.full(X.shape[1], alpha), folds) for alpha in np.logspace(-3, 4, 30))
+    assert best < objective(shared.alphas_)
     for j in range(X.shape[1]):
-        for factor in (0.7, 1.4):
+        for factor in (0.9, 1.1):
             moved = model.alphas_.copy()
-            moved[j] = np.clip(moved[j] * factor, 1e-3, 1e4)
-            assert cv_error(X, y, moved, folds) >= best * (1 - 1e-9)
+            moved[j] *= factor
+            assert objective(moved) > best
 
 
 def test_a_shared_penalty_is_the_best_of_a_grid():
@@ -172,11 +178,16 @@ def test_a_search_that_ends_early_warns():
         ({"penalty": [0, 1]}, r"the group of each of 8 features, got an array of shape \(2,\)"),
         ({"bounds": 3}, r"bounds: expected two numbers \(low, high\), got 3"),
         ({"bounds": (0, 1)}, r"bounds: expected 0 < low <= high < inf"),
-        ({"max_iter": 0}, "maxiter: expected an integer >= 1"),
+        ({"penalty": [0, np.nan, *[1] * 6]}, "penalty: feature 1 has the group nan"),
+        ({"max_iter": 0}, "TunedRidge.max_iter: expected an integer >= 1, got 0"),
+        ({"max_iter": 2.5}, "TunedRidge.max_iter: expected an integer >= 1, got 2.5"),
+        ({"tol": -1}, "TunedRidge.tol: expected a finite number >= 0, got -1"),
+        ({"tol": "small"}, "TunedRidge.tol: expected a finite number >= 0, got 'small'"),
+        ({"fit_intercept": "no"}, "fit_intercept: expected True or False, got 'no'"),
     ],
 )
 def test_invalid_options_are_named(options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         TunedRidge(**options).fit(*regression())
 
 
