@@ -154,7 +154,7 @@ def named_sharding(mesh, specs):
 
 
 def a_deep_net_stays_sharded(mesh, params, gathers):
-    """In the loop, only vectors travel, layer by layer, and numbers. So no device holds all params."""
+    """The loop gathers vectors layer by layer, and no params: XLA gathers their layers before the loop."""
     layers, size = 3, 16
     draw = np.random.default_rng(0).normal
     w = {str(i): jnp.asarray(0.3 * draw(size=(size, size))) for i in range(layers)}
