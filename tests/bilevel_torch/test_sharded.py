@@ -48,7 +48,7 @@ def results(what, world, folder):
 def folder(tmp_path_factory):
     """Run all functions of two ranks in the same processes: PyTorch takes long to start."""
     folder = tmp_path_factory.mktemp("ranks")
-    *others, last = start(["checkpoint", "without_a_rank"], 4, folder)
+    *others, last = start(["meshes", "checkpoint", "without_a_rank"], 4, folder)
     assert last.wait(240) == -signal.SIGKILL
     assert [process.wait(60) for process in others] == [0, 0, 0]
     run(["results", "checkpoint", "mishaps"], 2, folder)
@@ -70,6 +70,13 @@ def said(folder):
 def test_it_is_that_of_one_process(errors, case):
     """With uneven shares of the data, and hyperparameters that are replicated, per example, and sharded."""
     for rank in errors:
+        assert rank[case] <= 1e-10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["four ranks", "replicas", "two dimensions"])
+def test_it_is_that_of_one_process_on_four_ranks(folder, case):
+    for rank in results("meshes", 4, folder):
         assert rank[case] <= 1e-10
 
 

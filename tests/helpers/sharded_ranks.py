@@ -204,6 +204,23 @@ def results(rank, world, mesh):
     return errors
 
 
+def meshes(rank, world, mesh):
+    """Return the relative error against one process on four ranks, by the kind of the mesh."""
+    expected, mine = Run("deep").vectors(), share(rank, world)
+    replicas = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards"))
+    both = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensors"))
+
+    def in_both_ways(net):
+        return fsdp(tensor_parallel(net, both["tensors"]), both["data"])
+
+    runs = {
+        "four ranks": Run("deep", lambda net: fsdp(net, mesh), mine),
+        "replicas": Run("deep", lambda net: fsdp(net, replicas), mine),
+        "two dimensions": Run("deep", in_both_ways, share(both["data"].get_local_rank(), 2)),
+    }
+    return {name: error(run.vectors(), expected) for name, run in runs.items()}
+
+
 def mishaps(rank, world, mesh):
     """Return the error that this rank gets, by what is wrong."""
     said, mine = {}, share(rank, world)
