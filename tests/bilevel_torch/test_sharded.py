@@ -214,6 +214,40 @@ def test_a_loss_may_contain_a_gradient_by_its_inputs(mesh):
     torch.testing.assert_close(*found, rtol=1e-10, atol=1e-12)
 
 
+class Operations(torch.nn.Module):
+    """Changes in place, a frozen weight, a bias that is added first, and a product of two parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.frozen = (torch.nn.Linear(n, 4) for n in (3, 4, 4))
+        self.frozen.weight.requires_grad_(False)
+        self.matrix, self.bias = torch.nn.Parameter(torch.randn(4, 2)), torch.nn.Parameter(torch.randn(2))
+
+    def forward(self, x):
+        x = self.first(x).mul_(2).relu_()
+        x = torch.addmm(self.bias, torch.nn.functional.softplus(self.second(x) + self.frozen(x)), self.matrix)
+        x += 1
+        return x.tanh() @ (self.matrix.T @ self.matrix)
+
+
+def test_operations_of_other_kinds_are_right(mesh):
+    from torch.distributed.fsdp import fully_shard
+
+    x, found = torch.ones(2, 3, dtype=torch.float64), []
+    for sharded in (True, False):
+        torch.manual_seed(0)
+        net = Operations().double()
+        h = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+        backend = bilevel_torch.Sharded(fully_shard(net, mesh=mesh)) if sharded else bilevel_torch.TorchBackend()
+        params = [p for p in net.parameters() if p.requires_grad]
+
+        def losses(net=net, h=h):
+            return h.exp() * (net(x) - 1).square().mean(), net(x).square().mean()
+
+        found.append(by(backend, losses, params, h))
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-12)
+
+
 def test_autocast_applies_in_products(mesh):
     net, x, found = sharded_net(mesh, torch.float32), torch.randn(6, 3), []
     params, backend = list(net.parameters()), bilevel_torch.Sharded(net)

@@ -198,7 +198,7 @@ class _Gradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, u: torch.Tensor | None, *vs: Any) -> Any:  # pyright: ignore
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and any(t is not None for t in (u, *vs)):
             return _with_derivatives(ctx, u, vs)
         operation, (g, x, *params) = ctx.operation, ctx.saved_tensors
         first = next(iter(operation.reads.values()))
