@@ -44,6 +44,7 @@ FAULTS = {
     "error in a product": r"rank {last} has raised MemoryError",
     "nan in the loss": r"On rank {last}: The inner loss is nan",
     "nan in the gradient": r"On rank {last}: .*gradient.* is nan",
+    "nan in a product": r"On rank {last}: .* products? with .* nan",
     "nan in the data": r"On rank {last}: The outer loss is nan",
     "shape": r"hparams are other tensors on rank {odd}",
     "solver": r"the solver.* differ between the ranks: rank {odd}",
@@ -113,7 +114,8 @@ def rank_with(fault: str | None, kind: str, rank: int, world: int, at: Path) -> 
         if fault == "nan in the loss":
             loss = loss * float("nan")
         # The graphs of all ranks have the same operations, as FSDP needs it.
-        loss = loss + ((outputs * 0).sum() + (0.0 if fault == "nan in the gradient" else 1.0)).sqrt()
+        zero = fault in ("nan in the gradient", "nan in a product")
+        loss = loss + ((outputs * 0).sum() + (0.0 if zero else 1.0)) ** (1.5 if fault == "nan in a product" else 0.5)
         return loss + decay.exp().mean() * (penalty.full_tensor() if kind == "Sharded" else penalty)
 
     def call() -> None:

@@ -41,6 +41,11 @@ BY_PHRASE = {
         "unwrapped modules, which Fabric's wrappers keep as module, within fabric.autocast()."
     ),
     ("use_reentrant=True",): NOT_REENTRANT,
+    ("got mixed torch.Tensor and DTensor",): (
+        "A loss computes with DTensors and plain tensors together. If only some parameters are DTensors, sum each kind "
+        "by itself, and convert the sum of the DTensors: sum((p**2).sum() for p in dtensors).full_tensor(). Then add "
+        "both sums. Or shard all parameters: fully_shard(module)."
+    ),
 }
 """Advice by the phrases that identify other errors."""
 

@@ -15,7 +15,7 @@ from bilevel.validation import check_scalar
 from bilevel_torch.advice import FOREIGN, NOT_REENTRANT, advice
 from bilevel_torch.graph import COMPILED_GRADIENT, check_compiled, functions_recorded, nodes_of
 from bilevel_torch.isolation import buffers_isolated
-from bilevel_torch.shards import local, placed
+from bilevel_torch.shards import is_dtensor, local, placed
 
 
 def as_graph_leaves(params: P, hparams: H) -> tuple[P, H]:
@@ -94,12 +94,10 @@ def grad(
     recorded = options.get("create_graph", False)
     again = functions_recorded(nodes_of(outputs)) if recorded else nullcontext()
     try:
-        with _hooks_aside(wanted), buffers_isolated(), again:
+        with advised(), _hooks_aside(wanted), buffers_isolated(), again:
             found = torch.autograd.grad(outputs, wanted, grad_outputs, allow_unused=True, **options)
-    except RuntimeError as error:
-        if (way_out := advice(str(error))) is None:
-            raise
-        raise RuntimeError(f"{way_out}\nPyTorch: {error}") from error
+    except RuntimeError:
+        raise
     except Exception as error:
         error.add_note(FOREIGN)
         raise
@@ -167,6 +165,17 @@ def zeros_for_none(grads: Sequence[torch.Tensor | None], like: V) -> V:
     return with_leaves(like, [torch.zeros_like(t, requires_grad=False) if g is None else g for g, t in pairs])
 
 
+@contextmanager
+def advised() -> Iterator[None]:
+    """Add advice to errors of PyTorch in this block."""
+    try:
+        yield
+    except RuntimeError as error:
+        if (way_out := advice(str(error))) is None:
+            raise
+        raise RuntimeError(f"{way_out}\nPyTorch: {error}") from error
+
+
 def reaches(outputs: Iterable[torch.Tensor], inputs: Iterable[torch.Tensor]) -> bool:
     """Return whether any output depends on any of the inputs, which are leaves of the graph."""
     goals = {torch.autograd.graph.get_gradient_edge(t).node for t in inputs}
@@ -174,6 +183,10 @@ def reaches(outputs: Iterable[torch.Tensor], inputs: Iterable[torch.Tensor]) -> 
 
 
 LEAF = "torch::autograd::AccumulateGrad"
+SHARDED = (
+    "Pass backend=bilevel_torch.Sharded(module) and module.parameters(), and compute the losses inside of "
+    "`with backend.losses():` (docs/distributed.md)."
+)
 
 
 def check_recorded(label: str, nodes: Iterable[Any], params: object) -> None:
@@ -182,11 +195,13 @@ def check_recorded(label: str, nodes: Iterable[Any], params: object) -> None:
     Raises:
         RuntimeError: for a reentrant checkpoint.
         ValueError: for a module that ran with its stored weights, where ``params`` are copies of them. (A penalty can
-            still make the loss depend on params.)
+            still make the loss depend on params.) For parameters in another form, as `fully_shard` makes them.
     """
     # A view inside the graph also shares memory with its base, but it is not a copy. So only leaves are compared.
-    named = leaves_with_paths(params, "params")
-    handed = {local(t).data_ptr(): (path, t) for path, t in named if t.is_leaf and local(t).numel()}
+    named = [(path, t) for path, t in leaves_with_paths(params, "params") if t.is_leaf and local(t).numel()]
+    if freed := [path for path, t in named if local(t).untyped_storage().size() == 0]:
+        raise ValueError(f"{freed[0]} has no memory: the hooks of fully_shard have gathered it and freed it. {SHARDED}")
+    handed = {local(t).data_ptr(): (path, t) for path, t in named}
     for node in nodes:
         name = node.name()
         if name == COMPILED_GRADIENT:
@@ -200,6 +215,11 @@ def check_recorded(label: str, nodes: Iterable[Any], params: object) -> None:
             continue
         own = node.variable
         path, copy = handed.get(local(own).data_ptr(), ("", own)) if local(own).numel() else ("", own)
+        if is_dtensor(copy) != is_dtensor(own):  # with one rank, both have the same memory
+            raise ValueError(
+                f"{label} was computed with another form of {path}: one is a DTensor, and one is a whole tensor, as "
+                f"the hooks of fully_shard gather it. {SHARDED}"
+            )
         if copy is not own:
             raise ValueError(
                 f"{label} was computed with another tensor than {path}, which is a copy of it: a module uses its own "

@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled_text import collectives, entries, loops
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -152,6 +153,38 @@ def named_sharding(mesh, specs):
         assert hg.adjoint["w"].sharding.is_equivalent_to(placed[0]["w"].sharding, 1), hg.adjoint["w"].sharding
 
 
+def a_deep_net_stays_sharded(mesh, params, gathers):
+    """The loop gathers vectors layer by layer, and no params: XLA gathers their layers before the loop."""
+    layers, size = 3, 16
+    draw = np.random.default_rng(0).normal
+    w = {str(i): jnp.asarray(0.3 * draw(size=(size, size))) for i in range(layers)}
+    data = (jnp.asarray(draw(size=(24, size))), jnp.asarray(draw(size=(24, size))))
+
+    def loss(w, h, X, y):
+        for layer in w.values():
+            X = jnp.tanh(X @ layer)
+        return jnp.mean((X - y) ** 2)
+
+    def regularized(w, h, X, y):
+        return loss(w, h, X, y) + sum(jnp.sum(jnp.exp(h[i]) * layer**2) for i, layer in w.items())
+
+    def hypergradient(*point):
+        hg = call(bl.Problem(regularized, loss), bl.CG(damping=4.0), *point)
+        return hg.grad, hg.adjoint
+
+    h = jax.tree.map(lambda layer: jnp.full_like(layer, -2.0), w)
+    placed = [place(mesh, *pair) for pair in zip((params, params, DATA, DATA), (w, h, data, data), strict=True)]
+    compiled = jax.jit(hypergradient).lower(*placed).compile()
+    found = compiled(*placed)
+    agree(found, hypergradient(w, h, data, data), 1e-8)
+    for a, given in zip(jax.tree.leaves(found), jax.tree.leaves((placed[1], placed[0])), strict=True):
+        assert a.sharding.is_equivalent_to(given.sharding, a.ndim), a.sharding
+    moved = collectives(loops(compiled.as_text()))
+    assert set(moved) == {"all-gather", "all-reduce"}
+    assert len(moved["all-gather"]) <= gathers, moved
+    assert max(entries(shape) for shapes in moved.values() for shape in shapes) <= size**2
+
+
 def arrays_on_different_devices_are_refused_by_name():
     first, second = (jax.device_put(W, device) for device in jax.devices()[:2])
     words = ["hparams['decay'] is on cpu:1, but params['b'] is on cpu:0: move one of them"]
@@ -258,6 +291,10 @@ CHECKS = {
     "data in pieces, explicit": partial(named_sharding, EXPLICIT, SPECS),
     "params in pieces, explicit": partial(
         named_sharding, EXPLICIT, ({"w": DATA, "b": SAME}, {"decay": DATA, "weight": SAME}, SAME, SAME)
+    ),
+    "deep net as in FSDP": partial(a_deep_net_stays_sharded, AUTO, DATA, 3),
+    "deep net on two axes": partial(
+        a_deep_net_stays_sharded, jax.make_mesh((4, 2), ("d", "m"), axis_types=(AxisType.Auto,) * 2), P("d", "m"), 19
     ),
     "different devices": arrays_on_different_devices_are_refused_by_name,
     **{f"batch, {name}": partial(a_batch_over_devices_is_a_loop, SOLVERS[name]) for name in ("cg", "neumann")},

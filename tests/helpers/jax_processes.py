@@ -1,7 +1,6 @@
 """Checks of arrays that are sharded over processes: `python jax_processes.py RANK PORT`."""
 
 import os
-import re
 import sys
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
@@ -10,6 +9,7 @@ os.environ["JAX_ENABLE_X64"] = "1"
 import jax
 import jax.numpy as jnp
 import numpy as np
+from compiled_text import collectives
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -62,15 +62,6 @@ def alike(found, given):
     """Check that arrays are sharded as others are."""
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(given), strict=True):
         assert a.sharding.is_equivalent_to(b.sharding, a.ndim), (a.sharding, b.sharding)
-
-
-def collectives(text):
-    """Return the collectives of a compiled program, by kind, with the shapes of their results."""
-    found = {}
-    kinds = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
-    for shape, kind in re.findall(rf"= (.+?) ({kinds})(?:-start)?\(", text):
-        found.setdefault(kind, []).append(shape)
-    return found
 
 
 def main(mesh):

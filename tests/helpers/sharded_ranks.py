@@ -187,9 +187,13 @@ def results(rank, world, mesh):
     errors["tensor parallel"] = error(
         Run("deep", lambda net: tensor_parallel(net, mesh)).vectors(), Run("deep").vectors()
     )
-    errors["resharded late"] = error(
-        trained(Run("tied", lambda net: fsdp(net, mesh, reshard_after_forward=False), mine)).vectors(),
-        Run("tied").vectors(),
+
+    def staying(net):
+        return fsdp(net, mesh, reshard_after_forward=False)
+
+    errors["staying"] = error(trained(Run("tied", staying, mine)).vectors(), Run("tied").vectors())
+    errors["loop of staying"] = error(
+        Run("mlp", staying, mine).loop(bl.WarmStart(CG)), Run("mlp").loop(bl.WarmStart(CG))
     )
     errors["compiled"] = error(trained(compiled(Run("mlp", shard, mine))).vectors(), Run("mlp").vectors())
     replicated, sharded = of_a_replicated_cotangent(Run("mlp", shard, mine))
@@ -198,6 +202,23 @@ def results(rank, world, mesh):
     mixed = Run("mlp", lambda net: fsdp(net, mesh, mp_policy=policy), mine)
     errors["mixed precision"] = error(mixed.vectors(SOLVERS["neumann"]), Run("mlp").vectors(SOLVERS["neumann"]))
     return errors
+
+
+def meshes(rank, world, mesh):
+    """Return the relative error against one process on four ranks, by the kind of the mesh."""
+    expected, mine = Run("deep").vectors(), share(rank, world)
+    replicas = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards"))
+    both = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensors"))
+
+    def in_both_ways(net):
+        return fsdp(tensor_parallel(net, both["tensors"]), both["data"])
+
+    runs = {
+        "four ranks": Run("deep", lambda net: fsdp(net, mesh), mine),
+        "replicas": Run("deep", lambda net: fsdp(net, replicas), mine),
+        "two dimensions": Run("deep", in_both_ways, share(both["data"].get_local_rank(), 2)),
+    }
+    return {name: error(run.vectors(), expected) for name, run in runs.items()}
 
 
 def mishaps(rank, world, mesh):
@@ -239,14 +260,17 @@ def mishaps(rank, world, mesh):
         run.train_loss()  # FSDP finds the whole module here
         run.backend = bilevel_torch.Sharded(run.net[0])
 
-    def with_root(run):
-        own = run.inner
+    def with_power(power):
+        def change(run):
+            own = run.inner
 
-        def inner():
-            zero = (run.net(run.x[mine]) * 0).sum()
-            return own() + (zero + (0.0 if last else 1.0)).sqrt()
+            def inner():
+                zero = (run.net(run.x[mine]) * 0).sum()
+                return own() + (zero + (0.0 if last else 1.0)) ** power
 
-        run.inner = inner
+            run.inner = inner
+
+        return change
 
     def other_decay(run):
         run.decay.data.fill_(float(rank))
@@ -258,7 +282,8 @@ def mishaps(rank, world, mesh):
     attempt("outside, no penalty", call, within=False, change=without_penalty)
     attempt("no backend", lambda *args: call(*args, backend=bilevel_torch.TorchBackend()))
     attempt("nan", call, spoil=lambda run, inner: inner * (float("nan") if last else 1.0))
-    attempt("nan gradient", call, change=with_root)
+    attempt("nan gradient", call, change=with_power(0.5))
+    attempt("nan product", call, change=with_power(1.5))
     attempt("solver", lambda *args: call(*args, solver=bl.CG(damping=4.0 + rank)))
     attempt("decay", call, change=other_decay)
     attempt("counts", call, change=other_counts)

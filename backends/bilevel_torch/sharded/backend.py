@@ -12,19 +12,19 @@ from typing_extensions import override
 
 from bilevel.backend import Backend, Data, R, Rest
 from bilevel.inspection.entries import Entries
-from bilevel.inspection.not_finite import FIRST, described, find_not_finite
+from bilevel.inspection.not_finite import FIRST, SECOND, described, find_not_finite
 from bilevel.linearization import Inputs, LinearizedMap, OuterDerivatives
 from bilevel.micro_batches import MicroBatches
 from bilevel.problems.model_loss import ModelLoss
 from bilevel.spaces.array import Args, H, P, V
 from bilevel.spaces.tree import leaves, with_leaves
-from bilevel_torch.autograd import LEAF, scalar
+from bilevel_torch.autograd import LEAF, advised, scalar
 from bilevel_torch.backend import TorchBackend, check_recording
 from bilevel_torch.data_parallel import DataParallel
 from bilevel_torch.graph import nodes_of
 from bilevel_torch.roll_call import named, named_ranks
 from bilevel_torch.sharded.gathering import Gathering
-from bilevel_torch.sharded.recomputation import READS, changed
+from bilevel_torch.sharded.large_operations import READS, changed
 from bilevel_torch.sharded.space import ShardedSpace
 from bilevel_torch.sharded.transitions import prepare
 from bilevel_torch.shards import is_dtensor, is_split, local
@@ -33,6 +33,12 @@ WITHIN = (
     "Compute the two losses inside of `with backend.losses():`, where backend is the Sharded(module) of the call, and "
     "module is the whole module. The hooks of fully_shard reduce gradients only in loss.backward(), so these "
     "derivatives would be of one rank."
+)
+
+GRADIENT = "The {} loss is finite, but its gradient is nan or infinite. " + FIRST
+PRODUCT = (
+    "The inner loss and its gradient are finite, but a product with the derivative of ∂L/∂w is nan or infinite. "
+    + SECOND
 )
 
 
@@ -112,7 +118,7 @@ class Sharded(DataParallel):
         ``module.parameters()`` are the sharded parameters. For a penalty, sum over them, and convert the sum once:
         ``sum((p**2).sum() for p in module.parameters()).full_tensor()``.
         """
-        with named_ranks(self.label, self.group, self._groups()), self.gathering.forward():
+        with named_ranks(self.label, self.group, self._groups()), self.gathering.forward(), advised():
             yield
 
     @override
@@ -143,14 +149,27 @@ class Sharded(DataParallel):
             return ""
         values = [float(local(loss.detach())) for loss in losses]
         where = described(find_not_finite(self, {}, values[0], values[1], Entries({}, {}, {}, {}, {})))
-        for name, loss in zip(("inner", "outer"), losses, strict=True):
-            if not self._has_finite_gradient(loss) and not where:  # all ranks compute the gradient
-                where = f"The {name} loss is finite, but its gradient is nan or infinite. {FIRST}"
+        params = [p for p in self.module.parameters() if p.requires_grad]
+
+        def gradient(loss: torch.Tensor) -> tuple[Any, ...]:
+            return torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True)
+
+        def product(loss: torch.Tensor) -> tuple[Any, ...]:
+            grads = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
+            grads = [g for g in grads if g is not None and g.requires_grad]
+            if not grads:
+                return ()
+            v = [torch.ones_like(g) for g in grads]
+            return torch.autograd.grad(grads, params, v, retain_graph=True, allow_unused=True)
+
+        texts = [(loss, gradient, GRADIENT.format(name)) for loss, name in zip(losses, ("inner", "outer"), strict=True)]
+        for loss, derivative, text in [*texts, (losses[0], product, PRODUCT)]:
+            if not self._is_finite(derivative, loss) and not where:  # all ranks compute all derivatives
+                where = text
         return self._of_ranks(where)
 
-    def _has_finite_gradient(self, loss: torch.Tensor) -> bool:
-        """Return whether the gradient of this rank by the outputs of the layers is finite."""
-        params = [p for p in self.module.parameters() if p.requires_grad]
+    def _is_finite(self, derivative: Callable[[torch.Tensor], object], loss: torch.Tensor) -> bool:
+        """Return whether a derivative of this rank by the outputs of the layers is finite."""
         finite = []
 
         def look(grads: Iterable[Any]) -> None:
@@ -158,7 +177,7 @@ class Sharded(DataParallel):
 
         nodes: list[Any] = list(nodes_of([loss]))
         handles = [node.register_prehook(look) for node in nodes if READS in node.metadata]
-        self._within(torch.autograd.grad)(loss, params, retain_graph=True, allow_unused=True)
+        self._within(derivative)(loss)
         for handle in handles:
             handle.remove()
         return all(finite)

@@ -7,16 +7,16 @@ without an error. So each read of a parameter gathers it by operations that auto
 # (FSDP2 has no public way around its hooks. All private names of it are in this file.)
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
-from weakref import ref
+from weakref import WeakValueDictionary, ref
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from bilevel_torch.sharded.recomputation import GATHERED, READS, Read, Recomputation, mark
+from bilevel_torch.sharded.large_operations import GATHERED, READS, LargeOperations, Read, mark
 from bilevel_torch.shards import is_dtensor, local, placed, wrapped
 
 
@@ -57,6 +57,7 @@ class Gathering:
             yield
             return
         self.running = True
+        self.weights.start(record for state in self.states for record in _staying(state))
         with ExitStack() as stack:
             stack.callback(setattr, self, "running", False)
             if "torch._dynamo" in sys.modules:  # it would compile again, and has no second derivative
@@ -69,7 +70,7 @@ class Gathering:
                 stack.callback(setattr, part, "__class__", type(part))
                 part.__class__ = self._reading(part)
             stack.enter_context(saved_tensors_hooks(self.weights.pack, self.weights.unpack))
-            stack.enter_context(Recomputation(self.weights.pack))
+            stack.enter_context(LargeOperations(self.weights.pack))
             yield
 
     def _reading(self, part: torch.nn.Module) -> type:
@@ -105,25 +106,42 @@ class _Gathered:
             return self
         param = part._parameters[self.name]
         try:
-            return self.weights.gathered(param, self.record) if is_dtensor(param) else param
+            return self.weights.read(param, self.record) if is_dtensor(param) else param
         except AttributeError as error:  # else the module would return the sharded parameter
             raise RuntimeError(f"Sharded: this version of PyTorch is not supported: {error}") from error
 
 
 class _Weights:
-    """Gathered parameters. A graph that saves one saves the sharded parameter in its place."""
+    """Gathered parameters. A graph that saves one saves the sharded parameter in its place, unless it stays."""
 
     def __init__(self) -> None:
         self.known: dict[int, tuple[Any, Any, Any, Any]] = {}  # by the address of the storage
+        self.staying: set[Any] = set()
+        self.kept: WeakValueDictionary[int, Any] = WeakValueDictionary()  # by the id of the parameter
 
-    def gathered(self, param: Any, record: Any) -> Any:
+    def start(self, staying: Iterable[Any]) -> None:
+        """Forget the values of parameters. The records are of those that stay gathered, as long as their graphs."""
+        self.staying = set(staying)
+        self.kept.clear()
+
+    def read(self, param: Any, record: Any) -> Any:
         """Return a whole parameter. Its gradient is averaged over the ranks, and sharded as the parameter is."""
-        whole: Any = _Whole.apply(param, record)
-        self._remember(whole, param, record)
+        kept = None
+        if record in self.staying and (kept := self.kept.get(id(param))) is None:
+            kept = self.kept[id(param)] = _gather(param.detach(), record)
+        get = partial(self._gathered, record=record)
+        get_param = get if kept is None else partial(get, kept=[kept])
+        whole = get_param(param)
         if whole.grad_fn is not None:
-            gather, reduce = partial(self.gathered, record=record), lambda g: _Reduced.apply(g, record)
-            read = Read(param, mark(param), gather, reduce)
+            read = Read(param, mark(param), get_param, get, lambda g: _Reduced.apply(g, record))
             whole.grad_fn.metadata.update({GATHERED: read, READS: [read]})
+        return whole
+
+    def _gathered(self, t: Any, record: Any, kept: Sequence[Any] = ()) -> Any:
+        """Return a parameter or a vector like it as a whole tensor, from memory if it is there."""
+        whole: Any = _Whole.apply(t, record, kept)
+        if not kept:
+            self._remember(whole, t, record)
         return whole
 
     def _remember(self, whole: Any, param: Any, record: Any) -> None:
@@ -177,14 +195,14 @@ class _Whole(torch.autograd.Function):
     """Gather a parameter. The gradient is averaged over the ranks of the data, and sharded as the parameter is."""
 
     @staticmethod
-    def forward(ctx: Any, param: Any, record: Any) -> Any:
+    def forward(ctx: Any, param: Any, record: Any, kept: Sequence[Any]) -> Any:
         ctx.record = record
         ctx.set_materialize_grads(False)  # PyTorch's zeros would be no DTensors
-        return _gather(param, record)
+        return kept[0].detach() if kept else _gather(param, record)
 
     @staticmethod
     def backward(ctx: Any, g: Any) -> Any:  # pyright: ignore
-        return None if g is None else _Reduced.apply(g, ctx.record), None
+        return None if g is None else _Reduced.apply(g, ctx.record), None, None
 
 
 class _Reduced(torch.autograd.Function):
@@ -198,7 +216,7 @@ class _Reduced(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, v: Any) -> Any:  # pyright: ignore
-        return None if v is None else _Whole.apply(v, ctx.record), None
+        return None if v is None else _Whole.apply(v, ctx.record, ()), None
 
 
 def _gather(param: Any, record: Any) -> Any:
@@ -248,6 +266,13 @@ def _states(module: torch.nn.Module) -> list[Any]:
 
 def _records(state: Any) -> Iterable[Any]:
     return (record for group in state._fsdp_param_groups for record in group.fsdp_params)
+
+
+def _staying(state: Any) -> Iterable[Any]:
+    """Return the records of parameters for which the user set ``reshard_after_forward=False``."""
+    if state._auto_reshard_after_forward:  # the default: PyTorch decides
+        return []
+    return (r for group in state._fsdp_param_groups if not group._reshard_after_forward for r in group.fsdp_params)
 
 
 @contextmanager
