@@ -137,8 +137,8 @@ def next_damping(A: LinearOperator[V], damping: Number, v: V, image: V, error: N
     the error ‖(A − A₀) v‖ is the generalized discrepancy principle (Goncharsky, Leonov & Yagola, USSR Comput. Math.
     Math. Phys. 1973).
 
-    From solve to solve, δ at most doubles, and falls by at most a twentieth. Without these limits, δ would follow the
-    |λmin| of each batch, which varies a hundredfold, and so would the length of v.
+    The result is twice the noise, but from solve to solve, δ at most doubles, and falls by at most a twentieth. Without
+    these limits, δ would follow the |λmin| of each batch, which varies a hundredfold, and so would the length of v.
 
     Args:
         A: the operator of the next solve, without damping.
