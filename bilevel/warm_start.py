@@ -86,7 +86,7 @@ class WarmStart(LinearSolverWrapper[object]):
 
     @override
     def init(self, A: LinearOperator[V]) -> object:
-        """Return the state of the inner solver. It is stored for ``prepare_every`` calls, and computed otherwise."""
+        """Return the state of the inner solver, computed at each call, or once for ``prepare_every`` calls."""
         if self.loaded is not None:
             self._move(A)
         if self.prepare_every is None:
