@@ -27,9 +27,10 @@ class WarmStart(LinearSolverWrapper[object]):
     Pass the same object as ``solver=`` to every call of a loop. It has state. Save the state in your checkpoint
     together with the optimizers' states. Otherwise a resumed run differs from an uninterrupted one.
 
-    With damping="auto", a loop on a network keeps its damping. Each solve first tries 0.95 of the last one, so it needs
-    no second solve where the Hessian changes little. If each call has another batch, the Hessian has noise. One more
-    product measures the noise: the last adjoint times the present Hessian. The damping is at least twice the noise.
+    With damping="auto", each solve first tries 0.95 of the last damping. So it needs no second solve if the Hessian
+    changes little. If each call has another batch, the Hessian has noise. One more product measures the noise: the last
+    adjoint times the present Hessian. Then the first damping is twice the noise, but at least 0.95 of the last damping
+    and at most twice the last damping.
 
     For NumPy and PyTorch. In JAX, state is an argument: pass ``adjoint0=hg.adjoint`` and a solver from `bl.prepare`.
 
@@ -74,18 +75,18 @@ class WarmStart(LinearSolverWrapper[object]):
         self.counts: Counter[str] = Counter()
         self.adjoint: object = None
         self.previous: object = None
-        self.found: Any = None  # the automatic damping of the last solve
-        self.image: object = None  # the product of the last adjoint with its Hessian, up to
-        self.residual_norm: Any = None  # of this norm
-        self.state: object = None
-        self.loaded: list[object] | None = None
+        self.found: Any = None  # the automatic damping δ of the last solve
+        self.image: object = None  # b - δ · adjoint: the Hessian of the last solve times the adjoint, up to a residual
+        self.residual_norm: Any = None  # of this residual
+        self.state: object = None  # the state of the inner solver
+        self.loaded: list[object] | None = None  # the leaves of a loaded state, until `_move`. None: nothing to move
 
     def __repr__(self) -> str:
         return f"WarmStart({self.solver!r}, extrapolate={self.extrapolate}, prepare_every={self.prepare_every})"
 
     @override
     def init(self, A: LinearOperator[V]) -> object:
-        """Return the stored state of the inner solver, or a new one after ``prepare_every`` calls."""
+        """Return the state of the inner solver, computed at each call, or once for ``prepare_every`` calls."""
         if self.loaded is not None:
             self._move(A)
         if self.prepare_every is None:
@@ -108,7 +109,7 @@ class WarmStart(LinearSolverWrapper[object]):
         else:
             adjoint, info = self.solver.solve(state, A, b, x0)
         # Do not store the result of a failed solve that moved away from the solution, as with an indefinite Hessian.
-        # Otherwise the next solves would start further and further away.
+        # Otherwise each solve would start further away than the last one.
         status, worse = info.status, info.residual_norm > info.rhs_norm
         lost = (status == int(Status.NON_FINITE)) | ((status != int(Status.MAXITER)) & worse)
         self.calls += 1
@@ -128,7 +129,7 @@ class WarmStart(LinearSolverWrapper[object]):
         return adjoint, info
 
     def _next_damping(self, A: LinearOperator[V]) -> Any:
-        """Return the damping to try first. A convex problem has none, and needs no product."""
+        """Return the damping to try first. If the last solve needed no damping, none is tried, without a product."""
         v, image = self._stored(self.adjoint, A.space), self._stored(self.image, A.space)
         if v is None or image is None:
             return self.found
@@ -181,7 +182,7 @@ class WarmStart(LinearSolverWrapper[object]):
         self.loaded = state["state"] if state["solver"] == repr(self.solver) else []
 
     def _move(self, A: LinearOperator[V]) -> None:
-        """Move loaded arrays to the dtype and device of params."""
+        """Move loaded vectors to the dtype and device of params, and make the inner solver's state of loaded leaves."""
         space = A.space
         for name in VECTORS:
             kept = self._stored(getattr(self, name), space, dtypes=False)
@@ -192,16 +193,16 @@ class WarmStart(LinearSolverWrapper[object]):
             self.state = tree.with_leaves(like, [s if is_python_value(a) else _to(s, a, space) for s, a in leaves])
         self.loaded = None
 
-    def _stored(self, adjoint: object, space: Space[V], dtypes: bool = True) -> V | None:
-        """Return a stored vector. Raise a ValueError if its layout differs from params."""
-        found, expected = space.layout(adjoint), space.layout(space.like)
+    def _stored(self, vector: object, space: Space[V], dtypes: bool = True) -> V | None:
+        """Return a stored vector. Raise a ValueError if its structure, shapes or ``dtypes`` differ from params."""
+        found, expected = space.layout(vector), space.layout(space.like)
         shapes = [{path: leaf if dtypes else leaf[0] for path, leaf in layout.items()} for layout in (found, expected)]
-        if adjoint is not None and shapes[0] != shapes[1]:
+        if vector is not None and shapes[0] != shapes[1]:
             raise ValueError(
                 "WarmStart: the stored adjoint has another structure than params, or other shapes or dtypes. Use one "
                 "WarmStart for each problem, or call reset()."
             )
-        return adjoint  # pyright: ignore[reportReturnType]
+        return vector  # pyright: ignore[reportReturnType]
 
 
 def _to(array: object, like: Any, space: Space[V]) -> object:

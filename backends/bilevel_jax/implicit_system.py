@@ -25,7 +25,10 @@ Run = Callable[..., Any]  # (function, *arguments): calls function(backend, *arg
 
 @dataclass(frozen=True)
 class WithProx(Static):
-    """(w, λ, ...) -> the inner loss, and the result of the proximal operator."""
+    """(w, λ, ...) -> (the inner loss at w, the proximal operator at w).
+
+    So both are one function, whose captured values and arguments are found at once.
+    """
 
     inner: Callable[..., object]
     prox: Callable[..., object]
@@ -36,7 +39,10 @@ class WithProx(Static):
 
 
 def proximal_problem(condition: Condition, function: Callable[..., Any], args: Args) -> Proximal:
-    """Return the problem of a `WithProx` of (w, λ, *args)."""
+    """Return the problem with the loss and the proximal operator of a `WithProx` of (w, λ, *args).
+
+    The outer objective is a placeholder.
+    """
 
     def smooth(w: object, h: object, *args: object) -> object:
         return function(w, h, *args)[0]
@@ -49,7 +55,7 @@ def residual_of(
 ) -> Callable[[P, H], P]:
     """Return (w, λ) -> r: the gradient of an inner loss, w − step(w, λ), or a residual.
 
-    With a proximal operator, the step is the proximal step.
+    For an inner loss with a proximal operator, r is w − (the proximal step of w).
     """
     if condition.prox is not None:
         problem, space = proximal_problem(condition, function, args), backend.space(params)
@@ -66,9 +72,15 @@ def residual_of(
 
 @dataclass(frozen=True)
 class Moving(Static):
-    """A condition as a function of w and of the other leaves that move, given by their places.
+    """A condition as a function of w, of the leaves by which JAX differentiates, and of the other leaves.
 
-    It is the key of a cached jit.
+    The leaves of the first kind move, the others are constant. The object is compared by its value, because it belongs
+    to the key of a cached jit.
+
+    Attributes:
+        condition, function: as in `ImplicitFunction`.
+        structure: the structure of (λ, call, captured, options of the solver).
+        places: the places of the leaves that move, among all leaves of this tree, in ascending order.
     """
 
     condition: Condition
@@ -84,7 +96,7 @@ class Moving(Static):
         return self.function(params, hparams, call, captured)
 
     def residual(self, backend: JaxBackend, params: P, moving: H, args: Args) -> Callable[[P, H], P]:
-        """Return (w, λ) -> r, where λ are the leaves that move."""
+        """Return (w, λ) -> r, where λ is the list of the leaves that move. ``args`` holds the constant leaves."""
         return residual_of(backend, self.condition, self, params, moving, args)
 
 
@@ -94,11 +106,12 @@ class ImplicitFunction:
 
     Attributes:
         condition: the kind of the function.
-        function: (w, λ, call, captured) -> an inner loss, a step or a residual.
+        function: (w, λ, call, captured) -> an inner loss, a step or a residual. ``call`` has the further arguments.
+            ``captured`` has the traced values that the user's function closes over.
         rest: (λ, call, captured, options of the solver) without its arrays.
-        make_solver: options -> solver.
+        make_solver: options -> the solver. The list of options is empty unless one of them is traced.
         on_failure: as in `implicit_minimizer`.
-        run: calls a function of the backend.
+        run: calls a function with the backend and arguments, compiled if possible.
     """
 
     condition: Condition
@@ -109,25 +122,35 @@ class ImplicitFunction:
     run: Run
 
     def at(self, params: P, arrays: Sequence[jax.Array], moves: Sequence[int]) -> "System[P]":
-        """Return the linear system at a point. ``moves`` are the numbers of the arrays by which to differentiate."""
-        places = [i for i, other in enumerate(self.rest.others) if other is None]
-        moving = tuple(places[i] for i in moves)
-        constants = [leaf for i, leaf in enumerate(self.rest.fill(arrays)) if i not in moving]
-        function = Moving(self.condition, self.function, self.rest.structure, moving)
+        """Return the linear system at w = ``params``.
+
+        ``arrays`` are the arrays of ``rest``. ``moves`` are the numbers of those by which JAX differentiates, in
+        ascending order.
+        """
+        of_arrays = [i for i, other in enumerate(self.rest.others) if other is None]
+        places = tuple(of_arrays[i] for i in moves)
+        constants = [leaf for i, leaf in enumerate(self.rest.fill(arrays)) if i not in places]
+        function = Moving(self.condition, self.function, self.rest.structure, places)
         options = self.rest.join(arrays)[-1]
         return System(self, (function, params, [arrays[i] for i in moves], (constants,)), options)
 
 
 @dataclass(frozen=True)
 class System(Generic[P]):
-    """(∂r/∂w) v = rhs at a point, and products with ∂r/∂λ, where λ is a list of arrays."""
+    """(∂r/∂w) v = rhs at a point, and products with ∂r/∂λ, where λ is the list of the arrays that move.
+
+    Attributes:
+        implicit: the implicit function.
+        point: the condition and its arguments: w, the arrays that move, and a tuple with the list of constant leaves.
+        options: the argument of ``make_solver``.
+    """
 
     implicit: ImplicitFunction
     point: tuple[Moving, P, list[jax.Array], Args]
     options: list[object]
 
     def solve(self, rhs: P, transposed: bool = False) -> P:
-        """Return v, or with ``transposed`` the solution of (∂r/∂w)ᵀ v = rhs. Report a failure."""
+        """Return v, or with ``transposed`` the solution of (∂r/∂w)ᵀ v = rhs. Report a failed solve."""
         make_solver, on_failure = self.implicit.make_solver, self.implicit.on_failure
         symmetric, solver = self.implicit.condition.symmetric_system, make_solver(self.options)
         v, info = self.implicit.run(_solve, solver, transposed, *self.point, rhs)
@@ -173,7 +196,7 @@ def _solve(
         at = proximal_problem(function.condition, function, args).linearize(backend, params, hparams, args)
         return solve_reduced(solver, LinearOperator(space, at.product), at, rhs, transposed)
     residual = function.residual(backend, params, hparams, args)
-    # Linearized outside the solver's loop, because its body must not trace the function again.
+    # Linearize here and not in the products, because the body of the solver's loop must not trace the function again.
     if transposed:
         pull = jax.vjp(lambda w: residual(w, hparams), params)[1]
         product: Callable[[P], P] = lambda v: pull(v)[0]  # noqa: E731

@@ -1,4 +1,8 @@
-"""Divide trees into arrays and a rest. For a compiled function, the rest is static."""
+"""Divide trees into arrays and a rest.
+
+`partition` makes a rest that is compared by its value, for the key of a compiled function. `split_arrays` takes any
+leaves, and its rest is used inside of one call.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
@@ -36,16 +40,15 @@ class Static:
     """Base class of objects that `partition` compares by their value, as a whole."""
 
 
-_DYNAMIC = object()  # marks the place of an array
+_DYNAMIC = object()  # marks the place of an array or a float
 Divided = tuple[Any, tuple[Any, ...]]
-"""The structure of a tree, and its static leaves."""
+"""The structure of a tree, and for each leaf what `_split` returns."""
 
 
 def partition(tree: object, arrays: list[object]) -> Divided:
     """Append the arrays and floats of a tree to a list. Return the rest, which is compared by its value.
 
-    The options of solvers count as leaves, and so do the options of a solver inside a solver. A problem is compared as
-    a whole.
+    A solver is divided into its options, and so is a solver inside a solver. A problem is compared as a whole.
 
     Raises:
         TypeError: if a leaf has no value to compare.
@@ -55,13 +58,16 @@ def partition(tree: object, arrays: list[object]) -> Divided:
 
 
 def combine(static: Divided, arrays: Iterator[object]) -> Any:
-    """Return the tree that `partition` has divided."""
+    """Return the tree that `partition` has divided. Take its arrays and floats from an iterator."""
     structure, leaves = static
     return jax.tree.unflatten(structure, [_join(leaf, arrays) for leaf in leaves])
 
 
 class Rest(NamedTuple):
-    """A tree without its arrays: its structure, and its leaves with None in place of each array."""
+    """A tree without its arrays: its structure, and its leaves with None in place of each array.
+
+    JAX counts None as structure, so no other leaf is None.
+    """
 
     structure: Any
     others: list[object]
@@ -84,6 +90,10 @@ def split_arrays(tree: object) -> tuple[list[jax.Array], Rest]:
 
 
 def _split(leaf: object, arrays: list[object]) -> object:
+    """Return the static part of a leaf. Append its arrays and floats to a list.
+
+    It is ``_DYNAMIC`` for an array or a float, (type, options) for a solver, and (None, (type, value)) for a constant.
+    """
     # Arrays are first, since each leaf of each call passes here, and a test for a protocol takes long.
     if isinstance(leaf, _NUMBERS) or (isinstance(leaf, np.ndarray) and leaf.dtype.kind in _NUMERIC):
         arrays.append(leaf)
@@ -95,20 +105,20 @@ def _split(leaf: object, arrays: list[object]) -> object:
         return type(leaf), tuple((field.name, _option(getattr(leaf, field.name), arrays)) for field in fields(leaf))
     if not isinstance(leaf, (*_CONSTANTS, Static, Condition, BilevelProblem)):
         raise TypeError(f"{type(leaf).__name__} cannot be compared by its value.")
-    return None, (type(leaf), leaf)  # 1 is not True
+    return None, (type(leaf), leaf)  # the type, because 1 == True
 
 
 def _option(value: object, arrays: list[object]) -> Divided:
-    # A zero stays a constant, because it often turns an option off.
-    if isinstance(value, float) and value == 0:
+    if isinstance(value, float) and value == 0:  # it stays a constant, because it often turns an option off
         return jax.tree.structure(0), ((None, (float, value)),)
     return partition(value, arrays)
 
 
-def _join(leaf: Any, arrays: Iterator[object]) -> object:
-    if leaf is _DYNAMIC:
+def _join(static: Any, arrays: Iterator[object]) -> object:
+    """Return the leaf that `_split` has divided."""
+    if static is _DYNAMIC:
         return next(arrays)
-    make, content = leaf
+    make, content = static
     if make is None:
         return content[1]
     return make(**{name: combine(option, arrays) for name, option in content})

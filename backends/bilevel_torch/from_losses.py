@@ -202,7 +202,7 @@ def _hypergradient(
 
 
 def _check_recorded(backend: TorchBackend, losses: dict[str, object], params: object, hparams: object) -> None:
-    """Raise unless the two losses can be differentiated in hparams and in some params."""
+    """Raise unless both losses have graphs, and all hparams and some params require gradients."""
     tensors = {name: loss for name, loss in losses.items() if isinstance(loss, torch.Tensor)}
     for name, loss in tensors.items():
         backend.check_leaf(name, loss)
@@ -228,9 +228,10 @@ def _check_recorded(backend: TorchBackend, losses: dict[str, object], params: ob
             )
     check_computed(params, hparams, list(tensors.values()))
     if any(constant := [not leaf.requires_grad for leaf in leaves(params)]):
-        copies = prune(params, [not flag for flag in constant])
+        # A leaf of a state_dict() requires no gradient, but it shares memory with a weight in the graph.
+        constants = prune(params, [not flag for flag in constant])
         for name, loss in tensors.items():
-            check_recorded(name, nodes_of([loss]), copies)
+            check_recorded(name, nodes_of([loss]), constants)
 
 
 def _linearize(
@@ -240,7 +241,7 @@ def _linearize(
     if loss_scale != 1.0:
         with torch.enable_grad():
             inner, outer = inner * loss_scale, outer * loss_scale
-    # The losses may share part of their graphs.
+    # The losses may share part of their graphs, so the derivative of the first one must not free it.
     of_outer = backend.outer_of(outer, params, hparams, NAMES.outer, retain_graph=True)
     of_inner = backend.inner_of(inner, params, hparams, NAMES.inner)
     if loss_scale != 1.0:
@@ -262,7 +263,11 @@ def _check_influence(backend: TorchBackend, derivative: H | None, hparams: H) ->
 def _unscaled(
     backend: TorchBackend, outer: OuterDerivatives[P, H], inner: LinearizedMap[P, H], scale: float
 ) -> tuple[OuterDerivatives[P, H], LinearizedMap[P, H]]:
-    """Undo the scale, and scale vectors to unit size: half-precision products of other vectors over- or underflow."""
+    """Divide the derivatives by the scale of the losses.
+
+    The products first scale their vectors to a root mean square of one. With other vectors, half precision may over- or
+    underflow.
+    """
     space = backend.space(outer.grad_params)
 
     def at_unit_size(product: Callable[[P], X | None]) -> Callable[[P], Any]:

@@ -16,12 +16,17 @@ from bilevel.spaces.tree import leaves, tree_map
 
 @contextmanager
 def isolated(inputs: Inputs[P, H], double: bool) -> Iterator[Callable[[P, H], Inputs[P, H]]]:
-    """See `bilevel.backend.Backend.isolated`.
+    """Yield ``at(params, hparams)``, which returns the inputs with other values, as in `Backend.isolated`.
 
-    A loss may use the user's tensors, not its arguments, for example if it runs a module. So ``at`` exchanges the
-    contents of the leaf tensors that require gradients for moved copies. A hook also replaces the other tensors of each
-    called module: a parameter by a converted copy, a buffer by a copy. The user's memory is never written to, and
-    gradient hooks stay. An assignment to ``.data`` is no alternative: if it changes the dtype, DDP's hooks are lost.
+    A loss may use the user's tensors, not its arguments, for example if it runs a module. So these tensors must have
+    the other values too:
+
+    - The params and hparams that are leaves and require gradients: ``at`` exchanges their contents for moved copies.
+    - The other tensors of a module that is called: a hook replaces a parameter by a converted copy, a buffer by a copy.
+
+    At the end, and before ``at`` runs again, the exchanges and replacements are undone. The user's memory is never
+    written to, and gradient hooks stay. An assignment to ``.data`` is no alternative: if it changes the dtype, DDP's
+    hooks are lost.
     """
     stand_ins, states = _StandIns(double), random_states()
 
@@ -69,9 +74,10 @@ class _StandIns:
 
     Attributes:
         double: whether the computation is in float64.
-        known: pairs (tensor, stand-in), by the id of the tensor. A stand-in is its own stand-in.
+        known: pairs (tensor, stand-in), by the id of the tensor. A tensor with exchanged contents is its own stand-in,
+            and so is a stand-in. The pair keeps the tensor alive, so that no other tensor gets its id.
         replaced: (module, name, tensor, stand-in) for each tensor of a module that a stand-in replaces.
-        exchanged: pairs of tensors that have exchanged their contents.
+        exchanged: (tensor, other) for each tensor with exchanged contents. The other one has the user's contents.
     """
 
     def __init__(self, double: bool) -> None:
@@ -85,7 +91,7 @@ class _StandIns:
         return leaf.double() if self.double and _is_floating(leaf) else leaf
 
     def move(self, own: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """Return a leaf tensor with this value: the user's tensor with other contents if possible, else a stand-in."""
+        """Return a leaf tensor with this value: the user's tensor ``own`` with other contents, or else a stand-in."""
         moved = torch.nn.Parameter(self.convert(value.detach()).clone())
         if own.is_leaf and own.requires_grad:
             try:
@@ -118,7 +124,7 @@ class _StandIns:
                     self.replaced.append((part, name, own, stand_in))
 
     def give_back(self) -> None:
-        """Restore the tensors of the modules, except where other code has replaced them since, and all contents."""
+        """Restore all contents and the tensors of the modules, except those that other code has replaced since."""
         while self.replaced:
             module, name, own, stand_in = self.replaced.pop()
             if getattr(module, name) is stand_in:
@@ -206,15 +212,14 @@ def _values_restored(tensors: Iterable[torch.Tensor]) -> Iterator[None]:
                     t.detach().copy_(values)
 
 
-def random_states() -> list[tuple[Callable[[Any], None], Any]]:
-    """Return the random states of torch, each with the function that restores it."""
-    states: list[tuple[Callable[[Any], None], Any]] = [(torch.set_rng_state, torch.get_rng_state())]
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        states.append((torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all()))
-    return states
+def random_states() -> list[torch.Tensor]:
+    """Return the states of the global random generators: of the CPU, and of each GPU if they are in use."""
+    in_use = torch.cuda.is_available() and torch.cuda.is_initialized()
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if in_use else [])]
 
 
-def set_random_states(states: list[tuple[Callable[[Any], None], Any]]) -> None:
-    """Restore random states."""
-    for restore, state in states:
-        restore(state)
+def set_random_states(states: list[torch.Tensor]) -> None:
+    """Restore the states that `random_states` has returned."""
+    torch.set_rng_state(states[0])
+    if len(states) > 1:
+        torch.cuda.set_rng_state_all(states[1:])

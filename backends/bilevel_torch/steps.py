@@ -14,6 +14,7 @@ from bilevel.steps import PLAIN, Pull, Pulled, Steps, floats_of
 from bilevel.validation import check_dtypes, check_like
 from bilevel_torch.autograd import check_untransformed, grad, solver_mode
 from bilevel_torch.graph import check_compiled, nodes_of
+from bilevel_torch.isolation import random_states, set_random_states
 from bilevel_torch.training.mistakes import check_connected, graph_watched, warn_of_parameters, writing_named
 from bilevel_torch.training.recording import without_graph
 from bilevel_torch.training.step import TrainingStep
@@ -25,7 +26,7 @@ class TorchSteps(Steps):
     def __init__(self, backend: Backend, step: Callable[..., Any]) -> None:
         self.backend = backend
         self.step = step
-        self._watched = False
+        self._checked = False  # whether the first recorded step has passed the checks that are made only once
 
     @override
     def start(self, state: Any) -> Any:
@@ -56,37 +57,39 @@ class TorchSteps(Steps):
         inputs = [*start, *leaves(hparams)]
         with torch.enable_grad(), graph_watched(start):
             end = self.step(first, hparams, batches[0])
-        if not self._watched:
+        if not self._checked:
             self._check(state, end)
-            if not isinstance(self.step, TrainingStep):  # its weights without an update are meant
+            if not isinstance(self.step, TrainingStep):  # its frozen parameters are constants on purpose
                 check_compiled("step", nodes_of(floats_of(self.backend, end)))
                 warn_of_parameters(floats_of(self.backend, end))
-        self._watched = True
+        self._checked = True
         with torch.enable_grad():
             for batch in batches[1:]:
                 end = self.step(end, hparams, batch)
         self._check(state, end)
         outputs = floats_of(self.backend, end)
         check_connected(end)
-        count = len(outputs)
+        count = len(start)  # inputs are the floats of the state, and then hparams
 
         def pull(cotangent: list[Any], many: bool) -> Pulled:
             return rows(cotangent) if many else one(cotangent)
 
-        def one(cotangent: list[Any], again: bool = False) -> Pulled:
+        def one(cotangent: list[Any], keep_graph: bool = False) -> Pulled:
             varying = [i for i, t in enumerate(outputs) if t.requires_grad]
             with solver_mode(outputs):
-                grads = grad([outputs[i] for i in varying], inputs, [cotangent[i] for i in varying], retain_graph=again)
+                grads = grad(
+                    [outputs[i] for i in varying], inputs, [cotangent[i] for i in varying], retain_graph=keep_graph
+                )
             if all(g is None for g in grads[:count]):
                 warn_of_cut()
-            moved = [torch.zeros_like(t) if g is None else g for t, g in zip(inputs, grads[:count], strict=False)]
+            moved = [torch.zeros_like(t) if g is None else g for t, g in zip(start, grads[:count], strict=True)]
             return Pulled(moved, grads[count:])
 
         def rows(cotangents: list[Any]) -> Pulled:
             used: list[bool] = []
 
             def row(*cotangent: torch.Tensor) -> list[torch.Tensor]:
-                moved, cross = one(list(cotangent), again=True)
+                moved, cross = one(list(cotangent), keep_graph=True)
                 used[:] = [c is not None for c in cross]
                 return [*moved, *(c for c in cross if c is not None)]
 
@@ -122,14 +125,11 @@ class TorchSteps(Steps):
 
     @override
     def random_state(self) -> Any:
-        cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
-        return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if cuda else [])]
+        return random_states()
 
     @override
     def set_random_state(self, state: Any) -> None:
-        torch.set_rng_state(state[0])
-        if len(state) > 1:
-            torch.cuda.set_rng_state_all(state[1:])
+        set_random_states(state)
 
 
 def _copied(leaf: Any) -> Any:
@@ -148,7 +148,7 @@ def _detached(leaf: Any) -> Any:
 
 
 def _kinds(tree: Any) -> Any:
-    """Return what must stay equal in a run: the structure of a state, shapes, dtypes, and objects of other types."""
+    """Return the parts of a state that a step must keep: structure, shapes, dtypes, and objects of unknown types."""
     if isinstance(tree, dict):
         return {key: _kinds(child) for key, child in tree.items()}
     if isinstance(tree, list | tuple):

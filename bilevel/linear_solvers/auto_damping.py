@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 FACTOR = 2.0  # of |λmin|. Measured: from 1.1 to 2.5 the results differ little, and below 1 they are useless.
 SAFE = 1.1  # times |λmin|: a smaller damping is too small
-SLACK = 0.1  # of the damping
+SLACK = 0.1  # times δ: an error of the solution is accepted if a change of δ by so much explains it
 ATTEMPTS = 4
-KEPT = 0.95  # of the last damping, for the next solve of a loop: it follows a Hessian that curves down less
+KEPT = 0.95  # of the last damping: the least that the next solve of a loop tries, so δ can fall slowly
 GROWTH = 2.0  # the largest factor between the dampings that two solves of a loop try
 
 
@@ -60,10 +60,11 @@ def with_auto_damping(solve: Callable[..., tuple[V, SolverInfo]]) -> Callable[..
 def solve_with_auto_damping(
     solver: LinearSolver[Any], state: object, A: LinearOperator[V], b: V, x0: V | None, start: Number | None = None
 ) -> tuple[V, SolverInfo]:
-    """Solve (A + δI) v = b, first with the δ of ``start``. If A + δI curves down, solve again with δ = 2 |λmin|.
+    """Solve (A + δI) v = b with a small δ. If A + δI curves down, solve again with δ = 2 |λmin|.
 
-    A solve that ends above its tolerance has perhaps not met a negative curvature that is there. So λmin decides then,
-    too: few steps of CG on a network end in iterates that are large in directions of almost no curvature.
+    If a solve meets negative curvature, the next δ is also at least twice the last one. A solve that stops at its
+    maximum number of steps may have missed a negative curvature: few steps of CG on a network give a v that is large in
+    directions of almost no curvature. Such a solve is repeated only if δ is less than 1.1 |λmin|.
 
     An inner training that ends early leaves the directions of curvature −λ that it had no time to descend: λ is at
     most about 1 / (step size · number of steps). The derivative of gradient descent resolves no curvature below this
@@ -73,6 +74,15 @@ def solve_with_auto_damping(
 
     |λmin| is estimated by Lanczos' method from the v of the failed solve, which is rich in directions of small
     curvature. An error of the solve that a change of δ by a tenth would explain is accepted.
+
+    Args:
+        solver: a solver with ``damping="auto"``. If it does not stop at negative curvature, its `finder` finds δ. Then
+            the solver itself starts from the finder's v.
+        state, A, b, x0: as in `LinearSolver.solve`.
+        start: the first δ, unless the solver's `least_damping` is larger. None: the least damping, zero by default.
+
+    Raises:
+        TypeError: if A is not symmetric, or differs from product to product.
     """
     if not A.steady:
         raise TypeError(
@@ -87,7 +97,7 @@ def solve_with_auto_damping(
     def damped(solver: LinearSolver[Any], damping: Number) -> LinearSolver[Any]:
         return replace(solver, damping=damping)  # pyright: ignore[reportArgumentType]
 
-    # A solve without a tolerance takes its budget of steps, and no more products.
+    # Without a tolerance, MAXITER is no failure, so λmin is not estimated.
     budget = finder.rtol is None or (is_python_value(finder.rtol) and finder.rtol == 0)
 
     def attempt(s: _State[V]) -> _State[V]:
@@ -121,12 +131,14 @@ def solve_with_auto_damping(
 def next_damping(A: LinearOperator[V], damping: Number, v: V, image: V, error: Number) -> Number:
     """Return the damping that the next solve of a loop tries first, by one product with its operator A.
 
-    In a loop over batches, each solve has the Hessian A of another batch. Let v be the solution with the last one, A₀.
-    The noise of the curvature is ‖(A − A₀) v‖ / ‖v‖. A smaller δ gives a v that does not solve the system of the next
-    batch, even roughly. So δ is at least twice this noise, as it is at least 2 |λmin|. To balance δ ‖v‖ with the error
-    ‖(A − A₀) v‖ is the generalized discrepancy principle (Goncharsky, Leonov & Yagola, USSR Comput. Math. Math. Phys.
-    1973). From solve to solve, δ at most doubles, and falls by at most a twentieth. Otherwise |λmin| of each batch
-    would decide. It varies a hundredfold, and the length of v with it.
+    In a loop over batches, each solve has the Hessian A of another batch. Let A₀ be the Hessian of the last solve, and
+    v its solution. The noise of the curvature is ‖(A − A₀) v‖ / ‖v‖. With a smaller δ, v does not even roughly solve
+    the system of the next batch. So δ is at least twice this noise, as it is at least 2 |λmin|. To balance δ ‖v‖ with
+    the error ‖(A − A₀) v‖ is the generalized discrepancy principle (Goncharsky, Leonov & Yagola, USSR Comput. Math.
+    Math. Phys. 1973).
+
+    The result is twice the noise, but from solve to solve, δ at most doubles, and falls by at most a twentieth. Without
+    these limits, δ would follow the |λmin| of each batch, which varies a hundredfold, and so would the length of v.
 
     Args:
         A: the operator of the next solve, without damping.
@@ -137,6 +149,7 @@ def next_damping(A: LinearOperator[V], damping: Number, v: V, image: V, error: N
     """
     space, xp = A.space, A.space.xp
     change, size = space.norm(space.subtract(A(v), image)), space.norm(v)
+    # A(v) - image also holds the residual of the last solve. Take it out, as if it were orthogonal to (A − A₀) v.
     explained = error / xp.where(change > 0, change, 1.0)
     change = change * xp.sqrt(xp.clip(1.0 - explained**2, 0.0, None))
     noise = change / xp.where(size > 0, size, 1.0)

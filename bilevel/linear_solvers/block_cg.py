@@ -10,29 +10,33 @@ from bilevel.results import SolverInfo, Status
 from bilevel.spaces.array import Array, Number, V
 from bilevel.spaces.rows import Rows
 
-KEPT = 0.1  # of the tolerance: a residual below it gives no more directions
-DEPENDENT = 10  # times eps: the square of a relative length below it is rounding noise
+KEPT = 0.1  # times the tolerance: a smaller residual gives no more directions
+DEPENDENT = 10  # times eps: a smaller square of a relative length is rounding noise
 
 
 class _State(NamedTuple, Generic[V]):
+    """The state between two steps of a cycle."""
+
     x: V  # here and below, rows
     r: V  # residuals, by their recurrence
     p: V  # search directions: orthonormal rows, and zeros
     Ap: V
-    inverse: Array  # of the matrix of p·Ap
+    inverse: Array  # of the matrix of all p·Ap
     sizes: Array  # norms of the residuals
     largest: Array  # largest eigenvalue of a matrix of p·Ap so far, a lower bound of the norm of A
-    steps: Array  # of each row
-    total: Array  # number of steps
+    steps: Array  # number of steps until each row was solved
+    total: Array  # number of steps of the block, in all cycles
     failure: Array  # a `Status`, CONVERGED if there is none
     axis: Array  # the combination of p with the smallest curvature
     live: Array
 
 
 class _Round(NamedTuple, Generic[V]):
+    """The state between two cycles. The other fields are as in `_State`."""
+
     x: V
-    r: V
-    lowest: V
+    r: V  # true residuals
+    lowest: V  # the direction of the smallest curvature in the last step
     sizes: Array
     steps: Array
     total: Array
@@ -56,8 +60,11 @@ def solve_block(
 
     A step minimizes the error of each row over the directions of all rows. It takes one product per row. The directions
     are orthonormal combinations of the residuals. Dependent directions are left out, and so are the residuals of
-    solved rows. A residual that a step leaves out stays in its row. So no breakdown is possible (compare Robbé &
-    Sadkane, Linear Algebra Appl. 2006).
+    solved rows. The part of a residual that a step leaves out stays in the residual of its row, and a later step can
+    use it. So no breakdown is possible (compare Robbé & Sadkane, Linear Algebra Appl. 2006).
+
+    Products compute the true residuals at the end of a cycle. Another cycle follows if the recurrence of a row has
+    drifted: it reported convergence, but the true residual is above the tolerance.
 
     Args:
         A: the operator with its damping, for one row.
@@ -68,8 +75,8 @@ def solve_block(
 
     Returns:
         The rows of x, the info with arrays of shape (Q,), and the direction of the smallest curvature in the last step.
-        Products have computed the residuals. A direction without positive curvature, or a nan, ends the solve, and the
-        unsolved rows have this status. One of them may still have a solution that CG for this row finds.
+        A direction without positive curvature, or a nan, ends the solve for all rows, and each unsolved row has this
+        status. The direction may come from other rows. So CG for one row may still find its solution.
     """
     space, whole = A.space, rows.whole
     xp, eps = space.xp, space.eps
@@ -86,7 +93,7 @@ def solve_block(
         kept = s.sizes > KEPT * least
         p = rows.scale(xp.where(kept, 1.0 / xp.where(kept, s.sizes, 1.0), 0.0), s.r)
         p = precondition(p)
-        for _ in range(2):  # one pass is inaccurate in float32
+        for _ in range(2):  # make p conjugate to the last p; one pass is inaccurate in float32
             p = rows.minus(p, whole.gram(p, s.Ap) @ s.inverse, s.p)
         basis, dropped = orthonormal(whole.gram(p, p))
         p = whole.combine(basis, p)
@@ -101,9 +108,9 @@ def solve_block(
         positive = values > eps * largest
         inverse = (axes * xp.where(positive, 1.0 / xp.where(positive, values, 1.0), 0.0)[None, :]) @ axes.T
         ok = s.live & finite
-        steps = overlap @ inverse
-        x = whole.axpby_where(ok, 1.0, whole.combine(steps, p), s.x)
-        r = whole.axpby_where(ok, -1.0, whole.combine(steps, Ap), s.r)
+        alpha = overlap @ inverse
+        x = whole.axpby_where(ok, 1.0, whole.combine(alpha, p), s.x)
+        r = whole.axpby_where(ok, -1.0, whole.combine(alpha, Ap), s.r)
         sizes = rows.norms(r)
         finite = finite & xp.isfinite(xp.sum(sizes))
         curved = ~xp.all(positive)
@@ -126,7 +133,7 @@ def solve_block(
         )
 
     def orthonormal(gram: Array) -> tuple[Array, Array]:
-        """Return the matrix that makes rows orthonormal, and whether it makes a row zero, because rows depend."""
+        """Return the matrix that makes rows orthonormal, and for each new row whether it is left out, as zero."""
         squares = xp.sum(gram * unit, 1)
         positive = xp.isfinite(xp.sum(gram)) & (squares > 0)
         factors = xp.where(positive, 1.0 / xp.sqrt(xp.where(positive, squares, 1.0)), 0.0)

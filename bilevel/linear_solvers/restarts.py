@@ -15,7 +15,7 @@ from bilevel.spaces.array import Array, Number, V
 from bilevel.spaces.space import Space
 
 ROUNDS = 4  # cycles; the second usually reaches the precision of the dtype
-DRIFT = 50  # after more steps, a product checks the residual of a recurrence
+DRIFT = 50  # steps, in which the residual of a recurrence does not drift
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,8 @@ class Cycle(NamedTuple, Generic[V]):
         x: the iterate.
         residual_norm: the norm of its residual, from the recurrences of the method.
         steps: the number of steps of all cycles.
-        status: a `Status`.
+        status: ``CONVERGED`` if the method claims convergence or wants another cycle. ``MAXITER`` if it has no steps
+            left, or makes no more progress. Otherwise a failure.
         norm_A: a lower bound of ‖A‖, from the products of all cycles.
     """
 
@@ -64,14 +65,14 @@ RunCycle = Callable[[V, V, Array, Array, Array, Array], Cycle[V]]
 
 
 class Reach(NamedTuple):
-    """Largest distances from the start of a cycle, with the residual r, to its end x.
+    """Limits of the distance from the start of a cycle to its end x. The residual at the start is r.
 
-    Beyond them, x has moved along a direction that A maps to zero, to rounding.
+    Beyond a limit, x has moved along a direction that A maps to zero, to rounding.
 
     Attributes:
-        far: ‖r‖ / (‖A‖ eps^(2/3)), the limit for any x. Beyond it, rounding errors leave a residual of eps^(1/3) ‖r‖ or
-            more. With a loose tolerance, the limit is larger: tolerance / (‖A‖ eps).
-        near: ‖r‖ / (‖A‖ √eps), the limit for an x that does not solve the system.
+        far: the limit for any x, ‖r‖ / (‖A‖ eps^(2/3)). Beyond it, rounding errors leave a residual of eps^(1/3) ‖r‖ or
+            more. A loose tolerance allows such errors, so tolerance / (‖A‖ eps) is the limit if it is larger.
+        near: the limit for an x that does not solve the system, ‖r‖ / (‖A‖ √eps).
     """
 
     far: Array
@@ -79,7 +80,7 @@ class Reach(NamedTuple):
 
 
 def reach(residual_norm: Array, norm_A: Array, tolerance: Array, space: Space[V]) -> Reach:
-    """Return the largest distances. ``residual_norm`` is ‖r‖, and ``norm_A`` is an estimate of ‖A‖."""
+    """Return the limits. ``residual_norm`` is ‖r‖, and ``norm_A`` is an estimate of ‖A‖."""
     xp, eps = space.xp, space.eps
     norm_A = xp.where(norm_A > 0, norm_A, 1.0)
     far = xp.maximum(residual_norm / eps ** (2 / 3), tolerance / eps)
@@ -113,14 +114,17 @@ def solve_with_restarts(
 ) -> tuple[V, SolverInfo]:
     """Solve A x = b by cycles of a method until ``norm(b - A x) <= max(rtol * norm(b), atol)``.
 
-    In floating point, the residual of a recurrence drifts from the true residual. So a product checks each cycle that
-    reports convergence. If the residual is too large, the next cycle starts from the true residual, as long as cycles
-    make progress. A cycle is undone if its recurrence reports a smaller residual but the true residual has grown.
+    In floating point, the residual of a recurrence drifts from the true residual. So a product computes the true
+    residual at the end of a cycle, and the true residual decides the status. Only a solve that runs out of its
+    ``maxiter`` steps, at most 50, is not checked, because its recurrence has not drifted yet.
+
+    Another cycle follows if the last one ended with ``CONVERGED``, its true residual is above the tolerance, and it has
+    made progress. The new cycle starts from the true residual. A cycle is undone if its recurrence reports a smaller
+    residual but the true residual has grown.
 
     Args:
-        cycle: see `RunCycle`. If ``live`` is false, it must do nothing. It ends with ``CONVERGED`` below the tolerance,
-            with ``MAXITER`` at ``maxiter`` steps of all cycles, or with another failure. ``norm_A`` is the value from
-            the last cycle, or zero.
+        cycle: see `RunCycle`. If ``live`` is false, it must do nothing. It must stop at ``maxiter`` steps of all
+            cycles. ``norm_A`` is the value from the last cycle, or zero.
         A: the operator, with its damping.
         b: the right-hand side.
         x0: a warm start, at one product. It is ignored for b = 0, whose solution is zero.
@@ -152,6 +156,7 @@ def solve_with_restarts(
             failed = ~claimed & (s.status != int(Status.MAXITER))
             # A residual may grow, as in CG, but not if the recurrence reports a smaller one.
             worse = (size > s.confirmed) & (s.residual_norm <= s.confirmed)
+            # After a cycle that is undone, no other cycle runs, so r may belong to the worse x.
             return s._replace(
                 x=space.where(worse, s.start, s.x),
                 r=r,
@@ -163,7 +168,6 @@ def solve_with_restarts(
 
         def run_and_check(s: _State[V]) -> _State[V]:
             end = cycle(s.x, s.r, s.steps, s.live, tolerance, s.norm_A)
-            # The residual of a few steps has not drifted yet.
             trusted = (end.status == int(Status.MAXITER)) & (end.steps == maxiter) & (end.steps <= DRIFT)
             doubtful = s.live & ~trusted
             s = s._replace(
@@ -201,9 +205,9 @@ def solve_with_restarts(
             return x, info
         fallback = stand_in
 
-        def replaced(zero: tuple[V, SolverInfo]) -> tuple[V, SolverInfo]:
+        def replaced(stopped: tuple[V, SolverInfo]) -> tuple[V, SolverInfo]:
             x = fallback(b)
-            return x, zero[1]._replace(residual_norm=space.norm(A.residual(b, x)))
+            return x, stopped[1]._replace(residual_norm=space.norm(A.residual(b, x)))
 
         immediate = (info.status == int(Status.NEGATIVE_CURVATURE)) & (info.steps == 1)
         return space.cond(immediate, replaced, (x, info))

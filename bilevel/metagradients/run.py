@@ -1,4 +1,4 @@
-"""A run in segments: values forwards, and a cotangent backwards."""
+"""A training run in segments: its states forwards, and a cotangent backwards."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from bilevel.steps import Pulled, Steps
 
 @dataclass(frozen=True)
 class Run:
-    """A run with a first state and hyperparameters, and its stored states.
+    """A training run from one first state, with one λ.
+
+    The segments have the numbers from 0 to n − 1. State k is the state before segment k. State n is the end of the run.
 
     Attributes:
         backend: the framework.
@@ -23,9 +25,9 @@ class Run:
         first: the first state.
         hparams: λ.
         batches: the batches.
-        plan: the segments.
-        snapshots: the stored states.
-        observed: the segments before which F needs the state. The end of the run counts as one more segment.
+        plan: the bounds of the segments, and the largest number of states to store for the backward pass.
+        snapshots: the stored states. Each is stored with the state of the random generators.
+        observed: the numbers k of the states to return: those that F needs, and then the end of the run.
         tell: called with the number of steps of each segment that is computed.
     """
 
@@ -40,11 +42,12 @@ class Run:
     tell: Callable[[int], None]
 
     def todo(self, end: int) -> list[Action]:
-        """Return the actions that pull a cotangent back from the end of segment ``end`` − 1."""
+        """Return the actions that pull a cotangent of state ``end`` back to the first state."""
         return list(actions(end, self.snapshots.numbers(STORED), self.plan.slots))
 
     def work(self, todo: Iterable[Action]) -> int:
         """Return the number of steps that some actions compute."""
+        # To advance to state k is to compute segment k − 1. To pull is to compute the segment with its graph.
         moved = [a.segment - 1 if a.kind == "advance" else a.segment for a in todo if a.kind in ("advance", "pull")]
         return sum(self.plan.bounds[k + 1] - self.plan.bounds[k] for k in moved)
 
@@ -54,9 +57,9 @@ class Run:
         self._observe(0, self.first)
 
     def forwards(self, todo: Iterator[Action]) -> Callable[[list[Any], bool], Pulled]:
-        """Compute the run. Return the function that pulls a cotangent back through the last segment.
+        """Compute the run. Return the function that pulls a cotangent of its end back through the last segment.
 
-        It takes the actions up to the first pull.
+        The actions up to and including the first pull are taken from ``todo``. The others are left for `backwards`.
         """
         state: Any = None
         for action in todo:
@@ -74,8 +77,12 @@ class Run:
     ) -> Pulled:
         """Pull cotangents back to the first state.
 
-        ``keep`` is called with the number of each segment, the cotangents at its end and what came back through it. It
-        returns the cotangents to go on with.
+        Args:
+            todo: the actions that are left.
+            pulled: the cotangents of the state after the segment of the first pull, and of λ so far.
+            many: whether the cotangents have a leading axis.
+            keep: (k, the cotangents after segment k, the cotangents that came back through it) -> the cotangents before
+                segment k, which go on. It adds the parts for λ, and ∂F/∂(state k).
         """
         state: Any = None
         for action in todo:
@@ -89,7 +96,7 @@ class Run:
         return pulled
 
     def observations(self) -> list[Any]:
-        """Return the states that F needs, and restore the random states of the end of the run."""
+        """Return the observed states. The last one is the end of the run, so its random states are restored."""
         return [self._load(OBSERVED, k) for k in self.observed]
 
     def _do(self, action: Action, state: Any) -> Any:
@@ -102,7 +109,7 @@ class Run:
             self.tell(self._length(k - 1))
         elif kind == "save":
             self._save(STORED, k, state)
-        else:
+        else:  # "drop"
             self.snapshots.drop(f"{STORED}-{k}")
         return state
 

@@ -34,10 +34,10 @@ def actions(end: int, held: Iterable[int], slots: int) -> Iterator[Action]:
 
     Args:
         end: the number of segments that are still to be pulled back.
-        held: the segments whose first states are stored, with 0.
+        held: the segments whose first states are stored, with 0. After a kill, a state after the end may be among them.
         slots: the largest number of stored states, >= 1.
     """
-    stack = sorted(held)
+    stack = [k for k in sorted(held) if k < end]
     while end > 0:
         at = stack[-1]
         yield Action("load", at)

@@ -16,7 +16,7 @@ from bilevel.steps import PLAIN
 
 Arrays = list[np.ndarray]
 STORED = "state"  # the kind of states that the backward pass starts from again
-OBSERVED = "observed"  # the kind of states that F needs
+OBSERVED = "observed"  # the kind of states that F needs, and of the end of the run
 SUFFIX, UNFINISHED = ".bilevel.npz", ".bilevel.unfinished"
 
 

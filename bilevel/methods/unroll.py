@@ -1,4 +1,7 @@
-"""A run of inner steps, with reverse and forward differentiation."""
+"""A run of inner steps, with reverse and forward differentiation.
+
+The symbols are the same as in `InnerStep`: w are params, s is the optimizer's state, and g is the gradient ∂L/∂w.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,18 +24,18 @@ class State(NamedTuple, Generic[P]):
 
 
 class Adjoint(NamedTuple, Generic[P, H]):
-    """The derivatives of F with respect to a state, and sums over the steps."""
+    """The derivatives of F with respect to the state before step t, and sums over the steps from t on."""
 
     params: P  # dF/dw_t
     optimizer: Any  # dF/ds_t
-    total: P  # −Σ dF/dg, in place of v
-    cross: H | None  # the indirect part of dF/dλ; None: not computed
+    total: P  # −Σ dF/dg, which corresponds to v of the implicit method
+    cross: H | None  # Σ (∂g/∂λ)ᵀ dF/dg, the indirect part of dF/dλ. None: it is not computed
 
 
 class Tangent(NamedTuple, Generic[P, H]):
     """The derivatives of a state along one direction of λ."""
 
-    hparams: H
+    hparams: H  # the direction
     params: P
     optimizer: Any
 
@@ -68,7 +71,10 @@ class Run(Generic[P, H]):
         return self.space.scan(lambda s, _: (self.step(s), None), s, None, count)[0] if count else s
 
     def backward_step(self, a: Adjoint[P, H], at: LinearizedMap[P, H], kept: Any) -> Adjoint[P, H]:
-        """Return the adjoint before a step, from the adjoint after it and the derivatives at the step."""
+        """Return the adjoint before a step, from the adjoint ``a`` after it.
+
+        ``at`` is the inner problem, linearized at the w of the step. ``kept`` is `InnerStep.keep` of its s.
+        """
         axpy = self.space.axpy
         by_grad, by_state = self.optimizer.pullback(at.residual, kept, a.params, a.optimizer)
         cross = None if a.cross is None else at.vjp_hparams(by_grad)
@@ -80,24 +86,26 @@ class Run(Generic[P, H]):
         )
 
     def adjoint(self, cotangent: P, cross: H | None) -> Adjoint[P, H]:
-        """Return the adjoint after the last step."""
+        """Return the adjoint after the last step: ``cotangent`` is dF/dw there, and ``cross`` is zero or None."""
         return Adjoint(cotangent, self.optimizer.zero(cotangent), self.space.zeros(), cross)
 
 
 class Recording(Generic[P, H]):
     """Recorded steps, for `back`.
 
-    With ``checkpoint``, only the states at the starts of segments are stored, and `back` runs each segment again
-    (Chen et al., 2016). There are √K segments of √K steps. Fewer than √K steps remain; they come first and are recorded
-    immediately. At most 3√K + 1 states are stored at a time, for one more gradient per step.
+    With ``checkpoint``, the K steps are divided into segments of √K steps. Only the states at the starts of segments
+    are stored, and `back` runs each segment again (Chen et al., 2016). Fewer than √K steps remain. They come before
+    the segments, and are recorded immediately. At most 3√K + 1 states are stored at a time, for one more gradient per
+    step.
 
-    With ``keep``, the derivatives of each step are also recorded, if the backend ``can_store_graphs``. Otherwise `back`
-    computes them again. In torch they hold the graph of the step.
+    With ``keep``, the linearization of each step is also recorded, if the backend ``can_store_graphs``. Otherwise
+    `back` computes it again. In torch it holds the graph of the step.
     """
 
     def __init__(self, run: Run[P, H], start: State[P], count: int, checkpoint: bool, keep: bool) -> None:
         self._run, self._space = run, run.space
         self._keep = keep and run.level.backend.can_store_graphs
+        # Without checkpoints, a segment would be longer than the run. So there is none, and all steps remain.
         self._length = isqrt(count) if checkpoint else count + 1
         self._segments, self._single = divmod(count, self._length)
         state, self._steps = self._record(start, self._single)
@@ -138,7 +146,7 @@ class Recording(Generic[P, H]):
 
 
 def forward_tangents(run: Run[P, H], start: State[P], count: int) -> tuple[State[P], object]:
-    """Return the end of ``count`` steps, and its tangents along each entry of λ, for a scan over the entries.
+    """Return the end of ``count`` steps, and the xs of a scan over its `Tangent` along each entry of λ.
 
     Forward mode (Franceschi et al., ICML 2017): the memory does not depend on the number of steps.
     """
@@ -171,7 +179,10 @@ def forward_tangents(run: Run[P, H], start: State[P], count: int) -> tuple[State
 
 
 def backward_at(run: Run[P, H], end: State[P], count: int, a: Adjoint[P, H], same_data: bool) -> Adjoint[P, H]:
-    """Return the adjoint before ``count`` steps, as if all steps started at the end of the run."""
+    """Return the adjoint before ``count`` steps from the adjoint ``a`` after them, as if all started at ``end``.
+
+    With ``same_data``, all steps have one batch, so the inner problem is linearized only once.
+    """
     kept, at_end = run.optimizer.keep(end.optimizer), run.linearize(end.params, 0) if same_data else None
 
     def step(carry: tuple[Adjoint[P, H], Any], _: None) -> tuple[tuple[Adjoint[P, H], Any], None]:

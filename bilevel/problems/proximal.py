@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from bilevel.backend import Backend
 
 SEED = 5
-JUMP = 0.01  # of a product with a random vector: a larger change of an entry is no smooth change
+JUMP = 0.01  # a larger change of an entry of P u is no smooth change, where u is a random vector
 
 
 class _ProximalStep:
@@ -67,7 +67,7 @@ class _ProximalStep:
             vjp_params=at.vjp_params,
             vjp_hparams=at.vjp_hparams,
             jvp_hparams=at.jvp_hparams if smooth.jvp_hparams and at.operator.jvp_hparams else None,
-            dependence=at.dependence() if smooth.dependence and at.operator.dependence else None,
+            dependence=at.dependence if smooth.dependence and at.operator.dependence else None,
             reduction=Reduction(
                 at.product,
                 at.operator.vjp_params,
@@ -78,7 +78,10 @@ class _ProximalStep:
         )
 
     def _on_support(self, params: P, x: P, hparams: object, args: Args) -> Callable[[P], P] | None:
-        """Return u -> P H u, where objects for NumPy have a faster product for u = P y with a mask P."""
+        """Return u -> P H u for vectors u = P y, if P is a mask and objects for NumPy have this product. Else None.
+
+        The product skips the entries that the mask sets to zero.
+        """
         operator: Any = self._operator[1]
         if not (isinstance(params, np.ndarray) and hasattr(self.smooth, "hvp_on") and hasattr(operator, "support")):
             return None
@@ -95,7 +98,7 @@ class _ProximalStep:
         """Return T(w − s grad), by default with the step size of the problem."""
         _, function, rest = self._operator
         s = self.step_size if step_size is None else step_size
-        rest = (s,) if rest else rest
+        rest = (s,) if rest else rest  # a projection takes no step size
         return function(space.axpy(-s, grad, params), hparams, *rest)
 
 
@@ -203,7 +206,8 @@ class _At(Generic[P, H]):
     Attributes:
         smooth: ∇smooth, linearized at w. Its product is H.
         operator: T, linearized at w − s ∇smooth. Its product is P.
-        curved: u -> H u, up to a part that P removes, for u = P y.
+        s: the step size.
+        curved: u -> H u for vectors u = P y. It may be wrong by a vector that P maps to zero.
     """
 
     space: Space[P]
@@ -242,7 +246,10 @@ class _At(Generic[P, H]):
         return self.operator.vjp_params(curved)
 
     def adjoint(self, y: P, c: P) -> P:
-        """Return v. At a solution y, P d = 0. Else I − P takes the residual of the system out of v."""
+        """Return v = y/s + (I − P) d with d = c − H u + (u − y)/s, where u = P y.
+
+        P d is the residual of the system. So v = y/s + d at a solution y, and I − P removes the residual elsewhere.
+        """
         space, u = self.space, self.operator.vjp_params(y)
         d = space.subtract(c, self.smooth.vjp_params(u))
         d = space.axpy(1 / self.s, space.subtract(u, y), d)
@@ -255,30 +262,26 @@ class _At(Generic[P, H]):
         b = space.axpy(1 / self.s, space.axpy(1.0, c, d), space.scale(-1.0, self.smooth.vjp_params(d)))
         return by_operator(b), lambda y: space.axpy(1.0, by_operator(y), d)
 
-    def dependence(self) -> Callable[[], Dependence]:
-        """Return a function: the leaves of hparams that one of the two depends on."""
-
-        def union() -> Dependence:
-            one, other = self.smooth.dependence, self.operator.dependence
-            assert one is not None
-            assert other is not None
-            in_smooth, in_operator = one(), other()
-            flags = [a or b for a, b in zip(in_smooth.hparams, in_operator.hparams, strict=True)]
-            return Dependence([True] * len(in_smooth.params), flags, in_smooth.others)
-
-        return union
+    def dependence(self) -> Dependence:
+        """Return the dependence of r: on all leaves of params, and on the leaves of hparams in ∇smooth or T."""
+        of_smooth, of_operator = self.smooth.dependence, self.operator.dependence
+        assert of_smooth is not None
+        assert of_operator is not None
+        in_smooth, in_operator = of_smooth(), of_operator()
+        flags = [a or b for a, b in zip(in_smooth.hparams, in_operator.hparams, strict=True)]
+        return Dependence([True] * len(in_smooth.params), flags, in_smooth.others)
 
 
 def _kinks(space: Space[P], linearized_at: Callable[[P], LinearizedMap[P, Any]], params: P, x: P, residual: P) -> P:
-    """Return a tree with one for each entry where P changes between two points next to x, on both sides.
+    """Return a tree with one for each entry that is at a kink of T, and zero elsewhere.
 
-    They are as far away as the error of x: rounding, and the distance of params from the solution, of which the
-    residual is a measure.
+    At a kink, P differs between two points on opposite sides of x. Their distance from x is the error of x: rounding,
+    and the distance of params from the solution, which the residual measures.
     """
     xp = space.xp
     distance = reach(space, residual, xp.maximum(space.max_abs(params), space.max_abs(x)))
     signs = space.map(space.leaf_xp.sign, space.normal(SEED))
-    u = space.normal(SEED + 1)
+    u = space.normal(SEED + 1)  # a product with u stands for the matrix P
     high, low = (linearized_at(space.axpy(sign * distance, signs, x)).vjp_params(u) for sign in (1.0, -1.0))
     change = space.subtract(high, low)
     return space.map(lambda jump: 1.0 * (space.leaf_xp.abs(jump) > JUMP), change)

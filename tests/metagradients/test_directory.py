@@ -8,6 +8,7 @@ import pytest
 import bilevel as bl
 from bilevel.metagradients.journal import Journal
 from bilevel.metagradients.schedule import Plan
+from bilevel.metagradients.snapshots import Snapshots
 
 
 class Scale:
@@ -68,6 +69,21 @@ def test_other_files_stay(tmp_path):
 def test_files_of_a_kill_while_they_were_written_are_deleted(tmp_path):
     stop(tmp_path)
     (tmp_path / "state-9.bilevel.unfinished").write_bytes(b"half")
+    run(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("segment", range(STEPS - 1))
+def test_a_kill_before_a_used_state_is_deleted_changes_no_result(segment, tmp_path, monkeypatch):
+    def drop(self, name):
+        if name == f"state-{segment}":
+            raise KeyboardInterrupt
+        del self.store[name]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Snapshots, "drop", drop)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path)
     run(tmp_path)
     assert not list(tmp_path.iterdir())
 
