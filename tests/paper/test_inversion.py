@@ -81,4 +81,4 @@ def test_the_report_has_a_table_and_a_picture(system, histories, tmp_path):
     said = report_of(system, histories, tmp_path)
     assert said.startswith("| Approximate inversion | ")
     assert "| tanh network, diabetes |" in said
-    assert "5 Neumann terms are ahead of 5 steps of CG in" in said
+    assert "5 Neumann terms are ahead of 5 steps of CG" in said

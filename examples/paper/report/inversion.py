@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from report.common import by_variant, draw, spread, table
-from report.midway import EARLY, means, passage
+from report.midway import means, passage
 
 Histories = dict[str, dict[str, Any]]
 METHODS = ["Neumann", "CG", "Gauss-Newton CG", "Nyström", "clamped CG"]
@@ -28,9 +28,8 @@ def row(histories: Histories) -> tuple[str, str, str]:
     return (
         "Approximate inversion",
         "5 Neumann terms are comparable to CG or better in direction (second-hand)",
-        f"mean cosine after {products} products at the optimum: Neumann {neumann:.2f}, CG {cg:.2f}; up to step {EARLY} "
-        f"of a training: Neumann {early['Neumann 5']:.2f}, CG {early['CG 5']:.2f}, "
-        f"damped CG {early['damped CG 5']:.2f}",
+        f"mean cosine after {products} products: Neumann {neumann:.2f}, CG {cg:.2f}. Early in a training: "
+        f"Neumann {early['Neumann 5']:.2f}, CG {early['CG 5']:.2f}, damped CG {early['damped CG 5']:.2f}",
     )
 
 

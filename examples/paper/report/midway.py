@@ -55,8 +55,8 @@ def _order(rows: list[dict[str, float]], yardstick: str) -> str:
         return f"{wins} of {len(part)}"
 
     early, late = ([row for row in rows if (row["step"] <= EARLY) == first] for first in (True, False))
-    said = f"By {YARDSTICKS[yardstick]}, 5 Neumann terms are ahead of 5 steps of CG in {ahead('CG', early)} comparisons"
-    said += f" up to step {EARLY}. They are ahead of damped CG in {ahead('damped CG', early)}."
+    said = f"Take {YARDSTICKS[yardstick]} as the yardstick. Up to step {EARLY}, 5 Neumann terms are ahead of 5 steps"
+    said += f" of CG in {ahead('CG', early)} comparisons. They are ahead of damped CG in {ahead('damped CG', early)}."
     if late:
         said += f" Later, these are {ahead('CG', late)} and {ahead('damped CG', late)}."
     return said
