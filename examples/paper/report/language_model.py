@@ -160,7 +160,8 @@ def findings(runs: Runs) -> list[str]:
         + ("at least" if gain >= TARGET else "less than")
         + f" the paper's {TARGET:.0%}.",
     ]
-    for other, words in (("random", "random search in the same time"), ("halving", "successive halving")):
+    others = {"high": "no tuning from the same start", "random": "random search in the same time"}
+    for other, words in (others | {"halving": "successive halving"}).items():
         said.append(f"Against {words}, it is {_judged(found[other])}.")
     first, middle, last = (_rate(runs["few"], "input", part) for part in (0.0, 0.5, 1.0))
     said.append(
@@ -169,8 +170,8 @@ def findings(runs: Runs) -> list[str]:
     )
     if last < 0.5 * first:
         said.append(
-            "So few rates fall from a high start, too, and a small gradient near zero does not explain it. Early in "
-            "training, noise costs more than it gains, and a hypergradient sees only the present weights."
+            "So few rates fall from a high start, too, and a small gradient near zero does not explain it. A likely "
+            "reason: early in training, noise costs more than it gains. A hypergradient sees only the present weights."
         )
     start, end = (_rate(runs["many"], "input", part) for part in (0.0, 1.0))
     said.append(f"With '{NAMES['many']}', the mean dropout at the input goes from {start:.2f} to {end:.2f}.")
