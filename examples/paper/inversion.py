@@ -4,7 +4,8 @@
 
 Figures 3 and 4 of the paper: cosine and distance between the hypergradient of each method and the exact one, against
 the number of Hessian-vector products, for a linear model and a tanh network with a weight decay for each weight. Here
-at the optimum, in float64. The runs called raw leave the features as they are, where a Neumann step of 0.001 diverges.
+at the optimum, in float64, and in the middle of a training (midway.py). The runs called raw leave the features as they
+are, where a Neumann step of 0.001 diverges.
 """
 
 from dataclasses import dataclass
@@ -17,11 +18,14 @@ import torch
 
 import bilevel as bl
 from bilevel.operators.linear_operator import LinearOperator
+from midway import RATE, cosine, follow
 from regression import GAUSS_NEWTON, prepare
 from runs import options, show, stored, variants
 
 FULL = {"products": 50, "hidden": 13}
 FAST = {"products": 12, "hidden": 3}
+MIDWAY = {"hidden": 13, "at": [10, 30, 100, 300, 1000, 3000]}  # after so many steps of a training
+FAST_MIDWAY = {"hidden": 3, "at": [5, 20]}
 STEP = 1e-3  # of Neumann in the published code
 
 
@@ -114,11 +118,6 @@ def fail(folder: Path | None, seed: int, path: Path) -> dict[str, Any]:
     return {"result": result}
 
 
-def cosine(x: np.ndarray, y: np.ndarray) -> float:
-    """Return the cosine between two vectors; 0 if x is zero, as CG without a step is."""
-    return float(x @ y / max(np.linalg.norm(x) * np.linalg.norm(y), np.finfo(float).tiny))
-
-
 def distance(x: np.ndarray, y: np.ndarray) -> float:
     """Return norm(x - y) / norm(y)."""
     return float(np.linalg.norm(x - y) / np.linalg.norm(y))
@@ -129,15 +128,20 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, Any]]:
     arguments = options(__doc__, argv)
     sizes = FAST if arguments.fast else FULL
     folders = {"diabetes": None} if arguments.data is None else {"boston": arguments.data, "diabetes": None}
-    names = [f"{kind}-{data}" for data in folders for kind in ("linear", "network", "raw")]
+    names = [f"{kind}-{data}" for data in folders for kind in ("linear", "network", "raw", "midway")]
     histories = {}
     for name, solver in variants(arguments, dict.fromkeys(names)).items():
         kind, _, data = ("network-diabetes" if name == "config" else name).partition("-")
         for seed in arguments.seeds:
-            run = partial(fail, folders[data], seed)
-            if kind != "raw":
-                run = partial(compare, kind, folders[data], sizes, seed, solver)
             settings = {**sizes, "seed": seed, "solver": solver}
+            if kind == "midway":
+                of = FAST_MIDWAY if arguments.fast else MIDWAY
+                settings = {**of, "rate": RATE, "seed": seed}
+                run = partial(follow, folders[data], of, seed)
+            elif kind == "raw":
+                run = partial(fail, folders[data], seed)
+            else:
+                run = partial(compare, kind, folders[data], sizes, seed, solver)
             histories[f"{name}-{seed}"] = stored(arguments, "inversion", f"{name}-{seed}", settings, run)
     show(histories)
     return histories

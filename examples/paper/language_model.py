@@ -4,7 +4,8 @@
 
 Table 4 of the paper. An LSTM with tied embeddings overfits a small text. Its regularizers have 5 hyperparameters, or
 65,794: a dropout rate for each unit at its input and its output, one for each weight of its recurrent matrix, and two
-penalties on activations. They are tuned in the one training run there is, against none tuned and a random search.
+penalties on activations. They are tuned in one training run, from small or from large rates. There are also trainings
+without tuning, a random search, and successive halving.
 
 Dropout is made differentiable by its concrete relaxation. Its noise belongs to the loss that it was drawn for:
 `bilevel_torch.backward` takes products from the graph of that loss, so that all of them see the same noise. A solver
@@ -16,6 +17,7 @@ The text has four parts: to train, to tune on (one batch a step), to choose the 
 import math
 from collections import Counter
 from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,24 +34,36 @@ FULL = {
     "vocabulary": 2000,
     "size": 128,
     "window": 35,
-    "batch": 20,
-    "train": 60_000,
+    "batch": 10,
+    "train": 30_000,
     "held_out": 7000,
-    "epochs": 12,
+    "epochs": 8,
     "every": 3,  # steps of training, for each step of the hyperparameters
     "outer_learning_rate": 0.1,
 }
-FAST = FULL | {"vocabulary": 200, "size": 16, "window": 10, "batch": 8, "train": 800, "held_out": 200}
-LEARNING_RATE, CLIP, TEMPERATURE, TRIALS = 4e-3, 0.25, 0.1, 2  # as many trials as fit into the time of a tuned run
-START = {"input": 0.05, "output": 0.05, "recurrent": 0.05, "activation": 1e-2, "slowness": 1e-2}
+FAST = FULL | {"vocabulary": 200, "size": 16, "window": 10, "batch": 4, "train": 800, "held_out": 200}
+LEARNING_RATE, CLIP, TEMPERATURE = 6e-3, 0.25, 0.1
+LOW = {"input": 0.05, "output": 0.05, "recurrent": 0.05, "activation": 1e-2, "slowness": 1e-2}
+HIGH = {"input": 0.4, "output": 0.4, "recurrent": 0.3, "activation": 1e-2, "slowness": 0.3}
 MOST = 2.0  # of a logit: dropout of 0.88, above which the scale 1 / (1 - rate) of what is left explodes
-SOLVERS = {
-    "none": None,
-    "few": "identity",
-    "many": "identity",
-    "many_neumann": {"name": "neumann", "terms": 1, "step_size": 0.1, "damping": 0.5},
-    **{f"random_{trial}": None for trial in range(TRIALS)},
+
+
+class Variant(NamedTuple):
+    """A way to tune in one training."""
+
+    start: dict[str, float]  # rates and penalties
+    solver: Any = None  # None: not tuned
+    many: bool = False  # a rate for each unit and each weight
+    warm: bool = False  # keep the damping
+
+
+VARIANTS = {
+    "none_low": Variant(LOW),
+    "none": Variant(HIGH),
+    "few": Variant(HIGH, "identity"),
+    "many": Variant(HIGH, "identity", many=True),
 }
+SEARCHES = {"random": [(4, 8)], "halving": [(8, 1), (4, 2), (2, 4), (1, 8)]}  # how many go on, to which epoch
 
 
 class Regularizers(nn.Module):
@@ -108,35 +122,55 @@ def outer_loss(net, words):
     return cross_entropy(net(words[:, :-1])[0].flatten(0, 1), words[:, 1:].flatten())
 
 
-def run(parts, sizes, seed, rates, many, solver, path):
-    """Train once, tuned unless solver is None; return the history."""
-    torch.manual_seed(seed)
-    net = LanguageModel(sizes["vocabulary"], sizes["size"])
-    regularizers = Regularizers(rates, sizes["size"], many)
-    optimizer = torch.optim.Adam(net.parameters(), LEARNING_RATE)
-    outer_optimizer = torch.optim.Adam(regularizers.parameters(), sizes["outer_learning_rate"])
-    state = {"net": net, "optimizer": optimizer, "regularizers": regularizers, "outer": outer_optimizer}
-    epoch = len(parts["train"]) // sizes["batch"]
-    loop = Loop(path, epoch * sizes["epochs"], state, about=path.stem)
-    for step in loop:
-        loss = inner_loss(net, regularizers, draw(parts["train"], sizes["batch"]))
-        optimizer.zero_grad()
-        loss.backward(retain_graph=True)
-        nn.utils.clip_grad_norm_(net.parameters(), CLIP)
-        if solver is not None and step % sizes["every"] == 0:
-            outer_optimizer.zero_grad()  # of what loss.backward() has left there
-            held_out = outer_loss(net, draw(parts["tune"], sizes["batch"]))
-            hparams = dict(regularizers.named_parameters())
-            bilevel_torch.backward(loss, held_out, net.parameters(), hparams, solver=solver)
-            outer_optimizer.step()
-            regularizers.project()
-        optimizer.step()
-        if (step + 1) % epoch == 0:
-            loop.row(epoch=(step + 1) // epoch, **measure(net, regularizers, parts))
-    best = min(loop.rows, key=lambda row: row["choose"])
-    counted = {"weights": net, "hyperparameters": regularizers}
-    counts = {name: sum(p.numel() for p in module.parameters()) for name, module in counted.items()}
-    return loop.history(**counts, **best)
+class Training:
+    """A training that may pause after an epoch; its hyperparameters are tuned on the way unless solver is None."""
+
+    def __init__(self, parts, sizes, regularizers, solver=None):
+        self.parts, self.sizes, self.regularizers, self.solver = parts, sizes, regularizers, solver
+        self.net = LanguageModel(sizes["vocabulary"], sizes["size"])
+        self.optimizer = torch.optim.Adam(self.net.parameters(), LEARNING_RATE)
+        self.outer_optimizer = torch.optim.Adam(regularizers.parameters(), sizes["outer_learning_rate"])
+        self.epoch = len(parts["train"]) // sizes["batch"]  # in steps
+        self.rows, self.seconds = [], 0.0
+
+    def go(self, epochs, path):
+        """Train for so many epochs; return the training."""
+        state = {"net": self.net, "optimizer": self.optimizer}
+        state |= {"regularizers": self.regularizers, "outer": self.outer_optimizer}
+        state |= {"solver": self.solver} if isinstance(self.solver, bl.WarmStart) else {}
+        loop, done = Loop(path, self.epoch * epochs, state, about=path.stem), len(self.rows)
+        for step in loop:
+            self.step(step % self.sizes["every"] == 0)
+            if (step + 1) % self.epoch == 0:
+                loop.row(epoch=done + (step + 1) // self.epoch, **measure(self.net, self.regularizers, self.parts))
+        self.rows, self.seconds = self.rows + loop.rows, self.seconds + loop.cpu_seconds
+        return self
+
+    def step(self, tune):
+        """Take a step of training, and one of the hyperparameters if it is time to tune."""
+        tune = tune and self.solver is not None
+        loss = inner_loss(self.net, self.regularizers, draw(self.parts["train"], self.sizes["batch"]))
+        self.optimizer.zero_grad()
+        loss.backward(retain_graph=tune)
+        nn.utils.clip_grad_norm_(self.net.parameters(), CLIP)
+        if tune:
+            self.outer_optimizer.zero_grad()  # of what loss.backward() has left there
+            held_out = outer_loss(self.net, draw(self.parts["tune"], 2 * self.sizes["batch"]))
+            hparams = dict(self.regularizers.named_parameters())
+            bilevel_torch.backward(loss, held_out, self.net.parameters(), hparams, solver=self.solver)
+            self.outer_optimizer.step()
+            self.regularizers.project()
+        self.optimizer.step()
+
+    def best(self):
+        """Return the row of the epoch that is best on the text to choose by."""
+        return min(self.rows, key=lambda row: row["choose"])
+
+    def history(self):
+        """Return the rows, and what came out."""
+        counted = {"weights": self.net, "hyperparameters": self.regularizers}
+        counts = {name: sum(p.numel() for p in module.parameters()) for name, module in counted.items()}
+        return {"rows": self.rows, "cpu_seconds": round(self.seconds, 2), "result": counts | self.best()}
 
 
 @torch.no_grad()
@@ -167,30 +201,67 @@ def cut(sizes, first, second):
     return {name: windows(part) for name, part in words.items()}
 
 
-def random_rates(seed):
-    """Return rates of a random search."""
-    rng = np.random.default_rng(seed)
-    rates = {name: rng.uniform(0, 0.8) for name in ("input", "output", "recurrent")}
-    return rates | {name: 10 ** rng.uniform(-3, 0.5) for name in ("activation", "slowness")}
-
-
 def main(argv=None):
     """Run all variants and seeds; return the histories."""
-    arguments = runs.options(__doc__, argv, seeds=2)
+    arguments = runs.options(__doc__, argv, seeds=3)
     sizes, (name, *texts) = FAST if arguments.fast else FULL, data.words(arguments.data)
     parts, histories = cut(sizes, *texts), {}
-    for variant, solver in runs.variants(arguments, SOLVERS).items():
+    for variant, of in runs.variants(arguments, VARIANTS | SEARCHES).items():
         for seed in arguments.seeds:
-            rates = random_rates([seed, int(variant[-1])]) if variant.startswith("random") else START
-            settings = {**sizes, "data": name, "seed": seed, "solver": solver, "rates": rates}
-            settings |= {"learning_rate": LEARNING_RATE, "clip": CLIP, "temperature": TEMPERATURE}
-            tuned = None if solver is None else bl.get_solver(solver)
-            work = partial(run, parts, sizes, seed, rates, variant.startswith(("many", "config")), tuned)
-            histories[f"{variant}-{seed}"] = runs.stored(
-                arguments, "language_model", f"{variant}-{seed}", settings, work
-            )
+            settings = {**sizes, "data": name, "seed": seed, "learning_rate": LEARNING_RATE, "clip": CLIP}
+            settings |= {"temperature": TEMPERATURE}
+            if variant in SEARCHES:
+                settings, job = settings | {"rungs": of}, partial(search, of, parts, sizes, seed)
+            else:
+                of = of if isinstance(of, Variant) else Variant(HIGH, of, many=True)  # of --config
+                settings, job = settings | of._asdict(), partial(run, of, parts, sizes, seed)
+            key = f"{variant}-{seed}"
+            histories[key] = runs.stored(arguments, "language_model", key, settings, job)
     runs.show(histories)
     return histories
+
+
+def run(of, parts, sizes, seed, path):
+    """Train once, tuned unless there is no solver, and return the history; train again with the rates at the end."""
+    torch.manual_seed(seed)
+    regularizers = Regularizers(of.start, sizes["size"], of.many)
+    solver = None if of.solver is None else bl.get_solver(of.solver)
+    solver = bl.WarmStart(solver) if of.warm else solver
+    history = Training(parts, sizes, regularizers, solver).go(sizes["epochs"], path).history()
+    if solver is None:
+        return history
+    again = Training(parts, sizes, regularizers).go(sizes["epochs"], path.with_suffix(".again")).history()
+    history["result"] |= {f"again_{key}": again["result"][key] for key in ("tune", "choose", "test", "epoch")}
+    return history | {"again_cpu_seconds": again["cpu_seconds"]}
+
+
+def search(rungs, parts, sizes, seed, path):
+    """Train with random rates. After each rung, the best go on: a rung is their number, and their epochs in all.
+
+    Return the history of the best, and all trials. One rung is a random search.
+    """
+    rng, trainings = np.random.default_rng(seed), []
+    torch.manual_seed(seed)
+    trials = []
+    for kept, epochs in rungs:
+        if not trainings:
+            trainings = [
+                Training(parts, sizes, Regularizers(random_rates(rng), sizes["size"], False)) for _ in range(kept)
+            ]
+        trainings = sorted(trainings, key=lambda training: training.best()["choose"] if training.rows else 0)[:kept]
+        for number, training in enumerate(trainings):
+            before = training.seconds
+            training.go(epochs - len(training.rows), path.with_suffix(f".{len(trials)}"))
+            trials.append({"epochs": epochs, "number": number, "cpu_seconds": training.seconds - before})
+            trials[-1] |= training.best()
+    best = min(trainings, key=lambda training: training.best()["choose"]).history()
+    return best | {"trials": trials, "cpu_seconds": round(sum(trial["cpu_seconds"] for trial in trials), 2)}
+
+
+def random_rates(rng):
+    """Return rates of a random search."""
+    rates = {name: rng.uniform(0, 0.8) for name in ("input", "output", "recurrent")}
+    return rates | {name: 10 ** rng.uniform(-3, 0.5) for name in ("activation", "slowness")}
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ class Loop:
         self.path, self.steps, self.state, self.every, self.about = path, steps, state, every, about
         self.rows: list[dict[str, Any]] = []
         self.cpu_seconds = 0.0
+        self.done = False  # set it to end after the present step
 
     def __iter__(self) -> Iterator[int]:
         """Yield the numbers of the steps that are left."""
@@ -34,6 +35,8 @@ class Loop:
                 began = time.process_time()
                 yield step
                 self.cpu_seconds += time.process_time() - began
+                if self.done:
+                    break
                 if (step + 1) % self.every == 0:
                     self._save(step + 1)
         self.path.unlink(missing_ok=True)

@@ -26,6 +26,7 @@ from loop import Loop
 
 METHODS = {
     "identity": "identity",
+    "capped": "identity",  # with the changes of CAPPED
     "cg": {"name": "cg", "preconditioner": "diagonal", "damping": 1.0, "maxiter": 20, "rtol": 0.1},
     "global": "identity",  # one decay for all weights
     "untuned": None,
@@ -46,7 +47,12 @@ class Net(NamedTuple):
 NETS = {
     "linear": Net(data.mnist, lambda image: models.linear(image.numel())),
     "mlp": Net(data.mnist, lambda image: models.mlp(image.numel())),
-    "cnn": Net(data.cifar10, lambda image: models.cnn(*image.shape[:2]), ("identity", "global", "untuned"), slow=True),
+    "cnn": Net(
+        data.cifar10,
+        lambda image: models.cnn(*image.shape[:2]),
+        ("identity", "capped", "global", "untuned"),
+        slow=True,
+    ),
     "alexnet": Net(
         data.cifar10, lambda image: models.alexnet(*image.shape[:2]), ("identity", "untuned"), 1, start=-7.0, slow=True
     ),
@@ -68,9 +74,13 @@ class Setup:
     start: float = -4.0
     images: int = 50  # to train on, and as many to validate on
     test: int = 1000
+    eps: float | None = None  # of Adam; None: PyTorch's
+    most: float | None = None  # the largest logarithm of a decay
+    until: float | None = None  # the validation accuracy to stop at
 
 
 FULL, FAST = Setup(steps=100), Setup(steps=16, test=400)
+CAPPED: dict[str, Any] = {"lr": 2e-3, "outer_lr": 0.15, "eps": 1e-4, "most": -1.0, "until": 1.0}
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict[str, Any]]:
@@ -84,8 +94,10 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, Any]]:
         for (method, solver), seed in product(runs.variants(arguments, METHODS).items(), arguments.seeds[: net.seeds]):
             if method in METHODS and method not in net.methods:
                 continue
-            settings = {**asdict(setup), "data": split.name, "net": name, "solver": solver, "seed": seed}
-            variant, job = f"{name}-{method}-{seed}", partial(run, net, method, solver, setup, seed, split)
+            of = replace(setup, **CAPPED, steps=2 * setup.steps) if method == "capped" else setup
+            settings = {name: value for name, value in asdict(of).items() if value is not None}
+            settings |= {"data": split.name, "net": name, "solver": solver, "seed": seed}
+            variant, job = f"{name}-{method}-{seed}", partial(run, net, method, solver, of, seed, split)
             histories[variant] = runs.stored(arguments, "overfit", variant, settings, job)
     runs.show(histories)
     return histories
@@ -96,7 +108,7 @@ def run(kind: Net, method: str, solver: Any, setup: Setup, seed: int, split: dat
     torch.manual_seed(seed)
     train, val, test = subsets(split, setup)
     net = kind.build(train[0][0])
-    optimizer = torch.optim.Adam(net.parameters(), lr=setup.lr)
+    optimizer = torch.optim.Adam(net.parameters(), lr=setup.lr, **({"eps": setup.eps} if setup.eps else {}))
     shapes = [()] if method == "global" else [w.shape for w in net.parameters()]
     log_decays = [torch.full(shape, setup.start, requires_grad=True) for shape in shapes]  # hyperparameters
     outer_optimizer = torch.optim.RMSprop(log_decays, lr=setup.outer_lr)
@@ -116,7 +128,11 @@ def run(kind: Net, method: str, solver: Any, setup: Setup, seed: int, split: dat
                 inner_loss(net, log_decays, train), val_loss, net.parameters(), log_decays, solver=solver
             )
             outer_optimizer.step()
-        if (step + 1) % setup.every == 0:
+            if setup.most is not None:
+                for decays in log_decays:
+                    decays.data.clamp_(max=setup.most)
+        loop.done = setup.until is not None and evaluate(net, val=val)["val_accuracy"] >= setup.until
+        if loop.done or (step + 1) % setup.every == 0:
             loop.row(step=step + 1, **evaluate(net, train=train, val=val, test=test))
     reached = next((row["step"] for row in loop.rows if row["val_accuracy"] == 1), None)
     final = {name: value for name, value in loop.rows[-1].items() if name != "step"}

@@ -1,4 +1,4 @@
-"""Housing prices and diabetes: a linear model or a network at its optimum, a weight decay for each weight."""
+"""Housing prices and diabetes: a linear model or a network, with a weight decay for each weight."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,7 +37,7 @@ PROBLEM = bl.Problem(GAUSS_NEWTON.inner, outer)
 
 
 class Setting(NamedTuple):
-    """Data, and a model at its optimum."""
+    """Data, and a model, for example at its optimum."""
 
     train: tuple[torch.Tensor, ...]
     validation: tuple[torch.Tensor, ...]
@@ -65,6 +65,15 @@ class Setting(NamedTuple):
 
 def prepare(kind: str, folder: Path | None, hidden: int, seed: int) -> Setting:
     """Split and scale the data, and solve the inner problem."""
+    start = begin(kind, folder, hidden, seed)
+    if kind == "network":
+        return start._replace(params=optimum(PROBLEM, start.params, start.log_decay, start.train))
+    gtol = 1e-6 if kind == "raw" else 1e-10  # raw features have rounding to match
+    return start._replace(params=newton(PROBLEM, start.params, start.log_decay, start.train, gtol))
+
+
+def begin(kind: str, folder: Path | None, hidden: int, seed: int) -> Setting:
+    """Split and scale the data, and draw first weights."""
     _, x, y = housing(folder)
     rng = np.random.default_rng(seed)
     order, cuts = rng.permutation(len(y)), [int(0.81 * len(y)), int(0.9 * len(y))]
@@ -79,7 +88,4 @@ def prepare(kind: str, folder: Path | None, hidden: int, seed: int) -> Setting:
         params[f"weight {layer}"] = torch.from_numpy(rng.normal(size=(fan_in, sizes[layer + 1])) / fan_in**0.5)
         params[f"bias {layer}"] = torch.zeros(sizes[layer + 1], dtype=torch.float64)
     log_decay = {name: torch.full_like(leaf, LOG_DECAY) for name, leaf in params.items()}
-    if kind == "network":
-        return Setting(train, validation, optimum(PROBLEM, params, log_decay, train), log_decay)
-    gtol = 1e-6 if kind == "raw" else 1e-10  # raw features have rounding to match
-    return Setting(train, validation, newton(PROBLEM, params, log_decay, train, gtol), log_decay)
+    return Setting(train, validation, params, log_decay)

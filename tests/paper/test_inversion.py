@@ -37,6 +37,31 @@ def test_failures_on_raw_features_are_flagged(histories):
     assert result["float64 CG error"] < 1e-4
 
 
+def test_damped_cg_reaches_the_damped_inverse_in_the_middle_of_a_training(histories):
+    for row in histories["midway-diabetes-0"]["rows"]:
+        assert row["least"] < 0
+        assert row["damped CG 20, inverse"] > 0.99
+        assert row["damped Neumann 20, inverse"] > row["identity, inverse"]
+
+
+def test_the_derivative_of_the_run_is_that_of_differences():
+    midway, regression = paper("midway"), paper("regression")
+    start = regression.begin("network", None, 2, 0)
+
+    def loss(log_decay):
+        params = start.params
+        for _ in range(8):
+            params = midway.descend(midway.free(params), log_decay, start.train)
+        return regression.outer(params, log_decay, *start.validation).item()
+
+    training = midway.training_of(start, [3, 8])
+    found = midway.bl.metagradient(training, start.params, start.log_decay, [start.train], steps=8)
+    last = {name: grad[-1] for name, grad in found.grad.items()}
+    direction = {name: torch.ones_like(leaf) for name, leaf in start.log_decay.items()}
+    up, down = ({n: d + s * 1e-4 * direction[n] for n, d in start.log_decay.items()} for s in (1, -1))
+    assert sum(float(grad.sum()) for grad in last.values()) == pytest.approx((loss(up) - loss(down)) / 2e-4, rel=1e-5)
+
+
 def test_a_step_that_is_too_large_is_refused(system):
     import bilevel as bl
 
@@ -56,3 +81,4 @@ def test_the_report_has_a_table_and_a_picture(system, histories, tmp_path):
     said = report_of(system, histories, tmp_path)
     assert said.startswith("| Approximate inversion | ")
     assert "| tanh network, diabetes |" in said
+    assert "5 Neumann terms are ahead of 5 steps of CG" in said

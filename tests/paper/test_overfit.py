@@ -28,6 +28,15 @@ def test_decays_per_weight_lower_the_validation_loss(histories):
     assert rows[-1]["val_loss"] < rows[0]["val_loss"]
 
 
+def test_a_capped_run_stops_at_its_target(histories):
+    capped = histories["cnn-capped-0"]
+    assert capped["settings"]["most"] == -1
+    assert capped["result"]["val_loss"] < histories["cnn-untuned-0"]["result"]["val_loss"]
+    accuracies = [row["val_accuracy"] for row in capped["rows"]]
+    assert 1 not in accuracies[:-1]
+    assert (capped["result"]["reached"] is None) == (accuracies[-1] < 1)
+
+
 def test_networks_have_the_papers_number_of_decays(system):
     image = {"linear": (1, 28, 28), "mlp": (1, 28, 28)}
     counts = {
