@@ -102,7 +102,7 @@ def _read(value: object) -> Read | None:
 
 
 class _Operation:
-    """An operation of one input and sharded parameters. It has a graph of its own, which saves no gathered parameter.
+    """An operation of one input and sharded parameters. It has a separate graph, which saves no gathered parameter.
 
     Args:
         function: the operation.
@@ -229,7 +229,7 @@ def _along_params(operation: _Operation, g: Any, x: Any, params: Any, vs: Any, n
 
 
 def _with_derivatives(ctx: Any, u: Any, vs: Any) -> Any:
-    """Return what `_Gradients.backward` returns, with derivatives of its own."""
+    """Return what `_Gradients.backward` returns, with its own derivatives."""
     operation, (g, x, *params) = ctx.operation, ctx.saved_tensors
     reads = [*operation.reads.values()]
     g, x = g.view_as(g), x.view_as(x)  # one may be computed from the other
