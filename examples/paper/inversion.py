@@ -44,15 +44,15 @@ class ClampedCG(bl.LinearSolver[None]):
         p = r = A.residual(b, x)
         for _ in range(self.maxiter):
             Ap, rr = A(p), space.dot(r, r)
-            alpha = rr / clamped(space.dot(p, Ap))
+            alpha = rr / clamped(space.dot(p, Ap), space.xp)
             x, r = space.axpy(alpha, p, x), space.axpy(-alpha, Ap, r)
-            p = space.axpy(space.dot(r, r) / clamped(rr), p, r)
+            p = space.axpy(space.dot(r, r) / clamped(rr, space.xp), p, r)
         return x, bl.SolverInfo(self.maxiter, space.norm(r), space.norm(b), bl.Status.MAXITER)
 
 
-def clamped(denominator: torch.Tensor) -> torch.Tensor:
-    """Return a denominator, or 0.01 if it is below 0.005."""
-    return torch.where(denominator < 5e-3, 1e-2, denominator)
+def clamped(denominator: Any, xp: Any) -> Any:
+    """Return a denominator, or 0.01 if it is below 0.005. ``xp`` is the namespace of scalars."""
+    return xp.where(denominator < 5e-3, 1e-2, denominator)
 
 
 def compare(

@@ -296,7 +296,9 @@ class TestArguments:
 
         with pytest.raises(TypeError) as caught:
             bilevel_jax.implicit_minimizer(inner)(train)(h, X, y)
-        assert "train returned a tuple of 2, and inner received it as params" in "".join(caught.value.__notes__)
+        assert (
+            "train returned a tuple of 2, and inner received params[0]['w'] of shape (3,) and params[1] of shape ()."
+        ) in "".join(caught.value.__notes__)
 
     def test_wrong_uses_of_the_decorator_are_told(self, case):
         h, X, y, _ = case

@@ -260,7 +260,9 @@ class TestErrors:
         w, _ = my_training(hparams(), X, y)
         with pytest.raises(TypeError) as caught:
             outer(w).backward()
-        assert "my_training returned a tuple of 2, and inner received it as params" in caught.value.__notes__[0]
+        assert caught.value.__notes__[0] == (
+            "my_training returned a tuple of 2, and inner received params[0]['a'] of shape (4,) and params[1] of shape ()."
+        )
 
     def test_the_decorator_in_the_wrong_place(self):
         direct = bilevel_torch.implicit_minimizer(train)
