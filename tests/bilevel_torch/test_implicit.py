@@ -260,9 +260,8 @@ class TestErrors:
         w, _ = my_training(hparams(), X, y)
         with pytest.raises(TypeError) as caught:
             outer(w).backward()
-        assert caught.value.__notes__[0] == (
-            "my_training returned a tuple of 2, and inner received params[0]['a'] of shape (4,) and params[1] of shape ()."
-        )
+        found = "inner received params[0]['a'] of shape (4,) and params[1] of shape ()."
+        assert caught.value.__notes__[0] == f"my_training returned a tuple of 2, and {found}"
 
     def test_the_decorator_in_the_wrong_place(self):
         direct = bilevel_torch.implicit_minimizer(train)
