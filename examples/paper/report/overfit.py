@@ -149,14 +149,16 @@ def _falls(found: list[dict[str, Any]]) -> str:
 def _curves(figure: Any, runs: Runs) -> None:
     axes = dict(zip(NETS, figure.subplots(1, len(NETS), sharey=True), strict=True))
     for net, method, found in _known(runs):
-        label, colour = METHODS[method]
+        _, colour = METHODS[method]
         steps = max(([row["step"] for row in run["rows"]] for run in found), key=len)
         for part, style in (("val", "-"), ("test", "--")):
             values = np.mean([_accuracies(run, part, len(steps)) for run in found], axis=0)
-            axes[net].plot(steps, values, style, color=colour, label=label if part == "val" else None)
+            axes[net].plot(steps, values, style, color=colour)
         weights = found[0]["result"]["weights"]
         axes[net].set(title=f"{NETS[net]}\n{weights:,} weights", xlabel="step of the decays", ylim=(0, 1.03))
     axes["linear"].set_ylabel("accuracy")
+    for label, colour in dict(METHODS[method] for _, method, _ in _known(runs)).items():
+        axes["linear"].plot([], [], color=colour, label=label)
     axes["linear"].plot([], [], "k-", label="validation")
     axes["linear"].plot([], [], "k--", label="test")
-    figure.legend(*axes["linear"].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=9)
+    figure.legend(*axes["linear"].get_legend_handles_labels(), loc="outside lower center", ncols=7, fontsize=9)
