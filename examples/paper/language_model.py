@@ -54,7 +54,6 @@ class Variant(NamedTuple):
     start: dict[str, float]  # rates and penalties
     solver: Any = None  # None: not tuned
     many: bool = False  # a rate for each unit and each weight
-    warm: bool = False  # keep the damping
 
 
 VARIANTS = {
@@ -137,7 +136,6 @@ class Training:
         """Train for so many epochs; return the training."""
         state = {"net": self.net, "optimizer": self.optimizer}
         state |= {"regularizers": self.regularizers, "outer": self.outer_optimizer}
-        state |= {"solver": self.solver} if isinstance(self.solver, bl.WarmStart) else {}
         loop, done = Loop(path, self.epoch * epochs, state, about=path.stem), len(self.rows)
         for step in loop:
             self.step(step % self.sizes["every"] == 0)
@@ -226,7 +224,6 @@ def run(of, parts, sizes, seed, path):
     torch.manual_seed(seed)
     regularizers = Regularizers(of.start, sizes["size"], of.many)
     solver = None if of.solver is None else bl.get_solver(of.solver)
-    solver = bl.WarmStart(solver) if of.warm else solver
     history = Training(parts, sizes, regularizers, solver).go(sizes["epochs"], path).history()
     if solver is None:
         return history
@@ -240,15 +237,13 @@ def search(rungs, parts, sizes, seed, path):
 
     Return the history of the best, and all trials. One rung is a random search.
     """
-    rng, trainings = np.random.default_rng(seed), []
+    rng, trials = np.random.default_rng(seed), []
     torch.manual_seed(seed)
-    trials = []
+    drawn = (Regularizers(random_rates(rng), sizes["size"], False) for _ in range(rungs[0][0]))
+    trainings = [Training(parts, sizes, regularizers) for regularizers in drawn]
     for kept, epochs in rungs:
-        if not trainings:
-            trainings = [
-                Training(parts, sizes, Regularizers(random_rates(rng), sizes["size"], False)) for _ in range(kept)
-            ]
-        trainings = sorted(trainings, key=lambda training: training.best()["choose"] if training.rows else 0)[:kept]
+        if trials:
+            trainings = sorted(trainings, key=lambda training: training.best()["choose"])[:kept]
         for number, training in enumerate(trainings):
             before = training.seconds
             training.go(epochs - len(training.rows), path.with_suffix(f".{len(trials)}"))
