@@ -96,10 +96,9 @@ def grad(
     try:
         with advised(), _hooks_aside(wanted), buffers_isolated(), again:
             found = torch.autograd.grad(outputs, wanted, grad_outputs, allow_unused=True, **options)
-    except RuntimeError:
-        raise
     except Exception as error:
-        error.add_note(FOREIGN)
+        if not isinstance(error, RuntimeError):
+            error.add_note(FOREIGN)
         raise
     with torch.enable_grad() if recorded else nullcontext():
         for i, g in zip(places, found, strict=True):

@@ -9,7 +9,7 @@ import torch
 from typing_extensions import override
 
 from bilevel.spaces.array import V
-from bilevel.spaces.space import State, X
+from bilevel.spaces.space import State
 from bilevel.spaces.tree import leaves
 from bilevel_torch.space import TorchSpace, product
 
@@ -119,10 +119,6 @@ class CpuSpace(TorchSpace[V]):
     @override
     def get(self, stack: Any, i: Any) -> V:
         return super().get(stack, _tensor(i))
-
-    @override
-    def where(self, flag: Any, x: X, y: X) -> X:
-        return x if flag else y
 
     @override
     def while_loop(
