@@ -1,4 +1,4 @@
-"""What tests of several examples need."""
+"""Fixtures for the tests of several examples."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What a compiled program of XLA contains."""
+"""Find collectives and loops in the text of a compiled program."""
 
 import re
 from math import prod

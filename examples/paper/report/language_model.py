@@ -111,7 +111,7 @@ def search_of(history: dict[str, Any], seconds: float) -> dict[str, Any]:
 
 
 def differences(runs: Runs, name: str, key: str) -> dict[str, Any]:
-    """Return the test perplexity of a tuned variant less that of others, for each seed."""
+    """Return the differences in test perplexity between a tuned variant and each other one, for each seed."""
     pairs = list(zip(runs[name], runs["none_low"], runs["none"], runs["random"], runs["halving"], strict=False))
     again = key.startswith("again")
     found: dict[str, Any] = {"low": [], "high": [], "random": [], "halving": [], "trials": []}
