@@ -101,6 +101,7 @@ class LinearizedMap(NamedTuple, Generic[P, H]):
         reduction: the symmetric system to solve for v. None: solve (∂r/∂w)ᵀ v = c itself.
         jvp_params: v -> (∂r/∂w) v, for a ∂r/∂w that is not symmetric. None if it is symmetric, or if the backend does
             not have it.
+        joint_vjp: v -> both transposed products, where one pass for both is cheaper than two. None elsewhere.
     """
 
     residual: P
@@ -110,6 +111,11 @@ class LinearizedMap(NamedTuple, Generic[P, H]):
     dependence: Callable[[], Dependence] | None = None
     reduction: Reduction[P] | None = None
     jvp_params: Callable[[P], P] | None = None
+    joint_vjp: Callable[[P], tuple[P, H | None]] | None = None
+
+    def vjp(self, v: P) -> tuple[P, H | None]:
+        """Return ``vjp_params(v)`` and ``vjp_hparams(v)``."""
+        return (self.vjp_params(v), self.vjp_hparams(v)) if self.joint_vjp is None else self.joint_vjp(v)
 
     @property
     def product(self) -> Callable[[P], P]:

@@ -147,7 +147,7 @@ class TorchBackend(Backend):
         params, hparams = as_graph_leaves(params, hparams)
         grads, product = gauss_newton(inner, params, hparams, args)
         self._check_influence("inner", any(g is not None for g in grads), params)
-        return _products(grads, params, hparams)._replace(vjp_params=product)
+        return _products(grads, params, hparams)._replace(vjp_params=product, joint_vjp=None)
 
     @override
     @over_micro_batches(linearized)
@@ -314,9 +314,16 @@ def _products(
     influences: list[bool] = []  # every product tells, and it costs nothing then
 
     def vjp_hparams(v: P) -> H | None:
-        products = pull(v, leaves(hparams))
+        return in_hparams(pull(v, leaves(hparams)))
+
+    def in_hparams(products: Sequence[torch.Tensor | None]) -> H | None:
         influences[:] = _found(products)
         return zeros_for_none(products, hparams) if any(influences) else None
+
+    def joint_vjp(v: P) -> tuple[P, H | None]:
+        weights = leaves(params)
+        products = pull(v, [*weights, *leaves(hparams)])
+        return zeros_for_none(products[: len(weights)], params), in_hparams(products[len(weights) :])
 
     def dependence() -> Dependence:
         if not influences:
@@ -325,7 +332,7 @@ def _products(
 
     push = _pushes(varying, params, leaves(hparams))
     value = zeros_for_none([r if r is None else r.detach() for r in outputs], params)
-    return LinearizedMap(value, vjp_params, vjp_hparams, lambda u: push(leaves(u)), dependence)
+    return LinearizedMap(value, vjp_params, vjp_hparams, lambda u: push(leaves(u)), dependence, joint_vjp=joint_vjp)
 
 
 def _varying(outputs: Sequence[torch.Tensor | None]) -> dict[int, torch.Tensor]:

@@ -44,6 +44,32 @@ class InnerStep(Protocol, Generic[V, S, D, K]):
 
 
 @dataclass(frozen=True)
+class Descent(Generic[V]):
+    """w' = w − step_size·g. There is no state, and a pullback does not need g."""
+
+    space: Space[V]
+    step_size: Number
+
+    def init(self, params: V) -> None:
+        return None
+
+    def zero(self, params: V) -> None:
+        return None
+
+    def step(self, grad: V, params: V, state: None) -> tuple[V, None]:
+        return self.space.axpy(-self.step_size, grad, params), None
+
+    def keep(self, state: None) -> None:
+        return None
+
+    def pullback(self, grad: V, kept: None, by_params: V, by_state: None) -> tuple[V, None]:
+        return self.space.scale(-self.step_size, by_params), None
+
+    def pushforward(self, grad: V, state: None, d_grad: V, d_params: V, d_state: None) -> tuple[V, None]:
+        return self.step(d_grad, d_params, None)
+
+
+@dataclass(frozen=True)
 class HeavyBall(Generic[V]):
     """m' = momentum·m + g,  w' = w − step_size·m'. The step is linear, so a pullback does not need the state."""
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from math import isqrt
 from typing import Any, Generic, NamedTuple
 
-from bilevel.linearization import LinearizedMap
+from bilevel.linearization import Dependence, LinearizedMap
 from bilevel.methods.method import Level
 from bilevel.methods.optimizers import InnerStep
 from bilevel.spaces.array import Args, Array, H, P
@@ -29,7 +29,7 @@ class Adjoint(NamedTuple, Generic[P, H]):
     params: P  # dF/dw_t
     optimizer: Any  # dF/ds_t
     total: P  # −Σ dF/dg, which corresponds to v of the implicit method
-    cross: H | None  # Σ (∂g/∂λ)ᵀ dF/dg, the indirect part of dF/dλ. None: it is not computed
+    cross: H | None  # Σ (∂g/∂λ)ᵀ dF/dg, the indirect part of dF/dλ. None: zero
 
 
 class Tangent(NamedTuple, Generic[P, H]):
@@ -42,13 +42,17 @@ class Tangent(NamedTuple, Generic[P, H]):
 
 @dataclass(frozen=True)
 class Run(Generic[P, H]):
-    """The steps of an optimizer on the inner objective. Step t takes the data ``batch(t)``."""
+    """The steps of an optimizer on the inner objective. Step t takes the data ``batch(t)``.
+
+    ``first_grad`` is ∂L/∂w of step 0.
+    """
 
     level: Level[P, H]
     space: Space[P]
     of_hparams: Space[H]
     batch: Callable[[Array | int], Args]
     optimizer: InnerStep[P, Any, Any, Any]
+    first_grad: P
 
     def start(self, params: P) -> State[P]:
         """Return the state before the first step."""
@@ -60,6 +64,8 @@ class Run(Generic[P, H]):
 
     def step(self, s: State[P], grad: P | None = None) -> State[P]:
         """Return the next state. If ``grad`` is given, the gradient is not computed again."""
+        if grad is None and isinstance(s.t, int) and s.t == 0:
+            grad = self.first_grad
         if grad is None:
             level = self.level
             _, grad = level.problem.value_and_residual(level.backend, s.params, level.hparams, self.batch(s.t))
@@ -70,23 +76,27 @@ class Run(Generic[P, H]):
         # Without steps, no scan: this saves a compilation.
         return self.space.scan(lambda s, _: (self.step(s), None), s, None, count)[0] if count else s
 
-    def backward_step(self, a: Adjoint[P, H], at: LinearizedMap[P, H], kept: Any) -> Adjoint[P, H]:
+    def backward_step(
+        self, a: Adjoint[P, H], at: LinearizedMap[P, H], kept: Any, with_cross: bool = True
+    ) -> Adjoint[P, H]:
         """Return the adjoint before a step, from the adjoint ``a`` after it.
 
         ``at`` is the inner problem, linearized at the w of the step. ``kept`` is `InnerStep.keep` of its s.
         """
         axpy = self.space.axpy
         by_grad, by_state = self.optimizer.pullback(at.residual, kept, a.params, a.optimizer)
-        cross = None if a.cross is None else at.vjp_hparams(by_grad)
+        product, cross = at.vjp(by_grad) if with_cross else (at.vjp_params(by_grad), None)
+        if cross is not None and a.cross is not None:
+            cross = self.of_hparams.axpy(1.0, cross, a.cross)
         return Adjoint(
-            params=axpy(1.0, at.vjp_params(by_grad), a.params),
+            params=axpy(1.0, product, a.params),
             optimizer=by_state,
             total=axpy(-1.0, by_grad, a.total),
-            cross=a.cross if cross is None or a.cross is None else self.of_hparams.axpy(1.0, cross, a.cross),
+            cross=a.cross if cross is None else cross,
         )
 
     def adjoint(self, cotangent: P, cross: H | None) -> Adjoint[P, H]:
-        """Return the adjoint after the last step: ``cotangent`` is dF/dw there, and ``cross`` is zero or None."""
+        """Return the adjoint after the last step: ``cotangent`` is dF/dw there, and ``cross`` is zero."""
         return Adjoint(cotangent, self.optimizer.zero(cotangent), self.space.zeros(), cross)
 
 
@@ -98,13 +108,17 @@ class Recording(Generic[P, H]):
     the segments, and are recorded immediately. At most 3√K + 1 states are stored at a time, for one more gradient per
     step.
 
-    With ``keep``, the linearization of each step is also recorded, if the backend ``can_store_graphs``. Otherwise
+    With ``first``, the linearized inner problem of step 0, the linearization of each step is also recorded. Otherwise
     `back` computes it again. In torch it holds the graph of the step.
+
+    After `back`, ``used`` tells on which leaves the first recorded step depends.
     """
 
-    def __init__(self, run: Run[P, H], start: State[P], count: int, checkpoint: bool, keep: bool) -> None:
-        self._run, self._space = run, run.space
-        self._keep = keep and run.level.backend.can_store_graphs
+    def __init__(
+        self, run: Run[P, H], start: State[P], count: int, checkpoint: bool, first: LinearizedMap[P, H] | None
+    ) -> None:
+        self._run, self._space, self._first = run, run.space, first
+        self.used: Dependence | None = None
         # Without checkpoints, a segment would be longer than the run. So there is none, and all steps remain.
         self._length = isqrt(count) if checkpoint else count + 1
         self._segments, self._single = divmod(count, self._length)
@@ -130,7 +144,7 @@ class Recording(Generic[P, H]):
 
     def _record(self, s: State[P], count: int) -> tuple[State[P], Any]:
         def step(s: State[P], _: None) -> tuple[State[P], tuple[State[P], LinearizedMap[P, H] | None]]:
-            at = self._run.linearize(s.params, s.t) if self._keep else None
+            at = None if self._first is None else self._first if s.t == 0 else self._run.linearize(s.params, s.t)
             kept = s._replace(optimizer=self._run.optimizer.keep(s.optimizer))
             return self._run.step(s, None if at is None else at.residual), (kept, at)
 
@@ -140,7 +154,9 @@ class Recording(Generic[P, H]):
         def step(a: Adjoint[P, H], stored: tuple[State[P], LinearizedMap[P, H] | None]) -> tuple[Adjoint[P, H], None]:
             s, at = stored
             at = self._run.linearize(s.params, s.t) if at is None else at
-            return self._run.backward_step(a, at, s.optimizer), None
+            a = self._run.backward_step(a, at, s.optimizer)
+            self.used = None if at.dependence is None else at.dependence()  # it costs nothing after a product
+            return a, None
 
         return self._space.scan(step, a, steps, count, reverse=True)[0] if count else a
 
@@ -188,6 +204,6 @@ def backward_at(run: Run[P, H], end: State[P], count: int, a: Adjoint[P, H], sam
     def step(carry: tuple[Adjoint[P, H], Any], _: None) -> tuple[tuple[Adjoint[P, H], Any], None]:
         a, t = carry
         at = run.linearize(end.params, t) if at_end is None else at_end
-        return (run.backward_step(a, at, kept), t - 1), None
+        return (run.backward_step(a, at, kept, with_cross=False), t - 1), None
 
     return run.space.scan(step, (a, end.t - 1), None, count)[0][0]

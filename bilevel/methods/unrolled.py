@@ -9,7 +9,7 @@ from bilevel.linear_solvers import advice
 from bilevel.linear_solvers.neumann import safe_step
 from bilevel.linearization import Dependence, LinearizedMap
 from bilevel.methods.method import Level, Method, Pullback, Solution
-from bilevel.methods.optimizers import Adam, HeavyBall, InnerStep
+from bilevel.methods.optimizers import Adam, Descent, HeavyBall, InnerStep
 from bilevel.methods.unroll import Adjoint, Recording, Run, State, Tangent, backward_at, forward_tangents
 from bilevel.operators.lanczos import Spectrum
 from bilevel.operators.linear_operator import LinearOperator
@@ -122,15 +122,13 @@ class Unrolled(Method):
 
     @override
     def solve(self, level: Level[P, H], adjoint0: P | None) -> Solution[P, H]:
-        run, has_influence, used = self._start(level)
-        count = self.steps if self.truncation is None else min(self.truncation, self.steps)
-        start = run.advance(run.start(level.params), self.steps - count)
-        solution = (self._reverse if self.mode == "reverse" else self._forward)(run, start, count, has_influence)
-
-        def pullback(cotangent: P) -> Pullback[P, H]:
-            return solution.pullback(cotangent)._replace(dependence=used)
-
-        return Solution(solution.params, pullback)
+        if is_indefinite(level.problem):
+            raise TypeError(
+                "Unrolled: the steps of an optimizer do not converge to the solution of a bl.Constrained, which is a "
+                'saddle point of its Lagrangian. Use solver="minres" or "exact". For a set with a projection, use '
+                "bl.Projected."
+            )
+        return (self._reverse if self.mode == "reverse" else self._forward)(level)
 
     @override
     def init(self, level: Level[P, H]) -> Number | None:
@@ -153,24 +151,13 @@ class Unrolled(Method):
             )
         return advice.diverged(self.fixed_damping, curvature) if symmetric else advice.NO_CONTRACTION
 
-    def _start(self, level: Level[P, H]) -> tuple[Run[P, H], bool, Dependence | None]:
-        """Return the run before its first step, whether its steps depend on λ, and on which leaves of λ."""
-        if is_indefinite(level.problem):
-            raise TypeError(
-                "Unrolled: the steps of an optimizer do not converge to the solution of a bl.Constrained, which is a "
-                'saddle point of its Lagrangian. Use solver="minres" or "exact". For a set with a projection, use '
-                "bl.Projected."
-            )
+    def _run(self, level: Level[P, H], at_start: LinearizedMap[P, H]) -> tuple[Run[P, H], State[P], int]:
+        """Return the run, its state before the steps to differentiate, and their number."""
         space, of_hparams = level.space, level.backend.space(level.hparams)
-        at_start = level.linearize()
-        has_influence = at_start.vjp_hparams(space.zeros()) is not None
-        used = None if at_start.dependence is None else at_start.dependence()
-        if used is not None:  # the end of a run depends on its start, also where no step changes it
-            used = used._replace(params=[True] * len(used.params))
-        if self.mode == "forward":
-            _check_forward(level, of_hparams)
         step = self._optimizer_step(level, at_start, space)
-        return Run(level, space, of_hparams, space.sequence(level.batches), step), has_influence, used
+        run = Run(level, space, of_hparams, space.sequence(level.batches), step, at_start.residual)
+        count = self.steps if self.truncation is None else min(self.truncation, self.steps)
+        return run, run.advance(run.start(level.params), self.steps - count), count
 
     def _optimizer_step(
         self, level: Level[P, H], at: LinearizedMap[P, H], space: Space[P]
@@ -182,20 +169,34 @@ class Unrolled(Method):
             step_size = safe_step(LinearOperator(space, at.vjp_params, not is_equation(level.problem)))
         if self.optimizer == "adam":
             return Adam(space, step_size, self.beta1, self.beta2, self.eps)
+        if is_python_value(self.momentum) and self.momentum == 0:
+            return Descent(space, step_size)
         return HeavyBall(space, step_size, self.momentum)
 
-    def _reverse(self, run: Run[P, H], start: State[P], count: int, has_influence: bool) -> Solution[P, H]:
+    def _reverse(self, level: Level[P, H]) -> Solution[P, H]:
+        at_start = level.linearize()
+        run, start, count = self._run(level, at_start)
         checkpoint = count >= MANY_STEPS if isinstance(self.checkpoint, str) else self.checkpoint
-        recording = Recording(run, start, count, checkpoint, keep=self.checkpoint is False)
+        keep = self.checkpoint is False and level.backend.can_store_graphs
+        first = at_start if keep else None
+        # A compiled loop has a total of a fixed structure. There, the first map tells it, and takes no product for it.
+        zero = run.of_hparams.zeros() if level.backend.compiles and _has_influence(run, at_start) else None
+        del at_start  # it may hold a graph
+        recording = Recording(run, start, count, checkpoint, first)
 
         def pullback(cotangent: P) -> Pullback[P, H]:
-            a = recording.back(run.adjoint(cotangent, run.of_hparams.zeros() if has_influence else None))
-            return Pullback(a.cross, a.total, self._info(a, cotangent, run.space))
+            a = recording.back(run.adjoint(cotangent, zero))
+            return Pullback(a.cross, a.total, self._info(a, cotangent, run.space), _of_a_run(recording.used))
 
         return Solution(recording.end.params, pullback)
 
-    def _forward(self, run: Run[P, H], start: State[P], count: int, has_influence: bool) -> Solution[P, H]:
+    def _forward(self, level: Level[P, H]) -> Solution[P, H]:
+        _check_forward(level)
+        at_start = level.linearize()
+        run, start, count = self._run(level, at_start)
         space, of_hparams = run.space, run.of_hparams
+        has_influence = _has_influence(run, at_start)
+        used = None if at_start.dependence is None else at_start.dependence()
         end, tangents = forward_tangents(run, start, count) if has_influence else (run.advance(start, count), None)
 
         def pullback(cotangent: P) -> Pullback[P, H]:
@@ -204,7 +205,7 @@ class Unrolled(Method):
 
             indirect = space.scan(add, of_hparams.zeros(), tangents, of_hparams.size)[0] if has_influence else None
             a = backward_at(run, end, count, run.adjoint(cotangent, None), same_data=len(run.level.batches) == 1)
-            return Pullback(indirect, a.total, self._info(a, cotangent, space))
+            return Pullback(indirect, a.total, self._info(a, cotangent, space), _of_a_run(used))
 
         return Solution(end.params, pullback)
 
@@ -216,7 +217,18 @@ class Unrolled(Method):
         return SolverInfo(steps, residual_norm=at_start, rhs_norm=at_end, status=status)
 
 
-def _check_forward(level: Level[P, H], of_hparams: Space[H]) -> None:
+def _has_influence(run: Run[P, H], at_start: LinearizedMap[P, H]) -> bool:
+    """Return whether the steps depend on λ."""
+    return at_start.vjp_hparams(run.space.zeros()) is not None
+
+
+def _of_a_run(used: Dependence | None) -> Dependence | None:
+    """Return the dependence of the end of a run. It depends on the start, also where no step changes it."""
+    return None if used is None else used._replace(params=[True] * len(used.params))
+
+
+def _check_forward(level: Level[P, H]) -> None:
+    of_hparams = level.backend.space(level.hparams)
     if of_hparams.size > MANY_HPARAMS:
         raise ValueError(
             f'Unrolled: mode="forward" stores a tangent for each entry of hparams, at most {MANY_HPARAMS}, but '
