@@ -32,7 +32,8 @@ hidden = set(os.environ.get("BILEVEL_HIDE", "").split(",")) & {"torch", "jax"}
 
 def frameworks_of(nodeid: str) -> set[str]:
     """Return the frameworks that a test names: in its file, its class, its name or its parameters."""
-    return {name for name in ("torch", "jax") if name in nodeid.lower() and not nodeid.startswith("docs/")}
+    names = ("numpy", "torch", "jax")
+    return {name for name in names if name in nodeid.lower() and not nodeid.startswith("docs/")}
 
 
 # scikit-learn's checks of the conventions of an estimator: only NumPy, and a third of the time with a framework hidden.
@@ -42,13 +43,13 @@ CONVENTIONS = "::test_conventions_of_scikit_learn["
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """With a framework hidden, leave out the tests that only concern the others.
 
-    No backend imports another framework: tests/project/test_imports.py checks that. So a test of JAX gives the same
-    with and without torch. The core can give something else, because it looks for installed frameworks. So the tests of
-    the core, the command, the errors, the documentation and NumPy stay, without scikit-learn's checks. The tests of the
-    hidden framework stay too, and appear as skipped.
+    No backend imports another framework: tests/project/test_imports.py checks that. So a test of JAX or NumPy gives the
+    same with and without torch. The core can give something else, because it looks for installed frameworks. So the
+    tests that name no framework stay, without scikit-learn's checks: those of the core, the command, the errors and the
+    documentation. The tests of the hidden framework stay too, and appear as skipped.
     """
     if hidden:
-        others = {"torch", "jax"} - hidden
+        others = {"numpy", "torch", "jax"} - hidden
         unaffected = [
             item
             for item in items

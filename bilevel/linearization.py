@@ -86,6 +86,18 @@ class Reduction(NamedTuple, Generic[P]):
     forward: Callable[[P], tuple[P, Callable[[P], P]]] | None = None
 
 
+class JointProduct(NamedTuple, Generic[P, H]):
+    """Two transposed products in one pass.
+
+    Attributes:
+        products: ``vjp_params`` and ``vjp_hparams``.
+        vjp: v -> both products with v.
+    """
+
+    products: tuple[Callable[[P], P], Callable[[P], H | None]]
+    vjp: Callable[[P], tuple[P, H | None]]
+
+
 class LinearizedMap(NamedTuple, Generic[P, H]):
     """A map r(w, λ) at one point, and products with its Jacobians. r = 0 defines w*.
 
@@ -101,7 +113,7 @@ class LinearizedMap(NamedTuple, Generic[P, H]):
         reduction: the symmetric system to solve for v. None: solve (∂r/∂w)ᵀ v = c itself.
         jvp_params: v -> (∂r/∂w) v, for a ∂r/∂w that is not symmetric. None if it is symmetric, or if the backend does
             not have it.
-        joint_vjp: v -> both transposed products, where one pass for both is cheaper than two. None elsewhere.
+        joint: both transposed products in one pass. None where this is not cheaper than two passes.
     """
 
     residual: P
@@ -111,11 +123,14 @@ class LinearizedMap(NamedTuple, Generic[P, H]):
     dependence: Callable[[], Dependence] | None = None
     reduction: Reduction[P] | None = None
     jvp_params: Callable[[P], P] | None = None
-    joint_vjp: Callable[[P], tuple[P, H | None]] | None = None
+    joint: JointProduct[P, H] | None = None
 
     def vjp(self, v: P) -> tuple[P, H | None]:
         """Return ``vjp_params(v)`` and ``vjp_hparams(v)``."""
-        return (self.vjp_params(v), self.vjp_hparams(v)) if self.joint_vjp is None else self.joint_vjp(v)
+        products, joint = (self.vjp_params, self.vjp_hparams), self.joint
+        if joint is None or joint.products != products:  # `_replace` may have replaced one
+            return self.vjp_params(v), self.vjp_hparams(v)
+        return joint.vjp(v)
 
     @property
     def product(self) -> Callable[[P], P]:

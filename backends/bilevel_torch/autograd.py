@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.autograd.graph import GradientEdge
 
 from bilevel.backend import R
 from bilevel.spaces.array import H, P, V
 from bilevel.spaces.tree import leaves, leaves_with_paths, tree_map, with_leaves
 from bilevel.validation import check_scalar
 from bilevel_torch.advice import FOREIGN, NOT_REENTRANT, advice
-from bilevel_torch.graph import COMPILED_GRADIENT, check_compiled, functions_recorded, nodes_of
+from bilevel_torch.graph import COMPILED_GRADIENT, check_compiled, functions_recorded, nodes_of, varies
 from bilevel_torch.isolation import buffers_isolated
 from bilevel_torch.shards import is_dtensor, local, placed
 
@@ -72,7 +73,7 @@ def scalar(label: str, value: object) -> torch.Tensor:
 
 
 def grad(
-    outputs: Sequence[torch.Tensor],
+    outputs: Sequence[torch.Tensor] | Sequence[GradientEdge],
     inputs: Sequence[torch.Tensor],
     grad_outputs: Sequence[torch.Tensor | None] | None,
     **options: bool,
@@ -88,7 +89,7 @@ def grad(
     """
     grads: list[torch.Tensor | None] = [None] * len(inputs)
     places = [i for i, t in enumerate(inputs) if t.requires_grad]
-    if not places or not any(output.requires_grad for output in outputs):
+    if not places or not any(varies(output) for output in outputs):
         return grads
     wanted = [inputs[i] for i in places]
     recorded = options.get("create_graph", False)

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.autograd.graph import Node
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from typing_extensions import override
 
 from bilevel.backend import Backend, Data, R
 from bilevel.batch_sums import differentiated, linearized, over_micro_batches
 from bilevel.dependence import warn
-from bilevel.linearization import Dependence, Inputs, LinearizedMap, OuterDerivatives
+from bilevel.linearization import Dependence, Inputs, JointProduct, LinearizedMap, OuterDerivatives
 from bilevel.problems.model_loss import ModelLoss
 from bilevel.spaces.array import Args, H, P, V
 from bilevel.spaces.tree import leaves, with_leaves
@@ -147,7 +147,7 @@ class TorchBackend(Backend):
         params, hparams = as_graph_leaves(params, hparams)
         grads, product = gauss_newton(inner, params, hparams, args)
         self._check_influence("inner", any(g is not None for g in grads), params)
-        return _products(grads, params, hparams)._replace(vjp_params=product, joint_vjp=None)
+        return _products(grads, params, hparams)._replace(vjp_params=product)
 
     @override
     @over_micro_batches(linearized)
@@ -302,7 +302,7 @@ def _products(
     outputs: Sequence[torch.Tensor | None], params: P, hparams: H, others: Sequence[tuple[int, ...]] = ()
 ) -> LinearizedMap[P, H]:
     """Return a map with products of its Jacobians. The outputs are like the leaves of params; None stands for zero."""
-    varying = _varying(outputs)
+    varying, count = _varying(outputs), len(outputs)  # products keep no outputs
 
     def pull(v: object, inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor | None]:
         vs = leaves(v)
@@ -320,31 +320,33 @@ def _products(
         influences[:] = _found(products)
         return zeros_for_none(products, hparams) if any(influences) else None
 
-    def joint_vjp(v: P) -> tuple[P, H | None]:
+    def vjp(v: P) -> tuple[P, H | None]:
         weights = leaves(params)
         products = pull(v, [*weights, *leaves(hparams)])
         return zeros_for_none(products[: len(weights)], params), in_hparams(products[len(weights) :])
 
     def dependence() -> Dependence:
         if not influences:
-            vjp_hparams(value)
-        return Dependence([i in varying for i in range(len(outputs))], influences, others)
+            vjp_hparams(params)  # any vector tells
+        return Dependence([i in varying for i in range(count)], influences, others)
 
     push = _pushes(varying, params, leaves(hparams))
     value = zeros_for_none([r if r is None else r.detach() for r in outputs], params)
-    return LinearizedMap(value, vjp_params, vjp_hparams, lambda u: push(leaves(u)), dependence, joint_vjp=joint_vjp)
+    joint = JointProduct((vjp_params, vjp_hparams), vjp)
+    return LinearizedMap(value, vjp_params, vjp_hparams, lambda u: push(leaves(u)), dependence, joint=joint)
 
 
-def _varying(outputs: Sequence[torch.Tensor | None]) -> dict[int, torch.Tensor]:
-    """Return the outputs with a derivative, by their places.
+def _varying(outputs: Sequence[torch.Tensor | None]) -> dict[int, GradientEdge]:
+    """Return the places of the outputs with a derivative, and where they are in the graph.
 
-    Where ∇L is constant, there is no second derivative, and autograd would raise an error.
+    Where ∇L is constant, there is no second derivative, and autograd would raise an error. Edges do not keep the values
+    of the outputs.
     """
-    return {i: r for i, r in enumerate(outputs) if r is not None and r.requires_grad}
+    return {i: get_gradient_edge(r) for i, r in enumerate(outputs) if r is not None and r.requires_grad}
 
 
 def _pushes(
-    varying: dict[int, torch.Tensor], params: P, inputs: Sequence[torch.Tensor]
+    varying: dict[int, GradientEdge], params: P, inputs: Sequence[torch.Tensor]
 ) -> Callable[[Sequence[torch.Tensor]], P]:
     """Return the product with the Jacobian of the outputs by the inputs. A product is like params."""
 
@@ -352,7 +354,8 @@ def _pushes(
     def transposable() -> tuple[list[torch.Tensor], Sequence[torch.Tensor | None]]:
         """Return v and its pullback with a graph. It is linear in v, so its derivative by v is the transpose."""
         with torch.enable_grad():
-            v = [torch.zeros_like(r, requires_grad=True) for r in varying.values()]
+            like = leaves(params)
+            v = [torch.zeros_like(like[i], requires_grad=True) for i in varying]
             return v, grad([*varying.values()], inputs, v, create_graph=True)
 
     def push(u: Sequence[torch.Tensor]) -> P:

@@ -180,7 +180,7 @@ def _hypergradient(
 
     A = LinearOperator(backend.space(trained), at.vjp_params)
     v = None if v is None else prune(v, frozen)
-    pulled = pull_back(backend, solver, A, at._replace(vjp_hparams=vjp_hparams, joint_vjp=None), cotangent, v)
+    pulled = pull_back(backend, solver, A, at._replace(vjp_hparams=vjp_hparams), cotangent, v)
     hg = combine(backend, value, direct, pulled, h)
     warn_of_dependence(backend, trained, h, used, pulled.dependence, NAMES)
     method = Implicit(solver)
@@ -288,5 +288,4 @@ def _unscaled(
         residual=space.scale(1 / scale, inner.residual),
         vjp_params=at_unit_size(inner.vjp_params),
         vjp_hparams=at_unit_size(inner.vjp_hparams),
-        joint_vjp=None,
     )

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch.autograd.function import BackwardCFunction, once_differentiable
-from torch.autograd.graph import Node
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from bilevel_torch.advice import COMPILED, DIFFERENCES
@@ -17,9 +17,15 @@ COMPILED_NODE = "CompiledFunctionBackward"  # the name of a node of torch.compil
 COMPILED_GRADIENT = "CompiledFunctionBackwardBackward"  # and of a node of its gradient
 
 
-def nodes_of(outputs: Iterable[torch.Tensor]) -> Iterator[Node]:
+def varies(output: torch.Tensor | GradientEdge) -> bool:
+    """Return whether an output has a derivative."""
+    return isinstance(output, GradientEdge) or output.requires_grad
+
+
+def nodes_of(outputs: Iterable[torch.Tensor | GradientEdge]) -> Iterator[Node]:
     """Yield the nodes of a graph."""
-    todo = [torch.autograd.graph.get_gradient_edge(t).node for t in outputs if t.requires_grad]
+    edges = [t if isinstance(t, GradientEdge) else get_gradient_edge(t) for t in outputs if varies(t)]
+    todo = [edge.node for edge in edges]
     seen = set(todo)
     while todo:
         node = todo.pop()

@@ -1,7 +1,7 @@
 """Steps of optimizers, and the derivatives of the steps."""
 
 from dataclasses import dataclass
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import ClassVar, Generic, NamedTuple, Protocol, TypeVar
 
 from bilevel.spaces.array import Array, Number, V
 from bilevel.spaces.space import Space
@@ -16,7 +16,12 @@ class InnerStep(Protocol, Generic[V, S, D, K]):
 
     w' − w depends on s and g only, so ∂w'/∂w is the identity at fixed s and g. The caller adds the derivatives through
     g, which need the Hessian.
+
+    Attributes:
+        linear: whether the step is linear in s and g, so that `pullback` does not read g.
     """
+
+    linear: ClassVar[bool]
 
     def init(self, params: V) -> S:
         """Return the state before the first step."""
@@ -45,7 +50,9 @@ class InnerStep(Protocol, Generic[V, S, D, K]):
 
 @dataclass(frozen=True)
 class Descent(Generic[V]):
-    """w' = w − step_size·g. There is no state, and a pullback does not need g."""
+    """w' = w − step_size·g. There is no state."""
+
+    linear: ClassVar[bool] = True
 
     space: Space[V]
     step_size: Number
@@ -71,7 +78,9 @@ class Descent(Generic[V]):
 
 @dataclass(frozen=True)
 class HeavyBall(Generic[V]):
-    """m' = momentum·m + g,  w' = w − step_size·m'. The step is linear, so a pullback does not need the state."""
+    """m' = momentum·m + g,  w' = w − step_size·m'."""
+
+    linear: ClassVar[bool] = True
 
     space: Space[V]
     step_size: Number
@@ -124,6 +133,8 @@ class Adam(Generic[V]):
     An entry whose gradients were all zero has v̂ = 0, where √v̂ has no derivative. There the derivative of √v̂ counts as
     zero. This gives the true derivative of the step, of size step_size/eps per unit of gradient.
     """
+
+    linear: ClassVar[bool] = False
 
     space: Space[V]
     step_size: Number

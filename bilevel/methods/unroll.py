@@ -118,6 +118,8 @@ class Recording(Generic[P, H]):
         self, run: Run[P, H], start: State[P], count: int, checkpoint: bool, first: LinearizedMap[P, H] | None
     ) -> None:
         self._run, self._space, self._first = run, run.space, first
+        # In place of residuals that are not needed, so that their memory is free.
+        self._zeros = None if first is None else run.space.zeros(shared=True)
         self.used: Dependence | None = None
         # Without checkpoints, a segment would be longer than the run. So there is none, and all steps remain.
         self._length = isqrt(count) if checkpoint else count + 1
@@ -145,8 +147,11 @@ class Recording(Generic[P, H]):
     def _record(self, s: State[P], count: int) -> tuple[State[P], Any]:
         def step(s: State[P], _: None) -> tuple[State[P], tuple[State[P], LinearizedMap[P, H] | None]]:
             at = None if self._first is None else self._first if s.t == 0 else self._run.linearize(s.params, s.t)
-            kept = s._replace(optimizer=self._run.optimizer.keep(s.optimizer))
-            return self._run.step(s, None if at is None else at.residual), (kept, at)
+            optimizer = self._run.optimizer
+            after, kept = self._run.step(s, at and at.residual), s._replace(optimizer=optimizer.keep(s.optimizer))
+            if at is not None and self._zeros is not None and optimizer.linear:
+                at = at._replace(residual=self._zeros)
+            return after, (kept, at)
 
         return self._space.scan(step, s, None, count) if count else (s, None)
 

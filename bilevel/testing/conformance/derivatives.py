@@ -54,6 +54,8 @@ def closed_form(f: Framework) -> None:
         "residual": q.hessian @ q.params - q.coupling @ q.hparams - q.offset,
         "vjp_params(v)": q.hessian @ v,
         "vjp_hparams(v)": -(q.coupling.T @ v),
+        "vjp(v)[0]": q.hessian @ v,
+        "vjp(v)[1]": -(q.coupling.T @ v),
         "jvp_hparams(u)": -(q.coupling @ u.astype(np.float64)),
     }
     for name, array in got.items():
@@ -204,6 +206,7 @@ def _derive(backend: Backend, problem: Problem, inputs: Inputs[P, H], v: P, u: H
     outer, at = _at(backend, problem, inputs)
     derived = dict(zip(("value", "grad_params", "grad_hparams"), outer, strict=False))
     derived |= {"residual": at.residual, "vjp_params(v)": at.vjp_params(v), "vjp_hparams(v)": at.vjp_hparams(v)}
+    derived |= zip(("vjp(v)[0]", "vjp(v)[1]"), at.vjp(v), strict=True)
     return derived if at.jvp_hparams is None else {**derived, "jvp_hparams(u)": at.jvp_hparams(u)}
 
 
