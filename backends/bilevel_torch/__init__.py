@@ -8,6 +8,7 @@ if find_spec("torch") is None:
     )
 
 from bilevel_torch.backend import TorchBackend
+from bilevel_torch.compiled import Compiled
 from bilevel_torch.data_parallel import DataParallel
 from bilevel_torch.diagnose import diagnose
 from bilevel_torch.first_order import FirstOrder
@@ -21,6 +22,7 @@ from bilevel_torch.training import TrainingState, TrainingStep, recording, repla
 backend = TorchBackend()
 
 __all__ = [
+    "Compiled",
     "DataParallel",
     "FirstOrder",
     "Sharded",

@@ -151,10 +151,15 @@ def solver_mode(tree: object) -> Iterator[None]:
         _autocast.reset(before)
 
 
+def callers_autocast() -> Sequence[tuple[str, torch.dtype]]:
+    """Return the devices and dtypes of the caller's autocast, inside of `solver_mode`."""
+    return _autocast.get(())
+
+
 def evaluate(function: Callable[..., R], *args: object) -> R:
     """Call a user's function with recording on and under the caller's autocast."""
     with torch.enable_grad(), ExitStack() as stack:
-        for kind, dtype in _autocast.get(()):
+        for kind, dtype in callers_autocast():
             stack.enter_context(torch.autocast(kind, dtype=dtype))
         return function(*args)
 

@@ -1,0 +1,5 @@
+"""Hessian-vector products as compiled graphs of operations."""
+
+from bilevel_torch.compiled.backend import Compiled
+
+__all__ = ["Compiled"]
