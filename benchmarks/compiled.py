@@ -29,9 +29,9 @@ def call(w: Workload, backend: bilevel_torch.TorchBackend, count: int) -> float:
     return time.process_time() - start
 
 
-def row(name: str, w: Workload, rounds: int) -> str:
+def row(name: str, w: Workload, rounds: int, compiler: str) -> str:
     """Return a row of the table."""
-    eager, compiled = bilevel_torch.backend, bilevel_torch.Compiled()
+    eager, compiled = bilevel_torch.backend, bilevel_torch.Compiled(compiler)
     call(w, eager, FEW)
     start = time.perf_counter()
     call(w, compiled, FEW)
@@ -51,16 +51,18 @@ def spread(ratios: list[float]) -> str:
     return f"{median(ratios):.2f} ({low:.2f} to {high:.2f})"
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true")
-    quick = parser.parse_args().quick
+    parser.add_argument("--compiler", default="inductor", help="a backend of torch.compile (default: %(default)s)")
+    given = parser.parse_args(argv)
+    quick = given.quick
     torch.set_num_threads(1)
     print(f"| network | product, compiled / autograd | call with {FEW} products | first call |\n|---|---|---|---|")
     sizes = {"mlp": TINY} if quick else {name: FULL[name] for name in ("logistic", "mlp", "convnet", "transformer")}
     for name, size in sizes.items():
-        print(row(name, workload(name, size), 2 if quick else 9), flush=True)
+        print(row(name, workload(name, size), 2 if quick else 9, given.compiler), flush=True)
 
 
 if __name__ == "__main__":
