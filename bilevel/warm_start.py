@@ -75,7 +75,7 @@ class WarmStart(LinearSolverWrapper[object]):
         self.counts: Counter[str] = Counter()
         self.adjoint: object = None
         self.previous: object = None
-        self.found: Any = None  # the automatic damping δ of the last solve
+        self.last_damping: Any = None  # the automatic damping δ of the last solve
         self.image: object = None  # b - δ · adjoint: the Hessian of the last solve times the adjoint, up to a residual
         self.residual_norm: Any = None  # of this residual
         self.state: object = None  # the state of the inner solver
@@ -104,7 +104,7 @@ class WarmStart(LinearSolverWrapper[object]):
             x0 = last if previous is None else space.subtract(space.scale(2.0, last), previous)
         automatic = isinstance(self.solver.damping, str)
         if automatic:
-            start = None if self.found is None else self._next_damping(A)
+            start = None if self.last_damping is None else self._next_damping(A)
             adjoint, info = solve_with_auto_damping(self.solver, state, A, b, x0, start)
         else:
             adjoint, info = self.solver.solve(state, A, b, x0)
@@ -122,7 +122,7 @@ class WarmStart(LinearSolverWrapper[object]):
             self.image = kept(image, self._stored(self.image, space))
             error = 0.0 if self.residual_norm is None else self.residual_norm
             self.residual_norm = space.leaf(space.xp.where(lost, error, info.residual_norm))
-            self.found = space.leaf(info.damping)
+            self.last_damping = space.leaf(info.damping)
         self.adjoint = kept(adjoint, last)
         if self.extrapolate:
             self.previous = last
@@ -132,9 +132,11 @@ class WarmStart(LinearSolverWrapper[object]):
         """Return the damping to try first. If the last solve needed no damping, none is tried, without a product."""
         v, image = self._stored(self.adjoint, A.space), self._stored(self.image, A.space)
         if v is None or image is None:
-            return self.found
+            return self.last_damping
         error = self.residual_norm
-        return A.space.cond(self.found > 0, lambda damping: next_damping(A, damping, v, image, error), self.found)
+        return A.space.cond(
+            self.last_damping > 0, lambda damping: next_damping(A, damping, v, image, error), self.last_damping
+        )
 
     @override
     def with_rtol(self, rtol: float) -> Self:
@@ -154,7 +156,7 @@ class WarmStart(LinearSolverWrapper[object]):
             "counts": dict(self.counts),
             "adjoint": self.adjoint,
             "previous": self.previous,
-            "damping": self.found,
+            "damping": self.last_damping,
             "image": self.image,
             "residual_norm": self.residual_norm,
             "state": tree.leaves(self.state) if self.loaded is None else self.loaded,
@@ -176,7 +178,7 @@ class WarmStart(LinearSolverWrapper[object]):
             raise ValueError(f"WarmStart.load_state_dict: expected format {FORMAT}, got {state['format']!r}.")
         self.calls, self.counts = state["calls"], Counter(state["counts"])
         self.adjoint, self.previous, self.image = (state[name] for name in VECTORS)
-        self.found, self.residual_norm = state["damping"], state["residual_norm"]
+        self.last_damping, self.residual_norm = state["damping"], state["residual_norm"]
         # All solvers can use the adjoint. Only the same solver can use the prepared state.
         self.state = None
         self.loaded = state["state"] if state["solver"] == repr(self.solver) else []

@@ -14,7 +14,7 @@ from bilevel.spaces.tree import leaves
 from bilevel_torch.space import TorchSpace, product
 
 
-class _Namespace:
+class _NumbersAndTensors:
     """Functions of NumPy's numbers, and of tensors. A result of shape () is a number."""
 
     def __getattr__(self, name: str) -> Any:
@@ -82,7 +82,7 @@ class CpuSpace(TorchSpace[V]):
     So scalars are NumPy's numbers. All arrays of other shapes are tensors.
     """
 
-    xp = _Namespace()
+    xp = _NumbersAndTensors()
 
     @property
     @override

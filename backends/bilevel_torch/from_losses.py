@@ -165,7 +165,7 @@ def _hypergradient(
     on_failure: OnFailure,
     loss_scale: float,
 ) -> Hypergradient[P, H]:
-    _check_recorded(backend, dict(zip(("inner_loss", "outer_loss"), losses, strict=True)), w, h)
+    _check_losses(backend, dict(zip(("inner_loss", "outer_loss"), losses, strict=True)), w, h)
     start = "no adjoint0" if v is None else "adjoint0"
     backend.check_settings(w, solver, start, f"loss_scale={loss_scale}", f"on_failure={on_failure!r}")
     # No vector has entries for frozen parameters: with a large frozen model, they would be most of the memory.
@@ -201,7 +201,7 @@ def _hypergradient(
     return hg._replace(adjoint=fill(zeros, hg.adjoint), params=w, info=info)
 
 
-def _check_recorded(backend: TorchBackend, losses: dict[str, object], params: object, hparams: object) -> None:
+def _check_losses(backend: TorchBackend, losses: dict[str, object], params: object, hparams: object) -> None:
     """Raise unless both losses have graphs, and all hparams and some params require gradients."""
     tensors = {name: loss for name, loss in losses.items() if isinstance(loss, torch.Tensor)}
     for name, loss in tensors.items():

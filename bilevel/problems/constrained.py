@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from bilevel.linearization import LinearizedMap, Reduction
 from bilevel.micro_batches import MicroBatches
 from bilevel.problems.gradients import in_params
-from bilevel.problems.kinks import reach
+from bilevel.problems.kinks import kink_width
 from bilevel.problems.lagrangian import WAY_OUT, Lagrangian, OfPrimal, primal
 from bilevel.problems.problem import check_functions
 from bilevel.problems.protocols import Kind
@@ -135,7 +135,7 @@ class Constrained:
         """
         space, of_values = backend.space(params), backend.space(params["inequality"])
         xp = space.leaf_xp
-        least = reach(space, residual, space.xp.maximum(space.max_abs(params), of_values.max_abs(values)))
+        least = kink_width(space, residual, space.xp.maximum(space.max_abs(params), of_values.max_abs(values)))
         kinks = of_values.map(
             lambda m, g: 1.0 * (xp.maximum(xp.abs(m), xp.abs(g)) <= least), params["inequality"], values
         )

@@ -9,7 +9,7 @@ WIDEST = 10.0  # residuals: the largest distance of a kink that counts as zero
 ROUNDING = 100.0  # machine epsilons: the least such distance, relative to the largest entry
 
 
-def reach(space: Space[P], residual: P, largest: Array) -> Any:
+def kink_width(space: Space[P], residual: P, largest: Array) -> Any:
     """Return the distance of a kink that counts as zero: rounding, or the error of params.
 
     The residual at params measures this error. ``largest`` is the largest entry of the compared quantities.

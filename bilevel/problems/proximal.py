@@ -12,7 +12,7 @@ import numpy as np
 from bilevel.linearization import Dependence, LinearizedMap, Reduction
 from bilevel.options import check_real
 from bilevel.problems.gradients import in_params
-from bilevel.problems.kinks import reach
+from bilevel.problems.kinks import kink_width
 from bilevel.problems.problem import check_functions
 from bilevel.problems.protocols import Kind
 from bilevel.prox.operator import Projection, ProximalOperator
@@ -279,7 +279,7 @@ def _kinks(space: Space[P], linearized_at: Callable[[P], LinearizedMap[P, Any]],
     and the distance of params from the solution, which the residual measures.
     """
     xp = space.xp
-    distance = reach(space, residual, xp.maximum(space.max_abs(params), space.max_abs(x)))
+    distance = kink_width(space, residual, xp.maximum(space.max_abs(params), space.max_abs(x)))
     signs = space.map(space.leaf_xp.sign, space.normal(SEED))
     u = space.normal(SEED + 1)  # a product with u stands for the matrix P
     high, low = (linearized_at(space.axpy(sign * distance, signs, x)).vjp_params(u) for sign in (1.0, -1.0))
