@@ -8,11 +8,11 @@ new training with the magnitudes that it has found.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,9 +20,9 @@ import bilevel as bl
 import data
 import runs
 from augmentation import Parts, Sizes, fit
-from models import MAGNITUDES, Warp, small_cnn
+from models import MAGNITUDES, MirrorWarp, Warp, small_cnn
 
-NONE, HAND, START = (0.0,) * 7, (0.2, 0.1, 0.1, 0.1, 0.15, 0.15, 0.1), (0.018,) * 7
+NONE = (0.0,) * len(MAGNITUDES)
 SCORES = ("val_loss", "val_accuracy", "test_loss", "test_accuracy")
 LEAST, MOST = 0.01, 0.5  # random search draws magnitudes in between, evenly in their logarithms
 SOLVERS = {
@@ -36,57 +36,91 @@ TUNED = {"warmup": 0, "every": 5, "lr_augment": 0.1}  # chosen by runs with othe
 FULL, FAST = Sizes(steps=600, **TUNED), Sizes(validation=300, steps=48, **TUNED)
 
 
+class Task(NamedTuple):
+    """Images to learn from, and the ways to tune the magnitudes."""
+
+    load: Callable[[Path | None], data.Split]
+    augment: type[Warp]
+    hand: tuple[float, ...]  # the magnitudes that are chosen by hand
+    sizes: Sizes
+    variants: tuple[str, ...]
+    start: float = 0.018  # of each magnitude that is tuned
+    trials: int = 8  # of random search
+    seeds: int | None = None  # at most; None: all that are asked for
+
+
+TASKS = {
+    "": Task(data.mnist, Warp, (0.2, 0.1, 0.1, 0.1, 0.15, 0.15, 0.1), FULL, ("none", "hand", *SOLVERS, "random")),
+    "cifar10-": Task(
+        data.cifar10,
+        MirrorWarp,
+        (0.15, 0.15, 0.15, 0.15, 0.15, 0.15, 0.05),
+        replace(FULL, train=1000, steps=1000, warmup=300),
+        ("none", "hand", "identity", "cg", "random"),
+        start=0.05,
+        trials=5,
+        seeds=3,
+    ),
+}
+
+
 def main(argv: list[str] | None = None) -> dict[str, dict[str, Any]]:
     """Run the variants; return their histories."""
     arguments = runs.options(__doc__, argv, seeds=5)
-    sizes, trials = (FAST, 2) if arguments.fast else (FULL, 8)
-    split = data.mnist(arguments.data)
+    names = {f"{prefix}{variant}": (prefix, variant) for prefix, task in TASKS.items() for variant in task.variants}
+    chosen = runs.variants(arguments, {name: SOLVERS.get(variant) for name, (_, variant) in names.items()})
     histories = {}
-    for variant, solver in runs.variants(arguments, {"none": None, "hand": None, **SOLVERS, "random": None}).items():
-        settings = asdict(sizes) | {"data": split.name} | settings_of(variant, solver, trials)
-        for seed in arguments.seeds:
-            name, job = f"{variant}-{seed}", partial(run, variant, solver, split, sizes, trials, seed)
-            histories[name] = runs.stored(arguments, "magnitudes", name, settings | {"seed": seed}, job)
+    for name, solver in chosen.items():
+        prefix, variant = names.get(name, ("", name))
+        task = TASKS[prefix]
+        if arguments.fast:
+            task = task._replace(sizes=FAST, trials=2)
+        split = task.load(arguments.data)
+        settings = asdict(task.sizes) | {"data": split.name} | settings_of(variant, solver, task)
+        for seed in arguments.seeds[: task.seeds]:
+            job = partial(run, variant, solver, split, task, seed)
+            histories[f"{name}-{seed}"] = runs.stored(
+                arguments, "magnitudes", f"{name}-{seed}", settings | {"seed": seed}, job
+            )
     runs.show(histories)
     return histories
 
 
-def settings_of(variant: str, solver: Any, trials: int) -> dict[str, Any]:
+def settings_of(variant: str, solver: Any, task: Task) -> dict[str, Any]:
     """Return the settings of one way to tune."""
     if variant == "random":
-        return {"trials": trials, "least": LEAST, "most": MOST}
+        return {"trials": task.trials, "least": LEAST, "most": MOST}
     warm = {"warm": True} if variant in WARM else {}
-    return {"start": {"none": NONE, "hand": HAND}.get(variant, START), "solver": solver} | warm
+    start = {"none": NONE, "hand": task.hand}.get(variant, (task.start,) * len(MAGNITUDES))
+    return {"start": start, "solver": solver} | warm
 
 
-def run(
-    variant: str, solver: Any, split: data.Split, sizes: Sizes, trials: int, seed: int, checkpoint: Path
-) -> dict[str, Any]:
+def run(variant: str, solver: Any, split: data.Split, task: Task, seed: int, checkpoint: Path) -> dict[str, Any]:
     """Tune the magnitudes in one way, and train again with them."""
     torch.manual_seed(seed)
-    parts = Parts.of(split, sizes)
+    parts = Parts.of(split, task.sizes)
     if variant == "random":
-        return search(trials, parts, sizes, checkpoint)
-    start = settings_of(variant, solver, trials)["start"]
-    tuned = train(start, bl.WarmStart(solver) if variant in WARM else solver, parts, sizes, checkpoint)
+        return search(task, parts, checkpoint)
+    start = settings_of(variant, solver, task)["start"]
+    tuned = train(start, bl.WarmStart(solver) if variant in WARM else solver, task, parts, checkpoint)
     if variant in ("none", "hand"):
         return tuned
-    again = train([tuned["result"][name] for name in MAGNITUDES], None, parts, sizes, checkpoint)
+    again = train([tuned["result"][name] for name in MAGNITUDES], None, task, parts, checkpoint)
     return tuned | {"result": tuned["result"] | {f"again_{key}": again["result"][key] for key in SCORES}}
 
 
-def train(magnitudes: Sequence[float], solver: Any, parts: Parts, sizes: Sizes, checkpoint: Path) -> dict[str, Any]:
+def train(magnitudes: Sequence[float], solver: Any, task: Task, parts: Parts, checkpoint: Path) -> dict[str, Any]:
     """Train with magnitudes, which a solver may tune on the way."""
     model = small_cnn(*parts.train.x.shape[1:3])
-    return fit(model, Warp(magnitudes), solver, parts, sizes, checkpoint)
+    return fit(model, task.augment(magnitudes), solver, parts, task.sizes, checkpoint)
 
 
-def search(trials: int, parts: Parts, sizes: Sizes, checkpoint: Path) -> dict[str, Any]:
+def search(task: Task, parts: Parts, checkpoint: Path) -> dict[str, Any]:
     """Train with random magnitudes several times; the result is the training of the lowest validation loss."""
     rows = []
-    for trial in range(trials):
+    for trial in range(task.trials):
         magnitudes = torch.empty(len(MAGNITUDES)).uniform_(math.log(LEAST), math.log(MOST)).exp().tolist()
-        history = train(magnitudes, None, parts, sizes, checkpoint)
+        history = train(magnitudes, None, task, parts, checkpoint)
         rows.append({"trial": trial, "cpu_seconds": history["cpu_seconds"]} | history["result"])
     best = min(rows, key=lambda row: row["val_loss"])
     result = {key: value for key, value in best.items() if key not in ("trial", "cpu_seconds")}

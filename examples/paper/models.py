@@ -85,6 +85,7 @@ class Warp(nn.Module):
     """
 
     COARSE = 4  # the elastic displacements are smooth: drawn on a grid of this side, and interpolated
+    PADDING = "zeros"  # what lies beyond the edges
 
     def __init__(self, magnitudes: Sequence[float]) -> None:
         super().__init__()
@@ -99,7 +100,8 @@ class Warp(nn.Module):
         grid = affine_grid(torch.stack([first, second], 1), list(x.shape), align_corners=False)
         elastic = noise[:, 6:].view(-1, 2, self.COARSE, self.COARSE)
         elastic = interpolate(elastic, list(x.shape[2:]), mode="bicubic", align_corners=False)
-        return grid_sample(x, grid + magnitudes[6] * elastic.movedim(1, -1), align_corners=False)
+        grid = grid + magnitudes[6] * elastic.movedim(1, -1)
+        return grid_sample(x, grid, padding_mode=self.PADDING, align_corners=False)
 
     def noise(self, images: int) -> torch.Tensor:
         """Return random numbers for so many images."""
@@ -108,6 +110,12 @@ class Warp(nn.Module):
     def numbers(self) -> dict[str, float]:
         """Return what a history keeps: the magnitudes, by name."""
         return dict(zip(MAGNITUDES, self.logs.detach().exp().tolist(), strict=True))
+
+
+class MirrorWarp(Warp):
+    """A warp for photographs, which have no background: beyond an edge lies the image again, mirrored."""
+
+    PADDING = "reflection"
 
 
 def _convolutions(before: int, after: int) -> nn.Sequential:

@@ -62,10 +62,11 @@ class TestWarp:
 def test_only_hypergradients_change_the_magnitudes(system, histories):
     names = paper("models").MAGNITUDES
     ends = {name: [history["result"][key] for key in names] for name, history in histories.items()}
-    assert ends["none-0"] == list(system.NONE)
-    assert ends["hand-0"] == pytest.approx(system.HAND)
-    for variant in ("identity", "neumann", "cg"):
-        assert (np.abs(np.log(ends[f"{variant}-0"]) - np.log(system.START)) > 0.2).all()
+    for prefix, task in system.TASKS.items():
+        assert ends[f"{prefix}none-0"] == [0.0] * len(names)
+        assert ends[f"{prefix}hand-0"] == pytest.approx(task.hand)
+        for variant in set(task.variants) & set(system.SOLVERS):
+            assert (np.abs(np.log(ends[f"{prefix}{variant}-0"]) - np.log(task.start)) > 0.1).all()
 
 
 def test_random_search_keeps_its_best_training(histories):
@@ -80,8 +81,8 @@ def test_a_second_call_reads_what_the_first_has_stored(system, command, historie
 
 
 def test_the_report_has_tables_and_a_picture(system, histories, tmp_path):
-    tuned = 3  # each has a row along the training and one trained again
-    assert report_of(system, histories, tmp_path).count("\n| ") == (2 + len(histories)) + (2 + 2 * tuned)
+    compared = 3 + 2  # each has a row along the training and one trained again
+    assert report_of(system, histories, tmp_path).count("\n| ") == (2 * 2 + len(histories)) + (2 * 2 + 2 * compared)
 
 
 class TestReport:

@@ -28,13 +28,14 @@ def test_decays_per_weight_lower_the_validation_loss(histories):
     assert rows[-1]["val_loss"] < rows[0]["val_loss"]
 
 
-def test_a_capped_run_stops_at_its_target(histories):
-    capped = histories["cnn-capped-0"]
-    assert capped["settings"]["most"] == -1
-    assert capped["result"]["val_loss"] < histories["cnn-untuned-0"]["result"]["val_loss"]
-    accuracies = [row["val_accuracy"] for row in capped["rows"]]
+@pytest.mark.parametrize("net", ["cnn", "resnet"])
+def test_a_run_with_signed_decays_stops_at_its_target(histories, net):
+    signed = histories[f"{net}-signed-0"]
+    assert signed["settings"]["bound"] == 0.05
+    assert signed["result"]["val_loss"] < histories[f"{net}-untuned-0"]["result"]["val_loss"]
+    accuracies = [row["val_accuracy"] for row in signed["rows"]]
     assert 1 not in accuracies[:-1]
-    assert (capped["result"]["reached"] is None) == (accuracies[-1] < 1)
+    assert (signed["result"]["reached"] is None) == (accuracies[-1] < 1)
 
 
 def test_networks_have_the_papers_number_of_decays(system):
@@ -51,7 +52,7 @@ def test_hypergradient_is_the_exact_one(system):
     net = system.models.linear(6).double()
     train, val = ((torch.randn(20, 1, 2, 3).double(), torch.randint(10, (20,))) for _ in range(2))
     log_decays = [torch.full_like(w, -2.0, requires_grad=True) for w in net.parameters()]
-    inner = system.inner_loss(net, log_decays, train)
+    inner = system.inner_loss(net, [decays.exp() for decays in log_decays], train)
     outer = torch.nn.functional.cross_entropy(net(val[0]), val[1])
     expected = by_torch(inner, outer, net.parameters(), log_decays)
     solver = {**system.METHODS["cg"], "damping": 0.0, "maxiter": 200, "rtol": 1e-10}

@@ -67,7 +67,7 @@ def _systems() -> str:
             lines += [
                 (folder.name.replace("_", " "), name, f"{spent / seconds[control]:.1f}")
                 for name, spent in seconds.items()
-                if name != control and name.startswith(network)
+                if name != control and name.rpartition("-")[0] == network
             ]
     if not lines:
         return ""

@@ -20,16 +20,19 @@ NAMES = {
     "cg": "CG, 10 steps",
     "config": "solver of --config",
 }
-AGAIN, TARGET = "again_test_accuracy", 8
+AGAIN = "again_test_accuracy"
+HEAD = ["magnitudes", "test accuracy, %", "gain", "trained again, %", "gain", "validation loss", "CPU seconds"]
 Runs = dict[str, list[dict[str, Any]]]
 
 
 def row(histories: dict[str, dict[str, Any]]) -> tuple[str, str, str]:
     """Return title, the paper's figure and ours."""
-    runs = variants(histories)
+    runs, photos = variants(histories), variants(histories, "cifar10-")
     best = max(learned(runs), key=lambda name: mean(runs[name], "again_test_accuracy"))
     ours = f"{NAMES[best]}: test accuracy {accuracy(runs[best], 'again_test_accuracy')} %, trained again; "
-    ours += f"{accuracy(runs['none'])} % without, {accuracy(runs['hand'])} % chosen by hand"
+    ours += f"{accuracy(runs['none'])} % without, {accuracy(runs['hand'])} % chosen by hand. On CIFAR-10: "
+    best = max(learned(photos), key=lambda name: mean(photos[name], AGAIN))
+    ours += f"{accuracy(photos[best], AGAIN)} % ({NAMES[best]}, trained again) and {accuracy(photos['none'])} % without"
     return "Learned magnitudes", "not in the paper", ours
 
 
@@ -37,10 +40,6 @@ def section(histories: dict[str, dict[str, Any]], pictures: Path) -> str:
     """Return the section."""
     runs = variants(histories)
     tuned, searched = runs[learned(runs)[0]][0]["settings"], runs["random"][0]["settings"]
-    by_hand = runs["hand"][0]["settings"]["start"]
-    hand = ", ".join(f"{value:g} ({name})" for name, value in zip(MAGNITUDES, by_hand, strict=True))
-    head = ["magnitudes", "test accuracy, %", "gain", "trained again, %", "gain", "validation loss", "CPU seconds"]
-    lines = [cells(name, of, runs["none"]) for name, of in runs.items()]
     return f"""\
 The U-Net above changes pixels freely, and gains nothing. Here, an augmentation has the magnitudes of seven random
 deformations: {", ".join(MAGNITUDES)}. They start at {tuned["start"][0]:g}.
@@ -49,7 +48,7 @@ step of Adam ({tuned["lr_augment"]:g}) with a new batch of {tuned["batch_val"]} 
 the damping are automatic. CG keeps its damping from batch to batch (`bl.WarmStart`). The network trains as with the
 U-Net, but for {tuned["steps"]} steps. Short runs with another seed chose these settings.
 
-- *Chosen by hand*: {hand}. These were the best of three choices on two other seeds.
+- *Chosen by hand*: {by_hand(runs)}. These were the best of three choices on two other seeds.
 - *Random search* draws each magnitude from {searched["least"]:g} to {searched["most"]:g}, evenly in its logarithm. It
   trains with {searched["trials"]} draws, and keeps the training of the lowest validation loss.
 - *Trained again*: a training from new weights with the magnitudes that the tuning ended with.
@@ -58,32 +57,64 @@ U-Net, but for {tuned["steps"]} steps. Short runs with another seed chose these 
 The network never trains on the {tuned["validation"]:,} validation images, only the magnitudes do.
 {tuned["train"]} images of {tuned["data"]}, means ± standard deviations over {counts(runs)}:
 
-{table(head, lines)}
+{results(runs)}
 The next table compares with random search in the same CPU time, over the seeds that both have. If there is a second
 training, its time counts:
 
 {comparison(runs)}
-{findings(runs)}
+{largest(runs, 8)}
+
+{faults(runs)}
+
+{with_photos(variants(histories, "cifar10-"))}
 
 {draw(pictures / "magnitudes.png", (10, 3.6), lambda figure: _fill(figure, runs))}"""
 
 
-def findings(runs: Runs) -> str:
-    """Return what the gains are, and how the magnitudes move, in words that follow from the numbers."""
+def largest(runs: Runs, target: int) -> str:
+    """Return which gains are above a target, and which is the largest, in words that follow from the numbers."""
     none = runs["none"]
-    sure = [NAMES[n] for n in learned(runs) if min(gains(runs[n], none) + gains(runs[n], none, AGAIN)) > TARGET]
+    along, again = (
+        "; ".join(NAMES[name] for name in learned(runs) if min(gains(runs[name], none, key)) > target) or "none"
+        for key in ("test_accuracy", AGAIN)
+    )
     best = max(learned(runs), key=lambda name: np.mean(gains(runs[name], none, AGAIN)))
+    return f"""\
+Gains of more than {target} points with every seed, along the training: {along}. Trained again: {again}.
+The largest mean gain of a second training is {np.mean(gains(runs[best], none, AGAIN)):.1f} points, by {NAMES[best]}."""
+
+
+def faults(runs: Runs) -> str:
+    """Return how the magnitudes move."""
     early, late = (
         ", ".join(f"{f(runs[name]):.0%} ({NAMES[name]})" for name in learned(runs)) for f in (dip, wandering)
     )
     return f"""\
-Gains of more than {TARGET} points with every seed, along the training and trained again: {", ".join(sure) or "none"}.
-The largest mean gain is {np.mean(gains(runs[best], none, AGAIN)):.1f} points, by {NAMES[best]}.
-
 Two things cost accuracy. First, the magnitudes fall at the beginning. After a quarter of the training, their geometric
 mean is {early} of the start. There is a likely reason, which was not tested: a hypergradient sees only the present
 weights, and early deformations make training harder. Second, the magnitudes do not settle. In the second half, the
 standard deviation of a magnitude is still {late}. The noise of the small batches may be a part of this."""
+
+
+def with_photos(photos: Runs) -> str:
+    """Return what comes out of photographs."""
+    settings, start = photos["none"][0]["settings"], photos[learned(photos)[0]][0]["settings"]["start"][0]
+    return f"""\
+**Photographs.** The same with {settings["train"]:,} images of {settings["data"]}, and {settings["steps"]:,} steps, over
+{counts(photos)}. Beyond an edge lies the image again, mirrored. The magnitudes start at {start:g}, and stay there for
+{settings["warmup"]} steps. Otherwise they fall early, as above, and come back too late. In a run of the identity with
+another seed, the gain was 3.9 points (trained again). It was 1.6 with a start at 0.018 and no wait. Chosen by hand:
+{by_hand(photos)}. One run with another seed tried them. Magnitudes of colours are left out, since a brightness
+grew to 15 in a run of CG.
+
+{results(photos)}
+{comparison(photos)}
+{largest(photos, 3)}"""
+
+
+def results(runs: Runs) -> str:
+    """Return the table of accuracies."""
+    return table(HEAD, [cells(name, of, runs["none"]) for name, of in runs.items()])
 
 
 def log_magnitudes(history: dict[str, Any]) -> np.ndarray:
@@ -109,10 +140,10 @@ def counts(runs: Runs) -> str:
     return f"{len(runs['none'])} seeds" + (f" ({', '.join(fewer)})" if fewer else "")
 
 
-def variants(histories: dict[str, dict[str, Any]]) -> Runs:
-    """Return the runs by variant, in the order of NAMES."""
+def variants(histories: dict[str, dict[str, Any]], images: str = "") -> Runs:
+    """Return the runs on some images by variant, in the order of NAMES."""
     found = by_variant(histories)
-    return {name: found[name] for name in NAMES if name in found}
+    return {name: found[images + name] for name in NAMES if images + name in found}
 
 
 def learned(runs: Runs) -> list[str]:
@@ -166,6 +197,12 @@ def comparison(runs: Runs) -> str:
             )
     head = ["tuned by", "share of the gain by hand", "trainings of random search in the same CPU time"]
     return table([*head, "their best", "difference, points", "seeds ahead"], rows)
+
+
+def by_hand(runs: Runs) -> str:
+    """Return the magnitudes that were chosen by hand."""
+    chosen = runs["hand"][0]["settings"]["start"]
+    return ", ".join(f"{value:g} ({name})" for name, value in zip(MAGNITUDES, chosen, strict=True))
 
 
 def _spread(values: Sequence[float]) -> str:
