@@ -8,7 +8,7 @@ from typing_extensions import override
 from bilevel.linear_solvers.auto_damping import SLACK, solve_rows_with_auto_damping, with_auto_damping
 from bilevel.linear_solvers.block_cg import solve_block
 from bilevel.linear_solvers.linear_solver import DEFINITE, STEADY, SYMMETRIC, in_arrays
-from bilevel.linear_solvers.restarts import Cycle, Iterative, solve_with_restarts
+from bilevel.linear_solvers.restarts import DRIFT, ROUNDS, Cycle, Iterative, solve_with_restarts
 from bilevel.operators.linear_operator import LinearOperator
 from bilevel.operators.scaling import power_of_two
 from bilevel.options import is_python_value
@@ -149,8 +149,18 @@ class CG(Iterative[object]):
             curvature = xp.abs(space.dot(b, A(b)) / space.dot(b, b))
             return space.scale(1.0 / xp.where(curvature > 0, curvature, 1.0), b)
 
+        # In a short budget nothing drifts, so one cycle is enough. Then XLA keeps no start of a cycle.
+        rounds = 1 if self.rtol is None and self.maxiter <= DRIFT else ROUNDS
         return solve_with_restarts(
-            cycle, A, b, x0, maxiter=self.maxiter, rtol=self.rtol, atol=self.atol, stand_in=stand_in
+            cycle,
+            A,
+            b,
+            x0,
+            maxiter=self.maxiter,
+            rtol=self.rtol,
+            atol=self.atol,
+            rounds=rounds,
+            stand_in=stand_in,
         )
 
     @override
