@@ -109,7 +109,6 @@ def solve_with_restarts(
     atol: Number = 0.0,
     rounds: int = ROUNDS,
     progress: float = 0.5,
-    stand_in: Callable[[V], V] | None = None,
 ) -> tuple[V, SolverInfo]:
     """Solve A x = b by cycles of a method until ``norm(b - A x) <= max(rtol * norm(b), atol)``.
 
@@ -130,7 +129,6 @@ def solve_with_restarts(
         maxiter, rtol, atol: as in `CG`.
         rounds: maximum number of cycles.
         progress: continue while a cycle leaves less than this share of the residual.
-        stand_in: b -> the result if the first step from zero meets negative curvature. None: zero.
     """
     space, xp = A.space, A.space.xp
 
@@ -191,24 +189,6 @@ def solve_with_restarts(
         s = _State(x, r, size, size, steps, status, norm_A=xp.zeros_like(size), live=live)
         s = space.while_loop(lambda s: s.live, sweep, s, rounds)
 
-        def fill_nan(s: _State[V]) -> _State[V]:
-            """Return nan, because nothing can raise under jit."""
-            return s._replace(x=space.scale(float("nan"), b), residual_norm=s.residual_norm + float("nan"))
-
-        s = space.cond(s.status == int(Status.NON_FINITE), fill_nan, s)
         return s.x, SolverInfo(s.steps, s.residual_norm, rhs_norm, s.status)
 
-    def solve_or_stand_in(b: V, x0: V | None, scale: Array) -> tuple[V, SolverInfo]:
-        x, info = solve(b, x0, scale)
-        if stand_in is None or x0 is not None:
-            return x, info
-        fallback = stand_in
-
-        def replaced(stopped: tuple[V, SolverInfo]) -> tuple[V, SolverInfo]:
-            x = fallback(b)
-            return x, stopped[1]._replace(residual_norm=space.norm(A.residual(b, x)))
-
-        immediate = (info.status == int(Status.NEGATIVE_CURVATURE)) & (info.steps == 1)
-        return space.cond(immediate, replaced, (x, info))
-
-    return scale_free(solve_or_stand_in, b, x0, space)
+    return scale_free(solve, b, x0, space)
