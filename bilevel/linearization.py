@@ -87,7 +87,7 @@ class Reduction(NamedTuple, Generic[P]):
 
 
 class JointProduct(NamedTuple, Generic[P, H]):
-    """Two transposed products in one pass.
+    """Two transposed products together.
 
     Attributes:
         products: ``vjp_params`` and ``vjp_hparams``.
@@ -113,7 +113,7 @@ class LinearizedMap(NamedTuple, Generic[P, H]):
         reduction: the symmetric system to solve for v. None: solve (∂r/∂w)ᵀ v = c itself.
         jvp_params: v -> (∂r/∂w) v, for a ∂r/∂w that is not symmetric. None if it is symmetric, or if the backend does
             not have it.
-        joint: both transposed products in one pass. None where this is not cheaper than two passes.
+        joint: both transposed products together. None where this is not cheaper than one after the other.
     """
 
     residual: P

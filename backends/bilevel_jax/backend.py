@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from bilevel.backend import Backend, Data, R
 from bilevel.batch_sums import differentiated, linearized, over_micro_batches
-from bilevel.linearization import Dependence, Inputs, LinearizedMap, OuterDerivatives
+from bilevel.linearization import Dependence, Inputs, JointProduct, LinearizedMap, OuterDerivatives
 from bilevel.micro_batches import MicroBatches
 from bilevel.problems.model_loss import ModelLoss
 from bilevel.spaces.array import Args, H, Number, P, V
@@ -271,13 +271,32 @@ def _linearized(
     def used() -> Dependence:
         return dependence(trace(function, params, hparams), params)
 
+    def cross(v: P, h: H) -> H | None:
+        return vjp_in_hparams(function, params, h, v) if any(used().hparams) else None
+
     def vjp_hparams(v: P) -> H | None:
-        return vjp_in_hparams(function, params, hparams, v) if any(used().hparams) else None
+        # XLA would share what depends on λ alone with the products, and keep it in memory during the solve.
+        return cross(v, _late(hparams, v))
+
+    def vjp(v: P) -> tuple[P, H | None]:
+        return vjp_params(v), cross(v, hparams)
 
     def jvp_hparams(u: H) -> P:
         return jvp_in_hparams(function, params, hparams, u)
 
-    return LinearizedMap(residual, vjp_params, vjp_hparams, jvp_hparams, used)
+    joint = JointProduct((vjp_params, vjp_hparams), vjp)
+    return LinearizedMap(residual, vjp_params, vjp_hparams, jvp_hparams, used, joint=joint)
+
+
+@jax.custom_jvp
+def _late(tree: V, after: object) -> V:
+    """Return a tree unchanged. XLA computes what is computed from the result after ``after``, and shares none of it."""
+    return jax.lax.optimization_barrier((tree, after))[0]
+
+
+@_late.defjvp
+def _(primals: tuple[V, object], tangents: tuple[V, object]) -> tuple[V, V]:
+    return _late(*primals), tangents[0]  # a barrier has no transpose if one of its operands is a constant
 
 
 def transpose(product: Callable[[P], P], like: P) -> Callable[[P], P]:

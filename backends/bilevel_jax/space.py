@@ -106,7 +106,7 @@ class JaxSpace(Space[V]):
             scalar = self.dot(self.like, self.like)
             state = jax.tree.map(lambda x: jnp.full_like(scalar, x) if isinstance(x, float) else x, state)
         # These steps do not read the flag: a body changes nothing when its flag is down.
-        unrolled = min(max_steps, _steps_outside(body, state, max_steps))
+        unrolled = 1 if max_steps == 1 else min(max_steps, _steps_outside(body, state, max_steps))
         for _ in range(unrolled):
             state = body(state)
         max_steps -= unrolled

@@ -27,7 +27,7 @@ def functions(w: Workload, method: str, count: int) -> dict[str, Function]:
         }
     solve = partial(cg, count) if method == "cg" else partial(neumann, count, w.step_size)
     solver = (
-        bl.CG(maxiter=count, rtol=0.0, damping=0.0)
+        bl.CG(maxiter=count, rtol=None, damping=0.0)
         if method == "cg"
         else bl.Neumann(terms=count, step_size=w.step_size)
     )

@@ -127,7 +127,7 @@ def syncs(spec: dict[str, Any]) -> Iterator[dict[str, Any]]:
                 solver = (
                     bl.Neumann(count, w.step_size)
                     if method == "neumann"
-                    else bl.CG(maxiter=count, rtol=0.0, damping=0.0)
+                    else bl.CG(maxiter=count, rtol=None, damping=0.0)
                 )
                 inner, outer = w.inner_loss(), w.outer_loss()
                 with Counting() as counting:

@@ -24,7 +24,7 @@ def columns(w: Workload, method: str, count: int) -> dict[str, Callable[[], Tens
         return _waiting(made, w)
     hand, in_place = {"neumann": (neumann, neumann_in_place), "cg": (cg, cg_in_place)}[method]
     solver = (
-        bl.CG(maxiter=count, rtol=0.0, damping=0.0)
+        bl.CG(maxiter=count, rtol=None, damping=0.0)
         if method == "cg"
         else bl.Neumann(terms=count, step_size=w.step_size)
     )

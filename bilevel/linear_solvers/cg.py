@@ -8,7 +8,7 @@ from typing_extensions import override
 from bilevel.linear_solvers.auto_damping import SLACK, solve_rows_with_auto_damping, with_auto_damping
 from bilevel.linear_solvers.block_cg import solve_block
 from bilevel.linear_solvers.linear_solver import DEFINITE, STEADY, SYMMETRIC, in_arrays
-from bilevel.linear_solvers.restarts import Cycle, Iterative, solve_with_restarts
+from bilevel.linear_solvers.restarts import DRIFT, ROUNDS, Cycle, Iterative, solve_with_restarts
 from bilevel.operators.linear_operator import LinearOperator
 from bilevel.operators.scaling import power_of_two
 from bilevel.options import is_python_value
@@ -47,9 +47,9 @@ class CG(Iterative[object]):
     estimates that led to another one.
 
     With a number as ``damping``, the solve stops at a direction without positive curvature (to rounding). The result
-    is the iterate before it, with ``NEGATIVE_CURVATURE``. If this is the first direction, without a warm start, v is b
-    over its absolute curvature, as in truncated Newton methods (Dembo & Steihaug 1983). "auto" also ends so if the
-    curvature is zero to rounding.
+    is the iterate before it, with ``NEGATIVE_CURVATURE``. If this is the first direction, without a warm start, v is
+    the step along it for its absolute curvature, as in truncated Newton methods (Dembo & Steihaug 1983): without a
+    preconditioner, b over the curvature. "auto" also ends so if the curvature is zero to rounding.
 
     ``info.steps`` counts iterations, of one product each. A warm start and each check take one more product.
 
@@ -143,14 +143,26 @@ class CG(Iterative[object]):
             work = (space.copy(x), space.copy(r), space.copy(z))
             s = _State(*work, start, rz, pp, norm_A, steps, running, live & (rz > 0))
             s = space.while_loop(lambda s: s.live, step, s, self.maxiter)
-            return Cycle(s.x, xp.sqrt(s.rr), s.steps, s.status, s.largest)
+            if x0 is not None:
+                return Cycle(s.x, xp.sqrt(s.rr), s.steps, s.status, s.largest)
+            # If the first step from zero meets no positive curvature, x is the step for the absolute curvature.
+            immediate = (s.status == int(Status.NEGATIVE_CURVATURE)) & (s.steps == 1)
+            curvature = xp.where(s.largest > 0, s.largest, 1.0)
+            x = space.axpby_where(immediate, s.rz / (s.pp * curvature), s.p, s.x)
+            size = xp.where(immediate, float("inf"), xp.sqrt(s.rr))  # unknown, so the check does not undo the step
+            return Cycle(x, size, s.steps, s.status, s.largest)
 
-        def stand_in(b: V) -> V:
-            curvature = xp.abs(space.dot(b, A(b)) / space.dot(b, b))
-            return space.scale(1.0 / xp.where(curvature > 0, curvature, 1.0), b)
-
+        # In a short budget nothing drifts, so one cycle is enough. Then XLA keeps no start of a cycle.
+        rounds = 1 if self.rtol is None and self.maxiter <= DRIFT else ROUNDS
         return solve_with_restarts(
-            cycle, A, b, x0, maxiter=self.maxiter, rtol=self.rtol, atol=self.atol, stand_in=stand_in
+            cycle,
+            A,
+            b,
+            x0,
+            maxiter=self.maxiter,
+            rtol=self.rtol,
+            atol=self.atol,
+            rounds=rounds,
         )
 
     @override

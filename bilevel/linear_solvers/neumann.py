@@ -166,8 +166,6 @@ class Neumann(LinearSolver[Any]):
             live=finite & (start_norm > tolerance),
         )
         s = space.while_loop(lambda s: s.live, step, s, self.terms)
-        # Return nan if the solve failed, also under jit, where nothing can raise.
-        alpha = xp.where(s.status == int(Status.NON_FINITE), float("nan"), alpha * xp.ones_like(start_norm))
         total = precondition(s.total)
         x = space.scale(alpha, total) if x0 is None else space.axpy(alpha, total, x0)
         left, status = s.norm, s.status

@@ -88,9 +88,8 @@ def reach(residual_norm: Array, norm_A: Array, tolerance: Array, space: Space[V]
 
 
 class _State(NamedTuple, Generic[V]):
-    start: V  # the x at the start of the last cycle
     x: V
-    r: V
+    r: V  # the true residual of x, if another cycle follows
     residual_norm: Array  # of x, from a recurrence or a product
     confirmed: Array  # norm of the last residual from a product
     steps: Array
@@ -110,7 +109,6 @@ def solve_with_restarts(
     atol: Number = 0.0,
     rounds: int = ROUNDS,
     progress: float = 0.5,
-    stand_in: Callable[[V], V] | None = None,
 ) -> tuple[V, SolverInfo]:
     """Solve A x = b by cycles of a method until ``norm(b - A x) <= max(rtol * norm(b), atol)``.
 
@@ -131,7 +129,6 @@ def solve_with_restarts(
         maxiter, rtol, atol: as in `CG`.
         rounds: maximum number of cycles.
         progress: continue while a cycle leaves less than this share of the residual.
-        stand_in: b -> the result if the first step from zero meets negative curvature. None: zero.
     """
     space, xp = A.space, A.space.xp
 
@@ -148,38 +145,38 @@ def solve_with_restarts(
             status = xp.where(size <= A.tolerance(tolerance, x), int(Status.CONVERGED), unsolved)
             return xp.where(xp.isfinite(size), status, int(Status.NON_FINITE))
 
-        def check(s: _State[V]) -> _State[V]:
-            """Compute the true residual, which decides the status and whether another cycle follows."""
-            r = A.residual(b, s.x)
-            size = space.norm(r)
-            claimed, met = s.status == int(Status.CONVERGED), size <= A.tolerance(tolerance, s.x)
-            failed = ~claimed & (s.status != int(Status.MAXITER))
-            # A residual may grow, as in CG, but not if the recurrence reports a smaller one.
-            worse = (size > s.confirmed) & (s.residual_norm <= s.confirmed)
-            # After a cycle that is undone, no other cycle runs, so r may belong to the worse x.
-            return s._replace(
-                x=space.where(worse, s.start, s.x),
-                r=r,
-                residual_norm=xp.where(worse, s.confirmed, size),
-                confirmed=size,
-                status=xp.where(failed, s.status, judged(size, s.x)),
-                live=claimed & ~met & (size < progress * s.confirmed) & (s.steps < maxiter),
-            )
-
-        def run_and_check(s: _State[V]) -> _State[V]:
-            end = cycle(s.x, s.r, s.steps, s.live, tolerance, s.norm_A)
+        def sweep(s: _State[V]) -> _State[V]:
+            """Run a cycle. Compute its true residual, which decides the status and whether another cycle follows."""
+            start, end = s.x, cycle(s.x, s.r, s.steps, s.live, tolerance, s.norm_A)
             trusted = (end.status == int(Status.MAXITER)) & (end.steps == maxiter) & (end.steps <= DRIFT)
-            doubtful = s.live & ~trusted
-            s = s._replace(
-                start=s.x,
+
+            def check(s: _State[V]) -> _State[V]:
+                r = A.residual(b, s.x)
+                size = space.norm(r)
+                claimed, met = s.status == int(Status.CONVERGED), size <= A.tolerance(tolerance, s.x)
+                failed = ~claimed & (s.status != int(Status.MAXITER))
+                # A residual may grow, as in CG, but not if the recurrence reports a smaller one.
+                worse = (size > s.confirmed) & (s.residual_norm <= s.confirmed)
+                # After a cycle that is undone, no other cycle runs, so r may belong to the worse x.
+                return s._replace(
+                    x=space.where(worse, start, s.x),
+                    r=r,
+                    residual_norm=xp.where(worse, s.confirmed, size),
+                    confirmed=size,
+                    status=xp.where(failed, s.status, judged(size, s.x)),
+                    live=claimed & ~met & (size < progress * s.confirmed) & (s.steps < maxiter),
+                )
+
+            after = s._replace(
                 x=end.x,
+                r=end.x,  # no residual is needed unless a check computes one; the old one would take memory in JAX
                 residual_norm=xp.where(s.live, end.residual_norm, s.residual_norm),
                 steps=end.steps,
                 status=xp.where(s.live, end.status, s.status),
                 norm_A=xp.where(s.live, end.norm_A, s.norm_A),
                 live=xp.zeros_like(s.live),
             )
-            return space.cond(doubtful, check, s)
+            return space.cond(s.live & ~trusted, check, after)
 
         if x0 is None:
             x, r, size = space.zeros(shared=True), b, rhs_norm
@@ -189,27 +186,9 @@ def solve_with_restarts(
             size = space.norm(r)
         steps, status = xp.zeros_like(size, dtype=xp.int32), judged(size, x)
         live = (status == int(Status.MAXITER)) & (maxiter > 0)
-        s = _State(x, x, r, size, size, steps, status, norm_A=xp.zeros_like(size), live=live)
-        s = space.while_loop(lambda s: s.live, run_and_check, s, rounds)
+        s = _State(x, r, size, size, steps, status, norm_A=xp.zeros_like(size), live=live)
+        s = space.while_loop(lambda s: s.live, sweep, s, rounds)
 
-        def fill_nan(s: _State[V]) -> _State[V]:
-            """Return nan, because nothing can raise under jit."""
-            return s._replace(x=space.scale(float("nan"), b), residual_norm=s.residual_norm + float("nan"))
-
-        s = space.cond(s.status == int(Status.NON_FINITE), fill_nan, s)
         return s.x, SolverInfo(s.steps, s.residual_norm, rhs_norm, s.status)
 
-    def solve_or_stand_in(b: V, x0: V | None, scale: Array) -> tuple[V, SolverInfo]:
-        x, info = solve(b, x0, scale)
-        if stand_in is None or x0 is not None:
-            return x, info
-        fallback = stand_in
-
-        def replaced(stopped: tuple[V, SolverInfo]) -> tuple[V, SolverInfo]:
-            x = fallback(b)
-            return x, stopped[1]._replace(residual_norm=space.norm(A.residual(b, x)))
-
-        immediate = (info.status == int(Status.NEGATIVE_CURVATURE)) & (info.steps == 1)
-        return space.cond(immediate, replaced, (x, info))
-
-    return scale_free(solve_or_stand_in, b, x0, space)
+    return scale_free(solve, b, x0, space)

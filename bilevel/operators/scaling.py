@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from bilevel.results import SolverInfo
+from bilevel.results import SolverInfo, Status
 from bilevel.spaces.array import Array, V
 from bilevel.spaces.space import Space
 
@@ -22,12 +22,16 @@ def scale_free(
     """Call solve(rhs / scale, x0 / scale, scale) and undo the scale, so that squares neither under- nor overflow.
 
     The scale is a power of two, so scaling is exact. It is 1 unless the largest entry is outside 2^±30.
+
+    After a solve with the status ``NON_FINITE``, x and its residual norm are nan, because nothing can raise under jit.
     """
     scale, extreme = power_of_two(space.max_abs(rhs), space)
 
-    def scaled(factor: Array, v: V) -> V:
-        return space.cond(extreme, lambda v: space.scale(factor, v), v)  # no copy if the scale is 1
+    def scaled(flag: Array, factor: Array, v: V) -> V:
+        return space.cond(flag, lambda v: space.scale(factor, v), v)  # no copy if the factor is 1
 
-    x, info = solve(scaled(1 / scale, rhs), x0 if x0 is None else scaled(1 / scale, x0), scale)
-    info = info._replace(residual_norm=scale * info.residual_norm, rhs_norm=scale * info.rhs_norm)
-    return scaled(scale, x), info
+    x, info = solve(scaled(extreme, 1 / scale, rhs), x0 if x0 is None else scaled(extreme, 1 / scale, x0), scale)
+    failed = info.status == int(Status.NON_FINITE)
+    factor = space.xp.where(failed, float("nan"), scale)
+    info = info._replace(residual_norm=factor * info.residual_norm, rhs_norm=scale * info.rhs_norm)
+    return scaled(extreme | failed, factor, x), info

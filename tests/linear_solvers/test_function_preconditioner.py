@@ -22,6 +22,16 @@ def test_it_multiplies_by_the_function(backend):
     assert plain.steps > 10
 
 
+def test_a_first_direction_of_negative_curvature_is_taken_with_its_absolute_value(backend):
+    curvatures, weights, rhs = np.array([-1.0, -2.0, -4.0]), np.array([1.0, 0.5, 0.2]), np.array([1.0, 2.0, -1.0])
+    factors, p = backend.from_numpy(weights), weights * rhs
+    x, info = solve(backend, bl.CG(damping=0.0, preconditioner=lambda v: factors * v), np.diag(curvatures), rhs)
+    assert (info.status, info.steps) == (bl.Status.NEGATIVE_CURVATURE, 1)
+    expected = (rhs @ p) / abs(p @ (curvatures * p)) * p
+    assert relative_error(x, expected) <= 1e-12
+    assert info.residual_norm == pytest.approx(np.linalg.norm(rhs - curvatures * expected))
+
+
 def test_the_same_function_makes_the_same_solver(backend):
     def unit(v):
         return v

@@ -76,7 +76,7 @@ class TestFaults:
         assert "runaway-numpy" in failures(check_solver(copy.CG(), solves=["definite"], backends="numpy"))
 
     def test_restarts_that_keep_the_worse_iterate(self):
-        copy = with_restarts(bicgstab, "worse, s.start, s.x", "worse & False, s.start, s.x")
+        copy = with_restarts(bicgstab, "worse, start, s.x", "worse & False, start, s.x")
         copy.reach = without_limit
         said = failures(check_solver(copy.BiCGStab(), solves=["definite"], backends="numpy"))
         assert "info.residual_norm" in said["nearly_singular-numpy"]
