@@ -80,9 +80,7 @@ class Evaluation:
                 to(sign)
                 total: list[torch.Tensor | None] = [None] * len(self._hparams)
                 for loss in losses:
-                    value = checked("inner", loss())
-                    grads = torch.autograd.grad(value / len(losses), self._hparams, allow_unused=True)
-                    total = [_sum(a, b) for a, b in zip(total, grads, strict=True)]
+                    total = [_sum(a, b) for a, b in zip(total, self._by_hparams(loss, len(losses)), strict=True)]
                 ends.append(total)
         low, high = ends
         return [_sum(b, None if a is None else -a) for a, b in zip(low, high, strict=True)]
@@ -96,7 +94,7 @@ class Evaluation:
 
         def see(t: torch.Tensor) -> torch.Tensor:
             seen.append(t.dtype)
-            return t
+            return t.detach()  # a saved output would keep its graph alive, and so itself
 
         states = random_states()
         with torch.autograd.graph.saved_tensors_hooks(see, lambda t: t):
@@ -135,6 +133,10 @@ class Evaluation:
         value = checked(name, loss())
         value.backward(torch.full_like(value, 1 / count))
         return value.detach()
+
+    def _by_hparams(self, loss: Loss, count: int) -> tuple[torch.Tensor | None, ...]:
+        """Return a part of the gradient. The graph is freed before the next loss is computed."""
+        return torch.autograd.grad(checked("inner", loss()) / count, self._hparams, allow_unused=True)
 
     def _take(self, tensors: Tensors) -> list[torch.Tensor | None]:
         grads = [t.grad for t in tensors]
