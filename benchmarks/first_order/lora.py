@@ -32,7 +32,7 @@ from bilevel_torch.data import DataWeights
 from bilevel_torch.trainers.huggingface import WeightedTrainer
 
 METHODS = ["uniform", "clean", "weighted"]
-SIZE = sources.Size(steps=200, every=4, rate=0.1)
+SIZE = sources.Size(steps=150, every=4, rate=0.2)
 Arrays = dict[str, np.ndarray]  # which travel to another process by value
 
 
