@@ -113,14 +113,18 @@ class TorchSteps(Steps):
     @override
     def graph_bytes(self, state: Any, hparams: Any, batch: Any) -> int:
         sizes: dict[int, int] = {}
+        saved: list[list[torch.Tensor]] = []
 
-        def pack(tensor: torch.Tensor) -> torch.Tensor:
+        def pack(tensor: torch.Tensor) -> list[torch.Tensor]:
             storage = tensor.untyped_storage()
             sizes[storage.data_ptr()] = storage.nbytes()
-            return tensor
+            saved.append([tensor])
+            return saved[-1]
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda holder: holder[0]):
             self.record(state, hparams, [batch])
+        for holder in saved:
+            holder.clear()  # else a saved output keeps its graph alive, and so itself
         return sum(sizes.values())
 
     @override

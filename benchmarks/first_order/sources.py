@@ -3,17 +3,18 @@
 WikiText-2's validation and test texts are cut into eight sources. The words of four are shuffled within each sequence.
 A softmax of eight numbers weights the losses of the sources. A hypergradient of the loss on clean text changes them
 every few steps. Printed for each method and seed: the AUC of the weights (clean against shuffled), the loss on held-out
-clean text, CPU seconds, and the peak memory of the process. "uniform" trains without hypergradients, "clean" on the
-clean half only. "sampled" is "sama" with sequences drawn in proportion to the weights. With --again, a new network is
-also trained with the weights found. `search` has random search and successive halving.
+clean text, CPU seconds, and the peak memory of all tensors in a short run. "uniform" trains without hypergradients,
+"clean" on the clean half only. "sampled" is "sama" with sequences drawn in proportion to the weights. With --again, a
+new network is also trained with the weights found. `search` has random search and successive halving.
 
     OMP_NUM_THREADS=1 python -m benchmarks.first_order.sources --data DIR [--methods ...] [--seeds 5] [--compile]
 """
 
 import argparse
+import json
 import multiprocessing
-import resource
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, gelu, scaled_dot_product_attention
+from torch.profiler import ProfilerActivity, profile
 
 import bilevel_torch
 from bilevel_torch.data import DataWeights, WeightedSampler
@@ -34,6 +36,7 @@ sys.path.append(str(Path(__file__).parents[2] / "examples" / "paper"))
 import data
 
 SOURCES = 8
+RATE = 3e-3  # of AdamW. It falls linearly, in each method
 METHODS = ["uniform", "clean", "identity", "sama", "sampled", "tracked"]
 
 
@@ -41,15 +44,18 @@ METHODS = ["uniform", "clean", "identity", "sama", "sampled", "tracked"]
 class Size:
     """The size of a run."""
 
-    vocabulary: int = 4000
-    words: int = 64  # of a sequence
+    vocabulary: int = 2000
+    words: int = 32  # of a sequence
     width: int = 128
     layers: int = 4
     heads: int = 4
-    steps: int = 400
+    steps: int = 600
     batch: int = 16
-    every: int = 4  # steps between two hypergradients
-    rate: float = 0.1  # of Adam, for the weights of the sources
+    start: int = 100  # steps before the first hypergradient: the model must know more than frequencies of words
+    early: int = 48  # steps after these, each with a hypergradient
+    every: int = 8  # steps between two hypergradients later
+    summed: int = 12  # hypergradients for each step of the weights: one of them is mostly noise
+    rate: float = 0.7  # of Adam at the start, for the weights of the sources
     tracking: float = 0.1  # the learning rate of SGD for v
     outer_batch: int = 16
     held: int = 0  # validation sequences in use, 0: all
@@ -64,7 +70,7 @@ class Transformer(nn.Module):
         self.position = nn.Parameter(0.02 * torch.randn(size.words, size.width))
         self.blocks = nn.Sequential(*[Block(size.width, size.heads) for _ in range(size.layers)])
         self.norm = nn.LayerNorm(size.width)
-        nn.init.normal_(self.embed.weight, std=0.02)
+        nn.init.normal_(self.embed.weight, std=0.1)  # with 0.02, the loss stays on a plateau for 250 steps
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.norm(self.blocks(self.embed(tokens) + self.position[: tokens.shape[1]]))
@@ -80,6 +86,9 @@ class Block(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        for layer in (self.qkv, self.up, self.out, self.down):  # as in GPT-2: small steps of the residual stream
+            nn.init.normal_(layer.weight, std=0.007 if layer in (self.out, self.down) else 0.02)
+            nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         b, t, d = x.shape
@@ -94,6 +103,7 @@ class Text:
     """Sequences of words as numbers. A source has its share of the training sequences."""
 
     train: Tensor  # (sequences, words + 1)
+    before: Tensor  # the same without shuffling
     source: Tensor  # of each training sequence
     shuffled: np.ndarray  # whether each source is shuffled
     validation: Tensor
@@ -115,8 +125,9 @@ def read(folder: Path | None, size: Size, seed: int) -> Text:
     test, validation, train = np.split(sequences, [held, 2 * held])
     source = np.arange(len(train)) * SOURCES // len(train)
     shuffled = np.isin(np.arange(SOURCES), rng.permutation(SOURCES)[: SOURCES // 2])
-    train = np.where(shuffled[source][:, None], rng.permuted(train, axis=1), train)
-    return Text(torch.tensor(train), torch.tensor(source), shuffled, torch.tensor(validation), torch.tensor(test))
+    mixed = np.where(shuffled[source][:, None], rng.permuted(train, axis=1), train)
+    mixed, train, source, validation, test = map(torch.tensor, (mixed, train, source, validation, test))
+    return Text(mixed, train, source, shuffled, validation, test)
 
 
 def losses(net: nn.Module, sequences: Tensor, bfloat16: bool = False) -> Tensor:
@@ -133,7 +144,7 @@ class Trained:
     net: Transformer
     weights: DataWeights
     seconds: float
-    path: list[list[float]]  # the scores after each hypergradient
+    path: list[list[float]]  # the scores after each of their steps
 
 
 def batches(
@@ -142,7 +153,7 @@ def batches(
     """Yield the numbers of sequences, and a function that returns the factors of their losses."""
     if method == "sampled":
         generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
-        sampler = WeightedSampler(weights, text.source, size.every * size.batch, generator=generator)
+        sampler = WeightedSampler(weights, text.source, 4 * size.batch, uniform=0.05, generator=generator)
         while True:
             for rows in torch.tensor(list(sampler)).split(size.batch):
                 yield rows, partial(sampler.loss_weights, rows)
@@ -165,9 +176,10 @@ def train(
     torch.manual_seed(seed)
     net, tuned = Transformer(size), weights is None and method not in ("uniform", "clean")
     model: Any = torch.compile(net, fullgraph=True) if compiled else net
-    optimizer = torch.optim.AdamW(net.parameters(), 3e-3)
+    optimizer = torch.optim.AdamW(net.parameters(), RATE)
     weights = weights or DataWeights(SOURCES)
     outer_optimizer = torch.optim.Adam(weights.parameters(), size.rate)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.02, size.steps)
     first_order = bilevel_torch.FirstOrder(
         net,
         weights.parameters(),
@@ -176,7 +188,7 @@ def train(
     )
     rng = np.random.default_rng(seed)
     drawn = batches(method, text, size, weights, rng)
-    began, path = time.process_time(), []
+    began, calls, path = time.process_time(), 0, []
     for step in range(size.steps):
         if step == 10:  # compiled, and in caches
             began = time.process_time()
@@ -190,13 +202,18 @@ def train(
             return losses(model, sequences, bfloat16).mean()
 
         optimizer.zero_grad()
-        inner().backward()
+        torch.autograd.backward(inner(), inputs=list(net.parameters()))  # the .grad of the weights is a sum
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
-        if tuned and (step + 1) % size.every == 0:
-            first_order.backward(inner, outer, accumulate=False)
-            outer_optimizer.step()
-            path.append(weights.scores.detach().tolist())
+        if tuned and step >= size.start and (step < size.start + size.early or (step + 1) % size.every == 0):
+            first_order.backward(inner, outer)
+            calls += 1
+            if calls % size.summed == 0:
+                outer_optimizer.param_groups[0]["lr"] = size.rate * optimizer.param_groups[0]["lr"] / RATE  # falls too
+                outer_optimizer.step()
+                outer_optimizer.zero_grad()
+                path.append(weights.scores.detach().tolist())
+        schedule.step()
     return Trained(net, weights, time.process_time() - began, path)
 
 
@@ -212,6 +229,16 @@ def mean_loss(net: nn.Module, sequences: Tensor) -> float:
     return float(torch.cat([losses(net, part) for part in sequences.split(64)]).mean())
 
 
+def peak(function: Callable[[], object]) -> float:
+    """Return the largest total size of the tensors on the CPU that a function allocates, in MiB."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    with tempfile.NamedTemporaryFile(suffix=".json") as file:
+        profiler.export_chrome_trace(file.name)
+        events = json.loads(Path(file.name).read_text("utf-8"))["traceEvents"]
+    return max(event["args"]["Total Allocated"] for event in events if event["name"] == "[memory]") / 2**20
+
+
 def run(
     method: str, folder: Path | None, size: Size, seed: int, compiled: bool, bfloat16: bool, again: bool = False
 ) -> dict[str, Any]:
@@ -221,13 +248,14 @@ def run(
     text = replace(text, validation=text.validation[: size.held or None])
     trained = train(method, text, size, seed, compiled, bfloat16)
     w = trained.weights().detach().numpy()
+    short = replace(size, steps=4, start=2, early=2)
     measured: dict[str, Any] = {
         "auc": auc(w, text.shuffled),
         "weight of the clean half": float(w[~text.shuffled].sum() / w.sum()),
         "validation loss": mean_loss(trained.net, text.validation),
         "test loss": mean_loss(trained.net, text.test),
         "CPU seconds": trained.seconds,
-        "MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "MiB": peak(lambda: train(method, text, short, seed, compiled, bfloat16)),
         "path": trained.path,
         "weights": sum(p.numel() for p in trained.net.parameters()),
     }

@@ -10,7 +10,8 @@ tune this network (Shu et al., NeurIPS 2019). The hypergradient comes before eac
 - "cg" solves with the Hessian of the batch, by `bilevel_torch.backward`.
 
 The gradient of the weighted loss includes the derivative of the weights by the losses. With ``--detach``, the weights
-are constants of a training step, as in the paper. The differences of "first order" see through ``detach()``.
+are constants of a training step, as in the paper. The differences of "first order" see through ``detach()``. The
+features are losses up to 4.6. Without this bound, the losses of wrong labels grow, and some runs fail.
 
 The table has means over seeds and their standard errors: the test accuracy, the mean weights of right and wrong
 labels, and CPU seconds. ``--data`` names a folder that has mnist/. Without it, the images are scikit-learn's digits.
@@ -37,6 +38,7 @@ import data
 
 TRAIN, CLEAN, WRONG, BATCH = 5000, 500, 0.4, 100
 RATE, OUTER_RATE = 0.05, 1e-3
+LARGEST = 4.6  # of the features: twice the loss of a guess
 SOLVER = bl.CG(maxiter=3, rtol=None, damping=10.0)  # with a damping of 1, solves meet negative curvature
 Pair = tuple[Tensor, Tensor]
 
@@ -78,7 +80,7 @@ class Loop:
 
     def weighted(self, net: nn.Module, hparams: dict[str, Tensor], batch: Pair) -> Tensor:
         losses = cross_entropy(net(batch[0]), batch[1], reduction="none")
-        features = losses.detach() if self.detach else losses
+        features = (losses.detach() if self.detach else losses).clamp(max=LARGEST)
         return (functional_call(self.weights, hparams, (features[:, None],)) * losses).mean()
 
     def inner(self, batch: Pair) -> Tensor:
@@ -122,7 +124,7 @@ def run(method: str, folder: Path | None, steps: int, seed: int, detach: bool = 
     seconds = time.process_time() - began
     with torch.no_grad():
         accuracy = (loop.net(test[0]).argmax(1) == test[1]).double().mean()
-        w = loop.weights(cross_entropy(loop.net(noisy[0]), noisy[1], reduction="none")[:, None])
+        w = loop.weights(cross_entropy(loop.net(noisy[0]), noisy[1], reduction="none").clamp(max=LARGEST)[:, None])
     return [float(accuracy), float(w[~wrong].mean()), float(w[wrong].mean()), seconds]
 
 

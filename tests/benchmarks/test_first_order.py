@@ -25,13 +25,31 @@ def test_wrong_labels_are_found():
 def test_shuffled_sources_are_measured():
     from benchmarks.first_order import sources
 
-    size = sources.Size(vocabulary=50, words=6, width=8, layers=1, heads=2, steps=24, batch=8)
+    size = sources.Size(
+        vocabulary=50, words=6, width=8, layers=1, heads=2, steps=24, batch=8, start=4, early=2, every=4, summed=1
+    )
     for method in sources.METHODS:
         found = sources.run(method, None, size, 0, compiled=False, bfloat16=method == "sama", again=True)
         assert np.isfinite(found["test loss"])
         assert 0 <= found["auc"] <= 1
-        assert len(found["path"]) == (0 if method in ("uniform", "clean") else 6)
+        assert len(found["path"]) == (0 if method in ("uniform", "clean") else 7)
         assert ("test loss again" in found) == bool(found["path"])
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # by PEFT
+def test_lora_is_trained_by_trainers():
+    pytest.importorskip("transformers")
+    pytest.importorskip("peft")
+    from benchmarks.first_order import lora, sources
+
+    size = sources.Size(vocabulary=50, words=6, width=8, layers=1, heads=2, steps=4, batch=4, every=2)
+    pretrained = lora.pretrain(None, size, 0)
+    for method in lora.METHODS:
+        found = lora.run(method, None, size, 0, pretrained)
+        assert np.isfinite(found["test loss"])
+        assert found["MiB"] > 0
+        assert found["trained weights"] < found["weights"]
+        assert ("auc" in found) == (method == "weighted")
 
 
 def test_settings_of_weights_are_compared():
@@ -92,7 +110,7 @@ class TestSearch:
         accuracy, f1, _ = search.clean(method, None, 100, 2, 0)
         assert accuracy > 0.4
         assert (f1 == 0) == (method == "equal weights")
-        size = sources.Size(vocabulary=50, words=6, width=8, layers=1, heads=2, steps=16, batch=8)
+        size = sources.Size(vocabulary=50, words=6, width=8, layers=1, heads=2, steps=16, batch=8, start=4, every=4)
         loss, auc, _ = search.find(method, None, size, 2, 0)
         assert np.isfinite(loss)
         assert (auc == 0.5) if method == "equal weights" else (0 <= auc <= 1)

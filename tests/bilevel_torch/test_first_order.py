@@ -2,7 +2,9 @@
 
 import copy
 import io
+import weakref
 from functools import partial
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -210,6 +212,42 @@ def test_micro_batches_are_a_mean():
 
     grad = call([inner, other], [outer, lambda: 3 * outer()])
     torch.testing.assert_close(grad, call(lambda: (inner() + other()) / 2, lambda: 2 * outer()), rtol=1e-6, atol=0)
+
+
+class Watched(torch.autograd.Function):
+    """The function tanh. The class knows which of its graphs are alive."""
+
+    graphs: ClassVar[weakref.WeakSet[Any]] = weakref.WeakSet()
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(y := x.tanh())
+        ctx.token = nn.Identity()  # lives as long as the graph
+        Watched.graphs.add(ctx.token)
+        return y
+
+    @staticmethod
+    def backward(ctx, *grads):
+        (y,) = ctx.saved_tensors
+        return grads[0] * (1 - y**2)
+
+
+@pytest.mark.parametrize("optimizer", [None, SGD])
+def test_one_graph_is_alive_at_a_time(optimizer):
+    """Else the memory would be twice that of a training step."""
+    activation = type("Activation", (nn.Module,), {"forward": lambda self, x: Watched.apply(x)})
+    net, weights, inner, outer = regression(activation=activation)
+    before = []
+
+    def watched(loss):
+        before.append(len(Watched.graphs))
+        return loss()
+
+    method = bilevel_torch.FirstOrder(net, weights, optimizer=optimizer)
+    for _ in range(2):
+        method.backward(2 * [lambda: watched(inner)], 2 * [lambda: watched(outer)])
+    assert set(before) == {0}
+    assert not Watched.graphs
 
 
 @pytest.mark.parametrize("steps", [1, 3])

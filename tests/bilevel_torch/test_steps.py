@@ -1,5 +1,7 @@
 """Metagradients of torch runs: random numbers, side effects, precisions, and steps that call autograd."""
 
+import weakref
+
 import numpy as np
 import pytest
 
@@ -106,3 +108,25 @@ def test_many_values_without_vmap_are_pulled_back_one_by_one():
             training, first, torch.tensor(0.1, dtype=torch.float64), steps=T, checkpoints=checkpoints
         )
         assert found.grad.tolist() == pytest.approx([-2 * T * 0.8 ** (T - 1) * w for w in (1, 2)], rel=1e-12)
+
+
+def test_graphs_are_freed():
+    alive = weakref.WeakSet()
+
+    class Exp(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(y := x.exp())
+            ctx.token = torch.nn.Identity()  # lives as long as the graph
+            alive.add(ctx.token)
+            return y
+
+        @staticmethod
+        def backward(ctx, *grads):
+            return grads[0] * ctx.saved_tensors[0]
+
+    def step(state, rate, batch):
+        return {"w": state["w"] - rate * Exp.apply(state["w"]), "graphs": 0}
+
+    run(step)
+    assert not alive

@@ -57,12 +57,12 @@ class Evaluation:
         values = [self._backward(name, loss, len(losses)) for loss in losses]
         return Gradients(torch.stack(values).mean(), self._take(self._params), self._take(self._hparams))
 
-    def difference(self, losses: Sequence[Loss], move: Tensors) -> Gradients:
-        """Return the gradients at w + move, minus the gradients at w − move. Both sides draw the same random numbers.
+    def difference(self, losses: Sequence[Loss], v: Tensors, step: torch.Tensor) -> Gradients:
+        """Return the gradients at w + step · v, minus those at w − step · v. Both sides draw the same random numbers.
 
         The first gradients stay in ``.grad`` with the other sign. So the second backward passes form the difference.
         """
-        with self._moved(move) as to:
+        with self._moved(v, step) as to:
             to(-1)
             for loss in losses:
                 self._backward("inner", loss, len(losses))
@@ -72,17 +72,17 @@ class Evaluation:
             to(1)
             return self.gradients("inner", losses)
 
-    def difference_by_hparams(self, losses: Sequence[Loss], move: Tensors) -> list[torch.Tensor | None]:
+    def difference_by_hparams(
+        self, losses: Sequence[Loss], v: Tensors, step: torch.Tensor
+    ) -> list[torch.Tensor | None]:
         """Return the part of `difference` by hparams. Backward passes stop at the first use of hparams."""
         ends: list[list[torch.Tensor | None]] = []
-        with self._moved(move) as to:
+        with self._moved(v, step) as to:
             for sign in (-1, 1):
                 to(sign)
                 total: list[torch.Tensor | None] = [None] * len(self._hparams)
                 for loss in losses:
-                    value = checked("inner", loss())
-                    grads = torch.autograd.grad(value / len(losses), self._hparams, allow_unused=True)
-                    total = [_sum(a, b) for a, b in zip(total, grads, strict=True)]
+                    total = [_sum(a, b) for a, b in zip(total, self._by_hparams(loss, len(losses)), strict=True)]
                 ends.append(total)
         low, high = ends
         return [_sum(b, None if a is None else -a) for a, b in zip(low, high, strict=True)]
@@ -96,7 +96,7 @@ class Evaluation:
 
         def see(t: torch.Tensor) -> torch.Tensor:
             seen.append(t.dtype)
-            return t
+            return t.detach()  # a saved output would keep its graph alive, and so itself
 
         states = random_states()
         with torch.autograd.graph.saved_tensors_hooks(see, lambda t: t):
@@ -114,15 +114,15 @@ class Evaluation:
         return eps
 
     @contextmanager
-    def _moved(self, move: Tensors) -> Iterator[Callable[[int], None]]:
-        """Yield a function that sets the weights to w + sign · move. Restore the weights to the same bits."""
+    def _moved(self, v: Tensors, step: torch.Tensor) -> Iterator[Callable[[int], None]]:
+        """Yield a function that sets the weights to w + sign · step · v. Restore the weights to the same bits."""
         before, states = [p.detach().clone() for p in self._params], random_states()
 
         def to(sign: int) -> None:
             set_random_states(states)
             with torch.no_grad():
-                for p, old, d in zip(self._params, before, move, strict=True):
-                    p.copy_(old).add_(d, alpha=sign)
+                for p, old, x in zip(self._params, before, v, strict=True):
+                    p.copy_(old).add_(x * step, alpha=sign)  # a product at a time, to save memory
 
         try:
             yield to
@@ -135,6 +135,10 @@ class Evaluation:
         value = checked(name, loss())
         value.backward(torch.full_like(value, 1 / count))
         return value.detach()
+
+    def _by_hparams(self, loss: Loss, count: int) -> tuple[torch.Tensor | None, ...]:
+        """Return a part of the gradient. The graph is freed before the next loss is computed."""
+        return torch.autograd.grad(checked("inner", loss()) / count, self._hparams, allow_unused=True)
 
     def _take(self, tensors: Tensors) -> list[torch.Tensor | None]:
         grads = [t.grad for t in tensors]

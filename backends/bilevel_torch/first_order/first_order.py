@@ -175,17 +175,18 @@ class FirstOrder:
 
     def _hypergradient(self, inner: list[Loss], outer: list[Loss]) -> Hypergradient[Any, Any]:
         at = self._evaluation.gradients("outer", outer)
-        c = self._filled("outer", at.params)
+        value, direct, c = at.value, at.hparams, self._filled("outer", at.params)
+        rhs_norm = norm(c)
         multiple = self._start(inner, c) if self._multiple is None else self._multiple
         if self._optimizer is None:
             v = [multiple * x for x in self._preconditioned(c)]
+            del at, c  # which are as large as the module
             cross, residual = self._cross(inner, v), torch.full_like(multiple, float("nan"))
         else:
             v, (cross, residual) = self._v, self._track(inner, c, self._optimizer)
-        grad = self._combined(at.hparams, cross)
+        grad = self._combined(direct, cross)
         if self._multiple is None:
-            self._warn_of_unused([a is not None or b is not None for a, b in zip(at.hparams, cross, strict=True)])
-        rhs_norm = norm(c)
+            self._warn_of_unused([a is not None or b is not None for a, b in zip(direct, cross, strict=True)])
         finite = torch.stack([rhs_norm.isfinite(), *[g.isfinite().all() for g in grad]]).all()
         status = torch.where(residual > GROWTH * rhs_norm, int(Status.DIVERGED), int(Status.CONVERGED))
         status = torch.where(finite, status, int(Status.NON_FINITE))
@@ -193,7 +194,7 @@ class FirstOrder:
         info = SolverInfo(self.steps if self._optimizer else 0, numbers[0], numbers[1], Status(int(numbers[2])))
         if info.status != Status.NON_FINITE:  # else the next call starts again
             self._multiple = multiple
-        return Hypergradient(with_leaves(self._hparams, grad), at.value, v, self._params, info)
+        return Hypergradient(with_leaves(self._hparams, grad), value, v, self._params, info)
 
     def _start(self, inner: list[Loss], c: Tensors) -> torch.Tensor:
         """Return the multiple of P c with the smallest residual. A tracked v starts there."""
@@ -228,26 +229,26 @@ class FirstOrder:
 
     def _products(self, inner: list[Loss], v: Tensors) -> tuple[Tensors, Optionals]:
         """Return (∂²L/∂w²) v and (∂²L/∂λ∂w)ᵀ v."""
-        move, scale = self._move(v)
-        ends = self._evaluation.difference(inner, move)
+        step, scale = self._step(v)
+        ends = self._evaluation.difference(inner, v, step)
         return [scale * x for x in self._filled("inner", ends.params)], _scaled(scale, ends.hparams)
 
     def _cross(self, inner: list[Loss], v: Tensors) -> Optionals:
         """Return (∂²L/∂λ∂w)ᵀ v."""
         if any(map(is_dtensor, self._params)):  # FSDP2 needs a whole backward pass after each forward
             return self._products(inner, v)[1]
-        move, scale = self._move(v)
-        return _scaled(scale, self._evaluation.difference_by_hparams(inner, move))
+        step, scale = self._step(v)
+        return _scaled(scale, self._evaluation.difference_by_hparams(inner, v, step))
 
-    def _move(self, v: Tensors) -> tuple[Tensors, torch.Tensor]:
-        """Return d = r v / ‖v‖ and ‖v‖ / 2r."""
+    def _step(self, v: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return r / ‖v‖ and ‖v‖ / 2r."""
         size = norm(v)
         size = torch.where(size > 0, size, 1.0)
         radius: Any = self.perturbation
         if isinstance(radius, str):
             rms = norm(self._params) / sum(p.numel() for p in self._params) ** 0.5
             radius = STEP * self._eps ** (1 / 3) * rms.clip(min=1.0)
-        return [x * (radius / size) for x in v], size / (2 * radius)
+        return radius / size, size / (2 * radius)
 
     def _filled(self, name: str, grads: Optionals) -> Tensors:
         """Return gradients by params, with zeros for None."""
