@@ -110,6 +110,7 @@ def _joint_columns() -> dict[str, Any]:
         "standard": NOTHING,
         "joint": None,
         'joint, solver="neumann"': "neumann",
+        "joint, WarmStart with its defaults": bl.WarmStart(),
         "joint, WarmStart, CG of 2 steps": bl.WarmStart({"name": "cg", "maxiter": 2, "rtol": 0.0, "damping": 0.1}),
     }
 

@@ -1,0 +1,70 @@
+"""How near hypergradients come to the peaks of the machine, in PyTorch on one thread of a CPU.
+
+OMP_NUM_THREADS=1 python -m benchmarks.roofline            # some two minutes
+OMP_NUM_THREADS=1 python -m benchmarks.roofline --quick    # tiny sizes
+
+Two peaks are measured: the operations per second of a product of large matrices, and the bytes per second of a sum of large
+vectors. The least time of a call is the time of its matrix products and convolutions at the first peak, plus the time of
+the solver's vectors at the second. A step of CG passes eleven vectors like params: p·Ap reads two, and the updates of x, r
+and p each read two and write one. All other operations are left out, so no loop can be as fast.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from statistics import median
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.speed import torch_columns
+from benchmarks.speed.sizes import FULL, TINY
+from benchmarks.speed.torch_workloads import workload
+
+PRODUCTS, PASSES = 10, 11
+
+
+def seconds(call: Callable[[], object], rounds: int) -> float:
+    """Return the median CPU time of a call."""
+    call()
+    times = []
+    for _ in range(rounds):
+        start = time.process_time()
+        call()
+        times.append(time.process_time() - start)
+    return median(times)
+
+
+def peaks(size: int, rounds: int) -> tuple[float, float]:
+    """Return operations per second of matrix products, and bytes per second of vectors."""
+    a, b, c = (torch.randn(size, size) for _ in range(3))
+    x, y = torch.randn(8 * size**2), torch.randn(8 * size**2)
+    per_product = seconds(lambda: torch.mm(a, b, out=c), rounds)
+    per_sum = seconds(lambda: x.add_(y), rounds)  # reads two, and writes one
+    return 2 * size**3 / per_product, 3 * x.nbytes / per_sum
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true")
+    quick = parser.parse_args(argv).quick
+    torch.set_num_threads(1)
+    rounds = 2 if quick else 9
+    flops, bandwidth = peaks(64 if quick else 1536, rounds)
+    print(f"Peaks: {flops / 1e9:.0f} GFLOP/s, {bandwidth / 1e9:.1f} GB/s\n")
+    print("| network | GFLOP | MB of vectors | least time | by hand | ours |\n|---|---|---|---|---|---|")
+    names = ["logistic"] if quick else ["logistic", "mlp", "convnet", "lstm", "transformer"]
+    for name in names:
+        w = workload(name, TINY if quick else FULL[name])
+        columns = torch_columns.columns(w, "cg", PRODUCTS)
+        with FlopCounterMode(display=False) as counter:
+            columns["hand-written"]()
+        work, moved = counter.get_total_flops(), PASSES * PRODUCTS * sum(p.nbytes for p in w.params)
+        least = work / flops + moved / bandwidth
+        hand, ours = (seconds(columns[column], rounds) / least for column in ("hand-written, in place", "ours"))
+        print(f"| {name} | {work / 1e9:.2f} | {moved / 1e6:.1f} | {1e3 * least:.1f} ms | {hand:.2f} | {ours:.2f} |")
+
+
+if __name__ == "__main__":
+    main()
