@@ -3,10 +3,10 @@
 OMP_NUM_THREADS=1 python -m benchmarks.roofline            # some two minutes
 OMP_NUM_THREADS=1 python -m benchmarks.roofline --quick    # tiny sizes
 
-Two peaks are measured: the operations per second of a product of large matrices, and the bytes per second of a sum of large
-vectors. The least time of a call is the time of its matrix products and convolutions at the first peak, plus the time of
-the solver's vectors at the second. A step of CG passes eleven vectors like params: p·Ap reads two, and the updates of x, r
-and p each read two and write one. All other operations are left out, so no loop can be as fast.
+Two peaks are measured: the operations per second of a product of large matrices, and the bytes per second of a sum of
+large vectors. The least time of a call is the time of its matrix products and convolutions at the first peak, plus the
+time of the solver's vectors at the second. A step of CG passes eleven vectors like params: p·Ap reads two, and the
+updates of x, r and p each read two and write one. All other operations are left out, so no loop can be as fast.
 """
 
 import argparse
