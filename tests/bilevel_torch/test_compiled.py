@@ -6,6 +6,7 @@ import bilevel as bl
 
 torch = pytest.importorskip("torch")
 bilevel_torch = pytest.importorskip("bilevel_torch")
+check_equal = pytest.importorskip("bilevel_torch.compiled.backend").check_equal
 functional_call, cross_entropy = torch.func.functional_call, torch.nn.functional.cross_entropy
 
 SIZES = (8, 6, 3)
@@ -105,6 +106,16 @@ class TestHypergradient:
 
         assert_same(bl.Problem(writing, outer), arguments(), bilevel_torch.Compiled("eager"))
 
+    @pytest.mark.parametrize("solver", ["cg", bl.Neumann(terms=5, step_size=0.5), bl.Unrolled(steps=3, step_size=0.5)])
+    def test_a_product_that_is_its_argument(self, solver):
+        problem = bl.Problem(lambda w, h: (0.5 * w * w - w * h).sum(), lambda w, h: (w**3).sum())
+        w, h = torch.tensor([1.0, 2.0], dtype=torch.float64), torch.tensor([1.0, 2.0], dtype=torch.float64)
+        hg = bl.hypergradient(problem, w, h, solver=solver, backend=bilevel_torch.Compiled("eager"))
+        expected = bl.hypergradient(problem, w, h, solver=solver)
+        torch.testing.assert_close(hg.grad, expected.grad, rtol=1e-14, atol=0.0)
+        if solver == "cg":
+            torch.testing.assert_close(hg.grad, 3 * w**2, rtol=1e-9, atol=0.0)
+
     def test_a_leaf_without_influence_is_noted(self):
         def partial(w, h, x, y):
             return loss(w, x, y) + sum(w[k].square().sum() for k in w) + (h["0.bias"] * w["0.bias"]).sum()
@@ -191,6 +202,15 @@ class TestErrors:
 
         with pytest.raises(RuntimeError, match=r"gradient differs from autograd's.*a pure function"):
             bl.hypergradient(bl.Problem(impure, outer), **arguments(), backend=bilevel_torch.Compiled("eager"))
+
+    def test_what_counts_as_equal(self):
+        right = [{"a": torch.ones(2), "b": torch.full((1,), 1e-9)}, torch.ones(1), None]
+        rounding = [{"a": torch.ones(2) * (1 + 1e-6), "b": torch.full((1,), 3e-9)}, torch.ones(1), None]
+        check_equal(right, rounding, [])
+        wrong = [right[0], torch.full((1,), 1.001), None]
+        with pytest.raises(RuntimeError, match=r"compiled Hessian-vector product differs from autograd's by 1\.0e-03"):
+            check_equal(right, wrong, [])
+        check_equal(right, wrong, [("cpu", torch.bfloat16)])
 
     def test_losses_in_place_of_functions(self):
         w, h, data, val = arguments().values()
