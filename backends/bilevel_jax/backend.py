@@ -24,7 +24,7 @@ from bilevel_jax.gauss_newton import gauss_newton
 from bilevel_jax.micro_batches import fold
 from bilevel_jax.partition import Divided, combine, partition
 from bilevel_jax.second_derivatives import linearize
-from bilevel_jax.sharding import check_alike, check_collectives, devices_of
+from bilevel_jax.sharding import check_alike, check_collectives, devices_of, varying
 from bilevel_jax.space import JaxSpace
 from bilevel_jax.steps import JaxSteps
 
@@ -291,6 +291,8 @@ def _linearized(
 @jax.custom_jvp
 def _late(tree: V, after: object) -> V:
     """Return a tree unchanged. XLA computes what is computed from the result after ``after``, and shares none of it."""
+    if any(map(varying, jax.tree.leaves((tree, after)))):
+        return tree  # in a shard_map: after a barrier, all leaves would vary along the axes of any leaf
     return jax.lax.optimization_barrier((tree, after))[0]
 
 

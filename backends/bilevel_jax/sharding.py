@@ -35,10 +35,10 @@ def check_alike(role: str, value: object, params: object, hparams: object) -> No
     Raises:
         ValueError: naming the mesh axis and the leaf.
     """
-    loss_axes = frozenset().union(*map(_varying, jax.tree.leaves(value)))
+    loss_axes = frozenset().union(*map(varying, jax.tree.leaves(value)))
     for name, tree in (("params", params), ("hparams", hparams)):
         for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-            where, axes = name + jax.tree_util.keystr(path), _varying(leaf)
+            where, axes = name + jax.tree_util.keystr(path), varying(leaf)
             for axis in sorted(map(str, loss_axes - axes)):
                 raise ValueError(
                     f"{role} differs along the mesh axis {axis!r}, but {where} is the same there, so JAX would sum "
@@ -64,7 +64,7 @@ def check_collectives(role: str, jaxpr: Jaxpr) -> None:
             continue
         names = equation.params.get("axes", equation.params.get("axis_name", ()))
         for axis in names if isinstance(names, tuple) else (names,):
-            if isinstance(axis, str) and axis not in _varying(lax.axis_index(axis)):
+            if isinstance(axis, str) and axis not in varying(lax.axis_index(axis)):
                 raise ValueError(
                     f"{role}: JAX differentiates {equation.primitive.name} over the axis {axis!r} correctly only "
                     "inside jax.shard_map with check_vma=True, the default. With check_vma=False, vmap or pmap, the "
@@ -76,13 +76,13 @@ def unvarying(tree: V, like: V) -> V:
     """Return a tree whose leaves vary as the leaves of ``like``: average over axes that JAX wrongly takes to vary."""
 
     def average(leaf: jax.Array, other: jax.Array) -> jax.Array:
-        axes = tuple(_varying(leaf) - _varying(other))
+        axes = tuple(varying(leaf) - varying(other))
         return lax.pmean(leaf, axes) if axes else leaf
 
     return jax.tree.map(average, tree, like)
 
 
-def _varying(x: object) -> frozenset[Any]:
+def varying(x: object) -> frozenset[Any]:
     """Return the mesh axes of a ``shard_map`` along which a value may differ."""
     kind = typeof(x)
     kind = getattr(kind, "manual_axis_type", kind)
