@@ -28,7 +28,7 @@ class Program:
     Attributes:
         objective: the objective.
         key: the structure of its arguments, with shapes, dtypes and other values.
-        modes: the modules that run inside, with their modes (train or eval).
+        modes: the modules that run inside, and whether each is in train mode.
         graphs: the captured parts.
         product: the compiled product.
         dependence: on which leaves L and its gradient depend.
@@ -36,7 +36,7 @@ class Program:
 
     objective: Callable[..., object]
     key: object
-    modes: list[tuple[torch.nn.Module, bool]]
+    modes: dict[torch.nn.Module, bool]
     graphs: Graphs
     product: Callable[..., Sequence[torch.Tensor]]
     dependence: Dependence
@@ -44,7 +44,7 @@ class Program:
     def fits(self, objective: object, key: object) -> bool:
         """Return whether the program is for these arguments."""
         same = self.objective == objective and self.key == key
-        return same and all(module.training == training for module, training in self.modes)
+        return same and all(module.training == training for module, training in self.modes.items())
 
 
 class Compiled(TorchBackend):
@@ -186,10 +186,10 @@ def _described(path: str, leaf: object) -> object:
 
 
 @contextmanager
-def _modules_called() -> Iterator[list[tuple[torch.nn.Module, bool]]]:
-    """Yield a list of the modules that are called in this block, and their modes."""
-    modes: list[tuple[torch.nn.Module, bool]] = []
-    hook = register_module_forward_pre_hook(lambda module, _: modes.append((module, module.training)))
+def _modules_called() -> Iterator[dict[torch.nn.Module, bool]]:
+    """Yield the modules that are called in this block, and whether each is in train mode."""
+    modes: dict[torch.nn.Module, bool] = {}
+    hook = register_module_forward_pre_hook(lambda module, _: modes.update({module: module.training}))
     try:
         yield modes
     finally:
@@ -199,12 +199,12 @@ def _modules_called() -> Iterator[list[tuple[torch.nn.Module, bool]]]:
 def check_equal(expected: Sequence[Any], found: Sequence[Any], autocast: Sequence[tuple[str, torch.dtype]]) -> None:
     """Raise a RuntimeError unless compiled derivatives equal autograd's, to half of the digits."""
     for name, right, own in zip(("gradient", "Hessian-vector product", "cross product"), expected, found, strict=True):
-        pairs = [(a, b) for a, b in zip(leaves(right), leaves(own), strict=True) if a.numel()]
-        # All leaves together: a leaf that is zero is only rounding errors.
-        size = max((a.abs().max().item() for a, _ in pairs), default=0.0)
-        difference = max(((a - b).abs().max().item() for a, b in pairs), default=0.0)
-        dtypes = [a.dtype for a, _ in pairs] + [dtype for _, dtype in autocast]
-        if difference > max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0) ** 0.5 * size:
+        if right is None:
+            continue
+        space = EAGER.space(right)  # all leaves together: a leaf that is zero is only rounding errors
+        size, difference = (float(space.max_abs(x)) for x in (right, space.subtract(right, own)))
+        eps = max([space.eps, *(torch.finfo(dtype).eps for _, dtype in autocast)])
+        if difference > eps**0.5 * size:  # nan is no difference: a status reports it
             raise RuntimeError(
                 f"Compiled: the compiled {name} differs from autograd's by {difference:.1e} in an entry, and the "
                 f"largest entry is {size:.1e}. Is the inner objective a pure function of its arguments? If it is, "

@@ -1,6 +1,6 @@
 """Graphs of the operations of a gradient and of its products, cut where the vector of a product comes in."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -83,26 +83,27 @@ def _cut(whole: fx.GraphModule, count: int) -> Graphs:
         if node.op != "output" and any(above in moving for above in node.all_input_nodes):
             moving.add(node)
     g, products = outputs[:count], (outputs[count : 2 * count], outputs[2 * count :])
-    needed = set(_above(products[0] + products[1]))
-    saved = [n for n in nodes if n not in moving and n in needed and any(user in moving & needed for user in n.users)]
+    ends = {*products[0], *products[1]}
+    late = moving & _above(ends)
     # A product that does not depend on v is zero, but it may still be an output.
-    saved += [n for n in products[0] + products[1] if n not in moving and n not in saved]
+    saved = [n for n in nodes if n not in moving and (n in ends or not late.isdisjoint(n.users))]
     return Graphs(
         _part(whole, inputs[:-count], g + saved),
         *(_part(whole, saved + vector, product) for product in products),
     )
 
 
-def _above(outputs: Iterable[fx.Node], stop: Iterable[fx.Node] = ()) -> list[fx.Node]:
+def _above(outputs: Iterable[fx.Node], stop: Container[fx.Node] = ()) -> set[fx.Node]:
     """Return the nodes that outputs are computed from, and the outputs, down to some nodes."""
-    todo, seen, stop = list(outputs), set(outputs), set(stop)
+    todo = list(outputs)
+    seen = set(todo)
     while todo:
         node = todo.pop()
         for above in () if node in stop else node.all_input_nodes:
             if above not in seen:
                 seen.add(above)
                 todo.append(above)
-    return list(seen)
+    return seen
 
 
 def _part(whole: fx.GraphModule, inputs: list[fx.Node], outputs: list[fx.Node]) -> fx.GraphModule:
@@ -111,7 +112,7 @@ def _part(whole: fx.GraphModule, inputs: list[fx.Node], outputs: list[fx.Node]) 
     for i, node in enumerate(inputs):
         copies[node] = part.placeholder(f"input_{i}")
         copies[node].meta.update(node.meta)
-    needed = set(_above(outputs, inputs))
+    needed = _above(outputs, copies)
     for node in whole.graph.nodes:
         if node in needed and node not in copies:
             copies[node] = part.node_copy(node, copies.__getitem__)
