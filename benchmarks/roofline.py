@@ -10,7 +10,6 @@ updates of x, r and p each read two and write one. All other operations are left
 """
 
 import argparse
-import time
 from collections.abc import Callable
 from statistics import median
 
@@ -18,29 +17,28 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.speed import torch_columns
+from benchmarks.speed.measure import interleave
 from benchmarks.speed.sizes import FULL, TINY
 from benchmarks.speed.torch_workloads import workload
 
 PRODUCTS, PASSES = 10, 11
 
 
-def seconds(call: Callable[[], object], rounds: int) -> float:
-    """Return the median CPU time of a call."""
-    call()
-    times = []
-    for _ in range(rounds):
-        start = time.process_time()
+def medians(calls: dict[str, Callable[[], object]], rounds: int) -> list[float]:
+    """Return the median time of each call, in seconds."""
+    for call in calls.values():
         call()
-        times.append(time.process_time() - start)
-    return median(times)
+    return [median(values) for values in interleave(calls, 0.0, least=rounds).values()]
 
 
 def peaks(size: int, rounds: int) -> tuple[float, float]:
     """Return operations per second of matrix products, and bytes per second of vectors."""
     a, b, c = (torch.randn(size, size) for _ in range(3))
     x, y = torch.randn(8 * size**2), torch.randn(8 * size**2)
-    per_product = seconds(lambda: torch.mm(a, b, out=c), rounds)
-    per_sum = seconds(lambda: x.add_(y), rounds)  # reads two, and writes one
+    per_product, per_sum = medians(
+        {"product": lambda: torch.mm(a, b, out=c), "sum": lambda: x.add_(y)},
+        rounds,  # it reads two, and writes one
+    )
     return 2 * size**3 / per_product, 3 * x.nbytes / per_sum
 
 
@@ -62,8 +60,11 @@ def main(argv: list[str] | None = None) -> None:
             columns["hand-written"]()
         work, moved = counter.get_total_flops(), PASSES * PRODUCTS * sum(p.nbytes for p in w.params)
         least = work / flops + moved / bandwidth
-        hand, ours = (seconds(columns[column], rounds) / least for column in ("hand-written, in place", "ours"))
-        print(f"| {name} | {work / 1e9:.2f} | {moved / 1e6:.1f} | {1e3 * least:.1f} ms | {hand:.2f} | {ours:.2f} |")
+        hand, ours = medians({column: columns[column] for column in ("hand-written, in place", "ours")}, rounds)
+        print(
+            f"| {name} | {work / 1e9:.2f} | {moved / 1e6:.1f} | {1e3 * least:.1f} ms | {hand / least:.2f} | "
+            f"{ours / least:.2f} |"
+        )
 
 
 if __name__ == "__main__":

@@ -10,11 +10,9 @@ tensors in a short run.
 """
 
 import argparse
-import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -162,16 +160,10 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     size = replace(SIZE, every=options.every, rate=options.rate, steps=options.steps)
     for seed in range(options.seeds):
-        pretrained = apart(pretrain, options.data, size, seed)
+        pretrained = sources.apart(pretrain, options.data, size, seed)
         for method in METHODS:
-            found = apart(run, method, options.data, size, seed, pretrained)
+            found = sources.apart(run, method, options.data, size, seed, pretrained)
             print(f"{method:>10} seed {seed}:", {k: round(v, 3) for k, v in found.items()}, flush=True)
-
-
-def apart(function: Callable[..., Any], *args: Any) -> Any:
-    """Call a function in a process of its own."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, args)
 
 
 if __name__ == "__main__":

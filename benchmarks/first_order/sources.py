@@ -239,6 +239,12 @@ def peak(function: Callable[[], object]) -> float:
     return max(event["args"]["Total Allocated"] for event in events if event["name"] == "[memory]") / 2**20
 
 
+def apart(function: Callable[..., Any], *args: Any) -> Any:
+    """Call a function in a separate process."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, args)
+
+
 def run(
     method: str, folder: Path | None, size: Size, seed: int, compiled: bool, bfloat16: bool, again: bool = False
 ) -> dict[str, Any]:
@@ -281,9 +287,7 @@ def main(argv: list[str] | None = None) -> None:
     for seed in range(options.seeds):
         for method in options.methods:
             # The peak memory belongs to a process, so each run has its own.
-            with multiprocessing.get_context("spawn").Pool(1) as pool:
-                arguments = (method, options.data, size, seed, options.compile, options.bfloat16, options.again)
-                found = pool.apply(run, arguments)
+            found = apart(run, method, options.data, size, seed, options.compile, options.bfloat16, options.again)
             found.pop("path")
             print(f"{method:>14} seed {seed}:", {k: round(v, 3) for k, v in found.items()}, flush=True)
 

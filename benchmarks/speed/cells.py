@@ -34,7 +34,7 @@ def times(spec: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def memory(spec: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield the peak memory of one column, in a process of its own."""
+    """Yield the peak memory of one column, in a separate process."""
     w = _workload(spec)
     (method, count), column = spec["cells"][0], spec["column"]
     record = _about(spec, w, method, count) | {"kind": spec["job"], "column": column}

@@ -152,9 +152,9 @@ def ours_from_losses(w: Workload, solver: object) -> Tensors:
     ).grad
 
 
-def ours(w: Workload, solver: object) -> Tensors:
+def ours(w: Workload, solver: object, backend: bilevel_torch.TorchBackend | None = None) -> Tensors:
     """Hand over the two functions."""
     return bl.hypergradient(
         bl.Problem(w.inner, w.outer), dict(w.net.named_parameters()), w.log_decays,
-        inner_args=w.train, outer_args=w.val, solver=solver, on_failure="ignore",
+        inner_args=w.train, outer_args=w.val, solver=solver, on_failure="ignore", backend=backend,
     ).grad  # fmt: skip
