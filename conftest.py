@@ -44,9 +44,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """With a framework hidden, leave out the tests that only concern the others.
 
     No backend imports another framework: tests/project/test_imports.py checks that. So a test of JAX or NumPy gives the
-    same with and without torch. The core can give something else, because it looks for installed frameworks. So the
-    tests that name no framework stay, without scikit-learn's checks: those of the core, the command, the errors and the
-    documentation. The tests of the hidden framework stay too, and appear as skipped.
+    same with and without torch. The core can give something else, because it looks for installed frameworks. So
+    tests that name no framework stay: of the core, the command, the errors and the documentation. scikit-learn's checks
+    are left out. The tests of the hidden framework stay too, and appear as skipped.
     """
     if hidden:
         others = {"numpy", "torch", "jax"} - hidden

@@ -1,4 +1,4 @@
-"""How many vectors a compiled hypergradient holds, beside the loop that a careful user writes."""
+"""The memory of a compiled hypergradient, counted in vectors and compared with a loop that is written by hand."""
 
 import pytest
 

@@ -234,7 +234,7 @@ class Watched(torch.autograd.Function):
 
 @pytest.mark.parametrize("optimizer", [None, SGD])
 def test_one_graph_is_alive_at_a_time(optimizer):
-    """Else the memory would be twice that of a training step."""
+    """Two graphs would take twice the memory of a training step."""
     activation = type("Activation", (nn.Module,), {"forward": lambda self, x: Watched.apply(x)})
     net, weights, inner, outer = regression(activation=activation)
     before = []
