@@ -6,15 +6,14 @@ from functools import partial
 
 import numpy as np
 import pytest
-from cases import KINDS, Affine, equation, quadratic
-from frameworks import framework, namespace, symmetric
+from cases import quadratic
+from frameworks import symmetric
 from hypothesis import given
 from hypothesis import strategies as st
 from reports import blamed, names, words
 
 import bilevel as bl
 from bilevel import Status
-from bilevel.diagnosis.agreement import DERIVATIVES
 from bilevel.testing import strategies
 
 plain = partial(quadratic, hypers=2, direct=False, offset=False)
@@ -344,165 +343,3 @@ def test_input_that_does_not_fit_is_refused(backend):
         bl.diagnose(*case, inner_args=3)
     with pytest.raises(TypeError, match="floating-point"):
         bl.diagnose(case[0], backend.from_numpy(np.ones(2, int)), case[2])
-
-
-# Other kinds of problems
-
-
-class Transposed(Affine):
-    def vjp_params(self, w, h, v, A, B, c):
-        return A @ v
-
-
-class Signed(Affine):
-    def vjp_hparams(self, w, h, v, A, B, c):
-        return -B.T @ v
-
-
-@pytest.mark.parametrize("kind", KINDS)
-class TestEquations:
-    def test_what_is_right_is_not_blamed(self, backend, kind):
-        case = equation(kind, backend, weights=4)
-        report = bl.diagnose(*case.at, solver="gmres", **case.args)
-        assert report.ok
-        assert report.verified
-        assert report.derivatives.names == DERIVATIVES[1:]
-        assert report.curvature == "equation"
-        assert report.residual <= 1e-10
-        assert "residual has norm" in words(report)
-        assert "Jacobian is not symmetric" in words(report)
-        assert report.suggestions == ("keep GMRES(), which took 4 steps.",)
-
-    @pytest.mark.parametrize(
-        ("function", "derivative"), [(Transposed(), "inner hvp"), (Signed(), "inner cross_vjp")], ids=["w", "h"]
-    )
-    def test_a_mistake_in_a_formula_is_named(self, kind, function, derivative):
-        case = equation(kind, weights=4, hypers=4, function=function)
-        assert blamed(bl.diagnose(*case.at, solver="gmres", **case.args)) == {derivative}
-
-    def test_being_away_from_the_solution_is_found(self, kind):
-        case = equation(kind, away=0.5)
-        report = bl.diagnose(*case.at, solver="gmres", **case.args)
-        assert names(report) == ["not solved"]
-        assert "does not solve the equation" in words(report)
-
-    def test_another_solver_is_suggested_by_name(self, kind):
-        case = equation(kind)
-        report = bl.diagnose(*case.at, solver="identity", **case.args)
-        assert 'solver="gmres"' in report.suggestions[0]
-
-
-def model_problem(backend, dtype, curvature):
-    """A tanh network with squares for a loss: problem, params, hparams and data."""
-    xp, rng = namespace(backend), np.random.default_rng(0)
-    x, y, a, b = (backend.from_numpy(rng.standard_normal(s).astype(dtype)) for s in ((9, 3), (9,), (3, 2), (2,)))
-
-    def model(w, h, x):
-        return xp.tanh(x @ w["a"]) @ w["b"]
-
-    def loss(output, y):
-        return ((output - y) ** 2).mean()
-
-    def outer(w, h, x, y):
-        return loss(model(w, h, x), y)
-
-    def penalty(w, h):
-        return xp.exp(h) * sum((p**2).sum() for p in w.values())
-
-    problem = bl.Problem.from_model(model, loss, outer, penalty=penalty, curvature=curvature)
-    hparams = backend.from_numpy(np.asarray(-2.0, dtype))
-    return problem, {"a": a, "b": b}, hparams, {"inner_args": (x, y), "outer_args": (x + 1, y)}
-
-
-class TestCurvatures:
-    @pytest.mark.parametrize("name", ["torch", "jax"])
-    def test_gauss_newton_products_are_not_taken_for_derivatives(self, name):
-        *case, args = model_problem(framework(name), np.float64, "gauss-newton")
-        report = bl.diagnose(*case, solver="identity", **args)
-        assert report.verified
-        assert "inner hvp" not in report.derivatives.names
-        assert "inner hvp: not a derivative" in words(report)
-        assert "eigenvalues of gauss-newton products" in words(report)
-        assert report.eigenvalues.smallest > 0
-        assert report.asymmetry <= 1e-10
-
-    def test_differences_of_gradients_are_right_to_their_precision(self):
-        *case, args = model_problem(framework("torch"), np.float32, "finite-differences")
-        report = bl.diagnose(*case, solver=bl.CG(rtol=1e-2), **args)
-        assert report.verified
-        assert report.derivatives.eps < 1e-15
-        assert "not symmetric" not in names(report)
-
-
-class TestJax:
-    """Few shapes, since each compiles."""
-
-    @pytest.fixture(autouse=True)
-    def _jax(self):
-        framework("jax")
-
-    def net(self, change):
-        import jax
-        import jax.numpy as jnp
-
-        def tanh_with_a_constant_slope(x):
-            @jax.custom_vjp
-            def tanh(x):
-                return jnp.tanh(x)
-
-            tanh.defvjp(lambda x: (jnp.tanh(x), x), lambda x, g: (g * (1 - jnp.tanh(jax.lax.stop_gradient(x)) ** 2),))
-            return tanh(x)
-
-        activation = {
-            "nothing": jnp.tanh,
-            "stop_gradient": lambda x: jnp.tanh(x) * jax.lax.stop_gradient(jnp.tanh(x)),
-            "custom_vjp": tanh_with_a_constant_slope,
-            "impure": lambda x: jnp.tanh(x) * draws.random(),
-        }[change]
-        draws = np.random.default_rng(1)
-        rng = np.random.default_rng(0)
-        x, y, a, b = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((20, 3), (20,), (3, 4), (4,)))
-
-        def outer(p, h, x, y):
-            return jnp.mean((activation(x @ p["a"]) @ p["b"] - y) ** 2)
-
-        def inner(p, h, x, y):
-            return outer(p, h, x, y) + jnp.exp(h) * sum(jnp.sum(w**2) for w in p.values())
-
-        args = {"inner_args": (x, y), "outer_args": (x + 1, y)}
-        return bl.Problem(inner, outer), {"a": a, "b": b}, jnp.asarray(-3.0, jnp.float32), args
-
-    @pytest.mark.parametrize(
-        ("change", "wrong"),
-        [
-            ("nothing", set()),
-            ("stop_gradient", {"inner grad", "inner hvp", "outer grad_params"}),
-            ("custom_vjp", {"inner hvp"}),
-        ],
-    )
-    def test_what_is_wrong_is_caught_and_what_is_right_is_not_blamed(self, change, wrong):
-        """As JAX comes, without x64."""
-        import jax.numpy as jnp
-        from jax import enable_x64
-
-        *case, args = self.net(change)
-        with enable_x64(False):
-            report = bl.diagnose(*case, solver="identity", **args)
-            assert jnp.ones(2).dtype == jnp.float32
-        assert blamed(report) == wrong
-        assert not report.unchecked
-        assert report.derivatives.eps < 1e-15  # in float64 all the same
-        assert report.repeatable
-
-    def test_a_random_number_in_a_trace_is_caught(self):
-        *case, args = self.net("impure")
-        report = bl.diagnose(*case, solver="identity", **args)
-        assert names(report)[0] == "not repeatable"
-        assert report.repetition.new_product > 0.01
-
-    def test_within_jit_it_is_refused(self):
-        import jax
-
-        problem, params, hparams, args = self.net("nothing")
-        with pytest.raises(TypeError, match="outside jit"):
-            jax.jit(lambda p: bl.diagnose(problem, p, hparams, **args))(params)

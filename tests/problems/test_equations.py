@@ -6,11 +6,10 @@ from cases import KINDS, Affine, SquaredDistance, equation
 from frameworks import DTYPES, framework, moved, namespace, relative_error, tolerance
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy import linalg, optimize
+from scipy import linalg
 
 import bilevel as bl
-from bilevel import scipy_fit
-from bilevel.testing import check_hypergradient, exact_hypergradient, finite_difference_hypergradient
+from bilevel.testing import check_hypergradient
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -199,93 +198,6 @@ def test_a_linearization_by_hand_may_be_nonsymmetric(backend):
     assert relative_error(bl.hypergradient_from(lin, solver="exact").grad, case.grad - case.direct) <= 1e-12
 
 
-class TestDeepEquilibrium:
-    """z = tanh(Wz + Ux + b) for a few inputs x; λ = (W, U, b), and F reads z through a linear map."""
-
-    @pytest.fixture(params=["torch", "jax"])
-    def autodiff(self, request):
-        return framework(request.param)
-
-    @pytest.fixture
-    def arrays(self):
-        rng = np.random.default_rng(0)
-        W = rng.standard_normal((3, 3))
-        hparams = {"W": 0.7 * W / np.linalg.norm(W, 2), "U": rng.standard_normal((3, 2)), "b": rng.standard_normal(3)}
-        x, y, readout = rng.standard_normal((2, 2)), rng.standard_normal(2), rng.standard_normal(3)
-        return hparams, x, y, readout
-
-    @staticmethod
-    def problem(xp, kind):
-        def step(params, h, x):
-            return {"z": xp.tanh(h["W"] @ params["z"] + h["U"] @ x + h["b"][:, None])}
-
-        def residual(params, h, x):
-            return {"z": params["z"] - step(params, h, x)["z"]}
-
-        def outer(params, h, y, readout):
-            return ((readout @ params["z"] - y) ** 2).sum() + 0.1 * (h["U"] ** 2).sum()
-
-        return bl.FixedPoint(step, outer) if kind == "fixed point" else bl.Root(residual, outer)
-
-    @staticmethod
-    def solve(hparams, x):
-        def residual(z):
-            z = z.reshape(3, 2)
-            return (z - np.tanh(hparams["W"] @ z + hparams["U"] @ x + hparams["b"][:, None])).ravel()
-
-        found = optimize.root(residual, np.zeros(6), tol=1e-14)
-        assert np.abs(found.fun).max() < 1e-13
-        return found.x.reshape(3, 2)
-
-    def move(self, backend, arrays):
-        hparams, x, y, readout = arrays
-        params = {"z": backend.from_numpy(self.solve(hparams, x))}
-        moved = {name: backend.from_numpy(h) for name, h in hparams.items()}
-        data = {"inner_args": (backend.from_numpy(x),), "outer_args": tuple(map(backend.from_numpy, (y, readout)))}
-        return params, moved, data
-
-    @pytest.mark.parametrize("kind", KINDS)
-    def test_it_matches_differences_of_the_solution_by_scipy(self, autodiff, arrays, kind):
-        hparams, x, y, readout = arrays
-        params, moved, data = self.move(autodiff, arrays)
-        hg = bl.hypergradient(self.problem(namespace(autodiff), kind), params, moved, solver="exact", **data)
-
-        def outer(h):
-            return ((readout @ self.solve(h, x) - y) ** 2).sum() + 0.1 * (h["U"] ** 2).sum()
-
-        rng, step = np.random.default_rng(1), 1e-5
-        for _ in range(3):
-            d = {name: rng.standard_normal(h.shape) for name, h in hparams.items()}
-            high, low = (outer({n: h + s * step * d[n] for n, h in hparams.items()}) for s in (1, -1))
-            along = sum(np.sum(autodiff.to_numpy(hg.grad[n]) * d[n]) for n in d)
-            assert along == pytest.approx((high - low) / (2 * step), rel=1e-7)
-
-    @pytest.mark.parametrize("kind", KINDS)
-    def test_the_references_hold_for_it(self, autodiff, arrays, kind):
-        params, hparams, data = self.move(autodiff, arrays)
-        problem = self.problem(namespace(autodiff), kind)
-        check_hypergradient(problem, params, hparams, solver=bl.GMRES(rtol=1e-10), **data)
-        exact = exact_hypergradient(problem, params, hparams, **data)
-        away = {"z": params["z"] + 0.3}  # the differences find the solution themselves
-        differences = finite_difference_hypergradient(problem, away, hparams, **data)
-        assert relative_error(differences.params["z"], params["z"]) <= 1e-12
-        for name in hparams:
-            assert relative_error(differences.grad[name], exact.grad[name]) <= 1e-6
-
-    def test_a_check_finds_a_truncated_solve(self, autodiff, arrays):
-        params, hparams, data = self.move(autodiff, arrays)
-        problem = self.problem(namespace(autodiff), "fixed point")
-        with pytest.raises(AssertionError, match="Identity"):
-            check_hypergradient(problem, params, hparams, solver="identity", **data)
-
-    def test_a_fixed_point_off_its_solution_is_found_out_by_differences(self, autodiff, arrays):
-        params, hparams, data = self.move(autodiff, arrays)
-        problem = self.problem(namespace(autodiff), "fixed point")
-        away = {"z": params["z"] + 0.3}
-        with pytest.raises(AssertionError, match="params is not the minimizer"):
-            check_hypergradient(problem, away, hparams, solver="exact", reference="finite-differences", **data)
-
-
 def test_wrong_products_of_an_analytic_step_are_named():
     class Wrong(Affine):
         def vjp_params(self, w, h, v, A, B, c):
@@ -438,93 +350,6 @@ class TestJax:
             counts.append(len(traces))
         assert counts[0] > 0
         assert counts == counts[:1] * 3
-
-
-class TestMistakes:
-    @pytest.fixture(params=["torch", "jax"])
-    def autodiff(self, request):
-        return framework(request.param)
-
-    def one(self, backend, dtype=np.float64):
-        return backend.from_numpy(np.ones(2, dtype))
-
-    def call(self, backend, step, solver="exact", kind=bl.FixedPoint):
-        return bl.hypergradient(
-            kind(step, lambda w, h: (w**2).sum()), self.one(backend), self.one(backend), solver=solver
-        )
-
-    def test_what_cannot_be_called(self):
-        with pytest.raises(
-            TypeError, match=r"FixedPoint\.step: expected a function .* returns the next params, got int"
-        ):
-            bl.FixedPoint(3, SquaredDistance())
-        with pytest.raises(TypeError, match=r"Root\.outer: expected a function .* returns a scalar, got str"):
-            bl.Root(Affine(), "outer")
-
-    def test_a_step_of_another_structure(self, autodiff):
-        with pytest.raises(ValueError, match=r"step: expected the structure of params.*\(2,\).*\(\)"):
-            self.call(autodiff, lambda w, h: (w * h).sum())
-        with pytest.raises(ValueError, match=r"residual: expected the structure of params.*residual is no array"):
-            self.call(autodiff, lambda w, h: (w * h, w), kind=bl.Root)
-
-    def test_a_step_of_another_dtype(self, autodiff):
-        def step(w, h):
-            half = w * h
-            return half.float() if hasattr(half, "float") else half.astype("float32")
-
-        with pytest.raises(TypeError, match=r"step is .*float32, but params .*float64: convert one"):
-            self.call(autodiff, step)
-
-    @pytest.mark.parametrize("kind", [bl.FixedPoint, bl.Root])
-    def test_a_step_without_params(self, autodiff, kind):
-        role = "step" if kind is bl.FixedPoint else "residual"
-        for solver in ("exact", "identity"):
-            with pytest.raises(ValueError, match=f"{role} does not depend on params. Use the params argument"):
-                self.call(autodiff, lambda w, h: 2 * h, solver, kind)
-
-    @pytest.mark.parametrize("kind", [bl.FixedPoint, bl.Root])
-    def test_a_step_without_hparams(self, autodiff, kind):
-        with pytest.raises(ValueError, match=r"depends on hparams\. Use the hparams argument"):
-            self.call(autodiff, lambda w, h: 0.5 * w, kind=kind)
-
-    def test_leaves_without_influence_get_zeros(self, autodiff):
-        params = {"a": self.one(autodiff), "b": self.one(autodiff)}
-        problem = bl.FixedPoint(
-            lambda w, h: {"a": 0.5 * w["a"] + h["a"], "b": h["a"]}, lambda w, h: (w["a"] ** 2).sum()
-        )
-        hparams = {"a": 0.5 * self.one(autodiff), "b": self.one(autodiff)}
-        with pytest.warns(bl.DependenceWarning, match=r"depends on hparams\['b'\]"):
-            hg = bl.hypergradient(problem, params, hparams, solver="exact")
-        assert relative_error(hg.grad["a"], [4.0, 4.0]) <= 1e-12
-        assert autodiff.to_numpy(hg.grad["b"]).tolist() == [0.0, 0.0]
-
-    def test_numpy_methods_that_are_missing(self):
-        class Half:
-            def __call__(self, w, h):
-                return 0.5 * w
-
-        case = equation("fixed point", bl.get_backend("numpy"))
-        with pytest.raises(TypeError, match=r"the step \(Half\) has no method 'vjp_params'.*torch and jax"):
-            bl.hypergradient(bl.FixedPoint(Half(), SquaredDistance()), case.params, case.hparams, **case.args)
-
-    def test_a_backend_without_them(self):
-        from bilevel.backend import Backend
-
-        case, backend = equation("root", bl.get_backend("numpy")), bl.get_backend("numpy")
-
-        class Bare(type(backend)):
-            jacobian, gauss_newton = Backend.jacobian, Backend.gauss_newton
-
-        with pytest.raises(TypeError, match="residual: the numpy backend has no derivatives of fixed points and roots"):
-            case.hypergradient(solver="exact", backend=Bare())
-
-    def test_what_is_no_problem(self):
-        with pytest.raises(TypeError, match=r"problem: expected bl\.Problem.*bl\.FixedPoint or bl\.Root, got Affine"):
-            bl.hypergradient(Affine(), np.ones(2), np.ones(2))
-
-    def test_scipy_fit_has_nothing_to_minimize(self):
-        with pytest.raises(TypeError, match="scipy_fit minimizes an inner objective, which FixedPoint does not have"):
-            scipy_fit(KINDS["fixed point"](Affine(), SquaredDistance()))
 
 
 def test_minimize_takes_a_fit_that_iterates(backend):
