@@ -9,6 +9,7 @@ which the rendered page does not show:
 
 import os
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 from sybil import Sybil
@@ -40,6 +41,17 @@ def frameworks_of(nodeid: str) -> set[str]:
 CONVENTIONS = "::test_conventions_of_scikit_learn["
 
 
+def unaffected(nodeid: str) -> bool:
+    """Tell whether a test, or all tests of a file, cannot depend on a hidden framework."""
+    named = frameworks_of(nodeid)
+    return bool(hidden) and ((bool(named) and not named & hidden) or CONVENTIONS in nodeid)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Import no file of which no test would stay."""
+    return True if unaffected(collection_path.relative_to(config.rootpath).as_posix()) else None
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """With a framework hidden, leave out the tests that only concern the others.
 
@@ -48,15 +60,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     tests that name no framework stay: of the core, the command, the errors and the documentation. scikit-learn's checks
     are left out. The tests of the hidden framework stay too, and appear as skipped.
     """
-    if hidden:
-        others = {"numpy", "torch", "jax"} - hidden
-        unaffected = [
-            item
-            for item in items
-            if ((named := frameworks_of(item.nodeid)) and named <= others) or CONVENTIONS in item.nodeid
-        ]
-        config.hook.pytest_deselected(items=unaffected)
-        items[:] = [item for item in items if item not in set(unaffected)]
+    config.hook.pytest_deselected(items=[item for item in items if unaffected(item.nodeid)])
+    items[:] = [item for item in items if not unaffected(item.nodeid)]
 
 
 @pytest.hookimpl(optionalhook=True)
