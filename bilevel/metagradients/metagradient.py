@@ -104,6 +104,10 @@ def metagradient(
     check_choice("on_failure", on_failure, ("raise", "ignore"))
     if not isinstance(store, str | PathLike) or not str(store):
         raise TypeError(f'store: expected "device", "host" or the path of a directory, got {store!r}.')
+    if store in ("cpu", "cuda", "disk", "gpu", "memory", "ram"):
+        raise ValueError(
+            f'store: expected "device", "host" or the path of a directory. For a directory of this name: "./{store}".'
+        )
     backend = _check(training, state, hparams, outer_args, backend)
     data = as_batches(backend, batches, steps)
     check_observed(training, data.steps)

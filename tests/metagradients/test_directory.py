@@ -121,6 +121,8 @@ def test_unusable_paths_are_named(tmp_path):
             TypeError, match=f'store: expected "device", "host" or the path of a directory, got {store!r}'
         ):
             run(store)
+    with pytest.raises(ValueError, match=r'store: expected "device", "host" or .* of this name: "\./gpu"'):
+        run("gpu")
     assert file.read_text() == "text"
 
 

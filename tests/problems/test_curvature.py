@@ -1,4 +1,4 @@
-"""What may stand for the Hessian of the inner objective: Gauss-Newton products, differences of gradients."""
+"""What may stand for the Hessian of the inner objective: Gauss-Newton products, and what all kinds share."""
 
 import gc
 
