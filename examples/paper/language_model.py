@@ -68,6 +68,7 @@ VARIANTS = {
 }
 SEARCHES = {"random": [(3, 12)], "halving": [(8, 1), (4, 3), (2, 6), (1, 12)]}  # how many go on, to which epoch
 DERIVED = {"derivative": {"epochs": 8, "every": 6}}  # four trainings take long
+SEEDS = {"many": 2, "few_late": 2, "derivative": 2}  # at most
 
 
 class Regularizers(nn.Module):
@@ -210,11 +211,11 @@ def cut(sizes, first, second):
 
 def main(argv=None):
     """Run all variants and seeds; return the histories."""
-    arguments = runs.options(__doc__, argv, seeds=3)
+    arguments = runs.options(__doc__, argv, seeds=5)
     sizes, (name, *texts) = FAST if arguments.fast else FULL, data.words(arguments.data)
     parts, histories = cut(sizes, *texts), {}
     for variant, of in runs.variants(arguments, VARIANTS | SEARCHES | DERIVED).items():
-        for seed in arguments.seeds:
+        for seed in arguments.seeds[: SEEDS.get(variant)]:
             settings = {**sizes, "data": name, "seed": seed, "learning_rate": LEARNING_RATE, "clip": CLIP}
             settings |= {"temperature": TEMPERATURE}
             if variant in SEARCHES:

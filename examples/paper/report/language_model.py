@@ -169,7 +169,7 @@ def findings(runs: Runs) -> list[str]:
     )
     for name in [name for name in learned(runs) if name not in (LATE, "config") and len(runs[name]) > 1]:
         pairs = [a["result"]["test"] - b["result"]["test"] for a, b in zip(runs[LATE], runs[name], strict=False)]
-        said.append(f"Against '{NAMES[name]}', it is {_judged(pairs)}.")
+        said.append(f"Against '{NAMES[name]}' ({len(pairs)} seeds), it is {_judged(pairs)}.")
     half, end = (_rate(runs[LATE], "slowness", part) for part in (0.5, 1.0))
     said.append(
         f"With '{NAMES[LATE]}', the penalty on slowness goes from {half:.2f} to {end:.2f}, and the mean dropout at the "
@@ -185,20 +185,24 @@ def derivatives(found: list[dict[str, Any]]) -> str:
     epochs = len(found[0]["rows"])
     parts = {f"1 to {EARLY}": slice(EARLY), f"{EARLY + 1} to {epochs}": slice(EARLY, None)}
     head = ["rate", *(f"run, epochs {part}" for part in parts), *(f"identity, {part}" for part in parts)]
-    lines, against = [], []
+    lines, against, agreed = [], [], 0
     for name, said in (RATES | PENALTIES).items():
         runs = [_sums(found, f"{name}_derivative", part) for part in parts.values()]
         shares = [[value / len(range(epochs)[part]) for value in _sums(found, f"{name}_raised", part)]
                   for part in parts.values()]  # fmt: skip
         lines.append([said, *map(_each, runs), *(f"{np.mean(share):.0%}" for share in shares)])
         wanted = {value < 0 for value in runs[1]}
+        agreed += len(wanted) == 1
         if len(wanted) == 1 and all((share > 0.5) not in wanted for share in shares[1]):
             against.append((said, wanted.pop()))
     seconds = np.mean([history["result"]["derivative_cpu_seconds"] for history in found])
     signs = " ".join(
-        f"The {said} should {'rise' if up else 'fall'} by the run, and {'falls' if up else 'rises'} by the identity."
+        f"By the run, '{said}' should {'rise' if up else 'fall'}. The identity {'lowers' if up else 'raises'} it."
         for said, up in against
     )
+    chance = len(lines) * 0.5 ** (len(found) - 1)
+    if agreed < len(lines):
+        signs += " So the derivative of one run is too noisy to show the right direction for each rate."
     return f"""\
 A hypergradient on the way sees only the next step. `bl.metagradient` gives the derivative of the tuning loss after a
 whole training by the rates of each epoch (high start, {epochs} epochs, 5 scalars). It takes {seconds:.0f} CPU
@@ -207,7 +211,9 @@ lowers the loss at the end. The last columns are about the hypergradients on the
 share of steps in which the hypergradient raises the rate.
 
 {table(head, lines)}
-After epoch {EARLY}, the two disagree in all seeds on {len(against)} of {len(RATES | PENALTIES)} rates. {signs}
+After epoch {EARLY}, the sums of the run have the same sign in all seeds for {agreed} of {len(lines)} rates. In
+{len(against)} of these, the identity has the other sign. Random signs would agree for {chance:.1f} rates.
+{signs.strip()}
 """
 
 
