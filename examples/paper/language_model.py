@@ -4,8 +4,8 @@
 
 Table 4 of the paper. An LSTM with tied embeddings overfits a small text. Its regularizers have 5 hyperparameters, or
 65,794: a dropout rate for each unit at its input and its output, one for each weight of its recurrent matrix, and two
-penalties on activations. They are tuned in one training run, from small or from large rates. There are also trainings
-without tuning, a random search, and successive halving.
+penalties on activations. They are tuned in one training run, from its start or in its second half. There are also
+trainings without tuning, a random search, and successive halving.
 
 Dropout is made differentiable by its concrete relaxation. Its noise belongs to the loss that it was drawn for:
 `bilevel_torch.backward` takes products from the graph of that loss, so that all of them see the same noise. A solver
@@ -15,8 +15,10 @@ The text has four parts: to train, to tune on (one batch a step), to choose the 
 """
 
 import math
+import time
 from collections import Counter
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,7 +39,7 @@ FULL = {
     "batch": 10,
     "train": 30_000,
     "held_out": 7000,
-    "epochs": 8,
+    "epochs": 12,
     "every": 3,  # steps of training, for each step of the hyperparameters
     "outer_learning_rate": 0.1,
 }
@@ -54,15 +56,19 @@ class Variant(NamedTuple):
     start: dict[str, float]  # rates and penalties
     solver: Any = None  # None: not tuned
     many: bool = False  # a rate for each unit and each weight
+    wait: float = 0.0  # part of the training before the first step of the hyperparameters
 
 
 VARIANTS = {
     "none_low": Variant(LOW),
     "none": Variant(HIGH),
-    "few": Variant(HIGH, "identity"),
     "many": Variant(HIGH, "identity", many=True),
+    "few_late": Variant(HIGH, "identity", wait=0.5),
+    "many_late": Variant(HIGH, "identity", many=True, wait=0.5),
 }
-SEARCHES = {"random": [(4, 8)], "halving": [(8, 1), (4, 2), (2, 4), (1, 8)]}  # how many go on, to which epoch
+SEARCHES = {"random": [(3, 12)], "halving": [(8, 1), (4, 3), (2, 6), (1, 12)]}  # how many go on, to which epoch
+DERIVED = {"derivative": {"epochs": 8, "every": 6}}  # four trainings take long
+SEEDS = {"many": 2, "few_late": 2, "derivative": 2}  # at most
 
 
 class Regularizers(nn.Module):
@@ -122,14 +128,18 @@ def outer_loss(net, words):
 
 
 class Training:
-    """A training that may pause after an epoch; its hyperparameters are tuned on the way unless solver is None."""
+    """A training that may pause after an epoch; its hyperparameters are tuned on the way unless solver is None.
 
-    def __init__(self, parts, sizes, regularizers, solver=None):
+    There are no steps of the hyperparameters in the first part of the training, ``wait``.
+    """
+
+    def __init__(self, parts, sizes, regularizers, solver=None, wait=0.0):
         self.parts, self.sizes, self.regularizers, self.solver = parts, sizes, regularizers, solver
         self.net = LanguageModel(sizes["vocabulary"], sizes["size"])
         self.optimizer = torch.optim.Adam(self.net.parameters(), LEARNING_RATE)
         self.outer_optimizer = torch.optim.Adam(regularizers.parameters(), sizes["outer_learning_rate"])
         self.epoch = len(parts["train"]) // sizes["batch"]  # in steps
+        self.first = round(wait * sizes["epochs"]) * self.epoch  # step that may tune
         self.rows, self.seconds = [], 0.0
 
     def go(self, epochs, path):
@@ -138,7 +148,7 @@ class Training:
         state |= {"regularizers": self.regularizers, "outer": self.outer_optimizer}
         loop, done = Loop(path, self.epoch * epochs, state, about=path.stem), len(self.rows)
         for step in loop:
-            self.step(step % self.sizes["every"] == 0)
+            self.step(step % self.sizes["every"] == 0 and done * self.epoch + step >= self.first)
             if (step + 1) % self.epoch == 0:
                 loop.row(epoch=done + (step + 1) // self.epoch, **measure(self.net, self.regularizers, self.parts))
         self.rows, self.seconds = self.rows + loop.rows, self.seconds + loop.cpu_seconds
@@ -201,17 +211,19 @@ def cut(sizes, first, second):
 
 def main(argv=None):
     """Run all variants and seeds; return the histories."""
-    arguments = runs.options(__doc__, argv, seeds=3)
+    arguments = runs.options(__doc__, argv, seeds=5)
     sizes, (name, *texts) = FAST if arguments.fast else FULL, data.words(arguments.data)
     parts, histories = cut(sizes, *texts), {}
-    for variant, of in runs.variants(arguments, VARIANTS | SEARCHES).items():
-        for seed in arguments.seeds:
+    for variant, of in runs.variants(arguments, VARIANTS | SEARCHES | DERIVED).items():
+        for seed in arguments.seeds[: SEEDS.get(variant)]:
             settings = {**sizes, "data": name, "seed": seed, "learning_rate": LEARNING_RATE, "clip": CLIP}
             settings |= {"temperature": TEMPERATURE}
             if variant in SEARCHES:
                 settings, job = settings | {"rungs": of}, partial(search, of, parts, sizes, seed)
+            elif variant in DERIVED:
+                settings, job = settings | of | {"start": HIGH}, partial(derive, parts, sizes | of, seed)
             else:
-                of = of if isinstance(of, Variant) else Variant(HIGH, of, many=True)  # of --config
+                of = of if isinstance(of, Variant) else Variant(HIGH, of, many=True, wait=0.5)  # of --config
                 settings, job = settings | of._asdict(), partial(run, of, parts, sizes, seed)
             key = f"{variant}-{seed}"
             histories[key] = runs.stored(arguments, "language_model", key, settings, job)
@@ -220,16 +232,55 @@ def main(argv=None):
 
 
 def run(of, parts, sizes, seed, path):
-    """Train once, tuned unless there is no solver, and return the history; train again with the rates at the end."""
+    """Train once, tuned unless there is no solver, and return the history."""
     torch.manual_seed(seed)
     regularizers = Regularizers(of.start, sizes["size"], of.many)
     solver = None if of.solver is None else bl.get_solver(of.solver)
-    history = Training(parts, sizes, regularizers, solver).go(sizes["epochs"], path).history()
-    if solver is None:
-        return history
-    again = Training(parts, sizes, regularizers).go(sizes["epochs"], path.with_suffix(".again")).history()
-    history["result"] |= {f"again_{key}": again["result"][key] for key in ("tune", "choose", "test", "epoch")}
-    return history | {"again_cpu_seconds": again["cpu_seconds"]}
+    return Training(parts, sizes, regularizers, solver, of.wait).go(sizes["epochs"], path).history()
+
+
+def loss_by_epoch(net, rates, batch):
+    """Return the loss of training for rates by epoch, and a batch with the number of its epoch."""
+    epoch, words = batch
+    return inner_loss(net, SimpleNamespace(**{name: rate[epoch] for name, rate in rates.items()}), words)
+
+
+def whole_training(net, parts, sizes):
+    """Return a training that can be differentiated by its rates of each epoch, and its batches."""
+    optimizer, epoch = torch.optim.Adam(net.parameters(), LEARNING_RATE), len(parts["train"]) // sizes["batch"]
+    step = bilevel_torch.TrainingStep(net, optimizer, loss_by_epoch, clip_norm=CLIP)
+    batches = [(t // epoch, draw(parts["train"], sizes["batch"])) for t in range(epoch * sizes["epochs"])]
+    return bl.Training(step, lambda state, rates: step.evaluate(state, outer_loss, parts["tune"])), batches
+
+
+def derive(parts, sizes, seed, path):
+    """Differentiate the tuning loss after a training with the high start, by the 5 rates of each epoch.
+
+    Return this derivative, and how many hypergradients by the identity would raise each rate, in each epoch.
+    """
+    del path  # minutes, not worth a checkpoint
+    torch.manual_seed(seed)
+    net, epochs = LanguageModel(sizes["vocabulary"], sizes["size"]), sizes["epochs"]
+    (training, batches), params = whole_training(net, parts, sizes), list(net.parameters())
+    start = Regularizers(HIGH, sizes["size"], False).state_dict()
+    rates = {name: raw.expand(epochs).clone() for name, raw in start.items()}
+    began, state = time.process_time(), training.step.init()
+    whole, seconds = bl.metagradient(training, state, rates, batches).grad, time.process_time() - began
+    rates, raised = {name: rate.requires_grad_() for name, rate in rates.items()}, Counter()
+    for number, batch in enumerate(batches):
+        if number % sizes["every"] == 0:
+            training.step.load(state)
+            held_out = outer_loss(net, draw(parts["tune"], 2 * sizes["batch"]))
+            loss = loss_by_epoch(net, rates, batch)
+            grad = bilevel_torch.hypergradient(loss, held_out, params, rates, solver="identity").grad
+            raised.update({(name, batch[0]): float(grad[name][batch[0]] < 0) for name in rates} | {batch[0]: 1})
+        with torch.no_grad():  # no graph of the run
+            state = training.step(state, rates, batch)
+    rows = [{"epoch": epoch + 1} for epoch in range(epochs)]
+    for epoch, row in enumerate(rows):
+        row |= {f"{name}_derivative": float(whole[name][epoch]) for name in rates}
+        row |= {f"{name}_raised": raised[name, epoch] / raised[epoch] for name in rates}
+    return {"rows": rows, "result": {"derivative_cpu_seconds": round(seconds, 2)}}
 
 
 def search(rungs, parts, sizes, seed, path):

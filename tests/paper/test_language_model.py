@@ -4,6 +4,8 @@ import pytest
 from frameworks import relative_error
 from paper_systems import check_stored, report_of
 
+import bilevel as bl
+
 torch = pytest.importorskip("torch")
 bilevel_torch = pytest.importorskip("bilevel_torch")
 pytest.importorskip("sklearn")
@@ -50,16 +52,51 @@ def test_the_counts_are_those_of_the_page(system):
     assert sum(p.numel() for p in net.parameters()) == 390_096
 
 
+def test_the_derivative_of_the_whole_training_agrees_with_central_differences(system):
+    torch.manual_seed(0)
+    sizes = system.FAST | {"train": 60, "held_out": 30, "window": 5, "batch": 2, "epochs": 2, "vocabulary": 8}
+    parts = system.cut(sizes, *[[str(i * i % 17) for i in range(200)]] * 2)
+    net = system.LanguageModel(8, 3).double()
+    net.embedding.weight.data *= 10  # Adam magnifies rounding where gradients are near zero
+    training, batches = system.whole_training(net, parts, sizes)
+    start = system.Regularizers(system.HIGH, 3, many=False).double().state_dict()
+    rates, first = {name: raw.expand(2).clone() for name, raw in start.items()}, training.step.init()
+
+    def end(rates):
+        torch.manual_seed(1)
+        state = first
+        for batch in batches:
+            state = training.step(state, rates, batch)
+        return float(training.outer(state, rates).detach())
+
+    torch.manual_seed(1)
+    found = bl.metagradient(training, first, rates, batches).grad
+    assert {number for number, _ in batches} == {0, 1}
+    expected = []
+    for name, rate in rates.items():
+        for change in 1e-3 * torch.eye(2, dtype=torch.float64):
+            expected += [(end(rates | {name: rate + change}) - end(rates | {name: rate - change})) / 2e-3]
+    assert relative_error(torch.cat([found[name] for name in rates]), expected) < 1e-3
+
+
 def test_tuned_regularizers_move_and_the_language_model_learns(system, histories):
-    assert set(histories) == {f"{variant}-0" for variant in system.VARIANTS | system.SEARCHES}
-    for history in histories.values():
+    variants = system.VARIANTS | system.SEARCHES
+    assert set(histories) == {f"{variant}-0" for variant in variants | system.DERIVED}
+    for history in (histories[f"{variant}-0"] for variant in variants):
         rows = history["rows"]
         assert rows[-1]["choose"] < rows[0]["choose"] < system.FAST["vocabulary"]
         assert history["result"]["choose"] == min(row["choose"] for row in rows)
-    for name in ("few", "many"):  # tuned: away from the start
+    for name in ("many", "few_late", "many_late"):  # tuned: away from the start
         assert abs(histories[f"{name}-0"]["rows"][-1]["output_rate"] - system.HIGH["output"]) > 1e-3
-        assert histories[f"{name}-0"]["result"]["again_test"] < system.FAST["vocabulary"]
     assert histories["none-0"]["rows"][-1]["output_rate"] == pytest.approx(system.HIGH["output"])
+
+
+def test_a_late_tuning_starts_as_no_tuning_does(system, histories):
+    half = system.FAST["epochs"] // 2
+    for name in ("few_late", "many_late"):
+        rows = histories[f"{name}-0"]["rows"]
+        assert rows[half - 1]["test"] == histories["none-0"]["rows"][half - 1]["test"]
+        assert rows[half]["test"] != histories["none-0"]["rows"][half]["test"]
 
 
 def test_a_paused_training_is_the_same_training(system, tmp_path):
