@@ -1,7 +1,6 @@
 """The learned magnitudes: what each way to tune them gains, and at what cost."""
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,112 +8,111 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from models import MAGNITUDES
-from report.common import by_variant, draw, mean, spread, table
+from report.common import by_variant, draw
+from report.magnitude_table import NAMES, REFERENCES, REPEATED, Runs, lines, results, shown
 
-NAMES = {
-    "none": "none",
-    "hand": "chosen by hand",
-    "random": "random search",
-    "identity": "identity",
-    "neumann": "3 Neumann terms",
-    "cg": "CG, 10 steps",
-    "config": "solver of --config",
-}
-AGAIN = "again_test_accuracy"
-HEAD = ["magnitudes", "test accuracy, %", "gain", "trained again, %", "gain", "validation loss", "CPU seconds"]
-Runs = dict[str, list[dict[str, Any]]]
+TARGETS = {"": 8, "mnist500-": None, "cifar10-": 3}  # of the mean gain, in points
 
 
 def row(histories: dict[str, dict[str, Any]]) -> tuple[str, str, str]:
     """Return title, the paper's figure and ours."""
-    runs, photos = variants(histories), variants(histories, "cifar10-")
-    best = max(learned(runs), key=lambda name: mean(runs[name], "again_test_accuracy"))
-    ours = f"{NAMES[best]}: test accuracy {accuracy(runs[best], 'again_test_accuracy')} %, trained again; "
-    ours += f"{accuracy(runs['none'])} % without, {accuracy(runs['hand'])} % chosen by hand. On CIFAR-10: "
-    best = max(learned(photos), key=lambda name: mean(photos[name], AGAIN))
-    ours += f"{accuracy(photos[best], AGAIN)} % ({NAMES[best]}, trained again) and {accuracy(photos['none'])} % without"
-    return "Learned magnitudes", "not in the paper", ours
+    ours = []
+    for prefix in TARGETS:
+        runs = variants(histories, prefix)
+        found = lines(runs)
+        best = max((line for line in found if line.variant not in REFERENCES), key=lambda line: line.accuracies.mean())
+        none, hand = (shown(line.accuracies) for line in found if line.variant in ("none", "hand"))
+        ours.append(
+            f"{images_of(runs).partition(' (')[0]}: test accuracy {shown(best.accuracies)} % by the best way "
+            f"({best.name}), {none} % without, {hand} % chosen by hand"
+        )
+    return "Learned magnitudes", "not in the paper", ". ".join(ours)
 
 
 def section(histories: dict[str, dict[str, Any]], pictures: Path) -> str:
     """Return the section."""
-    runs = variants(histories)
-    tuned, searched = runs[learned(runs)[0]][0]["settings"], runs["random"][0]["settings"]
+    few, more, photos = (variants(histories, prefix) for prefix in TARGETS)
+    along, late, searched = (of[0]["settings"] for of in (few["identity"], photos["identity"], few["random"]))
     return f"""\
 The U-Net above changes pixels freely, and gains nothing. Here, an augmentation has the magnitudes of seven random
-deformations: {", ".join(MAGNITUDES)}. They start at {tuned["start"][0]:g}.
-Their logarithms are tuned while the same network trains. After every {tuned["every"]} steps of training, they take a
-step of Adam ({tuned["lr_augment"]:g}) with a new batch of {tuned["batch_val"]} validation images. Neumann's step and
-the damping are automatic. CG keeps its damping from batch to batch (`bl.WarmStart`). The network trains as with the
-U-Net, but for {tuned["steps"]} steps. Short runs with another seed chose these settings.
+deformations: {", ".join(MAGNITUDES)}. Their logarithms are tuned. The network trains as with the U-Net, but for
+{along["steps"]} steps. It never trains on the {along["validation"]:,} validation images.
 
-- *Chosen by hand*: {by_hand(runs)}. These were the best of three choices on two other seeds.
-- *Random search* draws each magnitude from {searched["least"]:g} to {searched["most"]:g}, evenly in its logarithm. It
-  trains with {searched["trials"]} draws, and keeps the training of the lowest validation loss.
+- *Identity, Neumann, CG*: hypergradients tune the magnitudes while the network trains. After every {along["every"]}
+  steps, the magnitudes take a step of Adam ({along["lr_augment"]:g}) with a new batch of {along["batch_val"]}
+  validation images. They start at {along["start"][0]:g}. Neumann's step and the damping are automatic. CG keeps its
+  damping from batch to batch (`bl.WarmStart`).
 - *Trained again*: a training from new weights with the magnitudes that the tuning ended with.
-- *Gains* are differences to no augmentation with the same seed and images, in points.
+- *By hand*: {by_hand(few)}. These were the best of three choices on two other seeds.
+- *Random search* draws each magnitude from {searched["least"]:g} to {searched["most"]:g}, evenly in its logarithm. It
+  keeps the training of the lowest validation loss.
+{other_searches(few)}
+Runs with other seeds chose the settings. Gains are differences to no augmentation with the same seed and images,
+in points. Costs are CPU times in trainings without tuning. A second training counts. The tables show means ± standard
+deviations. The last columns subtract the accuracy that a search reaches at the same cost, in points. They show means ±
+standard errors of the differences, and the number of seeds with a positive one.
 
-The network never trains on the {tuned["validation"]:,} validation images, only the magnitudes do.
-{tuned["train"]} images of {tuned["data"]}, means ± standard deviations over {counts(runs)}:
+**{images_of(few)}**, over {counts(few)}:
 
-{results(runs)}
-The next table compares with random search in the same CPU time, over the seeds that both have. If there is a second
-training, its time counts:
+{results(few, TARGETS[""])}
+{faults(few)}
 
-{comparison(runs)}
-{largest(runs, 8)}
+**{images_of(more)}**, over {counts(more)}. The settings are the same:
 
-{faults(runs)}
+{results(more, TARGETS["mnist500-"])}
+**{images_of(photos)}**, over {counts(photos)}. A training has {late["steps"]:,} steps.
+Beyond an edge lies the image again, mirrored. The magnitudes start at {late["start"][0]:g}, and stay there for
+{late["warmup"]} steps. Otherwise they fall early, as above, and come back too late. In a run of the identity with
+another seed, the gain was 3.9 points (trained again). It was 1.6 with a start at 0.018 and no wait. Chosen by hand:
+{by_hand(photos)}. One run with another seed tried them. Magnitudes of colours are left out, since a brightness grew to
+15 in a run of CG.
 
-{with_photos(variants(histories, "cifar10-"))}
+{results(photos, TARGETS["cifar10-"])}
+{draw(pictures / "magnitudes.png", (10, 3.6), lambda figure: _fill(figure, few))}"""
 
-{draw(pictures / "magnitudes.png", (10, 3.6), lambda figure: _fill(figure, runs))}"""
+
+def other_searches(runs: Runs) -> str:
+    """Return how Optuna and metagradients search, if there are such runs."""
+    words = ""
+    if "optuna" in runs:
+        settings = runs["optuna"][0]["settings"]
+        words += f"""\
+- *Optuna* {runs["optuna"][0]["optuna"]} does the same by its TPE sampler, after {settings["startup"]} random draws.
+"""
+    if "metagradient" in runs:
+        found, settings = runs["metagradient"], runs["metagradient"][0]["settings"]
+        first = np.array([100 * history["rows"][0]["test_accuracy"] for history in found])
+        larger = np.mean([np.array(history["rows"][0]["derivative"]) < 0 for history in found])
+        words += f"""\
+- *Metagradients*: a step changes each logarithm by the sign of the derivative of the validation loss. This is the
+  derivative through all steps of a training ([`bl.metagradient`](metagradients.md)). The first step has a size of
+  {settings["first"]:g}, and each step is half as large as the one before. The last training is not differentiated. The
+  training of the lowest validation loss is kept. The magnitudes start in the middle of random search's range, at
+  {settings["start"]:g}. The trainings at this start have a test accuracy of {shown(first)} %. The derivatives are
+  noisy: at the start, {larger:.0%} ask for larger magnitudes, and their mean cosine between two seeds is
+  {agreement(found):.2f}. In the trainings that are differentiated, Adam has an eps of {settings["eps"]:g} instead of
+  1e-8, which makes a run [smoother](metagradients.md#can-this-metagradient-be-trusted).
+"""
+    return words
 
 
-def largest(runs: Runs, target: int) -> str:
-    """Return which gains are above a target, and which is the largest, in words that follow from the numbers."""
-    none = runs["none"]
-    along, again = (
-        "; ".join(NAMES[name] for name in learned(runs) if min(gains(runs[name], none, key)) > target) or "none"
-        for key in ("test_accuracy", AGAIN)
-    )
-    best = max(learned(runs), key=lambda name: np.mean(gains(runs[name], none, AGAIN)))
-    return f"""\
-Gains of more than {target} points with every seed, along the training: {along}. Trained again: {again}.
-The largest mean gain of a second training is {np.mean(gains(runs[best], none, AGAIN)):.1f} points, by {NAMES[best]}."""
+def agreement(of: list[dict[str, Any]]) -> float:
+    """Return the mean cosine between the first metagradients of two seeds; 1 if there is one seed."""
+    derivatives = np.array([history["rows"][0]["derivative"] for history in of])
+    units = derivatives / np.linalg.norm(derivatives, axis=1, keepdims=True)
+    cosines = (units @ units.T)[np.triu_indices(len(units), 1)]
+    return float(cosines.mean()) if len(cosines) else 1.0
 
 
 def faults(runs: Runs) -> str:
-    """Return how the magnitudes move."""
-    early, late = (
-        ", ".join(f"{f(runs[name]):.0%} ({NAMES[name]})" for name in learned(runs)) for f in (dip, wandering)
-    )
+    """Return how the magnitudes move while a network trains."""
+    along = [name for name in runs if name not in (*REFERENCES, *REPEATED)]
+    early, late = (", ".join(f"{f(runs[name]):.0%} ({NAMES[name]})" for name in along) for f in (dip, wandering))
     return f"""\
-Two things cost accuracy. First, the magnitudes fall at the beginning. After a quarter of the training, their geometric
-mean is {early} of the start. There is a likely reason, which was not tested: a hypergradient sees only the present
-weights, and early deformations make training harder. Second, the magnitudes do not settle. In the second half, the
-standard deviation of a magnitude is still {late}. The noise of the small batches may be a part of this."""
-
-
-def with_photos(photos: Runs) -> str:
-    """Return what comes out of photographs."""
-    settings, start = photos["none"][0]["settings"], photos[learned(photos)[0]][0]["settings"]["start"][0]
-    return f"""\
-**Photographs.** The same with {settings["train"]:,} images of {settings["data"]}, and {settings["steps"]:,} steps, over
-{counts(photos)}. Beyond an edge lies the image again, mirrored. The magnitudes start at {start:g}, and stay there for
-{settings["warmup"]} steps. Otherwise they fall early, as above, and come back too late. In a run of the identity with
-another seed, the gain was 3.9 points (trained again). It was 1.6 with a start at 0.018 and no wait. Chosen by hand:
-{by_hand(photos)}. One run with another seed tried them. Magnitudes of colours are left out, since a brightness
-grew to 15 in a run of CG.
-
-{results(photos)}
-{comparison(photos)}
-{largest(photos, 3)}"""
-
-
-def results(runs: Runs) -> str:
-    """Return the table of accuracies."""
-    return table(HEAD, [cells(name, of, runs["none"]) for name, of in runs.items()])
+Two things cost accuracy along a training. First, the magnitudes fall at the beginning. After a quarter of the training,
+their geometric mean is {early} of the start. There is a likely reason, which was not tested: a hypergradient sees only
+the present weights, and early deformations make training harder. Second, the magnitudes do not settle. In the second
+half, the standard deviation of a magnitude is still {late}. The noise of the small batches may be a part of this."""
 
 
 def log_magnitudes(history: dict[str, Any]) -> np.ndarray:
@@ -140,63 +138,16 @@ def counts(runs: Runs) -> str:
     return f"{len(runs['none'])} seeds" + (f" ({', '.join(fewer)})" if fewer else "")
 
 
+def images_of(runs: Runs) -> str:
+    """Return the number of images to train on, and the data."""
+    settings = runs["none"][0]["settings"]
+    return f"{settings['train']:,} images of {settings['data']}"
+
+
 def variants(histories: dict[str, dict[str, Any]], images: str = "") -> Runs:
     """Return the runs on some images by variant, in the order of NAMES."""
     found = by_variant(histories)
     return {name: found[images + name] for name in NAMES if images + name in found}
-
-
-def learned(runs: Runs) -> list[str]:
-    """Return the variants that are tuned by hypergradients."""
-    return [name for name in runs if name not in ("none", "hand", "random")]
-
-
-def accuracy(of: list[dict[str, Any]], key: str = "test_accuracy") -> str:
-    """Return mean ± standard deviation of an accuracy in per cent."""
-    return _spread([100 * history["result"][key] for history in of])
-
-
-def gains(of: list[dict[str, Any]], none: list[dict[str, Any]], key: str = "test_accuracy") -> list[float]:
-    """Return the difference to no augmentation of each seed, in points."""
-    return [100 * (a["result"][key] - b["result"]["test_accuracy"]) for a, b in zip(of, none, strict=False)]
-
-
-def cells(variant: str, of: list[dict[str, Any]], none: list[dict[str, Any]]) -> list[str]:
-    """Return a line of the table."""
-    seconds = f"{np.mean([history['cpu_seconds'] for history in of]):.0f}"
-    along = [accuracy(of), "" if variant == "none" else _spread(gains(of, none))]
-    again = ["", ""]
-    if variant not in ("none", "hand", "random"):
-        again = [accuracy(of, "again_test_accuracy"), _spread(gains(of, none, "again_test_accuracy"))]
-    name = f"{NAMES[variant]}, {len(of[0]['rows'])} trainings" if variant == "random" else NAMES[variant]
-    return [name, *along, *again, spread(of, "val_loss"), seconds]
-
-
-def search_of(history: dict[str, Any], seconds: float) -> dict[str, Any]:
-    """Return the best trial of a random search that has had at least so many seconds, or all its trials."""
-    rows = history["rows"]
-    trials = max(1, math.ceil(seconds / np.mean([row["cpu_seconds"] for row in rows])))
-    return {"result": min(rows[:trials], key=lambda row: row["val_loss"]), "trials": min(trials, len(rows))}
-
-
-def comparison(runs: Runs) -> str:
-    """Return a table: each tuned run next to random search in its CPU time."""
-    none, hand = runs["none"], np.mean(gains(runs["hand"], runs["none"]))
-    training = float(np.mean([history["cpu_seconds"] for history in none]))
-    rows = []
-    for name in learned(runs):
-        for key, extra, how in (("test_accuracy", 0.0, ""), ("again_test_accuracy", training, ", trained again")):
-            found = gains(runs[name], none, key)
-            pairs = zip(runs["random"], runs[name], strict=False)  # one may have fewer seeds
-            searches = [search_of(search, history["cpu_seconds"] + extra) for search, history in pairs]
-            ahead = [a - b for a, b in zip(found, gains(searches, none), strict=False)]
-            counts = f"{sum(a > 0 for a in ahead)} of {len(ahead)}"
-            trials = _range([search["trials"] for search in searches])
-            rows.append(
-                [NAMES[name] + how, f"{np.mean(found) / hand:.0%}", trials, accuracy(searches), _spread(ahead), counts]
-            )
-    head = ["tuned by", "share of the gain by hand", "trainings of random search in the same CPU time"]
-    return table([*head, "their best", "difference, points", "seeds ahead"], rows)
 
 
 def by_hand(runs: Runs) -> str:
@@ -205,23 +156,16 @@ def by_hand(runs: Runs) -> str:
     return ", ".join(f"{value:g} ({name})" for name, value in zip(MAGNITUDES, chosen, strict=True))
 
 
-def _spread(values: Sequence[float]) -> str:
-    return spread([{"result": {"": value}} for value in values], "", ".1f")
-
-
-def _range(counts: Sequence[int]) -> str:
-    return f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
-
-
 def _fill(figure: Figure, runs: Runs) -> None:
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.4))
-    for i, (name, of) in enumerate(runs.items()):
-        left.plot([100 * h["result"]["test_accuracy"] for h in of], [i] * len(of), "o", color=f"C{i}")
-        if name in learned(runs):
-            left.plot([100 * h["result"]["again_test_accuracy"] for h in of], [i] * len(of), "x", color=f"C{i}")
+    for i, of in enumerate(runs.values()):
+        for key, mark in (("test_accuracy", "o"), ("again_test_accuracy", "x")):
+            marked = [100 * history["result"][key] for history in of if key in history["result"]]
+            left.plot(marked, [i] * len(marked), mark, color=f"C{i}")
     left.set(yticks=range(len(runs)), yticklabels=[NAMES[name] for name in runs], xlabel="test accuracy, %")
     left.set_title("A mark for each seed (cross: trained again)", fontsize=9)
-    best = max(learned(runs), key=lambda name: mean(runs[name], "again_test_accuracy"))
+    again = [line for line in lines(runs) if "again" in line.name]
+    best = max(again, key=lambda line: line.accuracies.mean()).variant
     for i, name in enumerate(MAGNITUDES):
         steps = [row["step"] for row in runs[best][0]["rows"]]
         right.plot(steps, [row[name] for row in runs[best][0]["rows"]], f"C{i}", label=name)
