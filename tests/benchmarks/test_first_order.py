@@ -99,6 +99,24 @@ def test_penalties_are_tuned_by_four_gradients_a_step():
     assert (hparams != features.START).all()
 
 
+def test_perceptron_of_one_vector_is_a_perceptron():
+    jax = pytest.importorskip("jax")
+    pytest.importorskip("optax")
+    import torch
+
+    from benchmarks.first_order import published
+
+    pixels = 5
+    w = published.perceptron_weights(pixels, 0)
+    x, label = np.random.default_rng(0).normal(size=pixels).astype(w.dtype), 3
+    sizes = [(pixels, published.HIDDEN), (published.HIDDEN,), (published.HIDDEN, published.CLASSES), (10,)]
+    a, b, c, d = torch.tensor(np.asarray(w)).split([int(np.prod(size)) for size in sizes])
+    hidden = (torch.tensor(x) @ a.reshape(sizes[0]) + b).relu()
+    expected = torch.nn.functional.cross_entropy(hidden @ c.reshape(sizes[2]) + d, torch.tensor(label))
+    loss = published.perceptron_loss(w, None, x, jax.nn.one_hot(label, published.CLASSES))
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+
+
 def test_look_ahead_steps_agree():
     from benchmarks.first_order import lookahead
 
