@@ -6,7 +6,7 @@ text of `sources`, not shuffled. Then LoRA on all linear layers of its blocks tr
 Printed for each run: the AUC of the weights, the test loss before and after, CPU seconds, and the peak memory of all
 tensors in a short run.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.first_order.lora --data DIR [--seeds 3]
+    OMP_NUM_THREADS=1 python -m benchmarks.first_order.lora --data DIR [--seeds 5]
 """
 
 import argparse
@@ -153,13 +153,14 @@ def main(argv: list[str] | None = None) -> None:
     """Print a line for each run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="the folder that has wikitext2_validtest/")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--first-seed", type=int, default=0)
     for name in ("every", "rate", "steps"):
         default = getattr(SIZE, name)
         parser.add_argument(f"--{name}", type=type(default), default=default)
     options = parser.parse_args(argv)
     size = replace(SIZE, every=options.every, rate=options.rate, steps=options.steps)
-    for seed in range(options.seeds):
+    for seed in range(options.first_seed, options.first_seed + options.seeds):
         pretrained = sources.apart(pretrain, options.data, size, seed)
         for method in METHODS:
             found = sources.apart(run, method, options.data, size, seed, pretrained)

@@ -3,9 +3,10 @@
 WikiText-2's validation and test texts are cut into eight sources. The words of four are shuffled within each sequence.
 A softmax of eight numbers weights the losses of the sources. A hypergradient of the loss on clean text changes them
 every few steps. Printed for each method and seed: the AUC of the weights (clean against shuffled), the loss on held-out
-clean text, CPU seconds, and the peak memory of all tensors in a short run. "uniform" trains without hypergradients,
-"clean" on the clean half only. "sampled" is "sama" with sequences drawn in proportion to the weights. With --again, a
-new network is also trained with the weights found. `search` has random search and successive halving.
+clean text, CPU seconds, and for the first seed the peak memory of all tensors in a short run. "uniform" trains without
+hypergradients, "clean" on the clean half only. "sampled" is "sama" with sequences drawn in proportion to the weights.
+With --again, a new network is also trained with the weights found. Printed in the end: medians over the seeds, and of
+the ratios to "clean" with the same seed. `search` has random search and successive halving.
 
     OMP_NUM_THREADS=1 python -m benchmarks.first_order.sources --data DIR [--methods ...] [--seeds 5] [--compile]
 """
@@ -38,6 +39,7 @@ import data
 SOURCES = 8
 RATE = 3e-3  # of AdamW. It falls linearly, in each method
 METHODS = ["uniform", "clean", "identity", "sama", "sampled", "tracked"]
+RATIOS = ["validation loss", "test loss", "CPU seconds", "MiB"]  # which are compared with "clean"
 
 
 @dataclass(frozen=True)
@@ -49,13 +51,15 @@ class Size:
     width: int = 128
     layers: int = 4
     heads: int = 4
-    steps: int = 600
+    steps: int = 1200
     batch: int = 16
-    start: int = 100  # steps before the first hypergradient: the model must know more than frequencies of words
-    early: int = 48  # steps after these, each with a hypergradient
-    every: int = 8  # steps between two hypergradients later
-    summed: int = 12  # hypergradients for each step of the weights: one of them is mostly noise
-    rate: float = 0.7  # of Adam at the start, for the weights of the sources
+    start: int = 80  # steps before the first hypergradient: the model must know more than frequencies of words
+    early: int = 24  # steps after these, each with hypergradients
+    every: int = 0  # steps between two such steps later, 0: none
+    repeats: int = 4  # hypergradients in each of them, on different batches
+    summed: int = 32  # hypergradients for each step of the weights: one of them is mostly noise
+    rate: float = 1.5  # of Adam at the start, for the weights of the sources
+    bound: float = 2.0  # of the scores. Else the sources that help most at the moment take all the weight
     tracking: float = 0.1  # the learning rate of SGD for v
     outer_batch: int = 16
     held: int = 0  # validation sequences in use, 0: all
@@ -126,6 +130,7 @@ def read(folder: Path | None, size: Size, seed: int) -> Text:
     source = np.arange(len(train)) * SOURCES // len(train)
     shuffled = np.isin(np.arange(SOURCES), rng.permutation(SOURCES)[: SOURCES // 2])
     mixed = np.where(shuffled[source][:, None], rng.permuted(train, axis=1), train)
+    validation = validation[: size.held or None]
     mixed, train, source, validation, test = map(torch.tensor, (mixed, train, source, validation, test))
     return Text(mixed, train, source, shuffled, validation, test)
 
@@ -189,9 +194,9 @@ def train(
     rng = np.random.default_rng(seed)
     drawn = batches(method, text, size, weights, rng)
     began, calls, path = time.process_time(), 0, []
-    for step in range(size.steps):
-        if step == 10:  # compiled, and in caches
-            began = time.process_time()
+
+    def losses_on_batches() -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
+        """Draw batches, and return the functions for both losses on them."""
         rows, factors = next(drawn)
         others = text.validation[torch.tensor(rng.choice(len(text.validation), size.outer_batch))]
 
@@ -201,18 +206,28 @@ def train(
         def outer(sequences: Tensor = others) -> Tensor:
             return losses(model, sequences, bfloat16).mean()
 
-        optimizer.zero_grad()
+        return inner, outer
+
+    for step in range(size.steps):
+        if step == 10:  # compiled, and in caches
+            began = time.process_time()
+        inner, outer = losses_on_batches()
         torch.autograd.backward(inner(), inputs=list(net.parameters()))  # the .grad of the weights is a sum
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
-        if tuned and step >= size.start and (step < size.start + size.early or (step + 1) % size.every == 0):
-            first_order.backward(inner, outer)
+        optimizer.zero_grad()  # here, so that the hypergradient does not find gradients that it must keep
+        due = step < size.start + size.early or (size.every and (step + 1) % size.every == 0)
+        for number in range(size.repeats if tuned and step >= size.start and due else 0):
+            first_order.backward(*((inner, outer) if number == 0 else losses_on_batches()))
             calls += 1
             if calls % size.summed == 0:
                 outer_optimizer.param_groups[0]["lr"] = size.rate * optimizer.param_groups[0]["lr"] / RATE  # falls too
                 outer_optimizer.step()
                 outer_optimizer.zero_grad()
-                path.append(weights.scores.detach().tolist())
+                with torch.no_grad():
+                    for scores in weights.parameters():
+                        scores.clamp_(-size.bound, size.bound)
+                path.append(next(weights.parameters()).tolist())
         schedule.step()
     return Trained(net, weights, time.process_time() - began, path)
 
@@ -246,12 +261,18 @@ def apart(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def run(
-    method: str, folder: Path | None, size: Size, seed: int, compiled: bool, bfloat16: bool, again: bool = False
+    method: str,
+    folder: Path | None,
+    size: Size,
+    seed: int,
+    compiled: bool,
+    bfloat16: bool,
+    again: bool = False,
+    memory: bool = True,
 ) -> dict[str, Any]:
     """Train, and return the measurements. Then perhaps train again with the weights found."""
     torch.set_num_threads(1)
     text = read(folder, size, seed)
-    text = replace(text, validation=text.validation[: size.held or None])
     trained = train(method, text, size, seed, compiled, bfloat16)
     w = trained.weights().detach().numpy()
     short = replace(size, steps=4, start=2, early=2)
@@ -261,22 +282,38 @@ def run(
         "validation loss": mean_loss(trained.net, text.validation),
         "test loss": mean_loss(trained.net, text.test),
         "CPU seconds": trained.seconds,
-        "MiB": peak(lambda: train(method, text, short, seed, compiled, bfloat16)),
         "path": trained.path,
         "weights": sum(p.numel() for p in trained.net.parameters()),
     }
+    if memory:  # sizes do not depend on the seed
+        measured["MiB"] = peak(lambda: train(method, text, short, seed, compiled, bfloat16))
     if again and trained.path:
         fixed = "sampled" if method == "sampled" else "uniform"
-        measured["test loss again"] = mean_loss(train(fixed, text, size, seed, weights=trained.weights).net, text.test)
+        net = train(fixed, text, size, seed, compiled, bfloat16, weights=trained.weights).net
+        measured["validation loss again"] = mean_loss(net, text.validation)
+        measured["test loss again"] = mean_loss(net, text.test)
     return measured
 
 
+def medians(runs: dict[str, list[dict[str, float]]]) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield each method, and the medians of its measurements with their ranges. Add ratios to "clean" by seed."""
+    for method, found in runs.items():
+        columns = {name: [run[name] for run in found if name in run] for name in found[0]}
+        if "clean" in runs and method != "clean":
+            for name in RATIOS:
+                columns[f"{name} / clean"] = [
+                    a[name] / b[name] for a, b in zip(found, runs["clean"], strict=True) if name in a
+                ]
+        yield method, {k: f"{np.median(v):.3f} ({min(v):.3f} to {max(v):.3f})" for k, v in columns.items()}
+
+
 def main(argv: list[str] | None = None) -> None:
-    """Print a line for each run."""
+    """Print a line for each run, and then medians."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="the folder that has wikitext2_validtest/")
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--bfloat16", action="store_true")
     parser.add_argument("--again", action="store_true")
@@ -284,12 +321,19 @@ def main(argv: list[str] | None = None) -> None:
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
     options = parser.parse_args(argv)
     size = replace(Size(), **{name: getattr(options, name) for name in asdict(Size())})
-    for seed in range(options.seeds):
+    runs: dict[str, list[dict[str, float]]] = {method: [] for method in options.methods}
+    for seed in range(options.first_seed, options.first_seed + options.seeds):
         for method in options.methods:
             # The peak memory belongs to a process, so each run has its own.
-            found = apart(run, method, options.data, size, seed, options.compile, options.bfloat16, options.again)
+            first = seed == options.first_seed
+            found = apart(
+                run, method, options.data, size, seed, options.compile, options.bfloat16, options.again, first
+            )
             found.pop("path")
             print(f"{method:>14} seed {seed}:", {k: round(v, 3) for k, v in found.items()}, flush=True)
+            runs[method].append(found)
+    for method, found in medians(runs):
+        print(f"{method:>14} medians:", found)
 
 
 if __name__ == "__main__":

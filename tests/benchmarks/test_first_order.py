@@ -26,7 +26,18 @@ def test_shuffled_sources_are_measured():
     from benchmarks.first_order import sources
 
     size = sources.Size(
-        vocabulary=50, words=6, width=8, layers=1, heads=2, steps=24, batch=8, start=4, early=2, every=4, summed=1
+        vocabulary=50,
+        words=6,
+        width=8,
+        layers=1,
+        heads=2,
+        steps=24,
+        batch=8,
+        start=4,
+        early=2,
+        every=4,
+        repeats=1,
+        summed=1,
     )
     for method in sources.METHODS:
         found = sources.run(method, None, size, 0, compiled=False, bfloat16=method == "sama", again=True)
@@ -34,6 +45,17 @@ def test_shuffled_sources_are_measured():
         assert 0 <= found["auc"] <= 1
         assert len(found["path"]) == (0 if method in ("uniform", "clean") else 7)
         assert ("test loss again" in found) == bool(found["path"])
+
+
+def test_ratios_are_by_seed():
+    from benchmarks.first_order import sources
+
+    clean = [dict.fromkeys(sources.RATIOS, x) for x in (1.0, 2.0, 4.0)]
+    sampled = [dict.fromkeys(sources.RATIOS, x) for x in (3.0, 2.0, 8.0)]
+    found = dict(sources.medians({"clean": clean, "sampled": sampled}))
+    assert set(found["clean"]) == set(sources.RATIOS)
+    assert found["sampled"]["MiB"] == "3.000 (2.000 to 8.000)"
+    assert found["sampled"]["MiB / clean"] == "2.000 (1.000 to 3.000)"
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # by PEFT
@@ -77,6 +99,24 @@ def test_penalties_are_tuned_by_four_gradients_a_step():
     assert (hparams != features.START).all()
 
 
+def test_perceptron_of_one_vector_is_a_perceptron():
+    jax = pytest.importorskip("jax")
+    pytest.importorskip("optax")
+    import torch
+
+    from benchmarks.first_order import published
+
+    pixels = 5
+    w = published.perceptron_weights(pixels, 0)
+    x, label = np.random.default_rng(0).normal(size=pixels).astype(w.dtype), 3
+    sizes = [(pixels, published.HIDDEN), (published.HIDDEN,), (published.HIDDEN, published.CLASSES), (10,)]
+    a, b, c, d = torch.tensor(np.asarray(w)).split([int(np.prod(size)) for size in sizes])
+    hidden = (torch.tensor(x) @ a.reshape(sizes[0]) + b).relu()
+    expected = torch.nn.functional.cross_entropy(hidden @ c.reshape(sizes[2]) + d, torch.tensor(label))
+    loss = published.perceptron_loss(w, None, x, jax.nn.one_hot(label, published.CLASSES))
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+
+
 def test_look_ahead_steps_agree():
     from benchmarks.first_order import lookahead
 
@@ -111,6 +151,6 @@ class TestSearch:
         assert accuracy > 0.4
         assert (f1 == 0) == (method == "equal weights")
         size = sources.Size(vocabulary=50, words=6, width=8, layers=1, heads=2, steps=16, batch=8, start=4, every=4)
-        loss, auc, _ = search.find(method, None, size, 2, 0)
-        assert np.isfinite(loss)
+        *losses, auc, _ = search.find(method, None, size, 2, 0)
+        assert np.isfinite(losses).all()
         assert (auc == 0.5) if method == "equal weights" else (0 <= auc <= 1)
