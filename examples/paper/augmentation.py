@@ -53,7 +53,7 @@ SOLVERS = {
 
 def main(argv: list[str] | None = None) -> dict[str, dict[str, Any]]:
     """Run the variants; return their histories."""
-    arguments = runs.options(__doc__, argv, seeds=2)
+    arguments = runs.options(__doc__, argv, seeds=5)
     sizes = FAST if arguments.fast else FULL
     split = data.mnist(arguments.data)
     histories = {}
