@@ -117,7 +117,7 @@ def _comparison(runs: dict[str, list[dict[str, Any]]]) -> str:
     if any(flat.values()):
         counts = ", ".join(f"{NAMES[name]} ({n} of {len(runs[name])})" for name, n in flat.items() if n)
         words += (
-            f" In some runs the tanh has saturated: by {counts}. Then the augmentation adds or takes away almost 1 "
+            f" The tanh has saturated by {counts}. Then the augmentation adds or takes away almost 1 "
             "everywhere. This regularizes, but it varies nothing."
         )
     return words
