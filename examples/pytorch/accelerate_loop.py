@@ -57,7 +57,8 @@ def train(arguments: argparse.Namespace, tune: bool) -> dict[str, float]:
         DataLoader(examples, batch_size=len(examples)),
         DataLoader(TensorDataset(*val), batch_size=len(val[1])),
     )
-    bare_net, bare_weights = accelerator.unwrap_model(net), accelerator.unwrap_model(weights)
+    # Accelerate compiles if an earlier Accelerator in this process did, and compiled modules have no second derivative.
+    bare_net, bare_weights = (accelerator.unwrap_model(part, keep_torch_compile=False) for part in (net, weights))
     solver = bl.WarmStart(arguments.config)
     accelerator.register_for_checkpointing(solver)
     first = 0

@@ -19,8 +19,13 @@ SOLVER = bl.CG(damping=2.0, rtol=1e-6)
 
 @pytest.fixture(autouse=True)
 def new_process():
-    """Accelerate keeps one state per process, whose precision cannot change."""
+    """Accelerate keeps one state per process, whose precision and compilation cannot change."""
+    reset()
     yield
+    reset()
+
+
+def reset():
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     accelerate.state.GradientState._reset_state()
 
@@ -42,6 +47,15 @@ class TestExample:
         assert found["tuned, test loss"] < 0.7 * found["untuned, test loss"]
         assert found["tuned, of the wrong"] < 0.5 < 1 < found["tuned, weight of the right"]
         assert f"{found['tuned, val loss']:.4f}" in capsys.readouterr().out
+
+    def test_it_tunes_where_an_earlier_accelerator_compiled(self, module):
+        """See findings/accelerate-second-accelerator-compiles.sh."""
+        torch._dynamo.reset()
+        accelerate.Accelerator(cpu=True, dynamo_backend="aot_eager")
+        options = {"seed": 0, "precision": "no", "config": CONFIG, "resume": None, "out": None}
+        found = module.train(Namespace(epochs=module.TUNE_FROM + 2, **options), tune=True)
+        torch._dynamo.reset()
+        assert found["weight of the right"] > found["of the wrong"]
 
     def test_a_run_that_resumes_is_the_run_that_went_on(self, module, tmp_path, monkeypatch):
         def train(epochs, resume=None, out=None):
