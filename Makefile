@@ -22,9 +22,8 @@ demo: $(INSTALLED)
 	$(BIN)/bilevel demo --backend numpy torch jax --out demo-output/
 
 # One thread per test process: two processes that each start a thread per core slow each other down. Compiling is most of
-# the time of the JAX tests, so compiled code is kept in .cache/jax. Many tests start processes, so bytecode is kept too.
-# conftest.py divides the tests among the processes.
-RUN := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= JAX_COMPILATION_CACHE_DIR='$(CURDIR)/.cache/jax' \
+# the time of the JAX tests, so compiled code is kept in .cache/jax. conftest.py divides the tests among the processes.
+RUN := OMP_NUM_THREADS=1 JAX_COMPILATION_CACHE_DIR='$(CURDIR)/.cache/jax' \
 	JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1
 # XLA optimizes little here, which takes half of its CPU time away. The tests of other versions compile as users do.
 QUICK := $(RUN) JAX_DISABLE_MOST_OPTIMIZATIONS=1 \

@@ -35,11 +35,9 @@ def peaks(size: int, rounds: int) -> tuple[float, float]:
     """Return operations per second of matrix products, and bytes per second of vectors."""
     a, b, c = (torch.randn(size, size) for _ in range(3))
     x, y = torch.randn(8 * size**2), torch.randn(8 * size**2)
-    per_product, per_sum = medians(
-        {"product": lambda: torch.mm(a, b, out=c), "sum": lambda: x.add_(y)},
-        rounds,  # it reads two, and writes one
-    )
-    return 2 * size**3 / per_product, 3 * x.nbytes / per_sum
+    calls = {"product": lambda: torch.mm(a, b, out=c), "sum": lambda: x.add_(y)}
+    per_product, per_sum = medians(calls, rounds)
+    return 2 * size**3 / per_product, 3 * x.nbytes / per_sum  # a sum reads two vectors, and writes one
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -247,7 +247,7 @@ class Ours(Base):
 
 
 def grid(name: str) -> list[dict[str, Any]]:
-    """Return the settings to choose from: those of the tables above, and six others."""
+    """Return seven settings to choose from. The first one is in the tables above."""
     if name in PUBLISHED:
         base, pairs = PUBLISHED[name], [(step, outer) for step in (0.01, 0.1) for outer in (1e2, 1e3, 1e4)]
         return [base, *[base | {"step_size": step, "outer_ratio": step / outer} for step, outer in pairs]]

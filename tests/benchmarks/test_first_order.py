@@ -11,6 +11,7 @@ pytest.importorskip("sklearn")
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
+SMALL = {"vocabulary": 50, "words": 6, "width": 8, "layers": 1, "heads": 2}  # of the networks of `sources`
 
 
 def test_wrong_labels_are_found():
@@ -25,20 +26,7 @@ def test_wrong_labels_are_found():
 def test_shuffled_sources_are_measured():
     from benchmarks.first_order import sources
 
-    size = sources.Size(
-        vocabulary=50,
-        words=6,
-        width=8,
-        layers=1,
-        heads=2,
-        steps=24,
-        batch=8,
-        start=4,
-        early=2,
-        every=4,
-        repeats=1,
-        summed=1,
-    )
+    size = sources.Size(**SMALL, steps=24, batch=8, start=4, early=2, every=4, repeats=1, summed=1)
     for method in sources.METHODS:
         found = sources.run(method, None, size, 0, compiled=False, bfloat16=method == "sama", again=True)
         assert np.isfinite(found["test loss"])
@@ -64,7 +52,7 @@ def test_lora_is_trained_by_trainers():
     pytest.importorskip("peft")
     from benchmarks.first_order import lora, sources
 
-    size = sources.Size(vocabulary=50, words=6, width=8, layers=1, heads=2, steps=4, batch=4, every=2)
+    size = sources.Size(**SMALL, steps=4, batch=4, every=2)
     pretrained = lora.pretrain(None, size, 0)
     for method in lora.METHODS:
         found = lora.run(method, None, size, 0, pretrained)
@@ -150,7 +138,7 @@ class TestSearch:
         accuracy, f1, _ = search.clean(method, None, 100, 2, 0)
         assert accuracy > 0.4
         assert (f1 == 0) == (method == "equal weights")
-        size = sources.Size(vocabulary=50, words=6, width=8, layers=1, heads=2, steps=16, batch=8, start=4, every=4)
+        size = sources.Size(**SMALL, steps=16, batch=8, start=4, every=4)
         *losses, auc, _ = search.find(method, None, size, 2, 0)
         assert np.isfinite(losses).all()
         assert (auc == 0.5) if method == "equal weights" else (0 <= auc <= 1)

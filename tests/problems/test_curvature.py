@@ -1,4 +1,4 @@
-"""What may stand for the Hessian of the inner objective: Gauss-Newton products, and what all kinds share."""
+"""Gauss-Newton products in place of the Hessian, and tests of each `curvature=` option."""
 
 import gc
 

@@ -135,7 +135,7 @@ def quadratic(**options):
 
 
 class TestOnceDifferentiableTorch:
-    """What torch cannot differentiate twice: flash attention, and modules compiled with AOT autograd."""
+    """PyTorch differentiates flash attention and compiled modules only once."""
 
     @pytest.fixture
     def attention(self):

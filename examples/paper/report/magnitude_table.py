@@ -39,7 +39,7 @@ class Line(NamedTuple):
 
 
 def lines(runs: Runs) -> list[Line]:
-    """Return the ways to find magnitudes. A second training is a way of its own."""
+    """Return a line for each way to find magnitudes, and another line if it trained again."""
     found = []
     for variant, of in runs.items():
         name = f"{NAMES[variant]}, {len(of[0]['rows'])} trainings" if variant in REPEATED else NAMES[variant]
